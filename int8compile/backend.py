@@ -1,0 +1,143 @@
+"""`torch.compile(model, backend="int8")`: a Dynamo graph in, a callable out.
+
+The graph is copied, rewritten by `int8compile.passes`, and compiled by Inductor. The callable takes the arguments that
+Dynamo passes, with the float weights among them, and replaces each by its int8 weight from the store.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule, Node
+
+from int8compile.config import Int8Config
+from int8compile.errors import FreedWeightError, Int8Warning
+from int8compile.passes import PlaceholderBinder, rewrite_graph
+from int8compile.passes.binding import WeightSlot
+from int8compile.passes.names import parameter_name
+from int8compile.report import Report
+from int8compile.weights import STORE, FreedWeight, free
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def int8(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The Dynamo backend. Not called by users: `torch.compile(model, backend="int8", options={...})` does.
+
+    Args:
+        gm: The captured graph; parameters are placeholders. It is not changed: Dynamo reads it again later.
+        example_inputs: What the placeholders were captured with; the real parameters among them.
+        mode: Inductor's mode.
+        options: Fields of `Int8Config`.
+
+    Raises:
+        ConfigError: An option is unknown or has a value that is not allowed.
+        BadWeightError: A weight to be rewritten has NaN or Inf, or no data.
+        FreedWeightError: The graph needs a float weight whose memory was given back.
+    """
+    config = Int8Config.from_options(options, mode=mode)
+    module = copy_graph(gm)
+    binder, report = rewrite_captured(module, example_inputs, config)
+    log.info("%s", report.summary())
+    log.debug("%s", report)
+    _warn_if_nothing_rewritten(report)
+    return _compile(module, example_inputs, list(binder.slots.values()), config)
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A copy of a Dynamo graph to rewrite: the nodes are new, their meta and the module's attributes shared."""
+    copied = GraphModule(gm, copy.deepcopy(gm.graph))
+    copied.meta.update(gm.meta)
+    for node, original in zip(copied.graph.nodes, gm.graph.nodes, strict=True):
+        if hasattr(original, "_dynamo_source"):  # AOTAutograd asks the placeholders for it.
+            node._dynamo_source = original._dynamo_source
+    return copied
+
+
+def rewrite_captured(
+    module: GraphModule, example_inputs: Sequence[Any], config: Int8Config, **options: Any
+) -> tuple[PlaceholderBinder, Report]:
+    """Runs the passes on a copied Dynamo graph, whose placeholders stand for `example_inputs` in order."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    parameters: dict[Node, Tensor] = {
+        node: value
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, nn.Parameter)
+    }
+    for node, value in module.named_parameters():
+        parameters.update(dict.fromkeys(module.graph.find_nodes(op="get_attr", target=node), value))
+    binder = PlaceholderBinder(module)
+    return binder, rewrite_graph(module, parameters, config, binder, **options)
+
+
+def _compile(
+    module: GraphModule, example_inputs: Sequence[Any], slots: Sequence[WeightSlot], config: Int8Config
+) -> Compiled:
+    """Compiles a rewritten graph with Inductor.
+
+    Returns:
+        A callable over the arguments of the graph as captured.
+    """
+    captured = [node for node in module.graph.find_nodes(op="placeholder") if not _is_bound(node, slots)]
+    positions = {node: position for position, node in enumerate(captured)}
+    weights = [(positions[slot.source], slot.view, slot.path) for slot in slots]
+    # A float weight that nothing reads any more is no argument of the compiled graph.
+    unread = sorted({positions[slot.source] for slot in slots if not slot.source.users})
+    for position in unread:
+        module.graph.erase_node(captured[position])
+    module.recompile()
+    kept = [position for position in range(len(captured)) if position not in unread]
+    for position in kept:
+        if isinstance(example_inputs[position], FreedWeight):
+            raise FreedWeightError(
+                f"{parameter_name(captured[position])} is needed in float here, but free_weights=True has given its "
+                "memory back. Compile every use of it to int8, or compile without free_weights"
+            )
+
+    def arguments(args: Sequence[Any]) -> list[Any]:
+        chosen = [args[position] for position in kept]
+        for position, view, path in weights:
+            weight = STORE.get(args[position], view, path)
+            chosen += (weight.qweight, weight.scale)
+        return chosen
+
+    compiled = compile_fx(module, arguments(example_inputs), config_patches=config.inductor_patches())
+
+    def run(*args: Any) -> Any:
+        chosen = arguments(args)
+        if config.free_weights:
+            # Not before: Dynamo's guards, made after the backend returns, must hold for the modules still to come.
+            for position in unread:
+                free(args[position])
+        return compiled(*chosen)
+
+    return run
+
+
+def _is_bound(node: Node, slots: Sequence[WeightSlot]) -> bool:
+    return any(node in slot.nodes for slot in slots)
+
+
+def _warn_if_nothing_rewritten(report: Report) -> None:
+    if report.sites and not report.rewritten:
+        reasons = "; ".join(f"{site.path}: {site.why()}" for site in report.sites[:3])
+        warnings.warn(
+            f"backend 'int8' rewrote none of the {len(report.sites)} linears of this graph, it runs in float. {reasons}. "
+            "int8compile.explain(model, *inputs) lists all of them",
+            Int8Warning,
+            stacklevel=2,
+        )

@@ -1,0 +1,143 @@
+"""`Int8Config`: every knob of the backend, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from int8compile.errors import ConfigError
+
+OutlierPolicy = Literal["row", "column"]
+LmHead = Literal["native", "int8"]
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8Config:
+    """How a model is rewritten to int8.
+
+    Attributes:
+        threshold: What counts as an outlier: `abs(x) >= threshold * rms(row)` for `outliers="row"`,
+            `abs(x) >= threshold` for `outliers="column"`. Outliers are multiplied in float. 0 turns the split off.
+        outliers: "row" decides element by element, from the element's own row, so results do not depend on the
+            batch. "column" is LLM.int8() as bitsandbytes computes it: a column with one outlier runs in float.
+        skip_modules: Glob patterns of module paths that stay in float. A pattern matches whole path components
+            anywhere in the path: "mlp" matches `layers.3.mlp.up_proj`, "layers.0" does not match `layers.01`.
+        lm_head: "native" leaves the output projection (a module named `lm_head`, or a weight tied to the embedding)
+            in float; "int8" treats it as any other linear.
+        min_features: A weight with fewer input or output features stays in float: quantizing its activations costs
+            as much as its matmul (routers, small heads).
+        free_weights: Give the memory of rewritten float weights back. Using them afterwards, in the eager model or
+            `state_dict()`, raises `FreedWeightError`.
+        mode: Inductor's mode, as in `torch.compile(mode=...)`, which cannot be combined with `options=` there.
+        inductor: Inductor's own options, as in `torch.compile(options=...)` of the default backend.
+
+    Raises:
+        ConfigError: A value is not allowed, or an Inductor option does not exist.
+    """
+
+    threshold: float = 6.0
+    outliers: OutlierPolicy = "row"
+    skip_modules: tuple[str, ...] = ()
+    lm_head: LmHead = "native"
+    min_features: int = 16
+    free_weights: bool = False
+    mode: Mode = "default"
+    inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_number("threshold", self.threshold)
+        _check_choice("outliers", self.outliers, get_args(OutlierPolicy))
+        _check_choice("lm_head", self.lm_head, get_args(LmHead))
+        _check_choice("mode", self.mode, get_args(Mode))
+        if isinstance(self.min_features, bool) or not isinstance(self.min_features, int) or self.min_features < 1:
+            raise ConfigError(f"min_features={self.min_features!r}: give a whole number of at least 1")
+        if not isinstance(self.free_weights, bool):
+            raise ConfigError(f"free_weights={self.free_weights!r}: give True or False")
+        object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "skip_modules", _patterns(self.skip_modules))
+        object.__setattr__(self, "inductor", _inductor_options(self.inductor))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None = None, *, mode: str | None = None) -> Int8Config:
+        """Makes a config from `torch.compile`'s `options` and `mode`.
+
+        Args:
+            options: Field names of this class and their values.
+            mode: Inductor's mode; wins over none, clashes with `options["mode"]`.
+
+        Raises:
+            ConfigError: A name is unknown (the message has the nearest one) or a value is not allowed.
+        """
+        options = dict(options or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(
+                    f"unknown option {name!r} of backend 'int8'{_nearest(name, known)}. Allowed: {', '.join(known)}. "
+                    "Inductor's own options go under 'inductor'"
+                )
+        if mode is not None:
+            if options.get("mode", mode) != mode:
+                raise ConfigError(f"mode is given twice: {mode!r} and options['mode']={options['mode']!r}. Give one")
+            options["mode"] = mode
+        return cls(**options)
+
+    def inductor_patches(self) -> dict[str, Any]:
+        """Inductor's config patches: those of `mode`, overridden by those of `inductor`."""
+        import torch._inductor
+
+        patches: dict[str, Any] = {}
+        if self.mode != "default":
+            patches.update(torch._inductor.list_mode_options(self.mode))
+        patches.update(self.inductor)
+        return patches
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{name}={value!r}: give a finite number >= 0 (0 turns the outlier split off, 6.0 is usual)")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        listed = ", ".join(repr(choice) for choice in allowed)
+        raise ConfigError(f"{name}={value!r}: allowed are {listed}{_nearest(str(value), allowed)}")
+
+
+def _patterns(value: Iterable[str] | str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ConfigError(f"skip_modules={value!r}: give a list of patterns, e.g. [{value!r}]")
+    patterns = tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise ConfigError(f"skip_modules holds {pattern!r}: give non-empty strings, e.g. 'mlp' or 'layers.*.o_proj'")
+    return patterns
+
+
+def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"inductor={options!r}: give a dictionary of Inductor options")
+    if not options:
+        return {}
+    import torch._inductor.config
+
+    known = list(torch._inductor.config.get_config_copy())
+    checked = {}
+    for name, value in options.items():
+        option = str(name).replace("-", "_")
+        if option not in known:
+            raise ConfigError(
+                f"unknown Inductor option {name!r}{_nearest(option, known)}. "
+                "torch._inductor.list_options() lists all of them"
+            )
+        checked[option] = value
+    return checked
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

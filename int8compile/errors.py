@@ -1,0 +1,27 @@
+"""Every exception and warning of int8compile. Each message names the thing, what is allowed and what to do."""
+
+from __future__ import annotations
+
+
+class Int8CompileError(Exception):
+    """Base class: `except int8compile.Int8CompileError` catches everything this package raises on purpose."""
+
+
+class ConfigError(Int8CompileError, ValueError):
+    """An option has an unknown name or a value outside what is allowed."""
+
+
+class BadWeightError(Int8CompileError, ValueError):
+    """A weight cannot be quantized: it holds NaN or Inf, or has no data (meta device)."""
+
+
+class FreedWeightError(Int8CompileError, RuntimeError):
+    """A float weight was used after `free_weights=True` gave its memory back."""
+
+
+class InputError(Int8CompileError, ValueError):
+    """An operator was called with a dtype, shape or argument it does not take."""
+
+
+class Int8Warning(UserWarning):
+    """Something runs in float that the user probably expected in int8."""

@@ -1,0 +1,172 @@
+"""The definition of the numerics, in plain PyTorch. Kernels are compared with these functions.
+
+Symbols: M rows (tokens), K inputs, N outputs; `q` int8; `scale` multiplies to dequantize; `acc` int32.
+Source: Dettmers et al. 2022, "LLM.int8()", https://arxiv.org/abs/2208.07339, with the outlier policies of
+`int8compile.Int8Config.outliers`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+QMAX = 127
+# Below this absmax a row counts as zero: 127 / absmax would overflow float32. It is where subnormals begin.
+TINY = 2.0**-120
+# A sum of this many products of two int8 values stays below 2**24, so float32 holds every partial sum exactly.
+EXACT_K = 2**24 // QMAX**2
+# The largest K whose int32 sum cannot overflow: 2**31 / 127**2, less what saturating int8 instructions need.
+MAX_K = 131071
+
+
+class QuantizedRows(NamedTuple):
+    """Activations after quantization.
+
+    Shapes:
+        q: [M, K] int8, 0 at outlier elements.
+        scale: [M] float32, `absmax / 127`.
+        outlier: [M, K] bool, the elements that are left out of `q`.
+    """
+
+    q: Tensor
+    scale: Tensor
+    outlier: Tensor
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes a weight with one scale per output row: `q = rne(W * (127 / absmax))`, `scale = absmax / 127`.
+
+    Shapes:
+        weight: [..., N, K], any float dtype; computed in float32.
+
+    Returns:
+        `qweight` [..., N, K] int8 in [-127, 127] and `scale` [..., N] float32. A zero row gives zeros and scale 0.
+    """
+    weight = weight.to(torch.float32)
+    return _quantize(weight)
+
+
+def outlier_mask(x: Tensor, threshold: float, outliers: str) -> Tensor:
+    """Decides which elements of x are outliers.
+
+    `row`: `|x[m,k]| >= threshold * rms(x[m,:])`, evaluated as `x^2 * K >= threshold^2 * sum(x^2)` in float64: squares
+    of float32 values are exact there and cannot overflow, so every kernel can reach the same decision.
+    `column`: `|x[m,k]| >= threshold`.
+    NaN and Inf always are outliers (they cannot be quantized), zeros never, and `threshold` 0 turns the rest off.
+
+    Shapes:
+        x: [M, K] float32; result: [M, K] bool.
+    """
+    mask = ~x.isfinite()
+    if threshold == 0:
+        return mask
+    if outliers == "column":
+        return mask | (x.abs() >= threshold)
+    square = x.to(torch.float64).square()
+    limit = square.sum(dim=-1, keepdim=True) * threshold**2
+    return mask | ((square * x.shape[-1] >= limit) & (x != 0))
+
+
+def quantize_rows(x: Tensor, threshold: float, outliers: str) -> QuantizedRows:
+    """Quantizes activations with one scale per row, over the elements that are not outliers.
+
+    Shapes:
+        x: [M, K] float32.
+    """
+    outlier = outlier_mask(x, threshold, outliers)
+    return QuantizedRows(*_quantize(x.masked_fill(outlier, 0)), outlier)
+
+
+def int_matmul(q_x: Tensor, qweight: Tensor) -> Tensor:
+    """The exact integer product `acc[m,n] = sum_k q_x[m,k] * qweight[n,k]`.
+
+    It runs as float32 matmuls over slices of K short enough that every partial sum is an integer below 2**24, hence
+    exact in any order of summation (in TF32 and bfloat16 mode too: int8 values are exact in both and the
+    accumulator is float32). PyTorch's own int8 matmul on CPUs is slower and was wrong on some.
+
+    Shapes:
+        q_x: [M, K] int8; qweight: [N, K] int8; result: [M, N] int32. K is at most 131071, where int32 could overflow.
+    """
+    acc = torch.zeros(q_x.shape[0], qweight.shape[0], dtype=torch.int32, device=q_x.device)
+    for begin in range(0, q_x.shape[1], EXACT_K):
+        part = slice(begin, begin + EXACT_K)
+        acc += (q_x[:, part].to(torch.float32) @ qweight[:, part].to(torch.float32).mT).to(torch.int32)
+    return acc
+
+
+def outlier_product(x: Tensor, rows: QuantizedRows, qweight: Tensor, outliers: str) -> Tensor:
+    """What the outliers add, in units of the weight's scale: `out[m,n] = sum_{k in O} r[m,k] * qweight[n,k]`.
+
+    `row`: r is x at the outlier elements, else 0. `column`: r is `x - scale * q` in every column that holds an
+    outlier, which equals "zero the column and multiply it in float" and needs no second pass over x.
+
+    The sum runs in float64 and is rounded once. For the row policy it is exact whatever the order of summation, which
+    makes a row's result independent of the batch: outliers of a row lie between threshold and sqrt(K) times its
+    rms, so for threshold 6 and any K allowed all products are multiples of one unit and sum to less than 2**51 of it.
+
+    Shapes:
+        x: [M, K] float32; qweight: [N, K] int8; result: [M, N] float32.
+    """
+    columns = rows.outlier.any(dim=0).nonzero().squeeze(1)
+    x, q, outlier = x[:, columns], rows.q[:, columns], rows.outlier[:, columns]
+    residual = x - rows.scale[:, None] * q if outliers == "column" else x.masked_fill(~outlier, 0)
+    return (residual.to(torch.float64) @ qweight[:, columns].to(torch.float64).mT).to(torch.float32)
+
+
+def linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
+) -> Tensor:
+    """The whole operator: `y = (acc * s_x[m] + out) * scale[n] + bias[n]`, rounded once to x's dtype.
+
+    Args:
+        x: Activations.
+        qweight: Weight, already quantized.
+        scale: One float32 scale per output.
+        bias: Added in float32, or none.
+        threshold: See `outlier_mask`.
+        outliers: "row" or "column"; a column's outliers are looked for over all rows of x.
+
+    Shapes:
+        x: [..., K], float32, float16 or bfloat16; qweight: [N, K] int8; scale: [N] float32; bias: [N];
+        result: [..., N] in x's dtype.
+    """
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.float32)
+    rows = quantize_rows(flat, threshold, outliers)
+    acc = int_matmul(rows.q, qweight)
+    y = (acc * rows.scale[:, None] + outlier_product(flat, rows, qweight, outliers)) * scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
+
+
+def batched_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
+) -> Tensor:
+    """`linear` for each of B independent weights, e.g. the experts of a mixture.
+
+    Shapes:
+        x: [B, M, K]; qweight: [B, N, K] int8; scale: [B, N] float32; bias: [B, N]; result: [B, M, N] in x's dtype.
+    """
+    biases = [None] * x.shape[0] if bias is None else list(bias)
+    products = [linear(*each, threshold, outliers) for each in zip(x, qweight, scale, biases, strict=True)]
+    return torch.stack(products) if products else x.new_empty(0, x.shape[1], qweight.shape[1])
+
+
+def dequantize_weight(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float weight that the int8 weight stands for: `qweight * scale`.
+
+    Shapes:
+        qweight: [..., N, K] int8; scale: [..., N] float32; result: [..., N, K] in `dtype`.
+    """
+    return (qweight * scale[..., None]).to(dtype)
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = x.abs().amax(dim=-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    absmax = absmax.masked_fill(absmax < TINY, 0)
+    inverse = torch.where(absmax == 0, 0, QMAX / absmax)
+    # round() is round-half-to-even. absmax * (127 / absmax) is at most 127 * (1 + 2**-23), which rounds to 127.
+    return (x * inverse[..., None]).round().to(torch.int8), absmax / QMAX

@@ -1,0 +1,195 @@
+"""What was rewritten, what was not, and why: typed reasons, and the table and the data that `explain()` returns."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+from typing import Any
+
+
+class SkipReason(enum.Enum):
+    """Why a linear site stays in float. The value is a sentence for the user with what to do about it."""
+
+    NAME = "its module path matches skip_modules"
+    LM_HEAD = "it is the lm_head, which stays in float for accuracy; lm_head='int8' rewrites it"
+    TIED = "its weight is also the embedding table; lm_head='int8' rewrites it (the table stays in float)"
+    NOT_STATIC = "its weight is no parameter: it is a buffer, an input, or depends on this call's inputs; only parameters are quantized"
+    COMPUTED = "its weight is computed from parameters at every call; fold the computation into a parameter first"
+    CHANGED = "the model changes its weight during the forward pass; nothing to quantize beforehand"
+    TRAINED = (
+        "its weight requires grad and grad mode is on, so it may be being trained; "
+        "call it under torch.no_grad(), or freeze it with requires_grad_(False)"
+    )
+    SUBCLASS = "its weight is a tensor subclass (sharded, or quantized already); give a plain parameter"
+    SMALL = "it has fewer features than min_features, so quantizing its input costs as much as its matmul"
+    LARGE = "its reduction is too long for exact int32 sums (over 131071 inputs); split the layer"
+    DTYPE = "its dtype is not float32, float16 or bfloat16; convert the model, e.g. model.to(torch.bfloat16)"
+    FORM = "this form of the call has no int8 counterpart; write it as F.linear or as x @ W"
+    BAD_VALUES = "its weight holds NaN or Inf, which has no int8 value; compiling it raises BadWeightError"
+    FUSED_OP = (
+        "it is inside an operator that PyTorch has fused already; "
+        "torch.backends.mha.set_fastpath_enabled(False) lets the linears be seen"
+    )
+    NESTED = "it is inside a control-flow or checkpoint region; disable checkpointing for inference"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """One matmul with a weight.
+
+    Attributes:
+        path: Module path, as in `model.named_modules()`; of the parameter where a bare parameter is used.
+        op: How the model spells it: "linear", "matmul", "einsum", ...
+        source: "file.py:line" of the user's code.
+        shape: "M x K x N": rows, inputs, outputs ("B x M x K x N" for batched weights); "?" where unknown. A size that
+            changes from call to call is a symbol.
+        weight: Name of the weight's parameter, to count shared bytes once.
+        bytes_before: Bytes of the weight in the model.
+        bytes_after: Bytes of int8 values and scales, or `bytes_before` where it is not rewritten.
+        reason: Why it is not rewritten, None where it is.
+        detail: What the reason found, e.g. the pattern that matched.
+        pays: From which M int8 is expected to be faster, in words.
+    """
+
+    path: str
+    op: str
+    source: str
+    shape: str
+    weight: str
+    bytes_before: int
+    bytes_after: int
+    reason: SkipReason | None = None
+    detail: str = ""
+    pays: str = ""
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether the site runs in int8."""
+        return self.reason is None
+
+    def why(self) -> str:
+        """The reason as a sentence, "" for a rewritten site."""
+        if self.reason is None:
+            return ""
+        return self.reason.value + (f" ({self.detail})" if self.detail else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The site as plain data."""
+        return {
+            "path": self.path,
+            "op": self.op,
+            "source": self.source,
+            "shape": self.shape,
+            "rewritten": self.rewritten,
+            "reason": self.why() or None,
+            "reason_code": self.reason.name.lower() if self.reason else None,
+            "pays": self.pays,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+
+@dataclasses.dataclass
+class Report:
+    """What happened to a model's linears, over all its graphs.
+
+    Attributes:
+        sites: One entry per call site, in the order of execution.
+        activation_matmuls: Matmuls of two activations (attention scores and values); they have no weight to quantize.
+        graphs: Number of graphs the model was captured in; more than one means graph breaks.
+        unused_patterns: Entries of `skip_modules` that matched nothing.
+        device: What the figures under `pays` were worked out for.
+    """
+
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    activation_matmuls: int = 0
+    graphs: int = 0
+    unused_patterns: tuple[str, ...] = ()
+    device: str = ""
+
+    def add(self, other: Report) -> None:
+        """Adds the sites of another graph of the same model."""
+        self.sites.extend(other.sites)
+        self.activation_matmuls += other.activation_matmuls
+        self.graphs += other.graphs
+
+    @property
+    def rewritten(self) -> list[Site]:
+        """The sites that run in int8."""
+        return [site for site in self.sites if site.rewritten]
+
+    @property
+    def skipped(self) -> list[Site]:
+        """The sites that stay in float."""
+        return [site for site in self.sites if not site.rewritten]
+
+    def totals(self) -> dict[str, Any]:
+        """Counts and bytes; a weight that several sites share is counted once."""
+        before: dict[str, int] = {}
+        after: dict[str, int] = collections.defaultdict(int)
+        for site in self.sites:
+            before[site.weight] = max(before.get(site.weight, 0), site.bytes_before)
+            after[site.weight] = max(after[site.weight], site.bytes_after)
+        return {
+            "sites": len(self.sites),
+            "rewritten": len(self.rewritten),
+            "skipped": len(self.skipped),
+            "reasons": dict(collections.Counter(site.reason.name.lower() for site in self.sites if site.reason)),
+            "activation_matmuls": self.activation_matmuls,
+            "graphs": self.graphs,
+            "bytes_before": sum(before.values()),
+            "bytes_after": sum(after.values()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data: `sites`, `totals`, `unused_patterns`, `device`."""
+        return {
+            "sites": [site.to_dict() for site in self.sites],
+            "totals": self.totals(),
+            "unused_patterns": list(self.unused_patterns),
+            "device": self.device,
+        }
+
+    def summary(self) -> str:
+        """The totals in one line."""
+        totals = self.totals()
+        line = (
+            f"{totals['rewritten']} of {totals['sites']} linears in int8, weights "
+            f"{_mib(totals['bytes_before'])} -> {_mib(totals['bytes_after'])}, "
+            f"{totals['activation_matmuls']} matmuls of two activations left alone, {totals['graphs']} graph"
+        )
+        return line if totals["graphs"] == 1 else line + "s"
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        rows = [
+            (
+                site.path,
+                site.op,
+                site.source,
+                site.shape,
+                "int8" if site.rewritten else "float",
+                _mib(site.bytes_before),
+                _mib(site.bytes_after),
+                site.pays,
+            )
+            for site in self.sites
+        ]
+        header = ("module", "op", "source", "M x K x N", "runs in", "before", "after", "faster than float")
+        lines = [tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True), "", self.summary()]
+        by_reason: dict[str, list[str]] = collections.defaultdict(list)
+        for site in self.skipped:
+            by_reason[site.why()].append(site.path)
+        for why, paths in by_reason.items():
+            named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+            lines.append(f"- float: {named}: {why}")
+        lines.extend(f"- skip_modules pattern {pattern!r} matched nothing" for pattern in self.unused_patterns)
+        if self.device:
+            lines.append(f"- speed estimated for {self.device}")
+        return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,182 @@
+"""The weight store: every parameter is quantized once, whoever asks, and again when it has changed.
+
+Graphs do not own int8 weights. One compiled graph serves many modules (regional compilation), a recompile sees the same
+parameters, tied modules share one: so the int8 weight is looked up, at every call, by the parameter that arrives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from int8compile.errors import BadWeightError, FreedWeightError
+from int8compile.ops import quantize_weight
+from int8compile.passes.static import WeightView
+
+
+@dataclasses.dataclass
+class QuantizedWeight:
+    """A parameter's view in int8.
+
+    Attributes:
+        qweight: [N, K] or [B, N, K] int8.
+        scale: [N] or [B, N] float32.
+        stamp: State of the parameter when it was quantized.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    stamp: tuple[int, int]
+
+
+class FreedWeight(nn.Parameter):
+    """A parameter whose memory was given back. Anything but asking for its metadata raises `FreedWeightError`."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # While Dynamo traces, the call only ends up in a graph; the backend then sees to it that nothing reads the data.
+        if torch.compiler.is_compiling() or func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise FreedWeightError(
+            f"{getattr(func, '__name__', func)} was called on a float weight of shape "
+            f"{list(next(arg for arg in args if isinstance(arg, cls)).shape) if args else '?'} whose memory "
+            "free_weights=True has given back. Use the compiled model, or load the weights again with "
+            "load_state_dict(state, assign=True), or compile without free_weights"
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"FreedWeight(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+
+_METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in "_version device dtype grad grad_fn is_cuda is_leaf is_meta layout ndim requires_grad shape".split()
+    ),
+    *(Tensor.__hash__, Tensor.dim, Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel),
+    *(Tensor.requires_grad_, Tensor.size, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage),
+}
+
+
+class WeightStore:
+    """int8 weights by parameter, held weakly: they go when the parameter goes.
+
+    Attributes:
+        quantized: How many times a weight was quantized, refreshes included.
+    """
+
+    def __init__(self) -> None:
+        self.quantized = 0
+        self._weights: Any = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, parameter: Tensor, view: WeightView, path: str) -> QuantizedWeight:
+        """The int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
+
+        A changed parameter is quantized into the same int8 tensors, so their addresses stay valid in CUDA graphs.
+
+        Args:
+            parameter: The parameter, as the compiled graph received it.
+            view: The weight as a view of it.
+            path: Module path, for messages.
+
+        Raises:
+            BadWeightError: The weight has NaN or Inf, or no data.
+        """
+        views = self._weights.get(parameter)
+        if views is not None:
+            weight = views.get(view)
+            if weight is not None and (isinstance(parameter, FreedWeight) or weight.stamp == _stamp(parameter)):
+                return weight  # type: ignore[no-any-return]
+        with self._lock:
+            return self._refresh(parameter, view, path)
+
+    def forget(self, parameter: Tensor) -> None:
+        """Marks a parameter's int8 weights as stale, so that the next call quantizes it again."""
+        for weight in (self._weights.get(parameter) or {}).values():
+            weight.stamp = _STALE
+
+    def nbytes(self) -> int:
+        """Bytes of all int8 weights and scales held."""
+        return sum(
+            weight.qweight.nbytes + weight.scale.nbytes for views in self._weights.values() for weight in views.values()
+        )
+
+    def _refresh(self, parameter: Tensor, view: WeightView, path: str) -> QuantizedWeight:
+        views = self._weights.setdefault(parameter, {})
+        known: QuantizedWeight | None = views.get(view)
+        stamp = _stamp(parameter)
+        if known is not None and known.stamp == stamp:
+            return known  # Another thread was faster.
+        if isinstance(parameter, FreedWeight):
+            raise FreedWeightError(f"{path}: its float weight was freed before this view of it was quantized")
+        qweight, scale = quantize_checked(parameter, view, path)
+        self.quantized += 1
+        if known is None or known.qweight.device != qweight.device:
+            views[view] = QuantizedWeight(qweight, scale, stamp)
+        else:
+            known.qweight.copy_(qweight)
+            known.scale.copy_(scale)
+            known.stamp = stamp
+        return views[view]  # type: ignore[no-any-return]
+
+
+def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Tensor, Tensor]:
+    """Quantizes a view of a parameter.
+
+    Returns:
+        `qweight` int8 and `scale` float32, as `int8compile.ops.quantize_weight`.
+
+    Raises:
+        BadWeightError: The weight has NaN or Inf, or no data.
+    """
+    if parameter.is_meta:
+        raise BadWeightError(
+            f"{path}: its weight {list(parameter.shape)} is on the meta device and has no data. Load the weights "
+            "(or model.to_empty and initialize them) before calling the compiled model"
+        )
+    with torch.no_grad():
+        weight = view.of(parameter)
+        bad = weight.numel() - int(weight.isfinite().sum())
+        if bad:
+            raise BadWeightError(
+                f"{path}: its weight {list(parameter.shape)} has {bad} NaN or Inf of {weight.numel()} entries, which "
+                f"have no int8 value. Repair the checkpoint, or leave it in float with skip_modules=[{path!r}]"
+            )
+        return quantize_weight(weight)
+
+
+def free(parameter: nn.Parameter) -> None:
+    """Gives a parameter's memory back; using it afterwards raises `FreedWeightError`."""
+    if isinstance(parameter, FreedWeight):
+        return
+    # The parameter keeps its sizes and strides, which Dynamo's guards compare, over a storage of its own without memory:
+    # its old storage may be shared with others (a file mapped as a whole).
+    empty = torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
+    )
+    empty.untyped_storage().resize_(0)
+    # The class first: torch reads a tensor without memory unchecked, a subclass is asked before every operation.
+    parameter.__class__ = FreedWeight
+    with torch._C.DisableTorchFunctionSubclass():
+        parameter.data = empty
+
+
+# Equal to no state of a parameter: versions are not negative.
+_STALE = (-1, -1)
+
+
+def _stamp(parameter: Tensor) -> tuple[int, int]:
+    """Changes with every in-place update of a parameter (its version) and with a new `.data` (its address)."""
+    # Inference tensors have no version; their data can only change in inference mode.
+    version = 0 if parameter.is_inference() else parameter._version
+    return version, parameter.data_ptr()
+
+
+STORE = WeightStore()

@@ -1,0 +1,13 @@
+"""FX graph in, FX graph out: finds the linear sites of a graph and rewrites them to `int8compile` operators.
+
+Read `pipeline.py` first. The same passes serve Dynamo graphs (torch.compile) and ATen graphs (torch.export).
+"""
+
+if __name__ != "int8compile.passes":
+    raise ImportError(f"this package is int8compile.passes; import it by that name, not as {__name__!r}")
+
+from int8compile.passes.binding import AttributeBinder, Binder, PlaceholderBinder
+from int8compile.passes.pipeline import rewrite_graph
+from int8compile.passes.static import WeightView
+
+__all__ = ["AttributeBinder", "Binder", "PlaceholderBinder", "WeightView", "rewrite_graph"]

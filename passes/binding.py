@@ -1,0 +1,120 @@
+"""Where the int8 weights of a rewritten graph come from: new placeholders (Dynamo) or attributes (export)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from int8compile.passes.static import WeightView
+
+
+class QuantizedNodes(NamedTuple):
+    """The nodes of a weight in int8.
+
+    Attributes:
+        qweight: [N, K] or [B, N, K] int8.
+        scale: [N] or [B, N] float32.
+    """
+
+    qweight: Node
+    scale: Node
+
+
+class Binder(Protocol):
+    """Gives the rewritten graph access to a quantized weight."""
+
+    def bind(self, source: Node, view: WeightView, path: str) -> QuantizedNodes:
+        """Makes the nodes that hold the weight, once per (source, view).
+
+        Args:
+            source: The parameter's node.
+            view: The weight as a view of the parameter.
+            path: Module path of the site, for messages.
+        """
+        ...
+
+
+class WeightSlot(NamedTuple):
+    """One weight that a rewritten Dynamo graph takes.
+
+    Attributes:
+        source: Placeholder of the parameter in the graph as captured; its position is the argument's.
+        view: The weight as a view of the parameter.
+        path: Module path of the first site that uses it.
+        nodes: The placeholders of the int8 weight.
+    """
+
+    source: Node
+    view: WeightView
+    path: str
+    nodes: QuantizedNodes
+
+
+class PlaceholderBinder:
+    """Adds two placeholders per weight to a Dynamo graph; the backend fills them at every call.
+
+    Attributes:
+        slots: What was bound, in order.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        self.slots: dict[tuple[Node, WeightView], WeightSlot] = {}
+        self._graph = module.graph
+        self._last = list(module.graph.find_nodes(op="placeholder"))[-1]
+
+    def bind(self, source: Node, view: WeightView, path: str) -> QuantizedNodes:
+        """See `Binder`."""
+        key = (source, view)
+        if key not in self.slots:
+            stem = f"int8_{len(self.slots)}"
+            nodes = QuantizedNodes(self._placeholder(f"{stem}_qweight"), self._placeholder(f"{stem}_scale"))
+            self.slots[key] = WeightSlot(source, view, path, nodes)
+        return self.slots[key].nodes
+
+    def _placeholder(self, name: str) -> Node:
+        with self._graph.inserting_after(self._last):
+            node = self._graph.placeholder(name)
+        # AOTAutograd asks each placeholder for the Dynamo source of its tensor; these have none. "unguarded" marks a
+        # tensor whose address does not change between calls, which CUDA graphs need.
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        self._last = node
+        return node
+
+
+class AttributeBinder:
+    """Stores int8 weights as buffers of an exported module, and reads them with get_attr.
+
+    Attributes:
+        bound: What was bound, with the names of the two buffers.
+    """
+
+    def __init__(self, module: GraphModule, parameters: dict[Node, Tensor], quantize: Quantize) -> None:
+        self.bound: dict[tuple[Node, WeightView], tuple[str, str]] = {}
+        self._module = module
+        self._parameters = parameters
+        self._quantize = quantize
+
+    def bind(self, source: Node, view: WeightView, path: str) -> QuantizedNodes:
+        """See `Binder`."""
+        key = (source, view)
+        if key not in self.bound:
+            qweight, scale = self._quantize(self._parameters[source], view, path)
+            stem = f"int8_{len(self.bound)}"
+            self.bound[key] = (f"{stem}_qweight", f"{stem}_scale")
+            self._module.register_buffer(self.bound[key][0], qweight)
+            self._module.register_buffer(self.bound[key][1], scale)
+        qweight_name, scale_name = self.bound[key]
+        graph = self._module.graph
+        return QuantizedNodes(graph.get_attr(qweight_name), graph.get_attr(scale_name))
+
+
+class Quantize(Protocol):
+    """Quantizes a parameter's view; the weight store does."""
+
+    def __call__(self, parameter: Tensor, view: WeightView, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns int8 values and float32 scales."""
+        ...

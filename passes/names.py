@@ -1,0 +1,62 @@
+"""Module paths and source lines of graph nodes, as the user knows them."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
+_ROOT = re.compile(r"^(?:[LG]\['[^']*'\])?\.?")
+_CONTAINER = re.compile(r"\.?_(?:modules|parameters|buffers|orig_mod|closure)\b|__closure__\[\d+\]\.cell_contents\.?")
+_KEY = re.compile(r"\[['\"]?([^'\"\]]*)['\"]?\]")
+
+
+def clean_path(source: str) -> str:
+    """Dynamo's name of a module or tensor as a dotted path.
+
+    `L['self']._modules['layers']._modules['0'].mlp` is `layers.0.mlp`.
+    """
+    path = _CONTAINER.sub("", _ROOT.sub("", source))
+    path = _KEY.sub(r".\1", path)
+    return re.sub(r"\.+", ".", path).strip(".")
+
+
+def parameter_name(source: Node) -> str:
+    """The qualified name of a parameter's node, e.g. `layers.0.mlp.up_proj.weight`."""
+    if source.op == "get_attr":
+        return str(source.target)
+    grapharg = source.meta.get("grapharg")
+    name = getattr(getattr(grapharg, "source", None), "name", source.name)
+    return clean_path(name() if callable(name) else name)
+
+
+def module_path(node: Node, parameter: str | None = None) -> str:
+    """The path of the module that a call belongs to.
+
+    Args:
+        node: The call.
+        parameter: Qualified name of its weight, where there is one. It tells apart several weights of one module.
+
+    Returns:
+        `layers.0.up_proj` for a call of `nn.Linear`, `experts.down_proj` for one that uses the parameter of that name.
+    """
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    module = clean_path(list(stack.values())[-1][0]) if stack else ""
+    if parameter is None:
+        return module
+    if module and not parameter.startswith(f"{module}."):
+        return module  # A shared weight: the call's own place, not that of the weight's first owner.
+    return parameter.removesuffix(".weight")
+
+
+def source_line(node: Node) -> str:
+    """ "file.py:line" of the innermost frame that is not PyTorch's own; "" where the graph has no stack trace."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    file, line = (own or frames or [("", "")])[-1]
+    return f"{os.path.basename(file)}:{line}" if file else ""

@@ -1,0 +1,185 @@
+"""The passes in order, and the driver that walks the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from int8compile.config import Int8Config
+from int8compile.passes import names, vocabulary
+from int8compile.passes.binding import Binder
+from int8compile.passes.composites import open_composites
+from int8compile.passes.contraction import Contraction, roles
+from int8compile.passes.rewrite import emit
+from int8compile.passes.rules import RULES, LinearSite, Rule, traced
+from int8compile.passes.static import depends_on_inputs, meta_tensor, reads_parameter, static_weight
+from int8compile.report import Report, Site, SkipReason
+
+
+def rewrite_graph(
+    module: GraphModule,
+    parameters: Mapping[Node, Tensor],
+    config: Int8Config,
+    binder: Binder,
+    *,
+    rules: tuple[Rule, ...] = RULES,
+) -> Report:
+    """Rewrites the linear sites of a graph to int8, in place.
+
+    Args:
+        module: A Dynamo graph, or the module of an exported program.
+        parameters: The graph's parameters by their nodes (placeholders or get_attr).
+        config: What to rewrite and how.
+        binder: Gives the graph its int8 weights.
+        rules: Which sites stay in float.
+
+    Returns:
+        A row for each site, rewritten or not.
+    """
+    open_composites(module)
+    report = _rewrite_linears(module, parameters, config, binder, rules)
+    module.graph.lint()
+    module.recompile()
+    return report
+
+
+def _rewrite_linears(
+    module: GraphModule,
+    parameters: Mapping[Node, Tensor],
+    config: Int8Config,
+    binder: Binder,
+    rules: tuple[Rule, ...],
+) -> Report:
+    report = Report(graphs=1)
+    tied = {vocabulary.embedding_weight(node) for node in module.graph.nodes if vocabulary.is_embedding(node)}
+    grad_mode = torch.is_grad_enabled()
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+            grad_mode = bool(node.args[0])
+        report.sites.extend(_hidden_sites(module, node, parameters))
+        call = vocabulary.contraction(node)
+        if call is None:
+            report.activation_matmuls += vocabulary.is_attention(node)
+            continue
+        site = _site(node, call, parameters, tied, grad_mode)
+        if site is None:
+            report.activation_matmuls += 1
+            continue
+        verdict = next((found for rule in rules if (found := rule(site, config))), None)
+        if verdict is None:
+            emit(module.graph, site, config, binder)
+        report.sites.append(_row(site, verdict))
+    return report
+
+
+def _site(
+    node: Node, call: Contraction, parameters: Mapping[Node, Tensor], tied: set[Any], grad_mode: bool
+) -> LinearSite | None:
+    """The site of a matmul, or None where both factors are activations."""
+    static = [static_weight(operand, parameters) for operand in call.operands]
+    if static[1] is not None or call.weight_role:
+        position = 0
+    elif static[0] is not None:
+        position = 1
+    else:
+        made = [reads_parameter(operand, parameters, _is_layer) for operand in call.operands]
+        if not any(made):
+            return None
+        position = 0 if made[1] else 1
+    found = static[1 - position]
+    weight = call.operands[1 - position]
+    weight_labels = tuple(label for label in call.labels[1 - position] if label not in call.ones)
+    return LinearSite(
+        node=node,
+        path=names.module_path(node, names.parameter_name(found.source) if found else None),
+        contraction=call,
+        position=position,
+        roles=roles(call.labels[position], weight_labels, call.out),
+        static=found,
+        parameter=parameters[found.source] if found else None,
+        problem=SkipReason.NOT_STATIC if depends_on_inputs(weight, parameters) else SkipReason.COMPUTED,
+        tied=found is not None and found.source in tied,
+        grad_mode=grad_mode,
+    )
+
+
+def _is_layer(node: Node) -> bool:
+    return vocabulary.contraction(node) is not None or vocabulary.is_embedding(node) or vocabulary.is_attention(node)
+
+
+def _row(site: LinearSite, verdict: tuple[SkipReason, str] | None) -> Site:
+    weight = traced(site.weight)
+    if site.static is not None and site.parameter is not None:
+        weight_name, before = names.parameter_name(site.static.source), weight.numel() * site.parameter.element_size()
+    else:
+        weight_name, before = site.weight.name, weight.numel() * weight.element_size()
+    after = before
+    shape = "?"
+    if site.roles is not None:
+        sizes = site.sizes()
+        k = _product(sizes, site.roles.summed)
+        groups = (site.roles.rows, site.roles.summed, site.roles.outputs)
+        if site.roles.batch:
+            groups = (site.roles.batch, *groups)
+        shape = " x ".join(str(_product(sizes, labels)) for labels in groups)
+        if verdict is None:
+            after = weight.numel() + 4 * weight.numel() // k
+    reason, detail = verdict or (None, "")
+    return Site(
+        path=site.path,
+        op=site.contraction.spelling,
+        source=names.source_line(site.node),
+        shape=shape,
+        weight=weight_name,
+        bytes_before=before,
+        bytes_after=after,
+        reason=reason,
+        detail=detail,
+    )
+
+
+def _product(sizes: Mapping[str, Any], labels: tuple[str, ...]) -> Any:
+    product: Any = 1
+    for label in labels:
+        product = product * sizes[label]
+    return product
+
+
+def _hidden_sites(module: GraphModule, node: Node, parameters: Mapping[Node, Tensor]) -> list[Site]:
+    """Rows for matmuls that no pass can reach: inside fused operators and inside nested graphs."""
+    rows = []
+    opaque = vocabulary.opaque_linears(node)
+    if opaque is not None:
+        name, reason, weights = opaque
+        rows = [_hidden_row(name, reason, node, weight, parameters) for weight in weights]
+    if node.op == "get_attr":
+        nested = getattr(module, str(node.target), None)
+        if isinstance(nested, GraphModule):
+            for inner in nested.graph.nodes:
+                call = vocabulary.contraction(inner)
+                if call is not None and call.weight_role:
+                    rows.append(_hidden_row(call.spelling, SkipReason.NESTED, inner, call.operands[1], parameters))
+    return rows
+
+
+def _hidden_row(
+    name: str, reason: SkipReason, node: Node, weight: Node, parameters: Mapping[Node, Tensor]
+) -> Site:
+    tensor = meta_tensor(weight)
+    size = 0 if tensor is None else tensor.numel() * tensor.element_size()
+    full = names.parameter_name(weight) if weight in parameters else None
+    return Site(
+        path=names.module_path(node, full),
+        op=name,
+        source=names.source_line(node),
+        shape="?",
+        weight=full or weight.name,
+        bytes_before=size,
+        bytes_after=size,
+        reason=reason,
+    )
+

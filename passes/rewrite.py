@@ -1,0 +1,115 @@
+"""Emits the int8 operator for a site, with the permutations around it that the site's spelling asks for."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from int8compile.config import Int8Config
+from int8compile.passes.binding import Binder
+from int8compile.passes.contraction import Labels, merged_size, permutation
+from int8compile.passes.rules import LinearSite, traced
+from int8compile.passes.static import weight_view
+
+
+def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> None:
+    """Replaces the call of a site that every rule let pass."""
+    with graph.inserting_before(site.node):
+        emitter = _Emitter(graph)
+        result = _product(emitter, site, config, binder)
+        call = site.contraction
+        if call.alpha != 1:
+            result = emitter.function(torch.mul, result, call.alpha)
+        if call.addend is not None and not fuses_bias(site) and call.beta != 0:
+            addend = call.addend if call.beta == 1 else emitter.function(torch.mul, call.addend, call.beta)
+            result = emitter.function(torch.add, result, addend)
+    for node in emitter.nodes:
+        node.meta.update({key: site.node.meta[key] for key in _KEPT_META if key in site.node.meta})
+    result.meta.update({key: site.node.meta[key] for key in ("example_value", "val") if key in site.node.meta})
+    site.node.replace_all_uses_with(result)
+    graph.erase_node(site.node)
+
+
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+class _Emitter:
+    """Appends nodes at a graph's insertion point and remembers them."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes: list[Node] = []
+
+    def method(self, name: str, *args: Any) -> Node:
+        """Appends `args[0].name(*args[1:])`."""
+        self.nodes.append(self.graph.call_method(name, args))
+        return self.nodes[-1]
+
+    def function(self, target: Any, *args: Any) -> Node:
+        """Appends `target(*args)`."""
+        self.nodes.append(self.graph.call_function(target, args))
+        return self.nodes[-1]
+
+    def permute(self, node: Node, source: Labels, target: Labels) -> Node:
+        """Brings dimensions labelled `source` into the order `target`."""
+        return node if source == target else self.method("permute", node, permutation(source, target))
+
+
+def _product(emitter: _Emitter, site: LinearSite, config: Int8Config, binder: Binder) -> Node:
+    """`x @ W` (with the bias where it is fused) in the layout that the call returned."""
+    assert site.roles is not None and site.static is not None
+    batch, summed, rows, outputs = site.roles
+    sizes = site.sizes()
+    shape = (merged_size(sizes, outputs), merged_size(sizes, summed))
+    if batch:
+        shape = (merged_size(sizes, batch), *shape)
+    order = permutation(site.weight_labels, (*batch, *outputs, *summed, *site.contraction.ones))
+    weight = binder.bind(site.static.source, weight_view(site.static.tensor, order, shape), site.path)
+
+    x = site.x
+    if site.contraction.steps:
+        steps = dict(site.contraction.steps)
+        slices = tuple(slice(None, None, steps.get(label)) for label in site.x_labels)
+        x = emitter.function(operator.getitem, x, slices)
+    x = emitter.permute(x, site.x_labels, (*batch, *rows, *summed))
+    # The batched operator takes exactly [B, M, K]; the other any number of rows dimensions.
+    reshape = bool(batch) and (len(batch), len(rows)) != (1, 1)
+    if reshape:
+        # Sizes of rows may change from call to call, so they are read from the tensor.
+        row_sizes = [emitter.method("size", x, len(batch) + i) for i in range(len(rows))]
+        x = emitter.method("reshape", x, (shape[0], -1, shape[-1]))
+    elif len(summed) > 1:
+        x = emitter.method("flatten", x, len(batch) + len(rows))
+
+    bias = site.contraction.addend if fuses_bias(site) else None
+    if bias is not None and batch:
+        bias = emitter.method("reshape", bias, shape[:2])
+    op = torch.ops.int8compile.batched_linear.default if batch else torch.ops.int8compile.linear.default
+    y = emitter.function(op, x, weight.qweight, weight.scale, bias, config.threshold, config.outliers)
+
+    output_sizes = [int(sizes[label]) for label in outputs]
+    if reshape:
+        y = emitter.method("reshape", y, (*(int(sizes[label]) for label in batch), *row_sizes, *output_sizes))
+    elif len(outputs) > 1:
+        y = emitter.method("unflatten", y, -1, output_sizes)
+    elif not outputs:
+        y = emitter.method("squeeze", y, -1)
+    return emitter.permute(y, (*batch, *rows, *outputs), site.contraction.out)
+
+
+def fuses_bias(site: LinearSite) -> bool:
+    """Whether what the call adds is one number per output, which the operator adds in float32 before it rounds."""
+    call = site.contraction
+    if call.addend is None or site.roles is None or (call.alpha, call.beta) != (1, 1):
+        return False
+    addend = traced(call.addend)
+    if not addend.is_floating_point() or site.roles.outputs != (call.addend_label,):
+        return False
+    per_output = [int(site.sizes()[label]) for label in site.roles.outputs]
+    if not site.roles.batch:
+        return list(addend.shape) == per_output
+    per_batch = [int(site.sizes()[label]) for label in site.roles.batch]
+    return list(addend.shape) == [*per_batch, 1, *per_output]

@@ -1,0 +1,183 @@
+"""Which sites are rewritten. Every rule that leaves one in float says why: a `SkipReason` and what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from int8compile.config import Int8Config
+from int8compile.ops import MAX_K, SUPPORTED_DTYPES
+from int8compile.passes.contraction import Contraction, Labels, Roles, merged_size
+from int8compile.passes.static import StaticWeight, changed_in_graph
+from int8compile.report import SkipReason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearSite:
+    """A matmul of an activation with something that plays the part of a weight.
+
+    Attributes:
+        node: The call in the graph.
+        path: Module path.
+        contraction: How the call is written.
+        position: Position of the activation among the contraction's operands.
+        roles: What each label is; None where the call is no plain matmul.
+        static: The parameter behind the weight; None where the weight is no view of one.
+        parameter: That parameter itself.
+        problem: Why there is no static weight, where there is none.
+        tied: Whether an embedding of the graph reads the parameter too.
+        grad_mode: Whether gradients are recorded where the call stands.
+    """
+
+    node: Node
+    path: str
+    contraction: Contraction
+    position: int
+    roles: Roles | None
+    static: StaticWeight | None
+    parameter: Tensor | None
+    problem: SkipReason
+    tied: bool
+    grad_mode: bool
+
+    @property
+    def x(self) -> Node:
+        """The activation."""
+        return self.contraction.operands[self.position]
+
+    @property
+    def x_labels(self) -> Labels:
+        """A label for each of the activation's dimensions."""
+        return self.contraction.labels[self.position]
+
+    @property
+    def weight(self) -> Node:
+        """The weight operand."""
+        return self.contraction.operands[1 - self.position]
+
+    @property
+    def weight_labels(self) -> Labels:
+        """A label for each of the weight's dimensions."""
+        return self.contraction.labels[1 - self.position]
+
+    def sizes(self) -> dict[str, Any]:
+        """The size of each label; symbolic where it changes from call to call."""
+        sizes: dict[str, Any] = {}
+        # The weight last: its sizes are numbers where the activation's may be symbols for the same.
+        for operand, labels in ((self.x, self.x_labels), (self.weight, self.weight_labels)):
+            sizes.update(zip(labels, traced(operand).shape, strict=True))
+        return sizes
+
+
+Verdict = tuple[SkipReason, str] | None
+Rule = Callable[[LinearSite, Int8Config], Verdict]
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a glob pattern matches whole components of a module path."""
+    return fnmatch.fnmatchcase(f".{path}.", f"*.{pattern}.*")
+
+
+def traced(node: Node) -> Tensor:
+    """The fake tensor of a node that is known to make one."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    assert isinstance(value, Tensor)
+    return value
+
+
+def skipped_by_name(site: LinearSite, config: Int8Config) -> Verdict:
+    """`skip_modules`."""
+    matched = [pattern for pattern in config.skip_modules if matches(pattern, site.path)]
+    return (SkipReason.NAME, f"pattern {matched[0]!r}") if matched else None
+
+
+def lm_head(site: LinearSite, config: Int8Config) -> Verdict:
+    """The output projection stays native, found by its name or by sharing its weight with the embedding."""
+    if config.lm_head != "native":
+        return None
+    if matches("lm_head", site.path):
+        return SkipReason.LM_HEAD, ""
+    return (SkipReason.TIED, "") if site.tied else None
+
+
+def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:
+    """The call must be a matmul and nothing else."""
+    call = site.contraction
+    if call.form:
+        return SkipReason.FORM, call.form
+    if site.roles is None:
+        return SkipReason.FORM, f"{','.join(map('.'.join, call.labels))}->{'.'.join(call.out)} is no plain matmul"
+    if isinstance(call.alpha, Node) or isinstance(call.beta, Node):
+        return SkipReason.FORM, "its alpha or beta is computed"
+    return None
+
+
+def static(site: LinearSite, config: Int8Config) -> Verdict:
+    """The weight must be a parameter, or a view of one, that the graph does not write to."""
+    if site.static is None:
+        return site.problem, ""
+    return (SkipReason.CHANGED, "") if changed_in_graph(site.static.source) else None
+
+
+def plain_tensor(site: LinearSite, config: Int8Config) -> Verdict:
+    """The weight must be an ordinary tensor."""
+    # Transformers and our own FreedWeight subclass Parameter in Python; only __torch_dispatch__ changes what data is.
+    dispatch = getattr(type(site.parameter), "__torch_dispatch__", None)
+    if dispatch is not None and dispatch is not torch.Tensor.__torch_dispatch__:
+        return SkipReason.SUBCLASS, type(site.parameter).__name__
+    return None
+
+
+def dtypes(site: LinearSite, config: Int8Config) -> Verdict:
+    """Activation and weight must be of a float dtype that the operators take."""
+    assert site.parameter is not None
+    for dtype in (traced(site.x).dtype, site.parameter.dtype):
+        if dtype not in SUPPORTED_DTYPES:
+            return SkipReason.DTYPE, f"it is {dtype}"
+    return None
+
+
+def not_trained(site: LinearSite, config: Int8Config) -> Verdict:
+    """int8 weights get no gradient, so a weight that could be waiting for one stays in float."""
+    assert site.parameter is not None
+    return (SkipReason.TRAINED, "") if site.grad_mode and site.parameter.requires_grad else None
+
+
+def size(site: LinearSite, config: Int8Config) -> Verdict:
+    """K must be exact in int32, and K and N large enough to pay."""
+    assert site.roles is not None
+    sizes = site.sizes()
+    k, n = merged_size(sizes, site.roles.summed), merged_size(sizes, site.roles.outputs)
+    if k > MAX_K:
+        return SkipReason.LARGE, f"K={k}"
+    if min(k, n) < config.min_features:
+        return SkipReason.SMALL, f"K={k}, N={n}, min_features={config.min_features}"
+    return None
+
+
+def finite(site: LinearSite, config: Int8Config) -> Verdict:
+    """The weight must hold no NaN or Inf. Only `explain` asks: when compiling, the weight store raises."""
+    assert site.parameter is not None
+    if site.parameter.is_meta or site.parameter.untyped_storage().nbytes() == 0:
+        return None
+    bad = site.parameter.numel() - int(site.parameter.detach().isfinite().sum())
+    return (SkipReason.BAD_VALUES, f"{bad} of {site.parameter.numel()}") if bad else None
+
+
+# The first rule with a verdict is the reason given, so what the user asked for comes first.
+RULES: tuple[Rule, ...] = (
+    skipped_by_name,
+    lm_head,
+    plain_matmul,
+    static,
+    plain_tensor,
+    dtypes,
+    not_trained,
+    size,
+)

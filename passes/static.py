@@ -1,0 +1,200 @@
+"""Which operands are static weights, and which view of a parameter they are."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from int8compile.ops import SUPPORTED_DTYPES
+
+aten = torch.ops.aten
+
+
+class WeightView(NamedTuple):
+    """A weight as a view of a parameter: `param.as_strided(size, stride, offset).reshape(shape)`.
+
+    Two spellings that read the same numbers in the same order (`F.linear(x, w)` and `x @ w.t()`) have equal views, so
+    the weight is quantized once for both.
+
+    Attributes:
+        size: Sizes of the strided view.
+        stride: Its strides, in elements.
+        offset: Its first element, counted from the parameter's first.
+        shape: [N, K] or [B, N, K].
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    shape: tuple[int, ...]
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Takes the view of a parameter of the layout it was made for."""
+        strided = parameter.detach().as_strided(self.size, self.stride, parameter.storage_offset() + self.offset)
+        return strided.reshape(self.shape)
+
+
+class StaticWeight(NamedTuple):
+    """A node that reads a parameter through views only.
+
+    Attributes:
+        source: The parameter's own node: a placeholder (Dynamo) or a get_attr (export).
+        tensor: A meta tensor with the view's sizes, strides and offset.
+    """
+
+    source: Node
+    tensor: Tensor
+
+
+def meta_tensor(node: Any) -> Tensor | None:
+    """The fake tensor that a node's result was traced with; None where it is not a tensor."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, Tensor) else None
+
+
+def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight | None:
+    """Follows a node back through views to a parameter.
+
+    Args:
+        node: An operand of a matmul.
+        parameters: The parameters of the graph by their nodes.
+
+    Returns:
+        None where the node is no pure view of one parameter.
+    """
+    chain: list[Node] = []
+    while node not in parameters:
+        if not _is_view(node):
+            return None
+        chain.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    parameter = parameters[node]
+    if parameter.layout != torch.strided:
+        return None
+    base: Any = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
+    view = base
+    for step in reversed(chain):
+        if step.target in _SAME_VALUES:
+            cast = meta_tensor(step)
+            if cast is None or cast.dtype not in SUPPORTED_DTYPES:
+                return None
+            continue
+        rest = step.args[1:]
+        view = (
+            getattr(view, str(step.target))(*rest, **step.kwargs)
+            if step.op == "call_method"
+            else step.target(view, *rest, **step.kwargs)  # type: ignore[operator]
+        )
+    if not isinstance(view, Tensor) or view.untyped_storage()._cdata != base.untyped_storage()._cdata:
+        return None  # A step copied.
+    return StaticWeight(node, view)
+
+
+def weight_view(weight: Tensor, order: list[int], shape: tuple[int, ...]) -> WeightView:
+    """The view that permutes a meta tensor's dimensions into `order` and flattens them into `shape`."""
+    permuted = weight.permute(order)
+    try:
+        permuted = permuted.view(shape)
+    except RuntimeError:  # Not viewable: the values are the same after a copy, made when the weight is quantized.
+        pass
+    return WeightView(tuple(permuted.shape), permuted.stride(), int(permuted.storage_offset()), shape)
+
+
+def reads_parameter(node: Node, parameters: Mapping[Node, Tensor], stop: Any) -> bool:
+    """Whether an operand is made from a parameter rather than from an activation that passed through other layers.
+
+    It follows each call's tensor that comes first, so `w * scale`, `w[index]` and `w.to(dtype)` are made from w, while
+    `layer_norm(x, w)` is not.
+
+    Args:
+        node: The operand.
+        parameters: The parameters of the graph by their nodes.
+        stop: Predicate on nodes where an activation certainly begins (a matmul, an embedding).
+    """
+    while node not in parameters:
+        if node.op not in ("call_function", "call_method") or stop(node):
+            return False
+        tensors = [arg for arg in node.all_input_nodes if meta_tensor(arg) is not None or arg in parameters]
+        if not tensors:
+            return False
+        node = tensors[0]
+    return True
+
+
+def depends_on_inputs(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
+    """Whether anything but parameters and constants goes into a node."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current in parameters:
+            continue
+        if current.op == "placeholder":
+            return True
+        new = [arg for arg in current.all_input_nodes if arg not in seen]
+        seen.update(new)
+        pending.extend(new)
+    return False
+
+
+def changed_in_graph(source: Node) -> bool:
+    """Whether an in-place operation of the graph writes to a parameter, directly or through a view."""
+    pending = [source]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.args and user.args[0] is node:
+                if _writes(user):
+                    return True
+                if _is_view(user):
+                    pending.append(user)
+    return False
+
+
+def _writes(node: Node) -> bool:
+    if node.op == "call_method":
+        name = str(node.target)
+        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = getattr(node.target, "__name__", "")
+    return node.target is operator.setitem or (name.endswith("_") and not name.startswith("_"))
+
+
+def _is_view(node: Node) -> bool:
+    if node.op not in ("call_function", "call_method") or node.target not in _VIEWS | _SAME_VALUES:
+        return False
+    if node.target is getattr and node.args[1] not in ("T", "mT", "H", "mH"):
+        return False
+    # All but the tensor must be constants, and sizes of a weight are.
+    return bool(node.args) and node.all_input_nodes == [node.args[0]]
+
+
+# Views whose result depends on the strides of their input only.
+_VIEWS: set[Any] = {
+    *("t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "view", "reshape", "flatten"),
+    *("unflatten", "squeeze", "unsqueeze", "select", "narrow", "chunk", "split", "unbind", "tensor_split"),
+    *(torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.permute, torch.movedim, torch.moveaxis),
+    *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.select, torch.narrow),
+    *(torch.chunk, torch.split, torch.unbind, torch.tensor_split, operator.getitem),
+    getattr,  # x.T and x.mT
+    *(aten.t.default, aten.transpose.int, aten.permute.default, aten.movedim.int, aten.view.default),
+    *(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim),
+    *(aten.squeeze.dims, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.narrow.default),
+    *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int),
+    *(aten.numpy_T.default, aten.mT.default, aten._unsafe_view.default),
+}
+
+# Steps that change neither the values (up to the precision that int8 keeps) nor their order.
+_SAME_VALUES: set[Any] = {
+    *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type_as"),
+    *(torch.clone, torch.detach, torch._C._autograd._get_data_attr),  # type: ignore[attr-defined]
+    *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default),
+    *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.lift_fresh_copy.default),
+}

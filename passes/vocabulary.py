@@ -1,0 +1,329 @@
+"""The one table of spellings: every call that multiplies by a weight, on Dynamo graphs and on ATen graphs.
+
+To teach the passes a new spelling, add its targets to `_TABLE` and, if no function here fits, one that turns its arguments
+into a `Contraction`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from int8compile.passes.contraction import Contraction, Labels
+from int8compile.passes.static import meta_tensor
+from int8compile.report import SkipReason
+
+aten = torch.ops.aten
+class Spelling(NamedTuple):
+    """One way to write a matmul.
+
+    Attributes:
+        name: The user's word for it.
+        parameters: Names of the call's parameters, in order.
+        read: Makes the contraction of the name and the parameters' values; None stands for one that is not given.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    read: Callable[..., Contraction | None]
+
+
+def contraction(node: Node) -> Contraction | None:
+    """Reads a node as a matmul of two tensors; None for any other node."""
+    if node.op not in ("call_function", "call_method") or node.target not in _TABLE:
+        return None
+    spelling = _TABLE[node.target]
+    if len(node.args) > len(spelling.parameters):
+        return None
+    given = dict(zip(spelling.parameters, node.args, strict=False)) | dict(node.kwargs)
+    found = spelling.read(spelling.name, *(given.get(name) for name in spelling.parameters))
+    unread = [name for name, value in given.items() if name not in spelling.parameters and value is not None]
+    if found is not None and unread:
+        return found._replace(form=f"it is given {unread[0]}=")
+    return found
+
+
+def is_attention(node: Node) -> bool:
+    """Whether a node is a fused attention: two matmuls of activations."""
+    return node.op == "call_function" and node.target in _ATTENTION
+
+
+def opaque_linears(node: Node) -> tuple[str, SkipReason, list[Node]] | None:
+    """For an operator that has matmuls with weights inside: its name, why they stay in float, and the weights' nodes."""
+    if node.op != "call_function" or node.target not in _OPAQUE:
+        return None
+    name, reason, positions = _OPAQUE[node.target]
+    weights = (node.args[position] for position in positions if position < len(node.args))
+    return name, reason, [weight for weight in weights if isinstance(weight, Node)]
+
+
+def is_embedding(node: Node) -> bool:
+    """Whether a node looks rows up in a weight, which ties that weight to the embedding."""
+    return node.op == "call_function" and node.target in _EMBEDDINGS
+
+
+def embedding_weight(node: Node) -> Any:
+    """The weight of an embedding call."""
+    position, name = _EMBEDDINGS[node.target]
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _letters(count: int, first: str = "a") -> Labels:
+    return tuple(f"{first}{i}" for i in range(count))
+
+
+def _shape(operand: Any) -> Sequence[Any] | None:
+    tensor = meta_tensor(operand)
+    return None if tensor is None else tensor.shape
+
+
+def _broadcasts(labels: tuple[Labels, Labels], shapes: Sequence[Sequence[Any]]) -> str:
+    """Labels say which dimensions belong together; where one of two is 1 it is broadcast, which they cannot say."""
+    sizes = [dict(zip(*each, strict=True)) for each in zip(labels, shapes, strict=True)]
+    same = all(sizes[0][label] == sizes[1][label] for label in sizes[0].keys() & sizes[1].keys())
+    return "" if same else "it broadcasts a dimension of size 1"
+
+
+def _linear(spelling: str, x: Node, w: Node, bias: Node | None) -> Contraction | None:
+    shapes = _shape(x), _shape(w)
+    if shapes[0] is None or shapes[1] is None:
+        return None
+    rows = _letters(len(shapes[0]) - 1)
+    outputs = ("n",) if len(shapes[1]) == 2 else ()
+    return Contraction(
+        spelling,
+        (x, w),
+        ((*rows, "k"), (*outputs, "k")),
+        (*rows, *outputs),
+        weight_role=True,
+        addend=bias,
+        addend_label="n",
+    )
+
+
+def _matmul(spelling: str, left: Node, right: Node) -> Contraction | None:
+    shapes = _shape(left), _shape(right)
+    if shapes[0] is None or shapes[1] is None or not shapes[0] or not shapes[1]:
+        return None
+    left_core: Labels = ("m", "k") if len(shapes[0]) > 1 else ("k",)
+    right_core: Labels = ("k", "n") if len(shapes[1]) > 1 else ("k",)
+    counts = len(shapes[0]) - len(left_core), len(shapes[1]) - len(right_core)
+    batch = _letters(max(counts))
+    labels = (*batch[len(batch) - counts[0] :], *left_core), (*batch[len(batch) - counts[1] :], *right_core)
+    out = (*batch, *(label for label in (*left_core, *right_core) if label != "k"))
+    return Contraction(spelling, (left, right), labels, out, form=_broadcasts(labels, (shapes[0], shapes[1])))
+
+
+def _reflected_matmul(spelling: str, right: Node, left: Node) -> Contraction | None:
+    return _matmul(spelling, left, right)
+
+
+def _addmm(spelling: str, addend: Node, left: Node, right: Node, beta: Any, alpha: Any) -> Contraction | None:
+    product = _matmul(spelling, left, right)
+    if product is None:
+        return None
+    return product._replace(
+        addend=addend,
+        addend_label=product.out[-1],
+        beta=1 if beta is None else beta,
+        alpha=1 if alpha is None else alpha,
+    )
+
+
+def _inner(spelling: str, left: Node, right: Node) -> Contraction | None:
+    shapes = _shape(left), _shape(right)
+    if shapes[0] is None or shapes[1] is None or not shapes[0] or not shapes[1]:
+        return None
+    lefts, rights = _letters(len(shapes[0]) - 1), _letters(len(shapes[1]) - 1, "n")
+    return Contraction(spelling, (left, right), ((*lefts, "k"), (*rights, "k")), (*lefts, *rights))
+
+
+def _tensordot(spelling: str, left: Node, right: Node, dims: Any) -> Contraction | None:
+    shapes = _shape(left), _shape(right)
+    if shapes[0] is None or shapes[1] is None or isinstance(dims, Node):
+        return None
+    if dims is None:
+        dims = 2
+    if isinstance(dims, int):
+        dims = list(range(len(shapes[0]) - dims, len(shapes[0]))), list(range(dims))
+    lefts, rights = list(_letters(len(shapes[0]))), list(_letters(len(shapes[1]), "n"))
+    for i, j in zip(*dims, strict=True):
+        rights[j] = lefts[i]
+    out = [label for label in lefts if label not in rights] + [label for label in rights if label not in lefts]
+    return Contraction(spelling, (left, right), (tuple(lefts), tuple(rights)), tuple(out))
+
+
+def _einsum(spelling: str, equation: Any, *operands: Any) -> Contraction | None:
+    if isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    operands = tuple(operand for operand in operands if operand is not None)
+    shapes = [_shape(operand) for operand in operands]
+    if not isinstance(equation, str) or len(operands) != 2 or shapes[0] is None or shapes[1] is None:
+        return None
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2:
+        return None
+    hidden = [len(shape) - len(term.replace("...", "")) for shape, term in zip(shapes, terms, strict=True) if shape]
+    dots = _letters(max(0, *hidden), ".")
+
+    def expand(term: str, count: int) -> Labels:
+        before, found, after = term.partition("...")
+        return (*before, *(dots[len(dots) - count :] if found and count else ()), *after)
+
+    labels = expand(terms[0], hidden[0]), expand(terms[1], hidden[1])
+    if arrow:
+        out = expand(result, len(dots))
+    else:  # Implicit result: the ellipsis, then every label that occurs once, in alphabetical order.
+        flat = [*labels[0], *labels[1]]
+        out = (*dots, *sorted(label for label in flat if label not in dots and flat.count(label) == 1))
+    return Contraction(
+        spelling, (operands[0], operands[1]), labels, out, form=_broadcasts(labels, (shapes[0], shapes[1]))
+    )
+
+
+def _convolution(
+    spelling: str, x: Node, w: Node, bias: Node | None, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> Contraction | None:
+    """A convolution with a kernel of size 1 is a linear over the channels; any other is not a matmul of this kind."""
+    del dilation  # Means nothing to a kernel of size 1.
+    shapes = _shape(x), _shape(w)
+    if shapes[0] is None or shapes[1] is None or any(size != 1 for size in shapes[1][2:]):
+        return None
+    space = _letters(len(shapes[1]) - 2)
+    batch = ("b",) if len(shapes[0]) == len(shapes[1]) else ()
+    steps = tuple((label, step) for label, step in zip(space, _each(stride, 1, space), strict=True) if step != 1)
+    ones = tuple(f"kernel {label}" for label in space)
+    form = ""
+    if groups not in (None, 1):
+        form = "its channels are in groups"
+    elif padding not in ("valid", "same") and any(_each(padding, 0, space)):
+        form = "it pads its input"
+    return Contraction(
+        spelling,
+        (x, w),
+        ((*batch, "k", *space), ("n", "k", *ones)),
+        (*batch, "n", *space),
+        weight_role=True,
+        addend=bias,
+        addend_label="n",
+        steps=steps,
+        ones=ones,
+        form=form,
+    )
+
+
+def _aten_convolution(
+    spelling: str,
+    x: Node,
+    w: Node,
+    bias: Node | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: Any,
+) -> Contraction | None:
+    del output_padding  # Of transposed convolutions only.
+    return None if transposed else _convolution(spelling, x, w, bias, stride, padding, dilation, groups)
+
+
+def _each(value: Any, default: int, space: Labels) -> list[Any]:
+    """A convolution's parameter for each dimension of space, from a number or a list."""
+    if value is None:
+        value = default
+    if isinstance(value, (list, tuple)):
+        return list(value) * (len(space) if len(value) == 1 else 1)
+    return [value] * len(space)
+
+
+_ADDMM = Spelling("addmm", ("input", "mat1", "mat2", "beta", "alpha"), _addmm)
+_ADDMV = Spelling("addmv", ("input", "mat", "vec", "beta", "alpha"), _addmm)
+_BADDBMM = Spelling("baddbmm", ("input", "batch1", "batch2", "beta", "alpha"), _addmm)
+_BMM = Spelling("bmm", ("input", "mat2"), _matmul)
+_CONVOLUTION = Spelling(
+    "convolution", ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), _convolution
+)
+_EINSUM = Spelling("einsum", ("equation", "operands", "second", "third"), _einsum)
+_INNER = Spelling("inner", ("input", "other"), _inner)
+_LINEAR = Spelling("linear", ("input", "weight", "bias"), _linear)
+_MATMUL = Spelling("matmul", ("input", "other"), _matmul)
+_MM = Spelling("mm", ("input", "mat2"), _matmul)
+_MV = Spelling("mv", ("input", "vec"), _matmul)
+
+# Keys are targets of call_function (objects) and names of call_method (strings).
+_TABLE: dict[Any, Spelling] = {
+    torch.addmm: _ADDMM,
+    "addmm": _ADDMM,
+    aten.addmm.default: _ADDMM,
+    torch.addmv: _ADDMV,
+    "addmv": _ADDMV,
+    aten.addmv.default: _ADDMV,
+    torch.baddbmm: _BADDBMM,
+    "baddbmm": _BADDBMM,
+    aten.baddbmm.default: _BADDBMM,
+    torch.bmm: _BMM,
+    "bmm": _BMM,
+    aten.bmm.default: _BMM,
+    torch.conv1d: _CONVOLUTION,
+    torch.conv2d: _CONVOLUTION,
+    torch.conv3d: _CONVOLUTION,
+    aten.conv1d.default: _CONVOLUTION,
+    aten.conv2d.default: _CONVOLUTION,
+    aten.conv3d.default: _CONVOLUTION,
+    aten.conv1d.padding: _CONVOLUTION,
+    aten.conv2d.padding: _CONVOLUTION,
+    aten.conv3d.padding: _CONVOLUTION,
+    aten.convolution.default: Spelling(
+        "convolution",
+        (*_CONVOLUTION.parameters[:6], "transposed", "output_padding", "groups"),
+        _aten_convolution,
+    ),
+    torch.einsum: _EINSUM,
+    aten.einsum.default: _EINSUM,
+    torch.inner: _INNER,
+    "inner": _INNER,
+    aten.inner.default: _INNER,
+    torch.nn.functional.linear: _LINEAR,
+    aten.linear.default: _LINEAR,
+    torch.matmul: _MATMUL,
+    torch.linalg.matmul: _MATMUL,
+    operator.matmul: _MATMUL,
+    "matmul": _MATMUL,
+    "__matmul__": _MATMUL,
+    "__rmatmul__": Spelling("matmul", ("input", "other"), _reflected_matmul),
+    aten.matmul.default: _MATMUL,
+    torch.mm: _MM,
+    "mm": _MM,
+    aten.mm.default: _MM,
+    torch.mv: _MV,
+    "mv": _MV,
+    aten.mv.default: _MV,
+    torch.tensordot: Spelling("tensordot", ("a", "b", "dims"), _tensordot),
+}
+
+_ATTENTION = {
+    torch.nn.functional.scaled_dot_product_attention,
+    aten.scaled_dot_product_attention.default,
+}
+
+# Operators with matmuls inside, with the positions of their weights.
+_OPAQUE: dict[Any, tuple[str, SkipReason, tuple[int, ...]]] = {
+    torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", SkipReason.FUSED_OP, (3, 5, 14, 16)),
+    torch._native_multi_head_attention: ("multi_head_attention", SkipReason.FUSED_OP, (5, 7)),
+    torch.nn.functional.multi_head_attention_forward: ("multi_head_attention", SkipReason.FUSED_OP, (5, 11)),
+    torch._grouped_mm: ("grouped_mm", SkipReason.FORM, (1,)),
+    aten._grouped_mm.default: ("grouped_mm", SkipReason.FORM, (1,)),
+    torch.nn.functional.bilinear: ("bilinear", SkipReason.FORM, (2,)),
+}
+
+_EMBEDDINGS: dict[Any, tuple[int, str]] = {
+    torch.nn.functional.embedding: (1, "weight"),
+    torch.embedding: (0, "weight"),
+    aten.embedding.default: (0, "weight"),
+}

@@ -1,0 +1,12 @@
+"""The Triton kernels for GPUs, one folder per kernel; they arrive with the GPU path.
+
+The folder is installed as ``int8compile.triton_kernels``. Its bare name belongs to another project, so importing it
+as ``triton_kernels`` is refused rather than silently answered with the wrong package.
+"""
+
+if __name__ != "int8compile.triton_kernels":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; its import name is 'int8compile.triton_kernels': "
+        "write `import int8compile.triton_kernels`, and take the repository root off sys.path if another "
+        "project's package of the bare name was meant"
+    )
