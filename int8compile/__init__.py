@@ -12,6 +12,8 @@ from int8compile.errors import (
     Int8CompileError,
     Int8Warning,
 )
+from int8compile.explain import explain
+from int8compile.report import Report, Site, SkipReason
 
 __version__ = "0.1.0"
 
@@ -23,4 +25,8 @@ __all__ = [
     "Int8CompileError",
     "Int8Config",
     "Int8Warning",
+    "Report",
+    "Site",
+    "SkipReason",
+    "explain",
 ]

@@ -72,16 +72,19 @@ def rewrite_captured(
     module: GraphModule, example_inputs: Sequence[Any], config: Int8Config, **options: Any
 ) -> tuple[PlaceholderBinder, Report]:
     """Runs the passes on a copied Dynamo graph, whose placeholders stand for `example_inputs` in order."""
+    parameters = captured_parameters(module, example_inputs)
+    binder = PlaceholderBinder(module)
+    return binder, rewrite_graph(module, parameters, config, binder, **options)
+
+
+def captured_parameters(module: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, Tensor]:
+    """The parameters of a Dynamo graph by their placeholders."""
     placeholders = module.graph.find_nodes(op="placeholder")
-    parameters: dict[Node, Tensor] = {
+    return {
         node: value
         for node, value in zip(placeholders, example_inputs, strict=True)
         if isinstance(value, nn.Parameter)
     }
-    for node, value in module.named_parameters():
-        parameters.update(dict.fromkeys(module.graph.find_nodes(op="get_attr", target=node), value))
-    binder = PlaceholderBinder(module)
-    return binder, rewrite_graph(module, parameters, config, binder, **options)
 
 
 def _compile(

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import CodeType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from int8compile import roofline
+from int8compile import hardware, roofline
 from int8compile.backend import copy_graph, rewrite_captured
 from int8compile.config import Int8Config
 from int8compile.passes import RULES, finite, matches
-from int8compile.report import Report
+from int8compile.passes.names import parameter_name
+from int8compile.report import Report, Site, SkipReason
 
 
 def explain(
@@ -26,8 +27,8 @@ def explain(
     """Lists every linear site of a model with what `torch.compile(model, backend="int8")` would do with it.
 
     The model runs once, in float, under `torch.no_grad()`: explain() describes inference. (With grad mode on, weights that
-    require grad stay in float; the backend warns.) Nothing is compiled, and the model is left as it was: buffers that the
-    run changes are restored, Dynamo's cache entries dropped.
+    require grad stay in float, and the backend warns.) Nothing is compiled, and the model is left as it was: buffers that
+    the run changes are restored, and what Dynamo caches is dropped.
 
     Args:
         model: A module or a function; a compiled one is explained as what it was made from.
@@ -43,47 +44,116 @@ def explain(
     """
     if not isinstance(config, Int8Config):
         config = Int8Config.from_options(config)
-    model = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", model)
+    model = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    qualified = {id(value): name for name, value in modules[""].named_parameters()} if modules else {}
     report = Report()
+    used: set[int] = set()
+    devices: set[torch.device] = set()
 
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report.add(rewrite_captured(copy_graph(gm), example_inputs, config, rules=(*RULES, finite))[1])
-        return gm.forward
+        captured = copy_graph(gm)
+        found = rewrite_captured(captured, example_inputs, config, rules=(*RULES, finite))[1]
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        seen: set[str] = set()
+        report.graphs += 1
 
-    with torch.no_grad(), _buffers_restored(model), _dynamo_caches_restored(record):
-        torch.compile(model, backend=record)(*args, **kwargs)
+        def run(*inputs: Any) -> Any:
+            # One graph serves all modules of the same code, so where in the model it stands shows only at the call.
+            given = {node: value for node, value in zip(placeholders, inputs, strict=True) if isinstance(value, Tensor)}
+            prefix = _prefix(given, qualified)
+            if prefix not in seen:
+                seen.add(prefix)
+                report.activation_matmuls += found.activation_matmuls
+                report.sites += [
+                    dataclasses.replace(site, path=prefix + site.path, weight=prefix + site.weight) for site in found.sites
+                ]
+                used.update(map(id, given.values()))
+                devices.update(value.device for value in given.values())
+            return gm.forward(*inputs)
+
+        return run
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    with torch.no_grad(), _buffers_restored(model), _dynamo_caches_dropped():
+        torch.compile(call, backend=record)(*args, **kwargs)
+    report.sites += [_not_captured(path, module) for path, module in modules.items() if _is_unused(module, used)]
     report.unused_patterns = tuple(
         pattern for pattern in config.skip_modules if not any(matches(pattern, site.path) for site in report.sites)
     )
+    for device in sorted(devices, key=str):
+        facts = hardware.of(device)
+        report.sites = [_with_speed(site, facts) for site in report.sites]
+        report.notes += (
+            f"{facts.name}: no int8 kernel yet, the plain PyTorch reference runs; it saves memory but is slower than float",
+        )
     return report
+
+
+def _with_speed(site: Site, facts: hardware.Hardware) -> Site:
+    if not site.rewritten:
+        return site
+    *_, rows, k, n = site.shape
+    return dataclasses.replace(site, pays=roofline.describe(int(k), int(n), rows, 2, facts))
+
+
+def _prefix(given: Mapping[Node, Tensor], qualified: Mapping[int, str]) -> str:
+    """Where in the model a graph lies: after a graph break in a submodule, its names begin at that submodule."""
+    for node, value in given.items():
+        name, whole = parameter_name(node), qualified.get(id(value), "")
+        if whole.endswith(f".{name}"):
+            return whole.removesuffix(name)
+    return ""
+
+
+def _is_unused(module: nn.Module, used: set[int]) -> bool:
+    return isinstance(module, nn.Linear) and id(module.weight) not in used
+
+
+def _not_captured(path: str, module: nn.Module) -> Site:
+    weight = module.get_parameter("weight")
+    return Site(
+        path=path,
+        op="linear",
+        source="",
+        shape=("?", str(weight.shape[1]), str(weight.shape[0])),
+        weight=f"{path}.weight",
+        bytes_before=weight.nbytes,
+        bytes_after=weight.nbytes,
+        reason=SkipReason.NOT_CAPTURED,
+    )
 
 
 @contextlib.contextmanager
 def _buffers_restored(model: Any) -> Iterator[None]:
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    saved = [(buffer, buffer.clone(), buffer._version) for buffer in buffers if not buffer.is_inference()]
+    saved = [(buffer, buffer.clone()) for buffer in buffers if not buffer.is_inference()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value, version in saved:
-                if buffer._version != version:
+            for buffer, value in saved:
+                if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
 @contextlib.contextmanager
-def _dynamo_caches_restored(backend: object) -> Iterator[None]:
-    """Drops the cache entries that Dynamo makes meanwhile: they would count against the model's recompile limit."""
+def _dynamo_caches_dropped() -> Iterator[None]:
+    """Drops the cache entries that Dynamo makes meanwhile: they would count against the model's own recompile limit.
 
-    def entries() -> dict[CodeType, list[Any]]:
-        codes = [code for ref in convert_frame.input_codes.seen if (code := ref()) is not None]
-        return {code: eval_frame._debug_get_cache_entry_list(code) for code in codes}
+    Most are made for the function that explain() compiles. After a graph break the model's own functions get some too;
+    where they had entries before, which are the user's, theirs are kept and so ours stay.
+    """
 
-    before = entries()
+    def compiled() -> set[Any]:
+        codes = {code for ref in convert_frame.input_codes.seen if (code := ref()) is not None}
+        return {code for code in codes if eval_frame._debug_get_cache_entry_list(code)}
+
+    before = compiled()
     try:
         yield
     finally:
-        for code, now in entries().items():
-            old = before.get(code, [])
-            if not old:
-                eval_frame.reset_code(code)
+        for code in compiled() - before:
+            eval_frame.reset_code(code)

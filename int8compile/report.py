@@ -31,6 +31,10 @@ class SkipReason(enum.Enum):
         "it is inside an operator that PyTorch has fused already; "
         "torch.backends.mha.set_fastpath_enabled(False) lets the linears be seen"
     )
+    NOT_CAPTURED = (
+        "no captured graph uses it: Dynamo skipped its code after a graph break (TORCH_LOGS=graph_breaks shows where), "
+        "or these inputs do not reach it"
+    )
     NESTED = "it is inside a control-flow or checkpoint region; disable checkpointing for inference"
 
 
@@ -42,21 +46,23 @@ class Site:
         path: Module path, as in `model.named_modules()`; of the parameter where a bare parameter is used.
         op: How the model spells it: "linear", "matmul", "einsum", ...
         source: "file.py:line" of the user's code.
-        shape: "M x K x N": rows, inputs, outputs ("B x M x K x N" for batched weights); "?" where unknown. A size that
-            changes from call to call is a symbol.
+        shape: M, K, N (rows, inputs, outputs), or B, M, K, N for batched weights; empty where unknown. A size that changes
+            from call to call is a symbol.
         weight: Name of the weight's parameter, to count shared bytes once.
+        layout: How the weight views that parameter; each layout that is used has int8 values of its own.
         bytes_before: Bytes of the weight in the model.
         bytes_after: Bytes of int8 values and scales, or `bytes_before` where it is not rewritten.
         reason: Why it is not rewritten, None where it is.
         detail: What the reason found, e.g. the pattern that matched.
-        pays: From which M int8 is expected to be faster, in words.
+        pays: For which M int8 can be faster than float on this device, by its roofline; "" where that is not known.
     """
 
     path: str
     op: str
     source: str
-    shape: str
+    shape: tuple[str, ...]
     weight: str
+    layout: str = ""
     bytes_before: int
     bytes_after: int
     reason: SkipReason | None = None
@@ -80,7 +86,7 @@ class Site:
             "path": self.path,
             "op": self.op,
             "source": self.source,
-            "shape": self.shape,
+            "shape": list(self.shape),
             "rewritten": self.rewritten,
             "reason": self.why() or None,
             "reason_code": self.reason.name.lower() if self.reason else None,
@@ -99,20 +105,14 @@ class Report:
         activation_matmuls: Matmuls of two activations (attention scores and values); they have no weight to quantize.
         graphs: Number of graphs the model was captured in; more than one means graph breaks.
         unused_patterns: Entries of `skip_modules` that matched nothing.
-        device: What the figures under `pays` were worked out for.
+        notes: What else the user should know, in sentences.
     """
 
     sites: list[Site] = dataclasses.field(default_factory=list)
     activation_matmuls: int = 0
     graphs: int = 0
     unused_patterns: tuple[str, ...] = ()
-    device: str = ""
-
-    def add(self, other: Report) -> None:
-        """Adds the sites of another graph of the same model."""
-        self.sites.extend(other.sites)
-        self.activation_matmuls += other.activation_matmuls
-        self.graphs += other.graphs
+    notes: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> list[Site]:
@@ -126,11 +126,9 @@ class Report:
 
     def totals(self) -> dict[str, Any]:
         """Counts and bytes; a weight that several sites share is counted once."""
-        before: dict[str, int] = {}
-        after: dict[str, int] = collections.defaultdict(int)
-        for site in self.sites:
-            before[site.weight] = max(before.get(site.weight, 0), site.bytes_before)
-            after[site.weight] = max(after[site.weight], site.bytes_after)
+        before = {site.weight: site.bytes_before for site in self.sites}
+        # A weight that one site uses in float and another in int8 is there twice.
+        after = {(site.weight, site.layout if site.rewritten else None): site.bytes_after for site in self.sites}
         return {
             "sites": len(self.sites),
             "rewritten": len(self.rewritten),
@@ -143,12 +141,12 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data: `sites`, `totals`, `unused_patterns`, `device`."""
+        """The report as plain data: `sites`, `totals`, `unused_patterns`, `notes`."""
         return {
             "sites": [site.to_dict() for site in self.sites],
             "totals": self.totals(),
             "unused_patterns": list(self.unused_patterns),
-            "device": self.device,
+            "notes": list(self.notes),
         }
 
     def summary(self) -> str:
@@ -169,7 +167,7 @@ class Report:
                 site.path,
                 site.op,
                 site.source,
-                site.shape,
+                " x ".join(site.shape),
                 "int8" if site.rewritten else "float",
                 _mib(site.bytes_before),
                 _mib(site.bytes_after),
@@ -177,7 +175,7 @@ class Report:
             )
             for site in self.sites
         ]
-        header = ("module", "op", "source", "M x K x N", "runs in", "before", "after", "faster than float")
+        header = ("module", "op", "source", "M x K x N", "runs in", "before", "after", "can be faster")
         lines = [tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True), "", self.summary()]
         by_reason: dict[str, list[str]] = collections.defaultdict(list)
         for site in self.skipped:
@@ -186,8 +184,7 @@ class Report:
             named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
             lines.append(f"- float: {named}: {why}")
         lines.extend(f"- skip_modules pattern {pattern!r} matched nothing" for pattern in self.unused_patterns)
-        if self.device:
-            lines.append(f"- speed estimated for {self.device}")
+        lines.extend(f"- {note}" for note in self.notes)
         return "\n".join(lines)
 
 

@@ -8,6 +8,16 @@ if __name__ != "int8compile.passes":
 
 from int8compile.passes.binding import AttributeBinder, Binder, PlaceholderBinder
 from int8compile.passes.pipeline import rewrite_graph
+from int8compile.passes.rules import RULES, finite, matches
 from int8compile.passes.static import WeightView
 
-__all__ = ["AttributeBinder", "Binder", "PlaceholderBinder", "WeightView", "rewrite_graph"]
+__all__ = [
+    "RULES",
+    "AttributeBinder",
+    "Binder",
+    "PlaceholderBinder",
+    "WeightView",
+    "finite",
+    "matches",
+    "rewrite_graph",
+]

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+import int8compile
+
+# Frames of these folders are not the user's code.
+_NOT_THE_USERS = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (torch, int8compile))
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 _ROOT = re.compile(r"^(?:[LG]\['[^']*'\])?\.?")
 _CONTAINER = re.compile(r"\.?_(?:modules|parameters|buffers|orig_mod|closure)\b|__closure__\[\d+\]\.cell_contents\.?")
@@ -55,8 +58,8 @@ def module_path(node: Node, parameter: str | None = None) -> str:
 
 
 def source_line(node: Node) -> str:
-    """ "file.py:line" of the innermost frame that is not PyTorch's own; "" where the graph has no stack trace."""
+    """ "file.py:line" of the innermost frame that is neither PyTorch's nor ours; "" where the graph has no stack trace."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    own = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
     file, line = (own or frames or [("", "")])[-1]
     return f"{os.path.basename(file)}:{line}" if file else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +14,10 @@ from int8compile.config import Int8Config
 from int8compile.passes import names, vocabulary
 from int8compile.passes.binding import Binder
 from int8compile.passes.composites import open_composites
-from int8compile.passes.contraction import Contraction, roles
+from int8compile.passes.contraction import Contraction, Labels, roles
 from int8compile.passes.rewrite import emit
-from int8compile.passes.rules import RULES, LinearSite, Rule, traced
-from int8compile.passes.static import depends_on_inputs, meta_tensor, reads_parameter, static_weight
+from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, traced
+from int8compile.passes.static import WeightView, depends_on_inputs, meta_tensor, reads_parameter, static_weight
 from int8compile.report import Report, Site, SkipReason
 
 
@@ -70,9 +71,8 @@ def _rewrite_linears(
             report.activation_matmuls += 1
             continue
         verdict = next((found for rule in rules if (found := rule(site, config))), None)
-        if verdict is None:
-            emit(module.graph, site, config, binder)
-        report.sites.append(_row(site, verdict))
+        view = emit(module.graph, site, config, binder) if verdict is None else None
+        report.sites.append(_row(site, verdict, view))
     return report
 
 
@@ -111,42 +111,36 @@ def _is_layer(node: Node) -> bool:
     return vocabulary.contraction(node) is not None or vocabulary.is_embedding(node) or vocabulary.is_attention(node)
 
 
-def _row(site: LinearSite, verdict: tuple[SkipReason, str] | None) -> Site:
+def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
     weight = traced(site.weight)
     if site.static is not None and site.parameter is not None:
         weight_name, before = names.parameter_name(site.static.source), weight.numel() * site.parameter.element_size()
     else:
         weight_name, before = site.weight.name, weight.numel() * weight.element_size()
     after = before
-    shape = "?"
+    groups: tuple[Labels, ...] = ()
     if site.roles is not None:
-        sizes = site.sizes()
-        k = _product(sizes, site.roles.summed)
         groups = (site.roles.rows, site.roles.summed, site.roles.outputs)
         if site.roles.batch:
             groups = (site.roles.batch, *groups)
-        shape = " x ".join(str(_product(sizes, labels)) for labels in groups)
-        if verdict is None:
-            after = weight.numel() + 4 * weight.numel() // k
+    sizes = site.sizes()
+    shape = tuple(math.prod(sizes[label] for label in group) for group in groups)
+    if view is not None:
+        # One byte for a value, four for the scale of a row of K.
+        after = weight.numel() + 4 * (weight.numel() // view.shape[-1])
     reason, detail = verdict or (None, "")
     return Site(
         path=site.path,
         op=site.contraction.spelling,
         source=names.source_line(site.node),
-        shape=shape,
+        shape=tuple(map(str, shape)),
         weight=weight_name,
+        layout=str(view),
         bytes_before=before,
         bytes_after=after,
         reason=reason,
         detail=detail,
     )
-
-
-def _product(sizes: Mapping[str, Any], labels: tuple[str, ...]) -> Any:
-    product: Any = 1
-    for label in labels:
-        product = product * sizes[label]
-    return product
 
 
 def _hidden_sites(module: GraphModule, node: Node, parameters: Mapping[Node, Tensor]) -> list[Site]:
@@ -176,7 +170,7 @@ def _hidden_row(
         path=names.module_path(node, full),
         op=name,
         source=names.source_line(node),
-        shape="?",
+        shape=(),
         weight=full or weight.name,
         bytes_before=size,
         bytes_after=size,

@@ -12,14 +12,19 @@ from int8compile.config import Int8Config
 from int8compile.passes.binding import Binder
 from int8compile.passes.contraction import Labels, merged_size, permutation
 from int8compile.passes.rules import LinearSite, traced
-from int8compile.passes.static import weight_view
+from int8compile.passes.static import WeightView, weight_view
 
 
-def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> None:
-    """Replaces the call of a site that every rule let pass."""
+def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> WeightView:
+    """Replaces the call of a site that every rule let pass.
+
+    Returns:
+        The view of the parameter that is quantized for it.
+    """
+    view = _view(site)
     with graph.inserting_before(site.node):
         emitter = _Emitter(graph)
-        result = _product(emitter, site, config, binder)
+        result = _product(emitter, site, view, config, binder)
         call = site.contraction
         if call.alpha != 1:
             result = emitter.function(torch.mul, result, call.alpha)
@@ -31,6 +36,7 @@ def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> 
     result.meta.update({key: site.node.meta[key] for key in ("example_value", "val") if key in site.node.meta})
     site.node.replace_all_uses_with(result)
     graph.erase_node(site.node)
+    return view
 
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -58,16 +64,12 @@ class _Emitter:
         return node if source == target else self.method("permute", node, permutation(source, target))
 
 
-def _product(emitter: _Emitter, site: LinearSite, config: Int8Config, binder: Binder) -> Node:
+def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8Config, binder: Binder) -> Node:
     """`x @ W` (with the bias where it is fused) in the layout that the call returned."""
     assert site.roles is not None and site.static is not None
     batch, summed, rows, outputs = site.roles
     sizes = site.sizes()
-    shape = (merged_size(sizes, outputs), merged_size(sizes, summed))
-    if batch:
-        shape = (merged_size(sizes, batch), *shape)
-    order = permutation(site.weight_labels, (*batch, *outputs, *summed, *site.contraction.ones))
-    weight = binder.bind(site.static.source, weight_view(site.static.tensor, order, shape), site.path)
+    weight = binder.bind(site.static.source, view, site.path)
 
     x = site.x
     if site.contraction.steps:
@@ -80,13 +82,13 @@ def _product(emitter: _Emitter, site: LinearSite, config: Int8Config, binder: Bi
     if reshape:
         # Sizes of rows may change from call to call, so they are read from the tensor.
         row_sizes = [emitter.method("size", x, len(batch) + i) for i in range(len(rows))]
-        x = emitter.method("reshape", x, (shape[0], -1, shape[-1]))
+        x = emitter.method("reshape", x, (view.shape[0], -1, view.shape[-1]))
     elif len(summed) > 1:
         x = emitter.method("flatten", x, len(batch) + len(rows))
 
     bias = site.contraction.addend if fuses_bias(site) else None
     if bias is not None and batch:
-        bias = emitter.method("reshape", bias, shape[:2])
+        bias = emitter.method("reshape", bias, view.shape[:2])
     op = torch.ops.int8compile.batched_linear.default if batch else torch.ops.int8compile.linear.default
     y = emitter.function(op, x, weight.qweight, weight.scale, bias, config.threshold, config.outliers)
 
@@ -98,6 +100,16 @@ def _product(emitter: _Emitter, site: LinearSite, config: Int8Config, binder: Bi
     elif not outputs:
         y = emitter.method("squeeze", y, -1)
     return emitter.permute(y, (*batch, *rows, *outputs), site.contraction.out)
+
+
+def _view(site: LinearSite) -> WeightView:
+    """The weight as the operator takes it: [N, K], or [B, N, K] where there are batch dimensions."""
+    assert site.roles is not None and site.static is not None
+    batch, summed, _, outputs = site.roles
+    sizes = site.sizes()
+    shape = (merged_size(sizes, outputs), merged_size(sizes, summed))
+    order = permutation(site.weight_labels, (*batch, *outputs, *summed, *site.contraction.ones))
+    return weight_view(site.static.tensor, order, (merged_size(sizes, batch), *shape) if batch else shape)
 
 
 def fuses_bias(site: LinearSite) -> bool:

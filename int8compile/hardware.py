@@ -1,0 +1,74 @@
+"""What a device can do: plain facts, looked up and never measured. Tests replace `of`'s result by another `Hardware`."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+        name: As its vendor calls it.
+        kind: "cpu", "cuda", ...
+        isa: Instruction set level: "avx2", "avx512", ... on a CPU, "sm_90" on a GPU.
+        bandwidth: Memory bandwidth in bytes per second; None where unknown.
+        float_peak: Dense 16-bit matrix operations per second (a multiply-add counts two); None where unknown.
+        int8_peak: The same for int8.
+    """
+
+    name: str
+    kind: str
+    isa: str
+    bandwidth: float | None = None
+    float_peak: float | None = None
+    int8_peak: float | None = None
+
+
+# Vendors' data sheets: bandwidth in TB/s, dense bfloat16 (float16 for T4) and int8 in TOP/s. The longest name that is part
+# of the device's name counts.
+_GPUS = {
+    "T4": (0.32, 65, 130),
+    "A10": (0.60, 125, 250),
+    "A100": (1.555, 312, 624),
+    "A100-SXM4-80GB": (2.039, 312, 624),
+    "L4": (0.30, 121, 242),
+    "L40S": (0.864, 362, 733),
+    "RTX 4090": (1.008, 165, 330),
+    "H100": (3.35, 989, 1979),
+    "H200": (4.8, 989, 1979),
+}
+
+
+def of(device: torch.device) -> Hardware:
+    """The facts of a device of this machine."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        isa = getattr(properties, "gcnArchName", "") if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        return gpu(properties.name, isa)
+    if device.type == "cpu":
+        return Hardware(_cpu_name(), "cpu", torch.backends.cpu.get_cpu_capability().lower())
+    return Hardware(device.type, device.type, "")
+
+
+def gpu(name: str, isa: str) -> Hardware:
+    """The facts of a GPU by its name, with unknown speeds where it is not in the table."""
+    known = max((entry for entry in _GPUS if entry in name), key=len, default=None)
+    if known is None:
+        return Hardware(name, "cuda", isa)
+    terabytes, float_tops, int8_tops = _GPUS[known]
+    return Hardware(
+        name, "cuda", isa, bandwidth=terabytes * 1e12, float_peak=float_tops * 1e12, int8_peak=int8_tops * 1e12
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
