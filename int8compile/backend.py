@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch._dynamo.exc import ShortenTraceback
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
 from int8compile.config import Int8Config
-from int8compile.errors import FreedWeightError, Int8Warning
+from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning
 from int8compile.passes import PlaceholderBinder, rewrite_graph
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.names import parameter_name
@@ -49,13 +50,27 @@ def int8(
         BadWeightError: A weight to be rewritten has NaN or Inf, or no data.
         FreedWeightError: The graph needs a float weight whose memory was given back.
     """
-    config = Int8Config.from_options(options, mode=mode)
+    try:
+        return _int8(gm, example_inputs, Int8Config.from_options(options, mode=mode))
+    except Int8CompileError as error:
+        raise _unwrapped(error) from error.__cause__
+
+
+def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) -> Compiled:
     module = copy_graph(gm)
     binder, report = rewrite_captured(module, example_inputs, config)
     log.info("%s", report.summary())
     log.debug("%s", report)
     _warn_if_nothing_rewritten(report)
     return _compile(module, example_inputs, list(binder.slots.values()), config)
+
+
+def _unwrapped(error: Int8CompileError) -> Int8CompileError:
+    """The same error, which Dynamo lets through: it wraps what backends raise, but not a `ShortenTraceback`."""
+    kind = type(error)
+    shown = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
+    raised: Int8CompileError = shown(*error.args, first_useful_frame=None)
+    return raised
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from int8compile import hardware, roofline
 from int8compile.backend import copy_graph, rewrite_captured
@@ -54,22 +54,23 @@ def explain(
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = copy_graph(gm)
         found = rewrite_captured(captured, example_inputs, config, rules=(*RULES, finite))[1]
-        placeholders = gm.graph.find_nodes(op="placeholder")
+        # Read now: Dynamo erases the sources afterwards.
+        names = [parameter_name(node) for node in gm.graph.find_nodes(op="placeholder")]
         seen: set[str] = set()
         report.graphs += 1
 
         def run(*inputs: Any) -> Any:
             # One graph serves all modules of the same code, so where in the model it stands shows only at the call.
-            given = {node: value for node, value in zip(placeholders, inputs, strict=True) if isinstance(value, Tensor)}
-            prefix = _prefix(given, qualified)
+            tensors = [value for value in inputs if isinstance(value, Tensor)]
+            prefix = _prefix(zip(names, inputs, strict=True), qualified)
             if prefix not in seen:
                 seen.add(prefix)
                 report.activation_matmuls += found.activation_matmuls
                 report.sites += [
                     dataclasses.replace(site, path=prefix + site.path, weight=prefix + site.weight) for site in found.sites
                 ]
-                used.update(map(id, given.values()))
-                devices.update(value.device for value in given.values())
+                used.update(map(id, tensors))
+                devices.update(value.device for value in tensors)
             return gm.forward(*inputs)
 
         return run
@@ -99,10 +100,10 @@ def _with_speed(site: Site, facts: hardware.Hardware) -> Site:
     return dataclasses.replace(site, pays=roofline.describe(int(k), int(n), rows, 2, facts))
 
 
-def _prefix(given: Mapping[Node, Tensor], qualified: Mapping[int, str]) -> str:
+def _prefix(given: Iterable[tuple[str, Any]], qualified: Mapping[int, str]) -> str:
     """Where in the model a graph lies: after a graph break in a submodule, its names begin at that submodule."""
-    for node, value in given.items():
-        name, whole = parameter_name(node), qualified.get(id(value), "")
+    for name, value in given:
+        whole = qualified.get(id(value), "")
         if whole.endswith(f".{name}"):
             return whole.removesuffix(name)
     return ""

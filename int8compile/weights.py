@@ -39,19 +39,34 @@ class FreedWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # While Dynamo traces, the call only ends up in a graph; the backend then sees to it that nothing reads the data.
-        if torch.compiler.is_compiling() or func in _METADATA:
+        # While Dynamo traces for our backend the call only ends up in a graph, and the backend sees to it that nothing
+        # reads the data. Other backends would read memory that is gone.
+        if func in _METADATA or (torch.compiler.is_compiling() and _traced_for_int8()):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise FreedWeightError(
-            f"{getattr(func, '__name__', func)} was called on a float weight of shape "
-            f"{list(next(arg for arg in args if isinstance(arg, cls)).shape) if args else '?'} whose memory "
-            "free_weights=True has given back. Use the compiled model, or load the weights again with "
+            f"{torch.overrides.resolve_name(func) or func} was called on a float weight whose memory free_weights=True "
+            "has given back. Use the compiled model, or load the weights again with "
             "load_state_dict(state, assign=True), or compile without free_weights"
         )
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"FreedWeight(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_for_int8() -> bool:
+    """Whether Dynamo is tracing for our backend. Dynamo runs this while it traces and puts the answer into the trace."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # Nothing is being traced: AOTAutograd or Inductor at work on a graph that a backend gave it.
+        return True
+    while backend is not None and getattr(backend, "__module__", None) != "int8compile.backend":
+        wrapped = (getattr(backend, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn"))
+        backend = next((inner for inner in wrapped if inner is not None), None)
+    return backend is not None
 
 
 _METADATA = {

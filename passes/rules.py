@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from int8compile.config import Int8Config
+from int8compile.errors import InputError
 from int8compile.ops import MAX_K, SUPPORTED_DTYPES
 from int8compile.passes.contraction import Contraction, Labels, Roles, merged_size
 from int8compile.passes.static import StaticWeight, changed_in_graph
@@ -135,8 +136,19 @@ def plain_tensor(site: LinearSite, config: Int8Config) -> Verdict:
 
 
 def dtypes(site: LinearSite, config: Int8Config) -> Verdict:
-    """Activation and weight must be of a float dtype that the operators take."""
+    """Activation and weight must be of a float dtype that the operators take.
+
+    Raises:
+        InputError: The activation is of integers. Eager mode refuses that too, but the fake tensors that graphs are
+            captured with do not, so it would come out of Inductor as an internal error.
+    """
     assert site.parameter is not None
+    x = traced(site.x)
+    if site.parameter.is_floating_point() and not x.is_floating_point() and not x.is_complex():
+        raise InputError(
+            f"{site.path}: its input is {x.dtype} and its weight {site.parameter.dtype}. Convert the input, "
+            f"e.g. x.to({site.parameter.dtype})"
+        )
     for dtype in (traced(site.x).dtype, site.parameter.dtype):
         if dtype not in SUPPORTED_DTYPES:
             return SkipReason.DTYPE, f"it is {dtype}"
