@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo.exc import ShortenTraceback
+from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from int8compile.config import Int8Config
@@ -133,7 +135,7 @@ def _compile(
             chosen += (weight.qweight, weight.scale)
         return chosen
 
-    compiled = compile_fx(module, arguments(example_inputs), config_patches=config.inductor_patches())
+    compiled = compile_fx(module, _static_fakes(arguments(example_inputs)), config_patches=config.inductor_patches())
 
     def run(*args: Any) -> Any:
         chosen = arguments(args)
@@ -144,6 +146,23 @@ def _compile(
         return compiled(*chosen)
 
     return run
+
+
+def _static_fakes(inputs: Sequence[Any]) -> list[Any]:
+    """Replaces real tensors that Dynamo has not seen, the int8 weights, by fake ones of fixed sizes.
+
+    AOTAutograd would take their sizes for symbols: then kernels are compiled for weights of any size, and guards are asked
+    for symbols that Dynamo does not know.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return list(inputs)
+    return [
+        context.fake_mode.from_tensor(value, static_shapes=True)
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value not in context.tensor_to_context
+        else value
+        for value in inputs
+    ]
 
 
 def _is_bound(node: Node, slots: Sequence[WeightSlot]) -> bool:

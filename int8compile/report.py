@@ -35,6 +35,7 @@ class SkipReason(enum.Enum):
         "no captured graph uses it: Dynamo skipped its code after a graph break (TORCH_LOGS=graph_breaks shows where), "
         "or these inputs do not reach it"
     )
+    CUSTOM_OP = "it is the argument of a custom operator, which no pass can rewrite; use a plain PyTorch implementation of it"
     NESTED = "it is inside a control-flow or checkpoint region; disable checkpointing for inference"
 
 

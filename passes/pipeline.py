@@ -86,7 +86,7 @@ def _site(
     elif static[0] is not None:
         position = 1
     else:
-        made = [reads_parameter(operand, parameters, _is_layer) for operand in call.operands]
+        made = [reads_parameter(operand, parameters) for operand in call.operands]
         if not any(made):
             return None
         position = 0 if made[1] else 1
@@ -105,10 +105,6 @@ def _site(
         tied=found is not None and found.source in tied,
         grad_mode=grad_mode,
     )
-
-
-def _is_layer(node: Node) -> bool:
-    return vocabulary.contraction(node) is not None or vocabulary.is_embedding(node) or vocabulary.is_attention(node)
 
 
 def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
@@ -146,10 +142,12 @@ def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
 def _hidden_sites(module: GraphModule, node: Node, parameters: Mapping[Node, Tensor]) -> list[Site]:
     """Rows for matmuls that no pass can reach: inside fused operators and inside nested graphs."""
     rows = []
-    opaque = vocabulary.opaque_linears(node)
+    opaque = vocabulary.opaque_matmul(node)
     if opaque is not None:
-        name, reason, weights = opaque
-        rows = [_hidden_row(name, reason, node, weight, parameters) for weight in weights]
+        for argument in node.all_input_nodes:
+            weight = static_weight(argument, parameters)
+            if weight is not None and weight.tensor.dim() > 1:
+                rows.append(_hidden_row(*opaque, node, weight.source, parameters))
     if node.op == "get_attr":
         nested = getattr(module, str(node.target), None)
         if isinstance(nested, GraphModule):

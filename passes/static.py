@@ -107,25 +107,16 @@ def weight_view(weight: Tensor, order: list[int], shape: tuple[int, ...]) -> Wei
     return WeightView(tuple(permuted.shape), permuted.stride(), int(permuted.storage_offset()), shape)
 
 
-def reads_parameter(node: Node, parameters: Mapping[Node, Tensor], stop: Any) -> bool:
-    """Whether an operand is made from a parameter rather than from an activation that passed through other layers.
-
-    It follows each call's tensor that comes first, so `w * scale`, `w[index]` and `w.to(dtype)` are made from w, while
-    `layer_norm(x, w)` is not.
+def reads_parameter(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
+    """Whether an operand is made from parameters alone: `w * scale`, or rows of w that the inputs choose, `w[index]`.
 
     Args:
         node: The operand.
         parameters: The parameters of the graph by their nodes.
-        stop: Predicate on nodes where an activation certainly begins (a matmul, an embedding).
     """
-    while node not in parameters:
-        if node.op not in ("call_function", "call_method") or stop(node):
-            return False
-        tensors = [arg for arg in node.all_input_nodes if meta_tensor(arg) is not None or arg in parameters]
-        if not tensors:
-            return False
-        node = tensors[0]
-    return True
+    while node.target in _CHOICES and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node in parameters or (bool(node.all_input_nodes) and not depends_on_inputs(node, parameters))
 
 
 def depends_on_inputs(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
@@ -175,6 +166,13 @@ def _is_view(node: Node) -> bool:
     # All but the tensor must be constants, and sizes of a weight are.
     return bool(node.args) and node.all_input_nodes == [node.args[0]]
 
+
+# Operations that choose from their first tensor.
+_CHOICES: set[Any] = {
+    *("__getitem__", "index_select", "gather", "take_along_dim", operator.getitem),
+    *(torch.index_select, torch.gather, torch.take_along_dim),
+    *(aten.index.Tensor, aten.index_select.default, aten.gather.default),
+}
 
 # Views whose result depends on the strides of their input only.
 _VIEWS: set[Any] = {

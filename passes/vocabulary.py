@@ -52,13 +52,16 @@ def is_attention(node: Node) -> bool:
     return node.op == "call_function" and node.target in _ATTENTION
 
 
-def opaque_linears(node: Node) -> tuple[str, SkipReason, list[Node]] | None:
-    """For an operator that has matmuls with weights inside: its name, why they stay in float, and the weights' nodes."""
-    if node.op != "call_function" or node.target not in _OPAQUE:
+def opaque_matmul(node: Node) -> tuple[str, SkipReason] | None:
+    """For an operator that has matmuls inside, or may have: its name, and why the weights it takes stay in float."""
+    if node.op != "call_function":
         return None
-    name, reason, positions = _OPAQUE[node.target]
-    weights = (node.args[position] for position in positions if position < len(node.args))
-    return name, reason, [weight for weight in weights if isinstance(weight, Node)]
+    if node.target in _OPAQUE:
+        return _OPAQUE[node.target]
+    name = str(node.target)
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and not name.startswith(_TORCHS_OWN):
+        return name, SkipReason.CUSTOM_OP
+    return None
 
 
 def is_embedding(node: Node) -> bool:
@@ -312,15 +315,17 @@ _ATTENTION = {
     aten.scaled_dot_product_attention.default,
 }
 
-# Operators with matmuls inside, with the positions of their weights.
-_OPAQUE: dict[Any, tuple[str, SkipReason, tuple[int, ...]]] = {
-    torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", SkipReason.FUSED_OP, (3, 5, 14, 16)),
-    torch._native_multi_head_attention: ("multi_head_attention", SkipReason.FUSED_OP, (5, 7)),
-    torch.nn.functional.multi_head_attention_forward: ("multi_head_attention", SkipReason.FUSED_OP, (5, 11)),
-    torch._grouped_mm: ("grouped_mm", SkipReason.FORM, (1,)),
-    aten._grouped_mm.default: ("grouped_mm", SkipReason.FORM, (1,)),
-    torch.nn.functional.bilinear: ("bilinear", SkipReason.FORM, (2,)),
+_OPAQUE: dict[Any, tuple[str, SkipReason]] = {
+    torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", SkipReason.FUSED_OP),
+    torch._native_multi_head_attention: ("multi_head_attention", SkipReason.FUSED_OP),
+    torch.nn.functional.multi_head_attention_forward: ("multi_head_attention", SkipReason.FUSED_OP),
+    torch._grouped_mm: ("grouped_mm", SkipReason.FORM),
+    aten._grouped_mm.default: ("grouped_mm", SkipReason.FORM),
+    torch.nn.functional.bilinear: ("bilinear", SkipReason.FORM),
 }
+
+# Operators of any other namespace are somebody's own.
+_TORCHS_OWN = ("aten.", "aten::", "prims.", "prim.", "int8compile.")
 
 _EMBEDDINGS: dict[Any, tuple[int, str]] = {
     torch.nn.functional.embedding: (1, "weight"),
