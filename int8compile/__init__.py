@@ -14,6 +14,7 @@ from int8compile.errors import (
 )
 from int8compile.explain import explain
 from int8compile.report import Report, Site, SkipReason
+from int8compile.weights import refresh
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,5 @@ __all__ = [
     "Site",
     "SkipReason",
     "explain",
+    "refresh",
 ]

@@ -195,3 +195,13 @@ def _stamp(parameter: Tensor) -> tuple[int, int]:
 
 
 STORE = WeightStore()
+
+
+def refresh(model: nn.Module) -> None:
+    """Has every weight of a model quantized again at the next call.
+
+    In-place updates, replaced `.data` and `load_state_dict` are noticed without it. Needed only after updates that leave
+    no trace: `parameter.data.mul_(2)` bypasses the version counter, as do writes through NumPy or shared memory.
+    """
+    for parameter in model.parameters():
+        STORE.forget(parameter)

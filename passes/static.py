@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from int8compile.ops import SUPPORTED_DTYPES
-
 aten = torch.ops.aten
 
 
@@ -83,18 +81,25 @@ def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight
     for step in reversed(chain):
         if step.target in _SAME_VALUES:
             cast = meta_tensor(step)
-            if cast is None or cast.dtype not in SUPPORTED_DTYPES:
-                return None
+            if cast is None or not cast.is_floating_point() or cast.element_size() < 2:
+                return None  # Rounded to fewer bits than int8 keeps.
             continue
-        rest = step.args[1:]
-        view = (
-            getattr(view, str(step.target))(*rest, **step.kwargs)
-            if step.op == "call_method"
-            else step.target(view, *rest, **step.kwargs)  # type: ignore[operator]
-        )
+        try:
+            view = _replay(step, view)
+        except RuntimeError:
+            return None  # A view of a copy, which is no view of the parameter.
     if not isinstance(view, Tensor) or view.untyped_storage()._cdata != base.untyped_storage()._cdata:
         return None  # A step copied.
+    if any(stride == 0 and size > 1 for size, stride in zip(view.shape, view.stride(), strict=True)):
+        return None  # Repeated by expand: int8 copies would take more memory than the float weight.
     return StaticWeight(node, view)
+
+
+def _replay(step: Node, tensor: Any) -> Any:
+    rest = step.args[1:]
+    if step.op == "call_method":
+        return getattr(tensor, str(step.target))(*rest, **step.kwargs)
+    return step.target(tensor, *rest, **step.kwargs)  # type: ignore[operator]
 
 
 def weight_view(weight: Tensor, order: list[int], shape: tuple[int, ...]) -> WeightView:
@@ -177,7 +182,7 @@ _CHOICES: set[Any] = {
 # Views whose result depends on the strides of their input only.
 _VIEWS: set[Any] = {
     *("t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "view", "reshape", "flatten"),
-    *("unflatten", "squeeze", "unsqueeze", "select", "narrow", "chunk", "split", "unbind", "tensor_split"),
+    *("unflatten", "squeeze", "unsqueeze", "select", "narrow", "chunk", "split", "unbind", "tensor_split", "expand"),
     *(torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.permute, torch.movedim, torch.moveaxis),
     *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.select, torch.narrow),
     *(torch.chunk, torch.split, torch.unbind, torch.tensor_split, operator.getitem),
@@ -186,12 +191,12 @@ _VIEWS: set[Any] = {
     *(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim),
     *(aten.squeeze.dims, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.narrow.default),
     *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int),
-    *(aten.numpy_T.default, aten.mT.default, aten._unsafe_view.default),
+    *(aten.numpy_T.default, aten.mT.default, aten.expand.default, aten._unsafe_view.default),
 }
 
 # Steps that change neither the values (up to the precision that int8 keeps) nor their order.
 _SAME_VALUES: set[Any] = {
-    *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type_as"),
+    *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double", "type_as"),
     *(torch.clone, torch.detach, torch._C._autograd._get_data_attr),  # type: ignore[attr-defined]
     *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default),
     *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.lift_fresh_copy.default),

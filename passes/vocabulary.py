@@ -160,6 +160,10 @@ def _tensordot(spelling: str, left: Node, right: Node, dims: Any) -> Contraction
     return Contraction(spelling, (left, right), (tuple(lefts), tuple(rights)), tuple(out))
 
 
+def _aten_tensordot(spelling: str, left: Node, right: Node, dims: Any, other_dims: Any) -> Contraction | None:
+    return _tensordot(spelling, left, right, (dims, other_dims))
+
+
 def _einsum(spelling: str, equation: Any, *operands: Any) -> Contraction | None:
     if isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -296,6 +300,7 @@ _TABLE: dict[Any, Spelling] = {
     aten.linear.default: _LINEAR,
     torch.matmul: _MATMUL,
     torch.linalg.matmul: _MATMUL,
+    aten.linalg_matmul.default: _MATMUL,
     operator.matmul: _MATMUL,
     "matmul": _MATMUL,
     "__matmul__": _MATMUL,
@@ -308,6 +313,7 @@ _TABLE: dict[Any, Spelling] = {
     "mv": _MV,
     aten.mv.default: _MV,
     torch.tensordot: Spelling("tensordot", ("a", "b", "dims"), _tensordot),
+    aten.tensordot.default: Spelling("tensordot", ("self", "other", "dims_self", "dims_other"), _aten_tensordot),
 }
 
 _ATTENTION = {

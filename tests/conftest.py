@@ -25,5 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _fresh() -> None:
     torch.manual_seed(0)
+    # Tests share code objects (a model's forward), and each compiles them again: without this they run into Dynamo's
+    # recompile limit.
+    torch._dynamo.reset()

@@ -1,0 +1,161 @@
+"""The command `int8compile`: `demo` and `explain`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from typing import NoReturn, get_args
+
+from int8compile.config import Int8Config, LmHead, OutlierPolicy
+from int8compile.errors import Int8CompileError
+
+# What argparse itself exits with.
+USAGE_ERROR = 2
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` if None.
+
+    Returns:
+        The exit code: 0, or 2 after one line on stderr where what was given cannot be used.
+    """
+    parser = _parser()
+    try:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            args.parser.refuse(unknown[0])
+        run = _demo if args.command == "demo" else _explain
+        return run(args)
+    except Int8CompileError as error:
+        print(f"int8compile: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except SystemExit as end:  # argparse, after --help or an error.
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print("int8compile: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells do.
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def refuse(self, argument: str) -> NoReturn:
+        """Reports an argument that no option or position takes, with the option that was probably meant."""
+        options = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(argument.split("=")[0], options, n=1)
+        self.error(f"unknown argument {argument!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="int8compile", description='torch.compile(model, backend="int8") from the command line.')
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_explain):
+        command = add(commands)
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "compile a small language model to int8: what was rewritten, how fast, how exact"
+    demo = commands.add_parser("demo", help=about, description=about, allow_abbrev=False)
+    demo.add_argument("--tokens", type=_count, default=32, metavar="N", help="tokens to generate (default %(default)s)")
+    demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model instead of the built-in question")
+    demo.add_argument("--no-eval", action="store_true", help="skip the accuracy part")
+    return demo
+
+
+def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "list every linear of a model: int8 or float, and why"
+    explain = commands.add_parser("explain", help=about, description=about, allow_abbrev=False)
+    explain.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder or hub name that transformers can load, a .gguf file, or 'smollm2', the model of the demo",
+    )
+    default = Int8Config()
+    options = explain.add_argument_group("options of the backend")
+    options.add_argument(
+        "--threshold",
+        type=float,
+        default=default.threshold,
+        metavar="T",
+        help="what counts as an outlier: T times the rms of its row, or T itself for --outliers column; "
+        "0 turns the outlier split off (default %(default)s)",
+    )
+    options.add_argument(
+        "--outliers",
+        choices=get_args(OutlierPolicy),
+        default=default.outliers,
+        help="element by element, or whole columns as LLM.int8() does (default %(default)s)",
+    )
+    options.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave modules with this path in float, e.g. 'mlp' or 'layers.0'; may be given several times",
+    )
+    options.add_argument(
+        "--lm-head",
+        choices=get_args(LmHead),
+        default=default.lm_head,
+        help="what to do with the output projection (default %(default)s: float)",
+    )
+    options.add_argument(
+        "--min-features",
+        type=_count,
+        default=default.min_features,
+        metavar="N",
+        help="leave weights with fewer inputs or outputs in float (default %(default)s)",
+    )
+    inputs = explain.add_argument_group("the model and the inputs it is run on")
+    inputs.add_argument("--batch", type=_count, default=1, metavar="N", help="rows (default %(default)s)")
+    inputs.add_argument("--sequence", type=_count, default=8, metavar="N", help="tokens (default %(default)s)")
+    inputs.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="load the weights as this (default %(default)s)"
+    )
+    explain.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
+    return explain
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from int8compile import demo
+
+    demo.run(print, tokens=args.tokens, prompt=args.prompt, accuracy=not args.no_eval)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    # Before the model is loaded, which takes long: a wrong option is reported at once.
+    config = Int8Config(
+        threshold=args.threshold,
+        outliers=args.outliers,
+        skip_modules=tuple(args.skip),
+        lm_head=args.lm_head,
+        min_features=args.min_features,
+    )
+    import torch
+
+    from int8compile import explain, models
+
+    model = models.load(args.model, getattr(torch, args.dtype))
+    inputs = models.example_inputs(model, args.batch, args.sequence)
+    models.check_runs(model, inputs)
+    report = explain(model, config=config, **inputs)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    return 0

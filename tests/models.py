@@ -1,0 +1,65 @@
+"""Small models that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from int8compile.backend import int8
+
+
+class Block(nn.Module):
+    """A residual MLP of two linears, 32 features wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Several blocks, frozen, so that grad mode does not keep them in float."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(depth))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CountingBackend:
+    """The int8 backend, with a count of the graphs it was given."""
+
+    def __init__(self, **options: object) -> None:
+        self.graphs = 0
+        self.options = options
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list) -> Callable[..., object]:
+        self.graphs += 1
+        return int8(gm, example_inputs, options=self.options)
+
+    # FreedWeight asks who compiles: a wrapper names what it wraps, as Dynamo's own do.
+    @property
+    def compiler_fn(self) -> Callable[..., object]:
+        return int8
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of the expected."""
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+# int8 with per-row scales: each factor is off by at most half a step of 1/127 of its row's largest element. For normal
+# rows of 32 to 128 elements (largest about 2.5 standard deviations) that is 0.6 % standard error for each factor, so a
+# product is about 0.8 % off; 3 % leaves room for two layers and residuals, and is far below what a wrong scale,
+# a transposed weight or a missing bias gives.
+INT8_ERROR = 0.03

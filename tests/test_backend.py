@@ -1,0 +1,294 @@
+"""torch.compile(model, backend="int8"): found by name, one graph, right numbers, under every mode of use."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import int8compile
+from int8compile.ops import quantize_weight
+from int8compile.weights import STORE
+from tests.models import INT8_ERROR, CountingBackend, Stack, relative_error
+
+
+def reference(model: Stack, x: Tensor, threshold: float = 6.0, outliers: str = "row") -> Tensor:
+    """The stack through the operators, in eager mode: what the compiled model must equal."""
+    for layer in model.layers:
+        up = torch.ops.int8compile.linear(x, *quantize_weight(layer.up.weight), layer.up.bias, threshold, outliers)
+        x = x + torch.ops.int8compile.linear(
+            torch.relu(up), *quantize_weight(layer.down.weight), layer.down.bias, threshold, outliers
+        )
+    return x
+
+
+def test_found_by_name_without_importing_the_package() -> None:
+    program = """
+import sys, torch
+model = torch.nn.Linear(32, 32).requires_grad_(False)
+assert "int8compile" not in sys.modules
+x = torch.randn(4, 32)
+y = torch.compile(model, backend="int8", fullgraph=True)(x)
+assert "int8compile" in sys.modules
+error = ((y - model(x)).norm() / y.norm()).item()
+assert 0 < error < 0.03, error
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("outliers", ["row", "column"])
+@pytest.mark.parametrize("threshold", [0.0, 2.0, 6.0])
+def test_equals_the_operators_bit_by_bit(outliers: str, threshold: float) -> None:
+    """Options reach the operators, and what Inductor generates around them changes nothing."""
+    model, x = Stack(), torch.randn(6, 32)
+    x[2, 3] = 9.0
+    options = {"outliers": outliers, "threshold": threshold}
+    actual = torch.compile(model, backend="int8", fullgraph=True, options=options)(x)
+    assert torch.equal(actual, reference(model, x, threshold, outliers))
+    assert 0 < relative_error(actual, model(x)) < INT8_ERROR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_stay(dtype: torch.dtype) -> None:
+    model, x = Stack().to(dtype), torch.randn(6, 32, dtype=dtype)
+    actual = torch.compile(model, backend="int8", fullgraph=True)(x)
+    assert actual.dtype == dtype
+    assert relative_error(actual.float(), model.float()(x.float())) < INT8_ERROR
+
+
+def test_row_policy_results_do_not_depend_on_the_batch() -> None:
+    """Changing one row leaves every other output row bitwise the same; a row alone gives what it gives in the batch."""
+    model, x = Stack(), torch.randn(8, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    before = compiled(x)
+    for value in (100.0, float("nan"), float("inf")):
+        changed = x.clone()
+        changed[3, 5] = value
+        after = compiled(changed)
+        rest = torch.arange(8) != 3
+        assert torch.equal(after[rest], before[rest])
+        assert not torch.equal(after[3], before[3])
+    assert torch.equal(torch.cat([compiled(row[None]) for row in x]), before)
+
+
+def test_nan_and_inf_give_what_float_gives() -> None:
+    model, x = Stack(1), torch.randn(4, 32)
+    x[1, 0], x[2, 0] = float("nan"), float("inf")
+    actual, expected = torch.compile(model, backend="int8", fullgraph=True)(x), model(x)
+    assert actual[1].isnan().all()
+    assert expected[1].isnan().all()
+    assert not actual[2].isfinite().any()
+    assert actual[[0, 3]].isfinite().all()
+
+
+def test_one_recompile_when_the_sequence_changes_and_nothing_is_quantized_again() -> None:
+    model, backend = Stack(), CountingBackend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled(torch.randn(2, 5, 32))
+    assert (backend.graphs, quantized := STORE.quantized) == (1, STORE.quantized)
+    for length in (7, 9, 11, 64, 3):
+        x = torch.randn(2, length, 32)
+        assert torch.equal(compiled(x), reference(model, x))
+    assert backend.graphs == 2
+    assert STORE.quantized == quantized
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_grad_modes(context: Callable) -> None:
+    model, x = Stack(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    with context():
+        assert torch.equal(compiled(x), reference(model, x))
+
+
+def test_parameters_made_in_inference_mode() -> None:
+    """They have no version counter."""
+    with torch.inference_mode():
+        model = Stack()
+        x = torch.randn(4, 32)
+        assert torch.equal(torch.compile(model, backend="int8", fullgraph=True)(x), reference(model, x))
+
+
+def test_train_and_eval_mode() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = Stack()
+            self.dropout = nn.Dropout(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dropout(self.stack(x))
+
+    model, x = Model(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    assert torch.equal(compiled.train()(x), torch.zeros(4, 32))
+    assert torch.equal(compiled.eval()(x), reference(model.stack, x))
+
+
+def test_gradients_reach_the_input() -> None:
+    """grad_x = grad_y @ dequantized W through both linears, as autograd gives for the operators in eager mode."""
+    model = Stack()
+    x = torch.randn(4, 32, requires_grad=True)
+    torch.compile(model, backend="int8", fullgraph=True)(x).square().sum().backward()
+    actual, x.grad = x.grad, None
+    reference(model, x).square().sum().backward()
+    # The same products in another order: Inductor compiles the backward pass.
+    assert torch.allclose(actual, x.grad, rtol=1e-5, atol=1e-5)
+    assert relative_error(actual, x.grad) < 1e-6
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
+def test_autocast(inside: bool) -> None:
+    model, x = nn.Linear(32, 64).requires_grad_(False), torch.randn(4, 32)
+
+    def call(x: Tensor) -> Tensor:
+        if not inside:
+            return model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    compiled = torch.compile(call, backend="int8", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        actual = compiled(x)
+    assert actual.dtype == torch.bfloat16
+    expected = torch.ops.int8compile.linear(x.bfloat16(), *quantize_weight(model.weight), model.bias, 6.0, "row")
+    assert torch.equal(actual, expected)
+
+
+def test_several_graphs_after_a_graph_break() -> None:
+    first, second = Stack(1), Stack(1)
+
+    def model(x: Tensor) -> Tensor:
+        y = first(x)
+        torch._dynamo.graph_break()
+        return second(y)
+
+    x, backend = torch.randn(4, 32), CountingBackend()
+    assert torch.equal(torch.compile(model, backend=backend)(x), reference(second, reference(first, x)))
+    assert backend.graphs == 2
+
+
+def test_threads() -> None:
+    """Eight threads, at once from the first call on: weights are quantized once, results are right."""
+    model, quantized = Stack(4), STORE.quantized
+    compiled = torch.compile(model, backend="int8", fullgraph=True, dynamic=True)
+    inputs = [torch.randn(2 + i, 32) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(compiled, inputs))
+    assert all(torch.equal(y, reference(model, x)) for x, y in zip(inputs, outputs, strict=True))
+    assert STORE.quantized - quantized == 8
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_modes_reach_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = int8compile.backend.compile_fx
+    monkeypatch.setattr(
+        int8compile.backend,
+        "compile_fx",
+        lambda *args, config_patches: (seen.append(config_patches), original(*args, config_patches=config_patches))[1],
+    )
+    model, x = Stack(1), torch.randn(4, 32)
+    assert torch.equal(torch.compile(model, backend="int8", mode=mode, fullgraph=True)(x), reference(model, x))
+    assert seen == [{} if mode == "default" else torch._inductor.list_mode_options(mode)]
+
+
+def test_inductor_options_reach_inductor() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    def generated(options: dict) -> str:
+        torch._dynamo.reset()
+        compiled = torch.compile(Stack(1), backend="int8", options=options)
+        return run_and_get_code(compiled, torch.randn(4, 32))[1][0]
+
+    assert "int8compile.linear" in generated({})
+    debug = generated({"inductor": {"profiler_mark_wrapper_call": True, "fx_graph_cache": False}})
+    assert "record_function" in debug
+
+
+def test_the_compiled_code_has_no_float_weight_and_no_symbolic_weight() -> None:
+    """The int8 weight has fixed sizes in the generated code, and the float one is no argument of it."""
+    from torch._inductor.utils import run_and_get_code
+
+    compiled = torch.compile(Stack(1), backend="int8", dynamic=True, options={"inductor": {"fx_graph_cache": False}})
+    code = run_and_get_code(compiled, torch.randn(4, 32))[1][0]
+    arguments = re.findall(r"arg\d+_1 = rand_strided\((\(.*?\)), .*dtype=torch\.(\w+)\)", code)
+    assert sorted(arguments) == sorted(
+        [
+            ("(4, 32)", "float32"),  # x
+            *(("(64, 32)", "int8"), ("(64, )", "float32"), ("(64, )", "float32")),  # up: int8, scale, bias
+            *(("(32, 64)", "int8"), ("(32, )", "float32"), ("(32, )", "float32")),  # down
+        ]
+    )
+    # x's rows are a symbol; the weights' sizes are numbers.
+    assert "assert_size_stride(arg2_1, (s" in code
+    assert re.search(r"assert_size_stride\(arg\d+_1, \(64, 32\)", code)
+
+
+BAD_INPUTS: list[tuple[str, type[Exception], dict, str]] = [
+    ("unknown option", int8compile.ConfigError, {"treshold": 3}, "did you mean 'threshold'"),
+    ("negative threshold", int8compile.ConfigError, {"threshold": -3}, "threshold=-3: give a finite number"),
+    ("NaN threshold", int8compile.ConfigError, {"threshold": float("nan")}, "threshold=nan: give a finite number"),
+    ("unknown Inductor option", int8compile.ConfigError, {"inductor": {"freezin": 1}}, "did you mean 'freezing'"),
+]
+
+
+@pytest.mark.parametrize(("error", "options", "says"), [row[1:] for row in BAD_INPUTS], ids=[row[0] for row in BAD_INPUTS])
+def test_bad_options(error: type[Exception], options: dict, says: str) -> None:
+    model, x = Stack(), torch.randn(4, 32)
+    with pytest.raises(error, match=says):
+        torch.compile(model, backend="int8", options=options)(x)
+    assert torch.equal(torch.compile(model, backend="int8")(x), reference(model, x))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_weight_is_named_and_the_model_is_as_it_was(bad: float) -> None:
+    model, x = Stack(), torch.randn(4, 32)
+    model.layers[1].down.weight[3, 4:6] = bad
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(int8compile.BadWeightError, match=r"layers.1.down: its weight \[32, 64\] has 2 NaN or Inf of 2048"):
+        torch.compile(model, backend="int8")(x)
+    assert all(torch.equal(before[name].nan_to_num(), value.nan_to_num()) for name, value in model.state_dict().items())
+    (site,) = int8compile.explain(model, x).skipped
+    assert (site.path, site.reason, site.detail) == ("layers.1.down", int8compile.SkipReason.BAD_VALUES, "2 of 2048")
+    options = {"skip_modules": ["layers.1.down"]}
+    torch.compile(model, backend="int8", options=options)(x)
+
+
+def test_meta_weight() -> None:
+    model = Stack().to("meta")
+    with pytest.raises(int8compile.BadWeightError, match=r"layers.0.up: .* is on the meta device and has no data. Load"):
+        torch.compile(model, backend="int8")(torch.randn(4, 32, device="meta"))
+
+
+def test_integer_input() -> None:
+    with pytest.raises(int8compile.InputError, match=r"layers.0.up: its input is torch.int32 .* Convert the input"):
+        torch.compile(Stack(), backend="int8")(torch.ones(4, 32, dtype=torch.int32))
+
+
+def test_shape_that_does_not_fit() -> None:
+    with pytest.raises(RuntimeError, match="reduction dim"):
+        torch.compile(Stack(), backend="int8")(torch.randn(4, 5))
+
+
+def test_nothing_rewritten_is_a_warning_with_the_remedy() -> None:
+    model = Stack().requires_grad_(True)
+    with pytest.warns(int8compile.Int8Warning, match=r"none of the 4 linears.*torch.no_grad\(\)"):
+        torch.compile(model, backend="int8")(torch.randn(4, 32))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        torch.compile(model, backend="int8")(torch.randn(4, 32))
+
+
+def test_each_graph_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="int8compile"):
+        torch.compile(Stack(), backend="int8")(torch.randn(4, 32))
+    assert any("4 of 4 linears in int8" in record.message for record in caplog.records)

@@ -1,0 +1,60 @@
+"""Int8Config: what it takes, what it refuses, and what the message says."""
+
+import pytest
+
+from int8compile import ConfigError, Int8Config
+
+
+def test_defaults_are_the_specification() -> None:
+    config = Int8Config()
+    assert (config.threshold, config.outliers, config.lm_head) == (6.0, "row", "native")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"treshold": 3.0}, "did you mean 'threshold'"),
+        ({"xyzzy": 1}, "Allowed: threshold, outliers"),
+        ({"threshold": -1.0}, r"threshold=-1.0: give a finite number >= 0"),
+        ({"threshold": float("nan")}, "threshold=nan"),
+        ({"threshold": float("inf")}, "threshold=inf"),
+        ({"threshold": "6"}, "threshold='6'"),
+        ({"threshold": True}, "threshold=True"),
+        ({"outliers": "col"}, "did you mean 'column'"),
+        ({"lm_head": "float"}, "allowed are 'native', 'int8'"),
+        ({"skip_modules": "lm_head"}, r"give a list of patterns, e.g. \['lm_head'\]"),
+        ({"skip_modules": [3]}, "skip_modules holds 3"),
+        ({"min_features": 0}, "min_features=0"),
+        ({"min_features": 2.5}, "min_features=2.5"),
+        ({"free_weights": 1}, "free_weights=1"),
+        ({"mode": "max-autotun"}, "did you mean 'max-autotune'"),
+        ({"inductor": {"max_autotun": True}}, "did you mean 'max_autotune'"),
+        ({"inductor": ["max_autotune"]}, "give a dictionary"),
+    ],
+)
+def test_bad_options_are_refused_with_what_to_do(options: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Int8Config.from_options(options)
+
+
+def test_mode_can_be_given_with_options_but_not_twice() -> None:
+    assert Int8Config.from_options({"threshold": 5}, mode="max-autotune").mode == "max-autotune"
+    assert Int8Config.from_options({"mode": "max-autotune"}, mode="max-autotune").mode == "max-autotune"
+    with pytest.raises(ConfigError, match="given twice"):
+        Int8Config.from_options({"mode": "max-autotune"}, mode="reduce-overhead")
+
+
+def test_inductor_options_override_those_of_the_mode() -> None:
+    config = Int8Config(mode="max-autotune", inductor={"max-autotune": False, "epilogue_fusion": False})
+    patches = config.inductor_patches()
+    assert patches["max_autotune"] is False
+    assert patches["triton.cudagraphs"] is True
+    assert patches["epilogue_fusion"] is False
+    assert Int8Config().inductor_patches() == {}
+
+
+def test_config_is_frozen_and_keeps_patterns_as_a_tuple() -> None:
+    config = Int8Config(skip_modules=["mlp"])  # type: ignore[arg-type]
+    assert config.skip_modules == ("mlp",)
+    with pytest.raises(AttributeError):
+        config.threshold = 1.0  # type: ignore[misc]

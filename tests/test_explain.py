@@ -1,0 +1,217 @@
+"""explain(): a row for every linear site, data and table, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
+
+import int8compile
+from int8compile import Int8Config, SkipReason, hardware, roofline
+from int8compile.weights import STORE
+from tests.models import Block, CountingBackend, Stack
+
+
+class Model(nn.Module):
+    """Rewritten, skipped and attention sites, a buffer that the forward pass changes, and a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.stack = Stack()
+        self.norm = nn.BatchNorm1d(32)
+        self.router = nn.Linear(32, 4)
+        self.lm_head = nn.Linear(32, 64, bias=False)
+        self.lm_head.weight = self.embedding.weight
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.norm(self.stack(self.embedding(ids)))
+        x = x + (x @ x.t()) @ x + self.router(x).sum()
+        return self.lm_head(x)
+
+
+def test_a_row_for_every_site() -> None:
+    report = int8compile.explain(Model(), torch.arange(5))
+    rows = [(site.path, site.op, site.shape, site.reason) for site in report.sites]
+    assert rows == [
+        ("stack.layers.0.up", "linear", ("5", "32", "64"), None),
+        ("stack.layers.0.down", "linear", ("5", "64", "32"), None),
+        ("stack.layers.1.up", "linear", ("5", "32", "64"), None),
+        ("stack.layers.1.down", "linear", ("5", "64", "32"), None),
+        ("router", "linear", ("5", "32", "4"), SkipReason.SMALL),
+        ("lm_head", "linear", ("5", "32", "64"), SkipReason.LM_HEAD),
+    ]
+    assert report.sites[0].source == f"models.py:{Block.forward.__code__.co_firstlineno + 1}"
+    assert report.totals() == {
+        "sites": 6,
+        "rewritten": 4,
+        "skipped": 2,
+        "reasons": {"small": 1, "lm_head": 1},
+        "activation_matmuls": 2,
+        "graphs": 1,
+        "bytes_before": 4 * (4 * 64 * 32 + 4 * 32 + 64 * 32),
+        "bytes_after": 4 * 64 * 32 + 4 * 2 * (64 + 32) + 4 * (4 * 32 + 64 * 32),
+    }
+
+
+def test_data_and_table_agree() -> None:
+    report = int8compile.explain(Model(), torch.arange(5), config={"skip_modules": ["layers.1", "nothing"]})
+    data = json.loads(json.dumps(report.to_dict()))
+    keys = ("path", "op", "source", "shape", "rewritten", "reason", "bytes_before", "bytes_after")
+    assert all(set(keys) <= site.keys() for site in data["sites"])
+    assert data["sites"][2]["reason"] == "its module path matches skip_modules (pattern 'layers.1')"
+    assert data["sites"][0]["reason"] is None
+    assert data["unused_patterns"] == ["nothing"]
+    table = str(report)
+    for site in data["sites"]:
+        (line,) = [line for line in table.splitlines() if line.startswith(site["path"] + " ")]
+        assert (" int8 " in line) is site["rewritten"]
+        assert " x ".join(site["shape"]) in line
+    assert "2 of 6 linears in int8" in table
+    assert "- skip_modules pattern 'nothing' matched nothing" in table
+    assert "reference runs" in table
+
+
+def test_nothing_is_left_behind_and_nothing_runs_twice() -> None:
+    model, ids = Model(), torch.arange(5)
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes, quantized = set(vars(model)), STORE.quantized
+    int8compile.explain(model, ids)
+    assert runs == [1]
+    assert STORE.quantized == quantized
+    assert set(vars(model)) == attributes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert eval_frame._debug_get_cache_entry_list(Model.forward.__code__) == []
+    assert torch.is_grad_enabled()
+    assert model.router.weight.requires_grad
+
+
+def test_a_compiled_model_is_explained_as_what_it_was_made_from() -> None:
+    model, x, backend = Stack(), torch.randn(4, 32), CountingBackend()
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    assert len(int8compile.explain(compiled, x).rewritten) == 4
+    # And its own compiled code is still there.
+    compiled(x)
+    assert backend.graphs == 1
+
+
+def test_functions_keyword_arguments_and_configs() -> None:
+    weight = nn.Parameter(torch.randn(48, 32))
+
+    def call(x: Tensor, *, scale: float) -> Tensor:
+        return nn.functional.linear(x, weight) * scale
+
+    (site,) = int8compile.explain(call, torch.randn(2, 32), scale=2.0, config=Int8Config(min_features=33)).sites
+    assert site.reason is SkipReason.SMALL
+    with pytest.raises(int8compile.ConfigError, match="did you mean 'min_features'"):
+        int8compile.explain(call, torch.randn(2, 32), scale=2.0, config={"min_feature": 3})
+
+
+class Breaking(nn.Module):
+    """Breaks the graph inside a submodule inside a loop, after which Dynamo leaves the outer function to Python."""
+
+    class Part(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            torch._dynamo.graph_break()
+            return self.down(y)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(self.Part() for _ in range(2))
+        self.last = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return self.last(x)
+
+
+def test_after_graph_breaks_paths_are_whole_and_lost_linears_are_named() -> None:
+    report = int8compile.explain(Breaking(), torch.randn(3, 32))
+    assert [(site.path, site.reason) for site in report.sites] == [
+        ("parts.0.up", None),
+        ("parts.0.down", None),
+        ("parts.1.up", None),
+        ("parts.1.down", None),
+        ("last", SkipReason.NOT_CAPTURED),
+    ]
+    assert report.graphs == 2
+    for code in (Breaking.forward.__code__, Breaking.Part.forward.__code__):
+        assert eval_frame._debug_get_cache_entry_list(code) == []
+
+
+def test_a_model_on_the_meta_device() -> None:
+    """What a model that does not fit in memory would take."""
+    report = int8compile.explain(Stack().to("meta"), torch.randn(4, 32, device="meta"))
+    assert len(report.rewritten) == 4
+    assert report.totals()["bytes_after"] == 4 * 64 * 32 + 4 * 2 * (64 + 32)
+
+
+def test_symbolic_rows() -> None:
+    x = torch.randn(3, 5, 32)
+    torch._dynamo.mark_dynamic(x, 1)
+    site = int8compile.explain(Stack(), x).sites[0]
+    assert site.shape[0].startswith("3*s")
+    assert site.shape[1:] == ("32", "64")
+
+
+H100 = hardware.gpu("NVIDIA H100 80GB HBM3", "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "rows", "expected"),
+    [
+        (4096, 14336, "8", "M >= 1"),
+        (4096, 14336, "4*s0", "4*s0 >= 1"),
+        # A narrow output: quantizing x costs as much as the weight's bytes save, from some M on.
+        (4096, 128, "s0", "s0 <= 63"),
+        (4096, 2, "s0", "never"),
+    ],
+)
+def test_roofline_in_symbols(k: int, n: int, rows: str, expected: str) -> None:
+    assert roofline.describe(k, n, rows, 2, H100) == expected
+
+
+@pytest.mark.parametrize(("k", "n"), [(4096, 14336), (4096, 128), (576, 192), (4096, 64), (64, 4096), (4096, 2)])
+def test_roofline_agrees_with_trying_every_m(k: int, n: int) -> None:
+    """Against the two floors of the roofline, evaluated number by number."""
+    assert H100.bandwidth
+    assert H100.float_peak
+    assert H100.int8_peak
+
+    def faster(m: int) -> bool:
+        floats = max(2 * (n * k + m * k + m * n) / H100.bandwidth, 2 * m * n * k / H100.float_peak)
+        quantize = (3 * m * k + 4 * m) / H100.bandwidth
+        ints = max((n * k + m * k + 2 * m * n + 4 * n + 4 * m) / H100.bandwidth, 2 * m * n * k / H100.int8_peak)
+        return quantize + ints < floats
+
+    found = roofline.faster(k, n, 2, H100)
+    tried = [1, 2, 3, 5, 7, 8, 16, 50, 62, 63, 64, 65, 93, 94, 95, 96, 200, 500, 1000, 5000, 100000]
+    assert [m in found for m in tried] == [faster(m) for m in tried]
+
+
+def test_unknown_hardware_claims_nothing() -> None:
+    assert roofline.describe(4096, 4096, "1", 2, hardware.gpu("Some GPU", "sm_80")) == ""
+    assert hardware.of(torch.device("cpu")).isa
+
+
+def test_longest_gpu_name_counts() -> None:
+    assert hardware.gpu("NVIDIA A100-SXM4-80GB", "sm_80").bandwidth == 2.039e12
+    assert hardware.gpu("NVIDIA A100-PCIE-40GB", "sm_80").bandwidth == 1.555e12
+    assert hardware.gpu("NVIDIA L40S", "sm_89").bandwidth == 0.864e12
+
+
+def test_the_module_of_the_same_name_does_not_hide_the_function() -> None:
+    program = "import int8compile, int8compile.explain; assert callable(int8compile.explain), int8compile.explain"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,398 @@
+"""Every spelling of a matmul with a static weight, on Dynamo graphs and on exported ones; and every reason to leave one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import int8compile
+from int8compile import Int8Config, SkipReason
+from int8compile.ops import quantize_weight
+from int8compile.passes import AttributeBinder, rewrite_graph
+from int8compile.passes.contraction import roles
+from int8compile.passes.names import clean_path
+from int8compile.passes.rules import matches
+from int8compile.weights import quantize_checked
+from tests.models import INT8_ERROR, relative_error
+
+
+class Weights(nn.Module):
+    """Parameters in the layouts that the spellings below need; `call` says how they are used."""
+
+    def __init__(self, call: Callable[[Weights, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+        self.nk = nn.Parameter(torch.randn(48, 32))
+        self.kn = nn.Parameter(torch.randn(32, 48))
+        self.bias = nn.Parameter(torch.randn(48))
+        self.experts = nn.Parameter(torch.randn(2, 32, 48))
+        self.expert_bias = nn.Parameter(torch.randn(2, 1, 48))
+        self.heads = nn.Parameter(torch.randn(32, 3, 16))
+        self.channels = nn.Parameter(torch.randn(48, 5, 1, 1))
+        self.qkv = nn.Parameter(torch.randn(96, 32))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+# x is [2, 5, 32]. Each: name, what the report calls it, the call.
+SPELLINGS: list[tuple[str, str, Callable[[Weights, Tensor], Tensor]]] = [
+    ("F.linear", "linear", lambda m, x: F.linear(x, m.nk)),
+    ("F.linear with bias", "linear", lambda m, x: F.linear(x, m.nk, m.bias)),
+    ("F.linear of a 1-D input", "linear", lambda m, x: F.linear(x[0, 0], m.nk, m.bias)),
+    ("F.linear of a slice of a weight", "linear", lambda m, x: F.linear(x, m.qkv[32:80], m.bias)),
+    ("F.linear of a chunk of a weight", "linear", lambda m, x: F.linear(x, m.qkv.chunk(3)[1])),
+    ("F.linear of a cast weight", "linear", lambda m, x: F.linear(x.bfloat16(), m.nk.to(torch.bfloat16)).float()),
+    ("addmm", "addmm", lambda m, x: torch.addmm(m.bias, x[0], m.kn)),
+    ("addmm with beta and alpha", "addmm", lambda m, x: torch.addmm(m.bias, x[0], m.kn, beta=0.5, alpha=2.0)),
+    ("addmm with beta 0", "addmm", lambda m, x: torch.addmm(m.bias, x[0], m.kn, beta=0)),
+    ("addmm of a matrix", "addmm", lambda m, x: torch.addmm(x[0, :, :1], x[0], m.kn)),
+    ("Tensor.addmm", "addmm", lambda m, x: m.bias.addmm(x[0], m.kn)),
+    ("addmm with the weight first", "addmm", lambda m, x: torch.addmm(x[0, :, 0], m.nk, x[0].t())),
+    ("addmv", "addmv", lambda m, x: torch.addmv(m.bias, m.nk, x[0, 0])),
+    ("mm", "mm", lambda m, x: torch.mm(x[0], m.kn)),
+    ("mm by keyword", "mm", lambda m, x: torch.mm(input=x[0], mat2=m.kn)),
+    ("Tensor.mm", "mm", lambda m, x: x[0].mm(m.kn)),
+    ("mv", "mv", lambda m, x: m.nk.mv(x[0, 0])),
+    ("inner", "inner", lambda m, x: torch.inner(x, m.nk)),
+    ("matmul", "matmul", lambda m, x: torch.matmul(x, m.kn)),
+    ("matmul of t()", "matmul", lambda m, x: torch.matmul(x, m.nk.t())),
+    ("matmul of a 1-D input", "matmul", lambda m, x: torch.matmul(x[0, 0], m.kn)),
+    ("linalg.matmul", "matmul", lambda m, x: torch.linalg.matmul(x, m.kn)),
+    ("@", "matmul", lambda m, x: x @ m.kn),
+    ("@ of .T", "matmul", lambda m, x: x @ m.nk.T),
+    ("@ of .mT", "matmul", lambda m, x: x @ m.nk.mT),
+    ("@ of transpose", "matmul", lambda m, x: x @ m.nk.transpose(0, 1).contiguous()),
+    ("@ with the weight first", "matmul", lambda m, x: m.nk @ x.mT),
+    ("Tensor.matmul", "matmul", lambda m, x: x.matmul(m.kn)),
+    ("bmm over experts", "bmm", lambda m, x: torch.bmm(x, m.experts)),
+    ("Tensor.bmm", "bmm", lambda m, x: x.bmm(m.experts)),
+    ("matmul over experts", "matmul", lambda m, x: x @ m.experts),
+    ("matmul over experts, 4-D", "matmul", lambda m, x: x.expand(3, 2, 5, 32) @ m.experts),
+    ("baddbmm", "baddbmm", lambda m, x: torch.baddbmm(m.expert_bias, x, m.experts)),
+    ("baddbmm of a full addend", "baddbmm", lambda m, x: torch.baddbmm(x[:, :, :1], x, m.experts, beta=2, alpha=0.5)),
+    ("einsum", "einsum", lambda m, x: torch.einsum("bsk,kn->bsn", x, m.kn)),
+    ("einsum, implicit result", "einsum", lambda m, x: torch.einsum("abk,kn", x, m.kn)),
+    ("einsum with an ellipsis", "einsum", lambda m, x: torch.einsum("...k,nk->...n", x, m.nk)),
+    ("einsum with a permuted result", "einsum", lambda m, x: torch.einsum("bsk,nk->nbs", x, m.nk)),
+    ("einsum into heads", "einsum", lambda m, x: torch.einsum("bsk,khd->bhsd", x, m.heads)),
+    ("einsum out of heads", "einsum", lambda m, x: torch.einsum("bhd,khd->bk", x[:, :3, :16], m.heads)),
+    ("einsum over experts", "einsum", lambda m, x: torch.einsum("esk,ekn->sen", x, m.experts)),
+    ("einsum over experts, one row", "einsum", lambda m, x: torch.einsum("ek,ekn->en", x[:, 0], m.experts)),
+    ("einsum over experts, more rows", "einsum", lambda m, x: torch.einsum("esjk,ekn->jesn", x[:, :, None], m.experts)),
+    ("einsum with the weight first", "einsum", lambda m, x: torch.einsum("nk,bsk->bsn", m.nk, x)),
+    ("tensordot", "tensordot", lambda m, x: torch.tensordot(x, m.kn, 1)),
+    ("tensordot with axes", "tensordot", lambda m, x: torch.tensordot(x, m.nk, ([2], [1]))),
+    ("1x1 conv2d", "convolution", lambda m, x: F.conv2d(x.unflatten(2, (4, 8)), m.channels, m.bias)),
+    ("1x1 conv2d with stride", "convolution", lambda m, x: F.conv2d(x.unflatten(2, (4, 8)), m.channels, stride=(2, 3))),
+    ("1x1 conv2d, unbatched", "convolution", lambda m, x: F.conv2d(x[0].unflatten(1, (4, 8)), m.channels, m.bias)),
+    ("1x1 conv1d", "convolution", lambda m, x: F.conv1d(x, m.channels.squeeze(3), m.bias, padding="same")),
+    ("1x1 conv3d", "convolution", lambda m, x: F.conv3d(x.reshape(2, 5, 4, 4, 2), m.channels[..., None], m.bias)),
+]
+NAMES = [spelling[0] for spelling in SPELLINGS]
+
+
+def _count(module: torch.fx.GraphModule) -> int:
+    ops = (torch.ops.int8compile.linear.default, torch.ops.int8compile.batched_linear.default)
+    return sum(node.target in ops for node in module.graph.nodes)
+
+
+@pytest.mark.parametrize(("op", "call"), [spelling[1:] for spelling in SPELLINGS], ids=NAMES)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_dynamo_graph(op: str, call: Callable[[Weights, Tensor], Tensor], dynamic: bool) -> None:
+    """Rewritten, reported under its name, in the layout of the original; int8 close to float."""
+    model, x = Weights(call), torch.randn(2, 5, 32)
+    config = Int8Config(min_features=5)
+    report = int8compile.explain(model, x, config=config)
+    assert [(site.op, site.rewritten) for site in report.sites] == [(op, True)], str(report)
+    assert report.activation_matmuls == 0
+
+    captured = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list) -> Callable[..., object]:
+        from int8compile.backend import copy_graph, rewrite_captured
+
+        module = copy_graph(gm)
+        binder, _ = rewrite_captured(module, example_inputs, config)
+        captured.append(_count(module))
+        slots = [(list(gm.graph.find_nodes(op="placeholder")), slot) for slot in binder.slots.values()]
+        names = [node.name for node in slots[0][0]]
+
+        def run(*args: object) -> object:
+            given = dict(zip(names, args, strict=True))
+            weights = [quantize_checked(given[slot.source.name], slot.view, slot.path) for _, slot in slots]
+            return module(*args, *(tensor for weight in weights for tensor in weight))
+
+        return run
+
+    actual = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(x)
+    expected = model(x)
+    assert captured == [1]
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < INT8_ERROR
+
+
+# What core ATen makes of these is no matmul of a view of a parameter any more: mv becomes a product and a sum, the others
+# expand or copy the weight first.
+DECOMPOSED_AWAY = {"mv", "@ with the weight first", "einsum out of heads", "matmul over experts, 4-D"}
+
+
+@pytest.mark.parametrize(
+    ("call", "decomposed"),
+    [
+        pytest.param(call, decomposed, id=f"{name}{', decomposed' * decomposed}")
+        for name, _, call in SPELLINGS
+        for decomposed in (False, True)
+        if not (decomposed and name in DECOMPOSED_AWAY)
+    ],
+)
+def test_exported_graph(call: Callable[[Weights, Tensor], Tensor], decomposed: bool) -> None:
+    """The same rules rewrite ATen graphs, as exported and after decomposition into core ATen operators."""
+    model, x = Weights(call), torch.randn(2, 5, 32)
+    program = torch.export.export(model, (x,))
+    if decomposed:
+        program = program.run_decompositions()
+    module = program.module()
+    parameters = {
+        node: module.get_parameter(node.target)
+        for node in module.graph.find_nodes(op="get_attr")
+        if node.target in dict(module.named_parameters())
+    }
+    binder = AttributeBinder(module, parameters, quantize_checked)
+    report = rewrite_graph(module, parameters, Int8Config(min_features=5), binder)
+    assert [site.rewritten for site in report.sites] == [True], str(report)
+    assert _count(module) == 1
+    expected = model(x)
+    actual = module(x)
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < INT8_ERROR
+
+
+def test_two_spellings_of_one_weight_share_one_view() -> None:
+    """F.linear(x, w) and x @ w.t() read the same numbers in the same order."""
+    model = Weights(lambda m, x: F.linear(x, m.nk) + x @ m.nk.t() + torch.einsum("bsk,nk->bsn", x, m.nk))
+    report = int8compile.explain(model, torch.randn(2, 5, 32))
+    assert [site.rewritten for site in report.sites] == [True] * 3
+    assert len({site.layout for site in report.sites}) == 1
+    # Three sites, one weight: 48 x 32 floats before; int8 and 48 scales after.
+    assert report.totals()["bytes_before"] == 4 * 48 * 32
+    assert report.totals()["bytes_after"] == 48 * 32 + 4 * 48
+
+
+def test_two_layouts_of_one_weight_are_counted_both() -> None:
+    model = Weights(lambda m, x: (x @ m.kn) @ m.kn.t())
+    totals = int8compile.explain(model, torch.randn(2, 5, 32)).totals()
+    assert totals["bytes_after"] == (48 * 32 + 4 * 48) + (48 * 32 + 4 * 32)
+
+
+def test_a_bias_is_fused_where_it_is_one_number_per_output() -> None:
+    """Fused: added in float32 before the one rounding. In bfloat16 that shows."""
+    model = Weights(lambda m, x: F.linear(x, m.nk, m.bias)).bfloat16()
+    x = torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    actual = torch.compile(model, backend="int8")(x)
+    qweight, scale = quantize_weight(model.nk)
+    expected = torch.ops.int8compile.linear(x, qweight, scale, model.bias, 6.0, "row")
+    assert torch.equal(actual, expected)
+
+
+REASONS: list[tuple[SkipReason, Callable[[Weights, Tensor], Tensor], dict]] = [
+    (SkipReason.NAME, lambda m, x: F.linear(x, m.nk), {"skip_modules": ["n?"]}),
+    (SkipReason.NOT_STATIC, lambda m, x: F.linear(x, x[0]), {}),
+    (SkipReason.NOT_STATIC, lambda m, x: x @ m.experts[(x[:, 0, 0] > 0).long()], {}),
+    (SkipReason.COMPUTED, lambda m, x: F.linear(x, m.nk * 2), {}),
+    (SkipReason.COMPUTED, lambda m, x: x @ (m.kn + 1), {}),
+    (SkipReason.SMALL, lambda m, x: F.linear(x, m.nk), {"min_features": 33}),
+    (SkipReason.SMALL, lambda m, x: F.linear(x, m.nk[:3]), {}),
+    (SkipReason.DTYPE, lambda m, x: F.linear(x.double(), m.nk.double()), {}),
+    (SkipReason.FORM, lambda m, x: F.conv2d(x.unflatten(2, (4, 8)), m.channels, padding=1), {}),
+    (SkipReason.FORM, lambda m, x: F.conv2d(x.repeat(1, 48, 1)[..., None], m.channels, groups=48), {}),
+    (SkipReason.FORM, lambda m, x: torch.einsum("bsk,bkn->n", x, m.experts), {}),
+    (SkipReason.FORM, lambda m, x: x[:1] @ m.experts, {}),
+    (SkipReason.FORM, lambda m, x: F.bilinear(x, x, m.experts[:, :, :32]), {}),
+    (SkipReason.COMPUTED, lambda m, x: F.linear(x, m.nk.mul_(2)), {}),
+    (SkipReason.CHANGED, lambda m, x: (m.nk.add_(1), F.linear(x, m.nk))[1], {}),
+]
+
+
+@pytest.mark.parametrize(("reason", "call", "options"), REASONS, ids=[f"{row[0].name} {i}" for i, row in enumerate(REASONS)])
+def test_reasons(reason: SkipReason, call: Callable[[Weights, Tensor], Tensor], options: dict) -> None:
+    report = int8compile.explain(Weights(call), torch.randn(2, 5, 32), config=options)
+    assert [site.reason for site in report.sites] == [reason], str(report)
+    assert report.sites[0].why().startswith(reason.value)
+    assert report.sites[0].bytes_after == report.sites[0].bytes_before > 0
+
+
+def test_weight_being_trained_is_left_alone_in_grad_mode_only() -> None:
+    class Lora(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(32, 48).requires_grad_(False)
+            self.down = nn.Linear(32, 16)
+            self.up = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    model, x = Lora(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    compiled(x).sum().backward()
+    # In grad mode the adapters train in float, the frozen base runs in int8: exactly this composition.
+    qweight, scale = quantize_weight(model.base.weight)
+    base = torch.ops.int8compile.linear(x, qweight, scale, model.base.bias, 6.0, "row")
+    assert torch.allclose(compiled(x), base + model.up(model.down(x)), atol=1e-5)
+    assert all(layer.weight.grad is not None for layer in (model.down, model.up))
+    with torch.no_grad():
+        assert [site.rewritten for site in int8compile.explain(model, x).sites] == [True] * 3
+        assert not torch.allclose(compiled(x), base + model.up(model.down(x)), atol=1e-5)
+
+
+def test_attention_is_counted_and_left_alone() -> None:
+    def attend(m: Weights, x: Tensor) -> Tensor:
+        weighted = torch.softmax(torch.bmm(x, x.mT), -1) @ x
+        return weighted + F.scaled_dot_product_attention(x[None], x[None], x[None])[0] + F.linear(x, m.kn.T[:32])
+
+    report = int8compile.explain(Weights(attend), torch.randn(2, 5, 32))
+    assert (report.activation_matmuls, len(report.rewritten), len(report.skipped)) == (3, 1, 0)
+
+
+def test_a_scaled_activation_is_no_weight() -> None:
+    """weight * norm(x), as RMSNorm ends, is an activation though a parameter comes first."""
+    report = int8compile.explain(Weights(lambda m, x: (m.nk[0] * x) @ x.mT), torch.randn(2, 5, 32))
+    assert (report.activation_matmuls, report.sites) == (1, [])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["lm_head", "projection"])
+def test_lm_head_stays_native_by_name_and_by_tie(name: str, tied: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(64, 32)
+            self.add_module(name, nn.Linear(32, 64, bias=False))
+            if tied:
+                self.get_submodule(name).weight = self.embedding.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.get_submodule(name)(self.embedding(ids))
+
+    ids = torch.arange(6)
+    (site,) = int8compile.explain(Model(), ids).sites
+    expected = SkipReason.LM_HEAD if name == "lm_head" else SkipReason.TIED if tied else None
+    assert site.reason is expected
+    assert site.path == name
+    (site,) = int8compile.explain(Model(), ids, config={"lm_head": "int8"}).sites
+    assert site.rewritten
+
+
+def test_multi_head_attention_is_opened() -> None:
+    """Dynamo keeps nn.MultiheadAttention as one call; its projections are found inside."""
+    model = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    report = int8compile.explain(model, x, x, x, need_weights=False)
+    assert [(site.path, site.rewritten) for site in report.sites] == [("in_proj_weight", True), ("out_proj", True)]
+    with torch.no_grad():
+        for needed in (False, True):
+            compiled = torch.compile(model, backend="int8", fullgraph=True)
+            for actual, expected in zip(
+                compiled(x, x, x, need_weights=needed), model(x, x, x, need_weights=needed), strict=True
+            ):
+                assert (actual is None) == (expected is None)
+                if expected is not None:
+                    assert relative_error(actual, expected) < INT8_ERROR
+
+
+def test_linears_inside_fused_operators_are_named() -> None:
+    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    report = int8compile.explain(model, torch.randn(2, 5, 32))
+    assert {site.reason for site in report.sites} == {SkipReason.FUSED_OP}
+    assert [site.path for site in report.sites] == ["self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"]
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        report = int8compile.explain(model, torch.randn(2, 5, 32))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert len(report.rewritten) == 4
+
+
+def test_linears_in_nested_graphs_are_named() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer = nn.Linear(32, 48).requires_grad_(False)
+    x = torch.randn(3, 32, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    reports = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list) -> Callable[..., object]:
+        from int8compile.backend import copy_graph, rewrite_captured
+
+        reports.append(rewrite_captured(copy_graph(gm), example_inputs, Int8Config())[1])
+        return gm.forward
+
+    torch.compile(model, backend=backend)(x)
+    assert [site.reason for site in reports[0].sites] == [SkipReason.NESTED]
+
+
+def test_custom_operators_with_weights_are_named() -> None:
+    with torch.library._scoped_library("int8compile_test", "FRAGMENT") as library:
+        library.define("mystery(Tensor x, Tensor w) -> Tensor")
+        library.impl("mystery", lambda x, w: x @ w, "CompositeExplicitAutograd")
+        torch.library.register_fake("int8compile_test::mystery", lambda x, w: x @ w, lib=library)
+        model = Weights(lambda m, x: torch.ops.int8compile_test.mystery(x, m.kn))
+        (site,) = int8compile.explain(model, torch.randn(2, 5, 32)).sites
+    assert (site.reason, site.path) == (SkipReason.CUSTOM_OP, "kn")
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "out", "expected"),
+    [
+        ("abk", "nk", "abn", ("", "k", "ab", "n")),
+        ("bmk", "bkn", "bmn", ("b", "k", "m", "n")),
+        ("k", "kn", "n", ("", "k", "", "n")),
+        ("mk", "kn", "n", None),  # m is summed in x alone
+        ("mk", "kn", "mkn", None),  # nothing is summed
+        ("kk", "kn", "n", None),  # a diagonal
+        ("mk", "kn", "mz", None),  # an unknown result
+    ],
+)
+def test_roles(x: str, w: str, out: str, expected: tuple[str, ...] | None) -> None:
+    found = roles(tuple(x), tuple(w), tuple(out))
+    assert found == (None if expected is None else tuple(map(tuple, expected)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matched"),
+    [
+        ("lm_head", "lm_head", True),
+        ("lm_head", "model.lm_head", True),
+        ("head", "lm_head", False),
+        ("mlp", "layers.3.mlp.up_proj", True),
+        ("layers.0", "layers.0.mlp", True),
+        ("layers.0", "layers.01.mlp", False),
+        ("layers.*.o_proj", "model.layers.3.self_attn.o_proj", True),
+        ("*_proj", "layers.3.mlp.up_proj", True),
+    ],
+)
+def test_patterns_match_whole_components(pattern: str, path: str, matched: bool) -> None:
+    assert matches(pattern, path) is matched
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("L['self']._modules['layers']._modules['0'].mlp", "layers.0.mlp"),
+        ("L['self'].model.layers[0].mlp", "model.layers.0.mlp"),
+        ("L['self']._parameters['weight']", "weight"),
+        ("L['self']", ""),
+        ("G['model'].fc", "fc"),
+    ],
+)
+def test_clean_path(source: str, path: str) -> None:
+    assert clean_path(source) == path

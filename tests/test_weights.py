@@ -1,0 +1,220 @@
+"""The weight store: once per parameter, for the parameter that arrives, again when it changed; and freed weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import int8compile
+from int8compile.ops import quantize_weight
+from int8compile.weights import STORE, FreedWeight, WeightStore
+from tests.models import CountingBackend, Stack
+from tests.test_backend import reference
+
+
+def test_one_compile_serves_thirty_layers_each_with_its_own_weights() -> None:
+    """Regional compilation: one compiled graph is called with the parameters of every layer."""
+    model, x, backend, quantized = Stack(30), torch.randn(4, 32), CountingBackend(), STORE.quantized
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    assert torch.equal(model(x), reference(model, x))
+    assert backend.graphs == 1
+    assert STORE.quantized - quantized == 60
+    assert torch.equal(model(x), reference(model, x))
+    assert STORE.quantized - quantized == 60
+
+
+def test_two_compiled_copies_of_a_model_share_the_bytes() -> None:
+    model, x = Stack(), torch.randn(4, 32)
+    gc.collect()
+    before = STORE.nbytes()
+    torch.compile(model, backend="int8")(x)
+    once = STORE.nbytes() - before
+    assert once == sum(weight.numel() + 4 * weight.shape[0] for weight in model.parameters() if weight.dim() == 2)
+    torch._dynamo.reset()
+    torch.compile(model, backend="int8", options={"outliers": "column"})(x)
+    assert STORE.nbytes() - before == once
+
+
+def test_tied_weights_are_quantized_once() -> None:
+    model, x, quantized = Stack(), torch.randn(4, 32), STORE.quantized
+    model.layers[1].up.weight = model.layers[0].up.weight
+    assert torch.equal(torch.compile(model, backend="int8")(x), reference(model, x))
+    assert STORE.quantized - quantized == 3
+
+
+def test_int8_weights_go_with_the_model() -> None:
+    gc.collect()
+    before = STORE.nbytes()
+    model = Stack()
+    torch.compile(model, backend="int8")(torch.randn(4, 32))
+    assert STORE.nbytes() > before
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert STORE.nbytes() == before
+
+
+CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
+    "in-place": lambda weight: weight.mul_(2),
+    "copy_": lambda weight: weight.copy_(torch.randn_like(weight)),
+    "one element": lambda weight: weight[3, 4].fill_(9),
+    "replaced .data": lambda weight: setattr(weight, "data", torch.randn_like(weight)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_stale_weights_are_refreshed_in_place(change: Callable[[nn.Parameter], object]) -> None:
+    model, x = Stack(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    compiled(x)
+    (weight,) = STORE._weights[model.layers[1].up.weight].values()
+    address, quantized = weight.qweight.data_ptr(), STORE.quantized
+    change(model.layers[1].up.weight)
+    assert torch.equal(compiled(x), reference(model, x))
+    assert STORE.quantized - quantized == 1
+    # Addresses stay: a CUDA graph that was captured with them stays right.
+    assert weight.qweight.data_ptr() == address
+    assert torch.equal(weight.qweight, quantize_weight(model.layers[1].up.weight)[0])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_after_compiling(assign: bool) -> None:
+    model, other, x = Stack(), Stack(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    compiled(x)
+    model.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(compiled(x), reference(other, x))
+
+
+def test_a_weight_that_turns_bad_is_refused_at_the_next_call() -> None:
+    model, x = Stack(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    compiled(x)
+    model.layers[0].up.weight[0, 0] = float("nan")
+    with pytest.raises(int8compile.BadWeightError, match="layers.0.up"):
+        compiled(x)
+
+
+def test_updates_that_bypass_the_version_counter_need_forget() -> None:
+    """p.data.mul_() leaves no trace: the limit that the README states, and its way out."""
+    model, x = Stack(1), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    before = compiled(x)
+    model.layers[0].up.weight.data.mul_(2)
+    assert torch.equal(compiled(x), before)
+    int8compile.refresh(model)
+    assert torch.equal(compiled(x), reference(model, x))
+    assert not torch.equal(compiled(x), before)
+
+
+def test_a_store_does_not_keep_parameters_alive() -> None:
+    store = WeightStore()
+    parameter = nn.Parameter(torch.randn(16, 16))
+    from int8compile.passes import WeightView
+
+    store.get(parameter, WeightView((16, 16), (16, 1), 0, (16, 16)), "weight")
+    assert store.nbytes() == 16 * 16 + 4 * 16
+    del parameter
+    gc.collect()
+    assert store.nbytes() == 0
+
+
+class TestFreedWeights:
+    options = {"free_weights": True}
+
+    def test_memory_is_given_back_and_results_stay(self) -> None:
+        model, x = Stack(), torch.randn(4, 32)
+        expected = reference(model, x)
+        compiled = torch.compile(model, backend="int8", fullgraph=True, options=self.options)
+        for _ in range(3):
+            assert torch.equal(compiled(x), expected)
+        weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+        assert all(isinstance(weight, FreedWeight) for weight in weights)
+        assert sum(weight.untyped_storage().nbytes() for weight in weights) == 0
+        assert "FreedWeight(shape=[64, 32]" in repr(weights[0])
+        biases = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+        assert not any(isinstance(bias, FreedWeight) for bias in biases)
+
+    def test_other_shapes_still_compile(self) -> None:
+        model, x = Stack(), torch.randn(9, 32)
+        expected = reference(model, x)
+        compiled = torch.compile(model, backend="int8", fullgraph=True, options=self.options)
+        for length in (2, 3, 5):
+            compiled(torch.randn(length, 32))
+        assert torch.equal(compiled(x), expected)
+
+    def test_regional_compilation(self) -> None:
+        """Two compiles: one for float parameters, one for freed ones; never one per layer."""
+        model, x, backend = Stack(20), torch.randn(4, 32), CountingBackend(**self.options)
+        expected = reference(model, x)
+        for layer in model.layers:
+            layer.compile(backend=backend, fullgraph=True)
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+        assert backend.graphs == 2
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda model, x: model(x),
+            lambda model, x: model.state_dict(),
+            lambda model, x: copy.deepcopy(model),
+            lambda model, x: model.to(torch.float64),
+            lambda model, x: model.layers[0].up.weight + 1,
+            lambda model, x: model.layers[0].up.weight.sum(),
+            lambda model, x: model.layers[0].up.weight.data,
+            lambda model, x: model.layers[0].up.weight.tolist(),
+        ],
+    )
+    def test_any_other_use_raises(self, use: Callable[[nn.Module, Tensor], object]) -> None:
+        model, x = Stack(), torch.randn(4, 32)
+        torch.compile(model, backend="int8", options=self.options)(x)
+        with pytest.raises(int8compile.FreedWeightError, match="free_weights=True has given back. Use the compiled model"):
+            use(model, x)
+
+    @pytest.mark.parametrize("backend", ["eager", "inductor"])
+    def test_another_backend_raises(self, backend: str) -> None:
+        model, x = Stack(), torch.randn(4, 32)
+        torch.compile(model, backend="int8", options=self.options)(x)
+        with pytest.raises(Exception, match="free_weights=True has given back"):
+            torch.compile(model, backend=backend)(x)
+
+    def test_a_weight_that_is_also_used_in_float_is_kept(self) -> None:
+        model, x = nn.Linear(32, 32).requires_grad_(False), torch.randn(4, 32)
+        compiled = torch.compile(lambda x: model(x) + model.weight.sum(), backend="int8", options=self.options)
+        assert torch.equal(compiled(x), compiled(x))
+        assert not isinstance(model.weight, FreedWeight)
+
+    def test_a_later_graph_that_needs_the_float_weight_raises(self) -> None:
+        model, x = nn.Linear(32, 32).requires_grad_(False), torch.randn(4, 32)
+        torch.compile(model, backend="int8", options=self.options)(x)
+        compiled = torch.compile(lambda x: model(x) + model.weight.sum(), backend="int8")
+        with pytest.raises(int8compile.FreedWeightError, match="needed in float here"):
+            compiled(x)
+
+    def test_loading_new_weights(self) -> None:
+        model, other, x = Stack(), Stack(), torch.randn(4, 32)
+        compiled = torch.compile(model, backend="int8", fullgraph=True, options=self.options)
+        compiled(x)
+        with pytest.raises(RuntimeError, match="free_weights=True has given back"):
+            model.load_state_dict(other.state_dict())
+        expected = reference(other, x)
+        model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+        assert torch.equal(compiled(x), expected)
+
+    def test_a_storage_shared_with_others_is_left_to_them(self) -> None:
+        """As of a file mapped as a whole: freeing one weight must not take the others' memory."""
+        flat = torch.randn(2 * 32 * 32)
+        first, second = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+        first.weight = nn.Parameter(flat[: 32 * 32].view(32, 32), requires_grad=False)
+        second.weight = nn.Parameter(flat[32 * 32 :].view(32, 32), requires_grad=False)
+        x, expected = torch.randn(4, 32), second.weight.clone()
+        torch.compile(first, backend="int8", options=self.options)(x)
+        assert isinstance(first.weight, FreedWeight)
+        assert torch.equal(second.weight, expected)
