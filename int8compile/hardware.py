@@ -29,18 +29,18 @@ class Hardware:
     int8_peak: float | None = None
 
 
-# Vendors' data sheets: bandwidth in TB/s, dense bfloat16 (float16 for T4) and int8 in TOP/s. The longest name that is part
+# Vendors' data sheets: bandwidth in GB/s, dense bfloat16 (float16 for T4) and int8 in TOP/s. The longest name that is part
 # of the device's name counts.
 _GPUS = {
-    "T4": (0.32, 65, 130),
-    "A10": (0.60, 125, 250),
-    "A100": (1.555, 312, 624),
-    "A100-SXM4-80GB": (2.039, 312, 624),
-    "L4": (0.30, 121, 242),
-    "L40S": (0.864, 362, 733),
-    "RTX 4090": (1.008, 165, 330),
-    "H100": (3.35, 989, 1979),
-    "H200": (4.8, 989, 1979),
+    "T4": (320, 65, 130),
+    "A10": (600, 125, 250),
+    "A100": (1555, 312, 624),
+    "A100-SXM4-80GB": (2039, 312, 624),
+    "L4": (300, 121, 242),
+    "L40S": (864, 362, 733),
+    "RTX 4090": (1008, 165, 330),
+    "H100": (3350, 989, 1979),
+    "H200": (4800, 989, 1979),
 }
 
 
@@ -60,9 +60,9 @@ def gpu(name: str, isa: str) -> Hardware:
     known = max((entry for entry in _GPUS if entry in name), key=len, default=None)
     if known is None:
         return Hardware(name, "cuda", isa)
-    terabytes, float_tops, int8_tops = _GPUS[known]
+    gigabytes, float_tops, int8_tops = _GPUS[known]
     return Hardware(
-        name, "cuda", isa, bandwidth=terabytes * 1e12, float_peak=float_tops * 1e12, int8_peak=int8_tops * 1e12
+        name, "cuda", isa, bandwidth=gigabytes * 1e9, float_peak=float_tops * 1e12, int8_peak=int8_tops * 1e12
     )
 
 

@@ -1,0 +1,50 @@
+"""What the backend adds to compile time: passes and quantization, without Inductor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8compile import Int8Config
+from int8compile.backend import copy_graph, rewrite_captured
+from int8compile.ops import quantize_weight
+
+
+class Blocks(nn.Module):
+    """A stack of MLPs with residuals."""
+
+    def __init__(self, depth: int = 20, width: int = 64) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(depth))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x [M, width]; result [M, width]."""
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x
+
+
+def test_passes(benchmark: Any) -> None:
+    """Copying and rewriting a graph of 40 linears."""
+    captured = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        captured.append(
+            benchmark(lambda: rewrite_captured(copy_graph(gm), example_inputs, Int8Config())[1])  # noqa: B023
+        )
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(Blocks(), backend=backend)(torch.randn(4, 64))
+    assert len(captured[0].rewritten) == 40
+
+
+def test_quantize_weight(benchmark: Any) -> None:
+    """Quantizing one weight of 4096 x 4096."""
+    weight = torch.randn(4096, 4096)
+    qweight, _ = benchmark(quantize_weight, weight)
+    assert qweight.dtype == torch.int8
