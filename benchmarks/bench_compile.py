@@ -33,9 +33,7 @@ def test_passes(benchmark: Any) -> None:
     captured = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        captured.append(
-            benchmark(lambda: rewrite_captured(copy_graph(gm), example_inputs, Int8Config())[1])  # noqa: B023
-        )
+        captured.append(benchmark(lambda: rewrite_captured(copy_graph(gm), example_inputs, Int8Config())[1]))
         return gm.forward
 
     torch._dynamo.reset()

@@ -1,7 +1,7 @@
 """One linear layer, compiled: int8 against float32 and bfloat16, over the rows that decode and prefill have.
 
-Run with `make bench`, or `python -m pytest benchmarks/bench_linear.py --benchmark-only`. Compare the groups' medians of one
-run; pytest-benchmark's `--benchmark-compare` finds regressions between two commits on one machine.
+Run with `make bench`, or `python -m pytest benchmarks/bench_linear.py --benchmark-only`. Compare the groups' medians
+of one run; pytest-benchmark's `--benchmark-compare` finds regressions between two commits on one machine.
 """
 
 from __future__ import annotations

@@ -98,9 +98,7 @@ def captured_parameters(module: GraphModule, example_inputs: Sequence[Any]) -> d
     """The parameters of a Dynamo graph by their placeholders."""
     placeholders = module.graph.find_nodes(op="placeholder")
     return {
-        node: value
-        for node, value in zip(placeholders, example_inputs, strict=True)
-        if isinstance(value, nn.Parameter)
+        node: value for node, value in zip(placeholders, example_inputs, strict=True) if isinstance(value, nn.Parameter)
     }
 
 
@@ -135,7 +133,7 @@ def _compile(
             chosen += (weight.qweight, weight.scale)
         return chosen
 
-    compiled = compile_fx(module, _static_fakes(arguments(example_inputs)), config_patches=config.inductor_patches())
+    compiled: Any = compile_fx(module, _static_fakes(arguments(example_inputs)), config_patches=config.inductor_patches())
 
     def run(*args: Any) -> Any:
         chosen = arguments(args)
@@ -151,8 +149,8 @@ def _compile(
 def _static_fakes(inputs: Sequence[Any]) -> list[Any]:
     """Replaces real tensors that Dynamo has not seen, the int8 weights, by fake ones of fixed sizes.
 
-    AOTAutograd would take their sizes for symbols: then kernels are compiled for weights of any size, and guards are asked
-    for symbols that Dynamo does not know.
+    AOTAutograd would take their sizes for symbols: then kernels are compiled for weights of any size, and guards are
+    asked for symbols that Dynamo does not know.
     """
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
@@ -173,8 +171,8 @@ def _warn_if_nothing_rewritten(report: Report) -> None:
     if report.sites and not report.rewritten:
         reasons = "; ".join(f"{site.path}: {site.why()}" for site in report.sites[:3])
         warnings.warn(
-            f"backend 'int8' rewrote none of the {len(report.sites)} linears of this graph, it runs in float. {reasons}. "
-            "int8compile.explain(model, *inputs) lists all of them",
+            f"backend 'int8' rewrote none of the {len(report.sites)} linears of this graph, it runs in float. "
+            f"{reasons}. int8compile.explain(model, *inputs) lists all of them",
             Int8Warning,
             stacklevel=2,
         )

@@ -114,7 +114,9 @@ def _patterns(value: Iterable[str] | str) -> tuple[str, ...]:
     patterns = tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
-            raise ConfigError(f"skip_modules holds {pattern!r}: give non-empty strings, e.g. 'mlp' or 'layers.*.o_proj'")
+            raise ConfigError(
+                f"skip_modules holds {pattern!r}: give non-empty strings, e.g. 'mlp' or 'layers.*.o_proj'"
+            )
     return patterns
 
 

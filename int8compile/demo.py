@@ -1,12 +1,13 @@
 """The demo: SmolLM2-135M-Instruct in float32 and in int8, side by side on the CPU.
 
-The model is compiled layer by layer (regional compilation): its 30 layers run the same code, so one graph per input shape
-serves all of them, and compiling takes seconds.
+The model is compiled layer by layer (regional compilation): its 30 layers run the same code, so one graph per input
+shape serves all of them, and compiling takes seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import re
 import statistics
@@ -30,24 +31,24 @@ Logits = Callable[[Tensor], Tensor]
 Write = Callable[[str], object]
 
 QUESTION = (
-    "Large language models spend most of their time reading weights from memory. Stored as 16 bit numbers, the weights of "
-    "a model with seven billion parameters take fourteen gigabytes, and every one of those bytes is read once for each "
-    "token that is generated. Stored as 8 bit integers they take half of that, so half the bytes are read. The price is "
-    "rounding: each weight becomes the nearest of 255 levels, and the inputs of a layer are rounded in the same way. A few "
-    "of those inputs are a hundred times larger than all the others, and if they set the scale, everything else is rounded "
-    "to zero. So the large ones are taken out and multiplied in floating point.\n\n"
+    "Large language models spend most of their time reading weights from memory. Stored as 16 bit numbers, the weights "
+    "of a model with seven billion parameters take fourteen gigabytes, and every one of those bytes is read once for "
+    "each token that is generated. Stored as 8 bit integers they take half of that, so half the bytes are read. The "
+    "price is rounding: each weight becomes the nearest of 255 levels, and the inputs of a layer are rounded in the same "
+    "way. A few of those inputs are a hundred times larger than all the others, and if they set the scale, everything "
+    "else is rounded to zero. So the large ones are taken out and multiplied in floating point.\n\n"
     "In your own words: why does a language model run faster with 8 bit weights?"
 )
 TOPICS = ("objects", "execmodel", "import")
-# Enough for a median; the first round is not counted.
-ROUNDS = 3
+# How often the prompt is read for the median of its time.
+PREFILLS = 5
 
 
 class LayerCache:
     """Keys and values of one layer, in tensors of a fixed size; it has the interface of a transformers cache.
 
-    transformers' own caches hold all layers and are asked for one by its number, which the compiled code of a layer would
-    then depend on: 30 layers would be compiled 30 times.
+    transformers' own caches hold all layers and are asked for one by its number, which the compiled code of a layer
+    would then depend on: 30 layers would be compiled 30 times.
 
     Attributes:
         keys: [1, heads, length, head_dim].
@@ -116,41 +117,22 @@ class Decoder:
         return result
 
 
-class Generated(NamedTuple):
-    """What a model wrote, and how long it took.
-
-    Attributes:
-        tokens: The generated tokens, without the end token.
-        prefill: Seconds for reading the prompt, up to the first token.
-        steps: Seconds for each further token.
-    """
-
-    tokens: list[int]
-    prefill: float
-    steps: list[float]
-
-
-def generate(decoder: Decoder, prompt: Tensor, count: int, end: int | None = None) -> Generated:
-    """Generates greedily.
+def generate(decoder: Decoder, prompt: Tensor, count: int, end: int | None = None) -> Iterator[int]:
+    """Generates greedily, a token whenever one is asked for.
 
     Args:
         decoder: The model; its cache is written from the beginning.
         prompt: [1, T] tokens.
         count: The most tokens to generate.
-        end: The token that ends the text.
+        end: The token that ends the text; it is not returned.
     """
-    seconds, tokens = [], []
     ids, start = prompt, 0
     for _ in range(count):
-        began = time.perf_counter()
         token = int(decoder(ids, start, last=1).argmax())
-        seconds.append(time.perf_counter() - began)
         if token == end:
-            break
-        tokens.append(token)
-        start += ids.shape[1]
-        ids = torch.tensor([[token]])
-    return Generated(tokens, seconds[0], seconds[1:])
+            return
+        yield token
+        ids, start = torch.tensor([[token]]), start + ids.shape[1]
 
 
 class Accuracy(NamedTuple):
@@ -228,53 +210,67 @@ def text_chunks(tokenizer: Any, count: int = 2, length: int = 1024) -> list[Tens
     return [ids[:, begin : begin + length] for begin in range(0, count * length, length)]
 
 
-class Comparison(NamedTuple):
-    """Two or more decoders on the same prompt.
+@dataclasses.dataclass
+class Timing:
+    """What a decoder wrote, and how long it took.
 
     Attributes:
-        compiling: Seconds until each had read the prompt and made one token for the first time.
-        graphs: Graphs that were compiled for each.
-        runs: The generations of each, without the first.
+        compiling: Seconds for the first prompt and the first step, in which it is compiled.
+        graphs: How many graphs were compiled.
+        prefill: Seconds for the prompt, up to the first token; several times.
+        steps: Seconds for each further token.
+        tokens: What it wrote.
     """
 
-    compiling: dict[str, float]
-    graphs: dict[str, int]
-    runs: dict[str, list[Generated]]
+    compiling: float
+    graphs: int
+    prefill: list[float] = dataclasses.field(default_factory=list)
+    steps: list[float] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
 
 
 def compare_speed(
-    decoders: Mapping[str, Decoder],
-    prompt: Tensor,
-    count: int,
-    end: int | None = None,
-    rounds: int = ROUNDS,
-    progress: bool = False,
-) -> Comparison:
-    """Compiles decoders and has them generate in turns, so that a change in the machine's load meets all of them.
+    decoders: Mapping[str, Decoder], prompt: Tensor, count: int, end: int | None = None, progress: bool = False
+) -> dict[str, Timing]:
+    """Compiles decoders and has them generate in turns, step by step: what else the machine does meets all of them.
 
     Args:
-        decoders: By name.
+        decoders: By name, with room for `count` tokens after the prompt.
         prompt: [1, T] tokens.
         count: The most tokens to generate.
         end: The token that ends the text.
-        rounds: How many times each generates.
         progress: Whether to show a progress bar.
     """
-    result = Comparison({}, {}, {name: [] for name in decoders})
-    with tqdm(total=len(decoders) * (1 + rounds), disable=not progress, leave=False) as bar:
+    timings = {}
+    with tqdm(total=len(decoders) * (1 + PREFILLS + count), disable=not progress, leave=False) as bar:
         for name, decoder in decoders.items():
             bar.set_description(f"Compiling {name}")
             before, began = compiled_graphs(), time.perf_counter()
-            generate(decoder, prompt, 2)
-            result.compiling[name] = time.perf_counter() - began
-            result.graphs[name] = compiled_graphs() - before
+            decoder(prompt, last=1)
+            decoder(prompt[:, -1:], prompt.shape[1], last=1)
+            timings[name] = Timing(time.perf_counter() - began, compiled_graphs() - before)
             bar.update()
-        for _ in range(rounds):
+        bar.set_description("Generating")
+        for _ in range(PREFILLS):
             for name, decoder in decoders.items():
-                bar.set_description(f"Generating with {name}")
-                result.runs[name].append(generate(decoder, prompt, count, end))
+                began = time.perf_counter()
+                decoder(prompt, last=1)
+                timings[name].prefill.append(time.perf_counter() - began)
                 bar.update()
-    return result
+        streams = {name: generate(decoder, prompt, count, end) for name, decoder in decoders.items()}
+        while streams:
+            for name, stream in list(streams.items()):
+                began = time.perf_counter()
+                token = next(stream, None)
+                seconds = time.perf_counter() - began
+                if token is None:
+                    del streams[name]
+                    continue
+                if timings[name].tokens:  # The first one comes with the prompt.
+                    timings[name].steps.append(seconds)
+                timings[name].tokens.append(token)
+                bar.update()
+    return timings
 
 
 def compiled_graphs() -> int:
@@ -316,18 +312,20 @@ def run(write: Write, *, tokens: int = 32, prompt: str | None = None, accuracy: 
         length = ids.shape[1] + tokens
         decoders = {"float32": Decoder(model, length, {}), "int8": Decoder(model, length, {"backend": "int8"})}
         quantized = STORE.quantized
-        compared = compare_speed(decoders, ids, tokens, tokenizer.eos_token_id, progress=True)
-        write(speeds(compared, ids.shape[1]))
-        write(
-            f"One graph for the prompt and one for a single token serve all {len(model.model.layers)} layers; "
-            f"{STORE.quantized - quantized} weights were quantized, once each."
-        )
+        timings = compare_speed(decoders, ids, tokens, tokenizer.eos_token_id, progress=True)
+        write(speeds(timings, ids.shape[1]))
         for note in report.notes:
-            write(f"Note: {note}.")
-        for name, runs in compared.runs.items():
+            write(_wrapped(f"{note}."))
+        write(
+            _wrapped(
+                f"One graph for the prompt and one for a single token serve all {len(model.model.layers)} layers; "
+                f"{STORE.quantized - quantized} weights were quantized, once each."
+            )
+        )
+        for name, timing in timings.items():
             write(f"\n{name} wrote:")
-            write(_indented(tokenizer.decode(runs[-1].tokens)))
-        write("\n" + agreement(compared))
+            write(_wrapped(tokenizer.decode(timing.tokens), indent="  "))
+        write("\n" + agreement(timings))
     if accuracy:
         with clock.part("Accuracy"):
             chunks = text_chunks(tokenizer)
@@ -379,39 +377,33 @@ def sizes(model: nn.Module, report: Report) -> str:
     )
 
 
-def speeds(compared: Comparison, prompt: int) -> str:
+def speeds(timings: Mapping[str, Timing], prompt: int) -> str:
     """A table of compile times and of tokens per second, and how the others compare with the first.
 
     Args:
-        compared: The timings.
+        timings: By name.
         prompt: Tokens of the prompt.
     """
-    reading = {name: prompt / statistics.median(run.prefill for run in runs) for name, runs in compared.runs.items()}
-    writing = {name: _rate([step for run in runs for step in run.steps]) for name, runs in compared.runs.items()}
+    reading = {name: prompt / statistics.median(timing.prefill) for name, timing in timings.items()}
+    writing = {name: 1 / statistics.median(timing.steps or [math.nan]) for name, timing in timings.items()}
     rows = [
-        (
-            name,
-            f"{compared.compiling[name]:.1f} s",
-            compared.graphs[name],
-            f"{reading[name]:.0f}",
-            f"{writing[name]:.1f}",
-        )
-        for name in compared.runs
+        (name, f"{timing.compiling:.1f} s", timing.graphs, f"{reading[name]:.0f}", f"{writing[name]:.1f}")
+        for name, timing in timings.items()
     ]
-    headers = ("", "compiling", "graphs", f"reading {prompt} tokens [1/s]", "writing [1/s]")
+    headers = ("", "compiling", "graphs", f"prompt of {prompt} [tokens/s]", "generating [tokens/s]")
     lines = [tabulate(rows, headers=headers, disable_numparse=True, stralign="right")]
-    first, *others = compared.runs
+    first, *others = timings
     for name in others:
         read, wrote = (_times(rate[name] / rate[first]) for rate in (reading, writing))
-        lines.append(f"Here {name} reads {read} and writes {wrote} than {first}.")
+        lines.append(f"Here {name} is {read} than {first} at reading the prompt and {wrote} at generating.")
     return "\n".join(lines)
 
 
-def agreement(compared: Comparison) -> str:
+def agreement(timings: Mapping[str, Timing]) -> str:
     """How many tokens two models wrote before they differ."""
-    (first, one), (second, other) = ((name, runs[-1].tokens) for name, runs in compared.runs.items())
+    (first, one), (second, other) = ((name, timing.tokens) for name, timing in timings.items())
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    if same == max(len(one), len(other)):
+    if same == len(one) == len(other):
         return f"Both wrote the same {same} tokens."
     return f"The first {same} tokens are the same; {first} wrote {len(one)} and {second} {len(other)}."
 
@@ -449,10 +441,6 @@ class _Clock:
         self._write(tabulate([(name, f"{seconds:.0f} s") for name, seconds in rows], tablefmt="plain"))
 
 
-def _rate(seconds: Sequence[float]) -> float:
-    return 1 / statistics.median(seconds) if seconds else math.nan
-
-
 def _times(ratio: float) -> str:
     return f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
 
@@ -461,7 +449,6 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _indented(text: str) -> str:
-    return "\n".join(
-        textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="  ") for line in text.splitlines()
-    )
+def _wrapped(text: str, indent: str = "") -> str:
+    lines = text.splitlines()
+    return "\n".join(textwrap.fill(line, 110, initial_indent=indent, subsequent_indent=indent) for line in lines)

@@ -26,9 +26,9 @@ def explain(
 ) -> Report:
     """Lists every linear site of a model with what `torch.compile(model, backend="int8")` would do with it.
 
-    The model runs once, in float, under `torch.no_grad()`: explain() describes inference. (With grad mode on, weights that
-    require grad stay in float, and the backend warns.) Nothing is compiled, and the model is left as it was: buffers that
-    the run changes are restored, and what Dynamo caches is dropped.
+    The model runs once, in float, under `torch.no_grad()`: explain() describes inference. (With grad mode on, weights
+    that require grad stay in float, and the backend warns.) Nothing is compiled, and the model is left as it was:
+    buffers that the run changes are restored, and what Dynamo caches is dropped.
 
     Args:
         model: A module or a function; a compiled one is explained as what it was made from.
@@ -67,7 +67,8 @@ def explain(
                 seen.add(prefix)
                 report.activation_matmuls += found.activation_matmuls
                 report.sites += [
-                    dataclasses.replace(site, path=prefix + site.path, weight=prefix + site.weight) for site in found.sites
+                    dataclasses.replace(site, path=prefix + site.path, weight=prefix + site.weight)
+                    for site in found.sites
                 ]
                 used.update(map(id, tensors))
                 devices.update(value.device for value in tensors)
@@ -88,7 +89,7 @@ def explain(
         facts = hardware.of(device)
         report.sites = [_with_speed(site, facts) for site in report.sites]
         report.notes += (
-            f"{facts.name}: no int8 kernel yet, the plain PyTorch reference runs; it saves memory but is slower than float",
+            f"{facts.name}: no int8 kernel yet; the PyTorch reference runs, which saves memory but is slower than float",
         )
     return report
 

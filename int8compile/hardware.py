@@ -1,4 +1,4 @@
-"""What a device can do: plain facts, looked up and never measured. Tests replace `of`'s result by another `Hardware`."""
+"""What a device can do: plain facts, looked up and never measured. Leaf module, easy to mock."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Hardware:
     int8_peak: float | None = None
 
 
-# Vendors' data sheets: bandwidth in GB/s, dense bfloat16 (float16 for T4) and int8 in TOP/s. The longest name that is part
-# of the device's name counts.
+# Vendors' data sheets: bandwidth in GB/s, dense bfloat16 (float16 for T4) and int8 in TOP/s. The longest name that is
+# part of the device's name counts.
 _GPUS = {
     "T4": (320, 65, 130),
     "A10": (600, 125, 250),
@@ -48,7 +48,9 @@ def of(device: torch.device) -> Hardware:
     """The facts of a device of this machine."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        isa = getattr(properties, "gcnArchName", "") if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        isa = (
+            getattr(properties, "gcnArchName", "") if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        )
         return gpu(properties.name, isa)
     if device.type == "cpu":
         return Hardware(_cpu_name(), "cpu", torch.backends.cpu.get_cpu_capability().lower())

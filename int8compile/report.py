@@ -14,7 +14,7 @@ class SkipReason(enum.Enum):
     NAME = "its module path matches skip_modules"
     LM_HEAD = "it is the lm_head, which stays in float for accuracy; lm_head='int8' rewrites it"
     TIED = "its weight is also the embedding table; lm_head='int8' rewrites it (the table stays in float)"
-    NOT_STATIC = "its weight is no parameter: it is a buffer, an input, or depends on this call's inputs; only parameters are quantized"
+    NOT_STATIC = "its weight is no parameter but a buffer, an input, or made from one; only parameters are quantized"
     COMPUTED = "its weight is computed from parameters at every call; fold the computation into a parameter first"
     CHANGED = "the model changes its weight during the forward pass; nothing to quantize beforehand"
     TRAINED = (
@@ -35,7 +35,9 @@ class SkipReason(enum.Enum):
         "no captured graph uses it: Dynamo skipped its code after a graph break (TORCH_LOGS=graph_breaks shows where), "
         "or these inputs do not reach it"
     )
-    CUSTOM_OP = "it is the argument of a custom operator, which no pass can rewrite; use a plain PyTorch implementation of it"
+    CUSTOM_OP = (
+        "it is the argument of a custom operator, which no pass can rewrite; use a plain PyTorch implementation of it"
+    )
     NESTED = "it is inside a control-flow or checkpoint region; disable checkpointing for inference"
 
 
@@ -47,8 +49,8 @@ class Site:
         path: Module path, as in `model.named_modules()`; of the parameter where a bare parameter is used.
         op: How the model spells it: "linear", "matmul", "einsum", ...
         source: "file.py:line" of the user's code.
-        shape: M, K, N (rows, inputs, outputs), or B, M, K, N for batched weights; empty where unknown. A size that changes
-            from call to call is a symbol.
+        shape: M, K, N (rows, inputs, outputs), or B, M, K, N for batched weights; empty where unknown. A size that
+            changes from call to call is a symbol.
         weight: Name of the weight's parameter, to count shared bytes once.
         layout: How the weight views that parameter; each layout that is used has int8 values of its own.
         bytes_before: Bytes of the weight in the model.

@@ -1,4 +1,7 @@
-"""From which number of rows M int8 is faster than 16 bit, by the roofline: bytes over bandwidth, operations over peak."""
+"""From which number of rows M int8 can be faster than 16 bit.
+
+By the roofline: the longer of bytes over bandwidth and operations over peak.
+"""
 
 from __future__ import annotations
 

@@ -50,30 +50,31 @@ class FreedWeight(nn.Parameter):
             "load_state_dict(state, assign=True), or compile without free_weights"
         )
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"FreedWeight(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_for_int8() -> bool:
-    """Whether Dynamo is tracing for our backend. Dynamo runs this while it traces and puts the answer into the trace."""
+    """Whether Dynamo is tracing for our backend; the answer becomes a constant of the trace."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    except AttributeError:  # Nothing is being traced: AOTAutograd or Inductor at work on a graph that a backend gave it.
-        return True
+    except AttributeError:
+        return True  # Nothing is traced: AOTAutograd or Inductor is at work on a graph that a backend gave it.
     while backend is not None and getattr(backend, "__module__", None) != "int8compile.backend":
         wrapped = (getattr(backend, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn"))
         backend = next((inner for inner in wrapped if inner is not None), None)
     return backend is not None
 
 
+_ATTRIBUTES = (
+    *("_version", "device", "dtype", "grad", "grad_fn", "is_cuda", "is_leaf", "is_meta", "layout", "ndim"),
+    *("requires_grad", "shape"),
+)
 _METADATA = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in "_version device dtype grad grad_fn is_cuda is_leaf is_meta layout ndim requires_grad shape".split()
-    ),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(Tensor.__hash__, Tensor.dim, Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel),
     *(Tensor.requires_grad_, Tensor.size, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage),
 }
@@ -171,11 +172,9 @@ def free(parameter: nn.Parameter) -> None:
     """Gives a parameter's memory back; using it afterwards raises `FreedWeightError`."""
     if isinstance(parameter, FreedWeight):
         return
-    # The parameter keeps its sizes and strides, which Dynamo's guards compare, over a storage of its own without memory:
-    # its old storage may be shared with others (a file mapped as a whole).
-    empty = torch.empty_strided(
-        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
-    )
+    # The parameter keeps its sizes and strides, which Dynamo's guards compare, over a storage of its own without
+    # memory: its old storage may be shared with others (a file mapped as a whole).
+    empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
     empty.untyped_storage().resize_(0)
     # The class first: torch reads a tensor without memory unchecked, a subclass is asked before every operation.
     parameter.__class__ = FreedWeight
@@ -200,8 +199,9 @@ STORE = WeightStore()
 def refresh(model: nn.Module) -> None:
     """Has every weight of a model quantized again at the next call.
 
-    In-place updates, replaced `.data` and `load_state_dict` are noticed without it. Needed only after updates that leave
-    no trace: `parameter.data.mul_(2)` bypasses the version counter, as do writes through NumPy or shared memory.
+    In-place updates, replaced `.data` and `load_state_dict` are noticed without it. Needed only after updates that
+    leave no trace: `parameter.data.mul_(2)` bypasses the version counter, as do writes through NumPy or shared
+    memory.
     """
     for parameter in model.parameters():
         STORE.forget(parameter)

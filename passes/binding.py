@@ -79,7 +79,7 @@ class PlaceholderBinder:
             node = self._graph.placeholder(name)
         # AOTAutograd asks each placeholder for the Dynamo source of its tensor; these have none. "unguarded" marks a
         # tensor whose address does not change between calls, which CUDA graphs need.
-        node._dynamo_source = None  # type: ignore[attr-defined]
+        node._dynamo_source = None
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         self._last = node
         return node

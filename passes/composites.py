@@ -1,12 +1,12 @@
 """Opens operators that hide linears, so that the other passes see them.
 
-Dynamo keeps `F.multi_head_attention_forward` (all of `nn.MultiheadAttention`) as one call. It is traced into ATen operators
-and those are put in its place.
+Dynamo keeps `F.multi_head_attention_forward` (all of `nn.MultiheadAttention`) as one call. It is traced into ATen
+operators and those are put in its place.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -51,7 +51,7 @@ def _open(module: GraphModule, node: Node) -> None:
     (results,) = traced.graph.output_node().args
     for user in list(node.users):
         # The composite returns (output, attention weights): its users are getitems.
-        result = results[user.args[1]]  # type: ignore[index]
+        result = cast(tuple[Node | None, ...], results)[cast(int, user.args[1])]
         if result is not None:
             user.replace_all_uses_with(replaced[result])
             module.graph.erase_node(user)

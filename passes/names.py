@@ -58,7 +58,10 @@ def module_path(node: Node, parameter: str | None = None) -> str:
 
 
 def source_line(node: Node) -> str:
-    """ "file.py:line" of the innermost frame that is neither PyTorch's nor ours; "" where the graph has no stack trace."""
+    """Where the user's code makes a call, as `file.py:line`; "" where the graph has no stack trace.
+
+    That is the innermost frame that is neither PyTorch's nor ours, if there is one.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
     file, line = (own or frames or [("", "")])[-1]

@@ -158,9 +158,7 @@ def _hidden_sites(module: GraphModule, node: Node, parameters: Mapping[Node, Ten
     return rows
 
 
-def _hidden_row(
-    name: str, reason: SkipReason, node: Node, weight: Node, parameters: Mapping[Node, Tensor]
-) -> Site:
+def _hidden_row(name: str, reason: SkipReason, node: Node, weight: Node, parameters: Mapping[Node, Tensor]) -> Site:
     tensor = meta_tensor(weight)
     size = 0 if tensor is None else tensor.numel() * tensor.element_size()
     full = names.parameter_name(weight) if weight in parameters else None
@@ -174,4 +172,3 @@ def _hidden_row(
         bytes_after=size,
         reason=reason,
     )
-

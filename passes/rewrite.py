@@ -66,7 +66,8 @@ class _Emitter:
 
 def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8Config, binder: Binder) -> Node:
     """`x @ W` (with the bias where it is fused) in the layout that the call returned."""
-    assert site.roles is not None and site.static is not None
+    assert site.roles is not None
+    assert site.static is not None
     batch, summed, rows, outputs = site.roles
     sizes = site.sizes()
     weight = binder.bind(site.static.source, view, site.path)
@@ -79,6 +80,7 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     x = emitter.permute(x, site.x_labels, (*batch, *rows, *summed))
     # The batched operator takes exactly [B, M, K]; the other any number of rows dimensions.
     reshape = bool(batch) and (len(batch), len(rows)) != (1, 1)
+    row_sizes: list[Node] = []
     if reshape:
         # Sizes of rows may change from call to call, so they are read from the tensor.
         row_sizes = [emitter.method("size", x, len(batch) + i) for i in range(len(rows))]
@@ -104,7 +106,8 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
 
 def _view(site: LinearSite) -> WeightView:
     """The weight as the operator takes it: [N, K], or [B, N, K] where there are batch dimensions."""
-    assert site.roles is not None and site.static is not None
+    assert site.roles is not None
+    assert site.static is not None
     batch, summed, _, outputs = site.roles
     sizes = site.sizes()
     shape = (merged_size(sizes, outputs), merged_size(sizes, summed))

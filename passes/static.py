@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -105,10 +106,9 @@ def _replay(step: Node, tensor: Any) -> Any:
 def weight_view(weight: Tensor, order: list[int], shape: tuple[int, ...]) -> WeightView:
     """The view that permutes a meta tensor's dimensions into `order` and flattens them into `shape`."""
     permuted = weight.permute(order)
-    try:
+    with contextlib.suppress(RuntimeError):
+        # Where it is not viewable, `WeightView.of` copies.
         permuted = permuted.view(shape)
-    except RuntimeError:  # Not viewable: the values are the same after a copy, made when the weight is quantized.
-        pass
     return WeightView(tuple(permuted.shape), permuted.stride(), int(permuted.storage_offset()), shape)
 
 

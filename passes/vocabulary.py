@@ -1,7 +1,7 @@
 """The one table of spellings: every call that multiplies by a weight, on Dynamo graphs and on ATen graphs.
 
-To teach the passes a new spelling, add its targets to `_TABLE` and, if no function here fits, one that turns its arguments
-into a `Contraction`.
+To teach the passes a new spelling, add its targets to `_TABLE` and, if no function here fits, one that turns its
+arguments into a `Contraction`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from int8compile.passes.static import meta_tensor
 from int8compile.report import SkipReason
 
 aten = torch.ops.aten
+
+
 class Spelling(NamedTuple):
     """One way to write a matmul.
 
@@ -59,7 +61,9 @@ def opaque_matmul(node: Node) -> tuple[str, SkipReason] | None:
     if node.target in _OPAQUE:
         return _OPAQUE[node.target]
     name = str(node.target)
-    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and not name.startswith(_TORCHS_OWN):
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and not name.startswith(
+        _TORCHS_OWN
+    ):
         return name, SkipReason.CUSTOM_OP
     return None
 

@@ -241,7 +241,9 @@ BAD_INPUTS: list[tuple[str, type[Exception], dict, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "options", "says"), [row[1:] for row in BAD_INPUTS], ids=[row[0] for row in BAD_INPUTS])
+@pytest.mark.parametrize(
+    ("error", "options", "says"), [row[1:] for row in BAD_INPUTS], ids=[row[0] for row in BAD_INPUTS]
+)
 def test_bad_options(error: type[Exception], options: dict, says: str) -> None:
     model, x = Stack(), torch.randn(4, 32)
     with pytest.raises(error, match=says):
@@ -254,7 +256,9 @@ def test_bad_weight_is_named_and_the_model_is_as_it_was(bad: float) -> None:
     model, x = Stack(), torch.randn(4, 32)
     model.layers[1].down.weight[3, 4:6] = bad
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(int8compile.BadWeightError, match=r"layers.1.down: its weight \[32, 64\] has 2 NaN or Inf of 2048"):
+    with pytest.raises(
+        int8compile.BadWeightError, match=r"layers.1.down: its weight \[32, 64\] has 2 NaN or Inf of 2048"
+    ):
         torch.compile(model, backend="int8")(x)
     assert all(torch.equal(before[name].nan_to_num(), value.nan_to_num()) for name, value in model.state_dict().items())
     (site,) = int8compile.explain(model, x).skipped
@@ -265,7 +269,9 @@ def test_bad_weight_is_named_and_the_model_is_as_it_was(bad: float) -> None:
 
 def test_meta_weight() -> None:
     model = Stack().to("meta")
-    with pytest.raises(int8compile.BadWeightError, match=r"layers.0.up: .* is on the meta device and has no data. Load"):
+    with pytest.raises(
+        int8compile.BadWeightError, match=r"layers.0.up: .* is on the meta device and has no data. Load"
+    ):
         torch.compile(model, backend="int8")(torch.randn(4, 32, device="meta"))
 
 

@@ -1,4 +1,5 @@
-"""Every spelling of a matmul with a static weight, on Dynamo graphs and on exported ones; and every reason to leave one."""
+"""Every spelling of a matmul with a static weight, on Dynamo graphs and on exported ones; and every reason to leave
+one."""
 
 from __future__ import annotations
 
@@ -137,8 +138,8 @@ def test_dynamo_graph(op: str, call: Callable[[Weights, Tensor], Tensor], dynami
     assert relative_error(actual, expected) < INT8_ERROR
 
 
-# What core ATen makes of these is no matmul of a view of a parameter any more: mv becomes a product and a sum, the others
-# expand or copy the weight first.
+# What core ATen makes of these is no matmul of a view of a parameter any more: mv becomes a product and a sum, the
+# others expand or copy the weight first.
 DECOMPOSED_AWAY = {"mv", "@ with the weight first", "einsum out of heads", "matmul over experts, 4-D"}
 
 
@@ -219,7 +220,9 @@ REASONS: list[tuple[SkipReason, Callable[[Weights, Tensor], Tensor], dict]] = [
 ]
 
 
-@pytest.mark.parametrize(("reason", "call", "options"), REASONS, ids=[f"{row[0].name} {i}" for i, row in enumerate(REASONS)])
+@pytest.mark.parametrize(
+    ("reason", "call", "options"), REASONS, ids=[f"{row[0].name} {i}" for i, row in enumerate(REASONS)]
+)
 def test_reasons(reason: SkipReason, call: Callable[[Weights, Tensor], Tensor], options: dict) -> None:
     report = int8compile.explain(Weights(call), torch.randn(2, 5, 32), config=options)
     assert [site.reason for site in report.sites] == [reason], str(report)
@@ -310,7 +313,12 @@ def test_linears_inside_fused_operators_are_named() -> None:
     model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     report = int8compile.explain(model, torch.randn(2, 5, 32))
     assert {site.reason for site in report.sites} == {SkipReason.FUSED_OP}
-    assert [site.path for site in report.sites] == ["self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"]
+    assert [site.path for site in report.sites] == [
+        "self_attn.in_proj_weight",
+        "self_attn.out_proj",
+        "linear1",
+        "linear2",
+    ]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         report = int8compile.explain(model, torch.randn(2, 5, 32))

@@ -111,11 +111,21 @@ CASES = {
     "whisper": Case(
         lambda: transformers.WhisperForConditionalGeneration(
             transformers.WhisperConfig(
-                **{"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 128, "num_mel_bins": 16},
-                **{"encoder_attention_heads": 4, "decoder_attention_heads": 4},
-                **{"encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
-                **{"max_source_positions": 32, "max_target_positions": 32},
-                **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+                d_model=64,
+                encoder_layers=1,
+                decoder_layers=1,
+                vocab_size=128,
+                num_mel_bins=16,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=128,
+                decoder_ffn_dim=128,
+                max_source_positions=32,
+                max_target_positions=32,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
             )
         ),
         {
@@ -127,7 +137,9 @@ CASES = {
         {"proj_out": "tied"},
     ),
     "clip": Case(
-        lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=32)),
+        lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=32)
+        ),
         {"input_ids": IDS, "pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)},
         14,
         {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_a_weight_that_turns_bad_is_refused_at_the_next_call() -> None:
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x)
     model.layers[0].up.weight[0, 0] = float("nan")
-    with pytest.raises(int8compile.BadWeightError, match="layers.0.up"):
+    with pytest.raises(int8compile.BadWeightError, match=r"layers\.0\.up"):
         compiled(x)
 
 
@@ -126,7 +127,7 @@ def test_a_store_does_not_keep_parameters_alive() -> None:
 
 
 class TestFreedWeights:
-    options = {"free_weights": True}
+    options: ClassVar[dict] = {"free_weights": True}
 
     def test_memory_is_given_back_and_results_stay(self) -> None:
         model, x = Stack(), torch.randn(4, 32)
@@ -175,7 +176,9 @@ class TestFreedWeights:
     def test_any_other_use_raises(self, use: Callable[[nn.Module, Tensor], object]) -> None:
         model, x = Stack(), torch.randn(4, 32)
         torch.compile(model, backend="int8", options=self.options)(x)
-        with pytest.raises(int8compile.FreedWeightError, match="free_weights=True has given back. Use the compiled model"):
+        with pytest.raises(
+            int8compile.FreedWeightError, match=r"free_weights=True has given back\. Use the compiled model"
+        ):
             use(model, x)
 
     @pytest.mark.parametrize("backend", ["eager", "inductor"])
