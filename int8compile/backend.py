@@ -133,7 +133,8 @@ def _compile(
             chosen += (weight.qweight, weight.scale)
         return chosen
 
-    compiled: Any = compile_fx(module, _static_fakes(arguments(example_inputs)), config_patches=config.inductor_patches())
+    fakes = _static_fakes(arguments(example_inputs))
+    compiled: Any = compile_fx(module, fakes, config_patches=config.inductor_patches())
 
     def run(*args: Any) -> Any:
         chosen = arguments(args)

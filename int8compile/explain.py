@@ -89,7 +89,7 @@ def explain(
         facts = hardware.of(device)
         report.sites = [_with_speed(site, facts) for site in report.sites]
         report.notes += (
-            f"{facts.name}: no int8 kernel yet; the PyTorch reference runs, which saves memory but is slower than float",
+            f"{facts.name}: no int8 kernel yet; the PyTorch reference runs: it saves memory but is slower than float",
         )
     return report
 

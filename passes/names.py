@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-import int8compile
+from int8compile import errors
 
 # Frames of these folders are not the user's code.
-_NOT_THE_USERS = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (torch, int8compile))
+_NOT_THE_USERS = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (torch, errors))
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 _ROOT = re.compile(r"^(?:[LG]\['[^']*'\])?\.?")
 _CONTAINER = re.compile(r"\.?_(?:modules|parameters|buffers|orig_mod|closure)\b|__closure__\[\d+\]\.cell_contents\.?")

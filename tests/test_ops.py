@@ -555,12 +555,13 @@ def test_gradient_of_the_bias_has_its_dtype(name: str, bias_dtype: torch.dtype) 
 @every_op
 def test_weight_and_scale_get_no_gradient(name: str) -> None:
     x, qweight, scale, bias, *rest = arguments(name)
-    scale.requires_grad_()
-    x.requires_grad_()
+    for each in (x, scale, bias):
+        each.requires_grad_()
     OPS[name](x, qweight, scale, bias, *rest).sum().backward()
     assert scale.grad is None
     assert x.grad is not None
-    assert not OPS[name](x.detach(), qweight, scale.detach(), bias, *rest).requires_grad
+    assert bias.grad is not None
+    assert not OPS[name](x.detach(), qweight, scale.detach(), bias.detach(), *rest).requires_grad
 
 
 @every_op

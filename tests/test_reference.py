@@ -175,6 +175,16 @@ def test_quantize_weight_rounds_half_to_even() -> None:
     assert scale.tolist() == [1.0]
 
 
+def test_quantize_weight_next_to_ties() -> None:
+    """There the order of the float32 operations shows: 127/absmax first, then times W, as bitsandbytes does."""
+    absmax = torch.rand(40) + 0.5
+    ties = (torch.arange(127) + 0.5) * (absmax / 127)[:, None]
+    weight = torch.cat([ties, -ties.nextafter(torch.tensor(0.0)), absmax[:, None]], dim=1)
+    qweight, scale = quantize_weight(weight)
+    for row, q, s in zip(weight.tolist(), qweight.tolist(), scale.tolist(), strict=True):
+        assert (q, s) == spec_quantize(row, row[-1])
+
+
 @given(SEEDS)
 def test_quantize_weight_stays_within_127(seed: int) -> None:
     """127/absmax is rounded, up to absmax * (127/absmax) = 127 * (1 + 2**-23): still 127, never 128."""
