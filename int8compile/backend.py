@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo.exc import ShortenTraceback
 from torch._guards import TracingContext
-from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
@@ -132,6 +131,9 @@ def _compile(
             weight = STORE.get(args[position], view, path)
             chosen += (weight.qweight, weight.scale)
         return chosen
+
+    # Takes seconds to import, and explain() does without.
+    from torch._inductor.compile_fx import compile_fx
 
     fakes = _static_fakes(arguments(example_inputs))
     compiled: Any = compile_fx(module, fakes, config_patches=config.inductor_patches())

@@ -34,9 +34,9 @@ QUESTION = (
     "Large language models spend most of their time reading weights from memory. Stored as 16 bit numbers, the weights "
     "of a model with seven billion parameters take fourteen gigabytes, and every one of those bytes is read once for "
     "each token that is generated. Stored as 8 bit integers they take half of that, so half the bytes are read. The "
-    "price is rounding: each weight becomes the nearest of 255 levels, and the inputs of a layer are rounded in the same "
-    "way. A few of those inputs are a hundred times larger than all the others, and if they set the scale, everything "
-    "else is rounded to zero. So the large ones are taken out and multiplied in floating point.\n\n"
+    "price is rounding: each weight becomes the nearest of 255 levels, and the inputs of a layer are rounded in the "
+    "same way. A few of those inputs are a hundred times larger than all the others, and if they set the scale, "
+    "everything else is rounded to zero. So the large ones are taken out and multiplied in floating point.\n\n"
     "In your own words: why does a language model run faster with 8 bit weights?"
 )
 TOPICS = ("objects", "execmodel", "import")
@@ -103,7 +103,7 @@ class Decoder:
         """The logits of the next tokens; `start` tokens were given before.
 
         Shapes:
-            ids: [1, T]; result: [1, T, vocabulary], or only the `last` positions of it.
+            ids: [1, T]; result: [1, T, vocabulary], or only the `last` positions of it if that is not 0.
         """
         body = self.model.model
         positions = self.slots[start : start + ids.shape[1]]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from int8compile.errors import BadWeightError, FreedWeightError
 from int8compile.ops import quantize_weight
@@ -89,7 +89,9 @@ class WeightStore:
 
     def __init__(self) -> None:
         self.quantized = 0
-        self._weights: Any = WeakTensorKeyDictionary()
+        # By identity, since comparing tensors compares elements. torch's WeakTensorKeyDictionary does the same but
+        # takes 3 us a look-up, of which a model makes hundreds a token; this takes 1.
+        self._parameters: dict[int, tuple[weakref.ref[Tensor], dict[WeightView, QuantizedWeight]]] = {}
         self._lock = threading.Lock()
 
     def get(self, parameter: Tensor, view: WeightView, path: str) -> QuantizedWeight:
@@ -105,28 +107,29 @@ class WeightStore:
         Raises:
             BadWeightError: The weight has NaN or Inf, or no data.
         """
-        views = self._weights.get(parameter)
-        if views is not None:
-            weight = views.get(view)
-            if weight is not None and (isinstance(parameter, FreedWeight) or weight.stamp == _stamp(parameter)):
-                return weight  # type: ignore[no-any-return]
+        weight = self.weights(parameter).get(view)
+        if weight is not None and (type(parameter) is FreedWeight or weight.stamp == _stamp(parameter)):
+            return weight
         with self._lock:
             return self._refresh(parameter, view, path)
 
+    def weights(self, parameter: Tensor) -> dict[WeightView, QuantizedWeight]:
+        """What a parameter's views are in int8; empty for one that was never quantized."""
+        known = self._parameters.get(id(parameter))
+        return known[1] if known is not None and known[0]() is parameter else {}
+
     def forget(self, parameter: Tensor) -> None:
         """Marks a parameter's int8 weights as stale, so that the next call quantizes it again."""
-        for weight in (self._weights.get(parameter) or {}).values():
+        for weight in self.weights(parameter).values():
             weight.stamp = _STALE
 
     def nbytes(self) -> int:
         """Bytes of all int8 weights and scales held."""
-        return sum(
-            weight.qweight.nbytes + weight.scale.nbytes for views in self._weights.values() for weight in views.values()
-        )
+        weights = [weight for _, views in list(self._parameters.values()) for weight in views.values()]
+        return sum(weight.qweight.nbytes + weight.scale.nbytes for weight in weights)
 
     def _refresh(self, parameter: Tensor, view: WeightView, path: str) -> QuantizedWeight:
-        views = self._weights.setdefault(parameter, {})
-        known: QuantizedWeight | None = views.get(view)
+        known = self.weights(parameter).get(view)
         stamp = _stamp(parameter)
         if known is not None and known.stamp == stamp:
             return known  # Another thread was faster.
@@ -135,12 +138,24 @@ class WeightStore:
         qweight, scale = quantize_checked(parameter, view, path)
         self.quantized += 1
         if known is None or known.qweight.device != qweight.device:
-            views[view] = QuantizedWeight(qweight, scale, stamp)
+            known = QuantizedWeight(qweight, scale, stamp)
+            self._keep(parameter, view, known)
         else:
             known.qweight.copy_(qweight)
             known.scale.copy_(scale)
             known.stamp = stamp
-        return views[view]  # type: ignore[no-any-return]
+        return known
+
+    def _keep(self, parameter: Tensor, view: WeightView, weight: QuantizedWeight) -> None:
+        key = id(parameter)
+        if not self.weights(parameter):
+            self._parameters[key] = (weakref.ref(parameter, lambda ref: self._drop(key, ref)), {})
+        self._parameters[key][1][view] = weight
+
+    def _drop(self, key: int, ref: weakref.ref[Tensor]) -> None:
+        # The identity may belong to a newer parameter by now.
+        if key in self._parameters and self._parameters[key][0] is ref:
+            del self._parameters[key]
 
 
 def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Tensor, Tensor]:

@@ -190,12 +190,14 @@ def test_threads() -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_modes_reach_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = int8compile.backend.compile_fx
-    monkeypatch.setattr(
-        int8compile.backend,
-        "compile_fx",
-        lambda *args, config_patches: (seen.append(config_patches), original(*args, config_patches=config_patches))[1],
-    )
+    original = torch._inductor.compile_fx.compile_fx
+
+    def record(*args: object, config_patches: dict | None = None, **kwargs: object) -> object:
+        if config_patches is not None:  # It calls itself without, once the patches are applied.
+            seen.append(config_patches)
+        return original(*args, config_patches=config_patches, **kwargs)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", record)
     model, x = Stack(1), torch.randn(4, 32)
     assert torch.equal(torch.compile(model, backend="int8", mode=mode, fullgraph=True)(x), reference(model, x))
     assert seen == [{} if mode == "default" else torch._inductor.list_mode_options(mode)]

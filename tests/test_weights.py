@@ -74,7 +74,7 @@ def test_stale_weights_are_refreshed_in_place(change: Callable[[nn.Parameter], o
     model, x = Stack(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x)
-    (weight,) = STORE._weights[model.layers[1].up.weight].values()
+    (weight,) = STORE.weights(model.layers[1].up.weight).values()
     address, quantized = weight.qweight.data_ptr(), STORE.quantized
     change(model.layers[1].up.weight)
     assert torch.equal(compiled(x), reference(model, x))

@@ -1,0 +1,246 @@
+"""The command line: what it prints, and that a mistake gives one clear line and exit code 2."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from int8compile import Int8Config, cli, demo, models
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code():
+    torch._dynamo.reset()
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of small random models."""
+    made = {
+        "llama": transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=128)
+        ),
+        "bert": transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, vocab_size=128)),
+        "vit": transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=32, patch_size=8)),
+        "t5": transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=128)
+        ),
+        "whisper": transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(
+                d_model=64,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=96,
+                decoder_ffn_dim=96,
+                max_source_positions=20,
+                num_mel_bins=16,
+                vocab_size=128,
+                pad_token_id=0,
+            )
+        ),
+        "clip": transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config={**SMALL, "vocab_size": 128, "eos_token_id": 2},
+                vision_config={**SMALL, "image_size": 32, "patch_size": 8},
+            )
+        ),
+    }
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and stderr of a command."""
+    capsys.readouterr()
+    code = cli.main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def explained(capsys, *argv):
+    code, out, _ = run(capsys, "explain", *argv, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def refused(capsys, *argv):
+    """The line on stderr of a command that is refused."""
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    return err
+
+
+def test_explain_prints_the_report(capsys, saved):
+    code, out, _ = run(capsys, "explain", saved / "llama")
+    assert code == 0
+    assert "model.layers.1.mlp.down_proj" in out
+    assert "14 of 15 linears in int8" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "rewritten", "skipped"),
+    [
+        ("llama", 14, {"lm_head": 1}),
+        ("bert", 13, {"small": 1}),
+        ("vit", 12, {"small": 1}),
+        # Encoder 4 + 2, decoder 8 + 2.
+        ("t5", 16, {"lm_head": 1}),
+        ("whisper", 16, {"tied": 1}),
+        ("clip", 26, {}),
+    ],
+)
+def test_explain_reaches_every_linear(capsys, saved, name, rewritten, skipped):
+    report = explained(capsys, saved / name)
+    totals = report["totals"]
+    assert len(report["sites"]) == totals["sites"]
+    assert (totals["rewritten"], totals["reasons"], totals["graphs"]) == (rewritten, skipped, 1)
+
+
+def test_options_reach_the_config(capsys, saved):
+    report = explained(capsys, saved / "llama", "--skip", "mlp", "--skip", "nothing", "--lm-head", "int8")
+    assert report["totals"]["reasons"] == {"name": 6}
+    assert report["unused_patterns"] == ["nothing"]
+    report = explained(capsys, saved / "llama", "--min-features", 65)
+    assert report["totals"]["rewritten"] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        ([], "threshold", Int8Config().threshold),
+        (["--threshold", "4.5"], "threshold", 4.5),
+        (["--outliers", "column"], "outliers", "column"),
+        (["--lm-head", "int8"], "lm_head", "int8"),
+        (["--min-features", "32"], "min_features", 32),
+        (["--skip", "a", "--skip=b"], "skip_modules", ("a", "b")),
+    ],
+)
+def test_every_option_of_the_backend(monkeypatch, capsys, saved, argv, field, value):
+    configs = []
+    monkeypatch.setattr("int8compile.explain", lambda model, config, **inputs: configs.append(config))
+    run(capsys, "explain", saved / "llama", *argv)
+    assert getattr(configs[0], field) == value
+
+
+def test_sizes_of_the_inputs_and_dtype(capsys, saved):
+    report = explained(capsys, saved / "llama", "--batch", 2, "--sequence", 5, "--dtype", "bfloat16")
+    assert {site["shape"][0] for site in report["sites"]} == {"10"}
+    wide = explained(capsys, saved / "llama")["totals"]["bytes_before"]
+    assert report["totals"]["bytes_before"] * 2 == wide
+
+
+def test_missing_models_are_named(capsys, saved, tmp_path):
+    for name in (tmp_path / "nowhere", "./nowhere", tmp_path / "nowhere.gguf"):
+        line = refused(capsys, "explain", name)
+        assert f"{str(name)!r} does not exist; give a folder with a config.json" in line
+    line = refused(capsys, "explain", tmp_path)
+    assert "is a folder without a config.json" in line
+
+
+def test_what_transformers_cannot_load_is_named(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "could not be loaded" in refused(capsys, "explain", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    assert "no_such_model" in refused(capsys, "explain", tmp_path)
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    assert "could not be loaded" in refused(capsys, "explain", tmp_path / "broken.gguf")
+
+
+def test_a_name_that_the_hub_does_not_give_is_named(monkeypatch, capsys):
+    def offline(name):
+        raise OSError(f"{name} is not a local folder and is not a valid model identifier.\nMore lines.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    line = refused(capsys, "explain", "nobody/nothing")
+    assert "'nobody/nothing' could not be loaded" in line
+    assert "More lines" not in line
+
+
+def test_missing_packages_are_named(monkeypatch, capsys, saved):
+    find_spec = models.importlib.util.find_spec
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: find_spec(name) if name == "torch" else None)
+    line = refused(capsys, "explain", saved / "llama")
+    assert 'transformers is not installed; run `pip install "int8compile[transformers]"`' in line
+    assert "`make demo`" in refused(capsys, "demo")
+    assert "`make demo`" in refused(capsys, "explain", "smollm2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--threshold", "-1"], "threshold=-1.0: give a finite number >= 0"),
+        (["--threshold", "six"], "argument --threshold: invalid float value: 'six'"),
+        (["--outliers", "rows"], "argument --outliers: invalid choice: 'rows'"),
+        (["--batch", "0"], "argument --batch: '0' is not a whole number of at least 1"),
+        (["--treshold", "3"], "unknown argument '--treshold', did you mean '--threshold'?"),
+        (["--skip", ""], "skip_modules holds ''"),
+        (["second"], "unknown argument 'second'"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_loaded(monkeypatch, capsys, argv, message):
+    monkeypatch.setattr(models, "load", None)
+    assert message in refused(capsys, "explain", "smollm2", *argv)
+
+
+@pytest.mark.parametrize("argv", [[], ["compress"], ["demo", "--tokens", "none"]])
+def test_wrong_commands_are_refused(capsys, argv):
+    assert "--help" in refused(capsys, *argv)
+
+
+def test_inputs_that_cannot_be_made_up(saved):
+    model = transformers.LlamaForCausalLM.from_pretrained(saved / "llama")
+    model.main_input_name = "smells"
+    with pytest.raises(models.ModelError, match="takes 'smells'"):
+        models.example_inputs(model)
+
+
+def test_a_model_that_does_not_run_on_its_inputs(saved):
+    model = transformers.LlamaForCausalLM.from_pretrained(saved / "llama")
+    with pytest.raises(
+        models.ModelError, match=r"does not run on made-up inputs \{'input_ids': \[1, 3\]\}: IndexError"
+    ):
+        models.check_runs(model, {"input_ids": torch.full((1, 3), 1000)})
+
+
+def test_demo_passes_its_options(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(demo, "run", lambda write, **options: calls.append(options))
+    assert run(capsys, "demo", "--tokens", 5, "--prompt", "Why?", "--no-eval")[0] == 0
+    assert run(capsys, "demo")[0] == 0
+    assert calls == [
+        {"tokens": 5, "prompt": "Why?", "accuracy": False},
+        {"tokens": 32, "prompt": None, "accuracy": True},
+    ]
+
+
+def test_help_of_every_command(capsys):
+    for argv in (["--help"], ["demo", "--help"], ["explain", "--help"]):
+        code, out, _ = run(capsys, *argv)
+        assert code == 0
+        assert out.startswith("usage: int8compile")
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "int8compile", "--help"], capture_output=True, text=True, check=True)
+    assert "explain" in done.stdout
+
+
+def test_the_exit_code_reaches_the_shell(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["int8compile", "explain"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("int8compile", run_name="__main__")
+    assert end.value.code == 2
