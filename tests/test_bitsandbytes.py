@@ -56,7 +56,7 @@ def exact_llm_int8(x: Tensor, qweight: Tensor, weight_absmax: Tensor, bias: Tens
     stands_out = x.abs() >= 6.0
     columns = stands_out.any(dim=0)
     absmax = x.masked_fill(stands_out, 0).abs().amax(dim=1, keepdim=True)
-    q = (x * (127 / absmax)).round().double()
+    q = (x * (absmax.reciprocal() * 127)).round().double()
     q[:, columns] = 0
     scales = absmax.double() / 127 * (weight_absmax.double() / 127)
     in_int8 = (q @ qweight.double().T) * scales

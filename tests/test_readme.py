@@ -1,0 +1,39 @@
+"""README's code runs, and its table of options is the config's."""
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from int8compile import Int8Config
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_examples_run_in_order() -> None:
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, object] = {}
+    for block in blocks[1:]:  # The first is the one line that the others spell out.
+        exec(block, names)
+    assert names["logits"].shape == (1, 10, 256)
+    assert names["y"].shape == (8, 512)
+    assert blocks[0].strip() == 'model = torch.compile(model, backend="int8")'
+
+
+def test_the_table_of_options_is_complete() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, re.MULTILINE)
+    defaults = {field.name: getattr(Int8Config(), field.name) for field in dataclasses.fields(Int8Config)}
+    assert [name for name, _ in rows] == list(defaults)
+    for name, shown in rows:
+        value = defaults[name]
+        assert eval(shown) == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_every_command_is_a_target_of_the_makefile() -> None:
+    makefile = (pathlib.Path(__file__).parents[1] / "Makefile").read_text()
+    commands = set(re.findall(r"make ([a-z-]+)", README)) - {"demo.", "it"}
+    assert {"demo", "test"} <= commands
+    assert all(re.search(rf"^{command}:", makefile, re.MULTILINE) for command in commands), commands
