@@ -197,7 +197,7 @@ _VIEWS: set[Any] = {
 # Steps that change neither the values (up to the precision that int8 keeps) nor their order.
 _SAME_VALUES: set[Any] = {
     *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double", "type_as"),
-    *(torch.clone, torch.detach, torch._C._autograd._get_data_attr),  # type: ignore[attr-defined]
+    *(torch.clone, torch.detach, getattr(torch._C._autograd, "_get_data_attr", None)),  # x.data in newer graphs
     *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default),
     *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.lift_fresh_copy.default),
 }
