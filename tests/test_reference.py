@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from int8compile.ops import MAX_K, dequantize_weight, linear, quantize_weight
-from int8compile.ops.reference import QuantizedRows, int_matmul, outlier_mask, outlier_product, quantize_rows
+from int8compile.ops.reference import (
+    QuantizedRows,
+    fixed_point_squares,
+    int_matmul,
+    outlier_mask,
+    outlier_product,
+    quantize_rows,
+)
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -306,6 +313,20 @@ def test_no_element_reaches_a_huge_threshold(outliers: str, threshold: float) ->
     """Every finite threshold >= 0 is allowed, also one whose square is not finite."""
     x = torch.tensor([[0.0, 0.0], [1.0, 3e38], [-3e38, -3e38]])
     assert not outlier_mask(x, threshold, outliers).any()
+
+
+@pytest.mark.parametrize("K", [1, 7, 997, 131071])
+def test_squares_have_an_exact_sum_in_any_order(K: int) -> None:
+    """What makes the row policy's decision independent of strides, batch, threads and kernels."""
+    x = torch.randn(2, K) * torch.tensor([[1e-42], [1e38 / 6]])
+    square = fixed_point_squares(x)
+    exact = [float(sum(map(Fraction, row))) for row in square.tolist()]
+    for _ in range(3):
+        assert square[:, torch.randperm(K)].sum(dim=-1).tolist() == exact
+    # Relative to the largest they are right to 2**-35 times four.
+    largest = x.double().abs().amax(dim=-1, keepdim=True)
+    error = square / square.amax(dim=-1, keepdim=True) - (x.double() / largest).square()
+    assert error.abs().max() <= 2.0**-32
 
 
 def test_rms_does_not_overflow() -> None:

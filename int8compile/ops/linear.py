@@ -40,7 +40,7 @@ def _check(
     if qweight.dtype != torch.int8 or qweight.dim() != 2 + batch_dims:
         raise InputError(
             f"{name}: qweight is {qweight.dtype} {list(qweight.shape)}; give int8 of {2 + batch_dims} dimensions, "
-            "as int8compile.quantize_weight makes"
+            "as int8compile.ops.quantize_weight makes"
         )
     if scale.dtype != torch.float32 or scale.shape != qweight.shape[:-1]:
         raise InputError(
@@ -83,9 +83,7 @@ def _register(name: str, batch_dims: int, compute: LinearFunction) -> LinearFunc
         _check(batch_dims, x, qweight, scale, bias, threshold, outliers)
         return compute(x, qweight, scale, bias, threshold, outliers)
 
-    def fake(
-        x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
-    ) -> Tensor:
+    def fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
         _check(batch_dims, x, qweight, scale, bias, threshold, outliers)
         return x.new_empty(*x.shape[:-1], qweight.shape[-2])
 
@@ -109,9 +107,12 @@ def _register(name: str, batch_dims: int, compute: LinearFunction) -> LinearFunc
         def cast_x(
             x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
         ) -> Tensor:
-            # Only x: torch.library.register_autocast would also cast the scales, which stay float32.
+            # Only x: torch.library.register_autocast would also cast the scales, which stay float32. As for F.linear,
+            # autocast leaves integers and float64 alone, so that _check sees them.
+            if x.dtype in SUPPORTED_DTYPES:
+                x = x.to(torch.get_autocast_dtype(device))
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return op(x.to(torch.get_autocast_dtype(device)), qweight, scale, bias, threshold, outliers)
+                return op(x, qweight, scale, bias, threshold, outliers)
 
         return cast_x
 

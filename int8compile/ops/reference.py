@@ -16,8 +16,8 @@ from torch import Tensor
 QMAX = 127
 # Below this absmax a row counts as zero: 127 / absmax would overflow float32. It is where subnormals begin.
 TINY = 2.0**-120
-# A sum of this many products of two int8 values stays below 2**24, so float32 holds every partial sum exactly.
-EXACT_K = 2**24 // QMAX**2
+# A sum of this many products of two int8 values, -128 included, is at most 2**24, so float32 holds every partial sum.
+EXACT_K = 2**24 // 128**2
 # The largest K whose int32 sum cannot overflow: 2**31 / 127**2, less what saturating int8 instructions need.
 MAX_K = 131071
 
@@ -37,7 +37,7 @@ class QuantizedRows(NamedTuple):
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes a weight with one scale per output row: `q = rne(W * (127 / absmax))`, `scale = absmax / 127`.
+    """Quantizes a weight with one scale per output row: `q = rne(W * (127 * (1 / absmax)))`, `scale = absmax / 127`.
 
     Shapes:
         weight: [..., N, K], any float dtype; computed in float32.
@@ -52,8 +52,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 def outlier_mask(x: Tensor, threshold: float, outliers: str) -> Tensor:
     """Decides which elements of x are outliers.
 
-    `row`: `|x[m,k]| >= threshold * rms(x[m,:])`, evaluated as `x^2 * K >= threshold^2 * sum(x^2)` in float64: squares
-    of float32 values are exact there and cannot overflow, so every kernel can reach the same decision.
+    `row`: `x[m,k]^2 * K >= threshold^2 * sum(x[m,:]^2)`, that is `|x[m,k]| >= threshold * rms(x[m,:])`, with the
+    squares of `fixed_point_squares`: their sum is exact, so every kernel that follows them comes to the same decision,
+    however it splits the sum.
     `column`: `|x[m,k]| >= threshold`.
     NaN and Inf always are outliers (they cannot be quantized), zeros never, and `threshold` 0 turns the rest off.
 
@@ -64,10 +65,31 @@ def outlier_mask(x: Tensor, threshold: float, outliers: str) -> Tensor:
     if threshold == 0:
         return mask
     if outliers == "column":
-        return mask | (x.abs() >= threshold)
-    square = x.to(torch.float64).square()
-    limit = square.sum(dim=-1, keepdim=True) * threshold**2
+        return mask | ((x.abs() >= threshold) & (x != 0))
+    square = fixed_point_squares(x.masked_fill(mask, 0))
+    # Not threshold**2, which raises where the square is not finite.
+    limit = square.sum(dim=-1, keepdim=True) * (threshold * threshold)
     return mask | ((square * x.shape[-1] >= limit) & (x != 0))
+
+
+def fixed_point_squares(x: Tensor) -> Tensor:
+    """The squares of a row, over that of the power of two above its largest element, rounded to multiples of 2**-35.
+
+    They are below 1, so up to 2**17 of them (more than `MAX_K`) have a sum that float64 holds exactly, whatever the
+    order of the additions; and squares of float32 values neither overflow nor vanish. The rounding shifts the rms by
+    less than 2**-18 of it.
+
+    Shapes:
+        x: [M, K] float32, finite; result: [M, K] float64.
+    """
+    if x.shape[-1] == 0:
+        return x.to(torch.float64)
+    exponent = torch.frexp(x.abs().amax(dim=-1, keepdim=True)).exponent.to(torch.int64)
+    # 2.0**-exponent by its bits: exp2 and ldexp need not be exact.
+    scale = ((1023 - exponent) << 52).view(torch.float64)
+    square = (x.to(torch.float64) * scale).square()
+    # In [2**17, 2**18) the unit in the last place is 2**-35.
+    return (square + 1.5 * 2**17) - 1.5 * 2**17
 
 
 def quantize_rows(x: Tensor, threshold: float, outliers: str) -> QuantizedRows:
@@ -104,8 +126,9 @@ def outlier_product(x: Tensor, rows: QuantizedRows, qweight: Tensor, outliers: s
     outlier, which equals "zero the column and multiply it in float" and needs no second pass over x.
 
     The sum runs in float64 and is rounded once. For the row policy it is exact whatever the order of summation, which
-    makes a row's result independent of the batch: outliers of a row lie between threshold and sqrt(K) times its
-    rms, so for threshold 6 and any K allowed all products are multiples of one unit and sum to less than 2**51 of it.
+    makes a row's result independent of the batch: with t the threshold, outliers are at least t * rms, so all products
+    are multiples of t * rms * 2**-24; there are at most K / t**2 of them, and their absolute sum is at most
+    127 * K / t * rms, which is below 2**53 units while K / t**2 < 2**22 (for any K allowed, if t >= 0.18).
 
     Shapes:
         x: [M, K] float32; qweight: [N, K] int8; result: [M, N] float32.
@@ -116,9 +139,7 @@ def outlier_product(x: Tensor, rows: QuantizedRows, qweight: Tensor, outliers: s
     return (residual.to(torch.float64) @ qweight[:, columns].to(torch.float64).mT).to(torch.float32)
 
 
-def linear(
-    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
-) -> Tensor:
+def linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
     """The whole operator: `y = (acc * s_x[m] + out) * scale[n] + bias[n]`, rounded once to x's dtype.
 
     Args:
@@ -167,6 +188,8 @@ def dequantize_weight(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Ten
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     absmax = x.abs().amax(dim=-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     absmax = absmax.masked_fill(absmax < TINY, 0)
-    inverse = torch.where(absmax == 0, 0, QMAX / absmax)
-    # round() is round-half-to-even. absmax * (127 / absmax) is at most 127 * (1 + 2**-23), which rounds to 127.
+    # Rounded twice, as bitsandbytes does on CPUs (`127 / tensor` is the same in PyTorch); 127 / absmax rounded once
+    # decides ties differently, and ties are common among float16 and bfloat16 values.
+    inverse = torch.where(absmax == 0, 0, absmax.reciprocal() * QMAX)
+    # round() is round-half-to-even. absmax * inverse is at most 127 * (1 + 3 * 2**-24), which rounds to 127.
     return (x * inverse[..., None]).round().to(torch.int8), absmax / QMAX
