@@ -3,6 +3,7 @@
 The backend is found by its name; importing this package is needed only for what is listed in `__all__`.
 """
 
+from int8compile.backend import register as _register
 from int8compile.config import Int8Config
 from int8compile.errors import (
     BadWeightError,
@@ -15,6 +16,8 @@ from int8compile.errors import (
 from int8compile.explain import explain
 from int8compile.report import Report, Site, SkipReason
 from int8compile.weights import refresh
+
+_register()
 
 __version__ = "0.1.0"
 

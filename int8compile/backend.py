@@ -7,11 +7,13 @@ Dynamo passes, with the float weights among them, and replaces each by its int8 
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import ShortenTraceback
 from torch._guards import TracingContext
@@ -55,6 +57,16 @@ def int8(
         return _int8(gm, example_inputs, Int8Config.from_options(options, mode=mode))
     except Int8CompileError as error:
         raise _unwrapped(error) from error.__cause__
+
+
+def register() -> None:
+    """Makes the backend known by its name where the package was not installed, as in a bare checkout.
+
+    An installed package needs no import for that: its entry point says where the backend is.
+    """
+    installed = importlib.metadata.entry_points(group="torch_dynamo_backends", name="int8")
+    if not installed and "int8" not in torch._dynamo.list_backends(exclude_tags=()):
+        torch._dynamo.register_backend(int8, name="int8")
 
 
 def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) -> Compiled:

@@ -396,6 +396,7 @@ def speeds(timings: Mapping[str, Timing], prompt: int) -> str:
     for name in others:
         read, wrote = (_times(rate[name] / rate[first]) for rate in (reading, writing))
         lines.append(f"Here {name} is {read} than {first} at reading the prompt and {wrote} at generating.")
+    lines.append(f"{first} is compiled first, so the start of the compiler counts as part of its time.")
     return "\n".join(lines)
 
 

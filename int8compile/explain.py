@@ -79,7 +79,9 @@ def explain(
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    with torch.no_grad(), _buffers_restored(model), _dynamo_caches_dropped():
+    # Only what is marked dynamic is a symbol. Dynamo would make one of each size that an earlier call had otherwise.
+    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with torch.no_grad(), static, _buffers_restored(model), _dynamo_caches_dropped():
         torch.compile(call, backend=record)(*args, **kwargs)
     report.sites += [_not_captured(path, module) for path, module in modules.items() if _is_unused(module, used)]
     report.unused_patterns = tuple(

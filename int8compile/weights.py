@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import CompileContext
 
 from int8compile.errors import BadWeightError, FreedWeightError
 from int8compile.ops import quantize_weight
@@ -41,7 +42,7 @@ class FreedWeight(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # While Dynamo traces for our backend the call only ends up in a graph, and the backend sees to it that nothing
         # reads the data. Other backends would read memory that is gone.
-        if func in _METADATA or (torch.compiler.is_compiling() and _traced_for_int8()):
+        if func in _METADATA or _traced_for_int8():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise FreedWeightError(
@@ -62,7 +63,8 @@ def _traced_for_int8() -> bool:
     try:
         backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:
-        return True  # Nothing is traced: AOTAutograd or Inductor is at work on a graph that a backend gave it.
+        # Nothing is traced: this is eager mode, unless AOTAutograd or Inductor is at work on what a backend gave it.
+        return CompileContext.try_get() is not None
     while backend is not None and getattr(backend, "__module__", None) != "int8compile.backend":
         wrapped = (getattr(backend, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn"))
         backend = next((inner for inner in wrapped if inner is not None), None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import int8compile  # noqa: F401 - registers the backend where the package is not installed
+
 try:
     import hypothesis
 except ImportError:  # where nothing can be installed; the files that need it skip themselves

@@ -44,6 +44,19 @@ assert 0 < error < 0.03, error
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
+def test_a_bare_checkout_registers_the_backend_when_imported() -> None:
+    program = """
+import importlib.metadata, torch
+importlib.metadata.entry_points = lambda **_: importlib.metadata.EntryPoints()
+import int8compile
+assert "int8" in torch._dynamo.list_backends()
+model = torch.nn.Linear(32, 32).requires_grad_(False)
+torch.compile(model, backend="int8")(torch.randn(4, 32))
+int8compile.backend.register()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("outliers", ["row", "column"])
 @pytest.mark.parametrize("threshold", [0.0, 2.0, 6.0])
 def test_equals_the_operators_bit_by_bit(outliers: str, threshold: float) -> None:

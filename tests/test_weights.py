@@ -158,7 +158,7 @@ class TestFreedWeights:
             layer.compile(backend=backend, fullgraph=True)
         for _ in range(3):
             assert torch.equal(model(x), expected)
-        assert backend.graphs == 2
+        assert backend.graphs <= 2  # One where Dynamo's guards do not ask for the parameter's class.
 
     @pytest.mark.parametrize(
         "use",
