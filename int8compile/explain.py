@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def explain(
     # Only what is marked dynamic is a symbol. Dynamo would make one of each size that an earlier call had otherwise.
     static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     with torch.no_grad(), static, _buffers_restored(model), _dynamo_caches_dropped():
-        torch.compile(call, backend=record)(*args, **kwargs)
+        torch.compile(_with_code_of_its_own(call), backend=record)(*args, **kwargs)
     report.sites += [_not_captured(path, module) for path, module in modules.items() if _is_unused(module, used)]
     report.unused_patterns = tuple(
         pattern for pattern in config.skip_modules if not any(matches(pattern, site.path) for site in report.sites)
@@ -130,6 +131,12 @@ def _not_captured(path: str, module: nn.Module) -> Site:
     )
 
 
+def _with_code_of_its_own(function: Any) -> FunctionType:
+    """A copy whose code Dynamo has never seen: it gives up on code that was compiled 256 times."""
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
 @contextlib.contextmanager
 def _buffers_restored(model: Any) -> Iterator[None]:
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
@@ -147,8 +154,8 @@ def _buffers_restored(model: Any) -> Iterator[None]:
 def _dynamo_caches_dropped() -> Iterator[None]:
     """Drops the cache entries that Dynamo makes meanwhile: they would count against the model's own recompile limit.
 
-    Most are made for the function that explain() compiles. After a graph break the model's own functions get some too;
-    where they had entries before, which are the user's, theirs are kept and so ours stay.
+    After a graph break the model's own functions get some. Where they had entries before, which are the user's, theirs
+    are kept and so ours stay.
     """
 
     def compiled() -> set[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.metadata
 import logging
 import re
 import subprocess
@@ -30,6 +31,10 @@ def reference(model: Stack, x: Tensor, threshold: float = 6.0, outliers: str = "
     return x
 
 
+INSTALLED = importlib.metadata.entry_points(group="torch_dynamo_backends", name="int8")
+
+
+@pytest.mark.skipif(not INSTALLED, reason="int8compile is not installed here")
 def test_found_by_name_without_importing_the_package() -> None:
     program = """
 import sys, torch

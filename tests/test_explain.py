@@ -105,6 +105,12 @@ def test_a_compiled_model_is_explained_as_what_it_was_made_from() -> None:
     assert backend.graphs == 1
 
 
+def test_as_often_as_one_likes() -> None:
+    """Dynamo gives up on code that was compiled 256 times; then nothing would be captured."""
+    model, x = nn.Linear(32, 32), torch.randn(2, 32)
+    assert [len(int8compile.explain(model, x).rewritten) for _ in range(260)] == [1] * 260
+
+
 def test_sizes_of_an_earlier_call_make_no_symbols() -> None:
     for rows in (3, 5):
         assert int8compile.explain(Stack(), torch.randn(rows, 32)).sites[0].shape[0] == str(rows)
