@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from int8compile import models
 from int8compile.explain import explain
-from int8compile.report import Report
+from int8compile.report import Report, readable
 from int8compile.weights import STORE
 
 Logits = Callable[[Tensor], Tensor]
@@ -347,7 +347,7 @@ def describe(report: Report) -> str:
         for i, value in enumerate((1, site.bytes_before, site.bytes_after)):
             group[i] += value
     rows = [
-        (name, count, shape, kind, _mib(before), _mib(after))
+        (name, count, shape, kind, readable(before), readable(after))
         for (name, shape, kind), (count, before, after) in groups.items()
     ]
     headers = ("module", "count", "K x N", "runs in", "before", "after")
@@ -367,7 +367,7 @@ def sizes(model: nn.Module, report: Report) -> str:
         ("whole model", total, total - before + after),
     ]
     table = tabulate(
-        [(name, _mib(old), _mib(new), f"{old / new:.2f}x") for name, old, new in rows],
+        [(name, readable(old), readable(new), f"{old / new:.2f}x") for name, old, new in rows],
         headers=("weights", "float32", "int8", "smaller"),
         colalign=("left", "right", "right", "right"),
     )
@@ -444,10 +444,6 @@ class _Clock:
 
 def _times(ratio: float) -> str:
     return f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
 
 
 def _wrapped(text: str, indent: str = "") -> str:

@@ -157,7 +157,7 @@ class Report:
         totals = self.totals()
         line = (
             f"{totals['rewritten']} of {totals['sites']} linears in int8, weights "
-            f"{_mib(totals['bytes_before'])} -> {_mib(totals['bytes_after'])}, "
+            f"{readable(totals['bytes_before'])} -> {readable(totals['bytes_after'])}, "
             f"{totals['activation_matmuls']} matmuls of two activations left alone, {totals['graphs']} graph"
         )
         return line if totals["graphs"] == 1 else line + "s"
@@ -172,8 +172,8 @@ class Report:
                 site.source,
                 " x ".join(site.shape),
                 "int8" if site.rewritten else "float",
-                _mib(site.bytes_before),
-                _mib(site.bytes_after),
+                readable(site.bytes_before),
+                readable(site.bytes_after),
                 site.pays,
             )
             for site in self.sites
@@ -191,5 +191,6 @@ class Report:
         return "\n".join(lines)
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"
+def readable(size: int) -> str:
+    """Bytes as "12.3 KiB" or "4.5 MiB"."""
+    return f"{size / 2**10:.1f} KiB" if size < 2**20 else f"{size / 2**20:.1f} MiB"
