@@ -12,6 +12,7 @@ from int8compile.errors import (
     InputError,
     Int8CompileError,
     Int8Warning,
+    ModelError,
 )
 from int8compile.explain import explain
 from int8compile.report import Report, Site, SkipReason
@@ -29,6 +30,7 @@ __all__ = [
     "Int8CompileError",
     "Int8Config",
     "Int8Warning",
+    "ModelError",
     "Report",
     "Site",
     "SkipReason",

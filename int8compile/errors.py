@@ -23,5 +23,9 @@ class InputError(Int8CompileError, ValueError):
     """An operator was called with a dtype, shape or argument it does not take."""
 
 
+class ModelError(Int8CompileError, ValueError):
+    """The command line cannot find or load a model, or make up inputs for it."""
+
+
 class Int8Warning(UserWarning):
     """Something runs in float that the user probably expected in int8."""

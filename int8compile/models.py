@@ -11,15 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8compile.errors import Int8CompileError
+from int8compile.errors import ModelError
 
 SMOLLM2 = "smollm2"
 
 _HOW = f"give a folder with a config.json, a .gguf file, a name on the Hugging Face hub, or {SMOLLM2!r}"
-
-
-class ModelError(Int8CompileError, ValueError):
-    """A model cannot be found or loaded, or no inputs can be made up for it."""
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from int8compile import Int8Config, cli, demo, models
+from int8compile import Int8Config, ModelError, cli, demo, models
 
 transformers = pytest.importorskip("transformers")
 
@@ -199,15 +199,13 @@ def test_wrong_commands_are_refused(capsys, argv):
 def test_inputs_that_cannot_be_made_up(saved):
     model = transformers.LlamaForCausalLM.from_pretrained(saved / "llama")
     model.main_input_name = "smells"
-    with pytest.raises(models.ModelError, match="takes 'smells'"):
+    with pytest.raises(ModelError, match="takes 'smells'"):
         models.example_inputs(model)
 
 
 def test_a_model_that_does_not_run_on_its_inputs(saved):
     model = transformers.LlamaForCausalLM.from_pretrained(saved / "llama")
-    with pytest.raises(
-        models.ModelError, match=r"does not run on made-up inputs \{'input_ids': \[1, 3\]\}: IndexError"
-    ):
+    with pytest.raises(ModelError, match=r"does not run on made-up inputs \{'input_ids': \[1, 3\]\}: IndexError"):
         models.check_runs(model, {"input_ids": torch.full((1, 3), 1000)})
 
 
