@@ -6,9 +6,11 @@ parameters, tied modules share one: so the int8 weight is looked up, at every ca
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -143,8 +145,9 @@ class WeightStore:
             known = QuantizedWeight(qweight, scale, stamp)
             self._keep(parameter, view, known)
         else:
-            known.qweight.copy_(qweight)
-            known.scale.copy_(scale)
+            with _plain_tensors():
+                known.qweight.copy_(qweight)
+                known.scale.copy_(scale)
             known.stamp = stamp
         return known
 
@@ -174,7 +177,7 @@ def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Te
             f"{path}: its weight {list(parameter.shape)} is on the meta device and has no data. Load the weights "
             "(or model.to_empty and initialize them) before calling the compiled model"
         )
-    with torch.no_grad():
+    with _plain_tensors():
         weight = view.of(parameter)
         bad = weight.numel() - int(weight.isfinite().sum())
         if bad:
@@ -183,6 +186,13 @@ def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Te
                 f"have no int8 value. Repair the checkpoint, or leave it in float with skip_modules=[{path!r}]"
             )
         return quantize_weight(weight)
+
+
+@contextlib.contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Tensors made here can be saved for a backward pass and refreshed in any mode; inference tensors cannot."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def free(parameter: nn.Parameter) -> None:

@@ -36,7 +36,17 @@ def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> 
     result.meta.update({key: site.node.meta[key] for key in ("example_value", "val") if key in site.node.meta})
     site.node.replace_all_uses_with(result)
     graph.erase_node(site.node)
+    _erase_unread_views(graph, site.weight)
     return view
+
+
+def _erase_unread_views(graph: Graph, node: Node) -> None:
+    """Erases views of a weight that nothing reads any more; they would keep the float weight an input of the graph."""
+    while not node.users and node.op in ("call_function", "call_method"):
+        viewed = node.args[0]
+        graph.erase_node(node)
+        assert isinstance(viewed, Node)
+        node = viewed
 
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")

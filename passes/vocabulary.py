@@ -179,7 +179,7 @@ def _einsum(spelling: str, equation: Any, *operands: Any) -> Contraction | None:
     terms = inputs.split(",")
     if len(terms) != 2:
         return None
-    hidden = [len(shape) - len(term.replace("...", "")) for shape, term in zip(shapes, terms, strict=True) if shape]
+    hidden = [len(shape or ()) - len(term.replace("...", "")) for shape, term in zip(shapes, terms, strict=True)]
     dots = _letters(max(0, *hidden), ".")
 
     def expand(term: str, count: int) -> Labels:

@@ -263,6 +263,11 @@ def test_attention_is_counted_and_left_alone() -> None:
     assert (report.activation_matmuls, len(report.rewritten), len(report.skipped)) == (3, 1, 0)
 
 
+def test_an_einsum_with_a_scalar_is_no_matmul() -> None:
+    report = int8compile.explain(Weights(lambda m, x: torch.einsum(",kn->kn", x.sum(), m.kn)), torch.randn(2, 5, 32))
+    assert [site.reason for site in report.sites] == [SkipReason.FORM]
+
+
 def test_a_scaled_activation_is_no_weight() -> None:
     """weight * norm(x), as RMSNorm ends, is an activation though a parameter comes first."""
     report = int8compile.explain(Weights(lambda m, x: (m.nk[0] * x) @ x.mT), torch.randn(2, 5, 32))

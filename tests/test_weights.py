@@ -84,6 +84,20 @@ def test_stale_weights_are_refreshed_in_place(change: Callable[[nn.Parameter], o
     assert torch.equal(weight.qweight, quantize_weight(model.layers[1].up.weight)[0])
 
 
+def test_weights_quantized_in_inference_mode_serve_every_mode() -> None:
+    """Inference tensors can be neither refreshed outside inference mode nor saved for a backward pass."""
+    model, x = Stack(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    with torch.inference_mode():
+        compiled(x)
+    with torch.no_grad():
+        model.layers[0].up.weight.mul_(2)
+    assert torch.equal(compiled(x), reference(model, x))
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict_after_compiling(assign: bool) -> None:
     model, other, x = Stack(), Stack(), torch.randn(4, 32)
@@ -187,6 +201,15 @@ class TestFreedWeights:
         torch.compile(model, backend="int8", options=self.options)(x)
         with pytest.raises(Exception, match="free_weights=True has given back"):
             torch.compile(model, backend=backend)(x)
+
+    @pytest.mark.parametrize(
+        "take", [lambda w: w.t(), lambda w: w.T, lambda w: w.chunk(2)[0].mT], ids=["t", "T", "chunk"]
+    )
+    def test_a_weight_that_is_used_through_a_view(self, take: Callable[[Tensor], Tensor]) -> None:
+        model, x = nn.Linear(32, 32).requires_grad_(False), torch.randn(4, 32)
+        compiled = torch.compile(lambda x: x @ take(model.weight), backend="int8", options=self.options)
+        assert torch.equal(compiled(x), compiled(x))
+        assert isinstance(model.weight, FreedWeight)
 
     def test_a_weight_that_is_also_used_in_float_is_kept(self) -> None:
         model, x = nn.Linear(32, 32).requires_grad_(False), torch.randn(4, 32)
