@@ -6,11 +6,12 @@ Dynamo passes, with the float weights among them, and replaces each by its int8 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,10 +54,8 @@ def int8(
         BadWeightError: A weight to be rewritten has NaN or Inf, or no data.
         FreedWeightError: The graph needs a float weight whose memory was given back.
     """
-    try:
+    with errors_unwrapped():
         return _int8(gm, example_inputs, Int8Config.from_options(options, mode=mode))
-    except Int8CompileError as error:
-        raise _unwrapped(error) from error.__cause__
 
 
 def register() -> None:
@@ -78,12 +77,16 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     return _compile(module, example_inputs, list(binder.slots.values()), config)
 
 
-def _unwrapped(error: Int8CompileError) -> Int8CompileError:
-    """The same error, which Dynamo lets through: it wraps what backends raise, but not a `ShortenTraceback`."""
-    kind = type(error)
-    shown = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
-    raised: Int8CompileError = shown(*error.args, first_useful_frame=None)
-    return raised
+@contextlib.contextmanager
+def errors_unwrapped() -> Iterator[None]:
+    """Lets our errors through Dynamo as they are: it wraps what backends raise, but not a `ShortenTraceback`."""
+    try:
+        yield
+    except Int8CompileError as error:
+        kind = type(error)
+        shown = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
+        raised: Int8CompileError = shown(*error.args, first_useful_frame=None)
+        raise raised from error.__cause__
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

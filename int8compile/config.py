@@ -136,10 +136,15 @@ def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 f"unknown Inductor option {name!r}{_nearest(option, known)}. "
                 "torch._inductor.list_options() lists all of them"
             )
+        default = torch._inductor.config.get_config_copy()[option]
+        if isinstance(default, bool | int | float | str) and type(value) is not type(default):
+            raise ConfigError(
+                f"Inductor option {name}={value!r}: give a {type(default).__name__}, as its default {default!r} is"
+            )
         checked[option] = value
     return checked
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

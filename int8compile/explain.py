@@ -15,11 +15,13 @@ from torch._dynamo import convert_frame
 from torch.fx import GraphModule
 
 from int8compile import hardware, roofline
-from int8compile.backend import copy_graph, rewrite_captured
+from int8compile.backend import copy_graph, errors_unwrapped, rewrite_captured
 from int8compile.config import Int8Config
+from int8compile.errors import FreedWeightError
 from int8compile.passes import RULES, finite, matches
 from int8compile.passes.names import parameter_name
 from int8compile.report import Report, Site, SkipReason
+from int8compile.weights import FreedWeight
 
 
 def explain(
@@ -28,8 +30,9 @@ def explain(
     """Lists every linear site of a model with what `torch.compile(model, backend="int8")` would do with it.
 
     The model runs once, in float, under `torch.no_grad()`: explain() describes inference. (With grad mode on, weights
-    that require grad stay in float, and the backend warns.) Nothing is compiled, and the model is left as it was:
-    buffers that the run changes are restored, and what Dynamo caches is dropped.
+    that require grad stay in float, and the backend warns.) Nothing is compiled. Buffers that the run changes, the
+    state of the random number generators and Dynamo's caches are restored afterwards; what `forward` writes to
+    parameters or to plain Python attributes stays.
 
     Args:
         model: A module or a function; a compiled one is explained as what it was made from.
@@ -42,19 +45,33 @@ def explain(
 
     Raises:
         ConfigError: An option is unknown or has a value that is not allowed.
+        FreedWeightError: The model's float weights were freed, so it cannot run in float.
+        InputError: A linear is given integers.
     """
     if not isinstance(config, Int8Config):
         config = Int8Config.from_options(config)
     model = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    qualified = {id(value): name for name, value in modules[""].named_parameters()} if modules else {}
+    parameters = dict(modules[""].named_parameters()) if modules else {}
+    for name, parameter in parameters.items():
+        if isinstance(parameter, FreedWeight):
+            raise FreedWeightError(
+                f"{name} has no float weight any more (free_weights=True), so the model cannot run in float. "
+                "Call explain() before compiling"
+            )
+    qualified = {id(parameter): name for name, parameter in parameters.items()}
     report = Report()
     used: set[int] = set()
+    matched: set[str] = set()
     devices: set[torch.device] = set()
 
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = copy_graph(gm)
-        found = rewrite_captured(captured, example_inputs, config, rules=(*RULES, finite))[1]
+        with errors_unwrapped():
+            found = rewrite_captured(copy_graph(gm), example_inputs, config, rules=(*RULES, finite))[1]
+        # Of the paths that the rules saw, which begin at the graph's own module.
+        matched.update(
+            pattern for pattern in config.skip_modules if any(matches(pattern, site.path) for site in found.sites)
+        )
         # Read now: Dynamo erases the sources afterwards.
         names = [parameter_name(node) for node in gm.graph.find_nodes(op="placeholder")]
         seen: set[str] = set()
@@ -82,12 +99,14 @@ def explain(
 
     # Only what is marked dynamic is a symbol. Dynamo would make one of each size that an earlier call had otherwise.
     static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-    with torch.no_grad(), static, _buffers_restored(model), _dynamo_caches_dropped():
+    with torch.no_grad(), static, torch.random.fork_rng(), _buffers_restored(model), _dynamo_caches_dropped():
         torch.compile(_with_code_of_its_own(call), backend=record)(*args, **kwargs)
-    report.sites += [_not_captured(path, module) for path, module in modules.items() if _is_unused(module, used)]
-    report.unused_patterns = tuple(
-        pattern for pattern in config.skip_modules if not any(matches(pattern, site.path) for site in report.sites)
-    )
+    report.sites += [
+        _not_captured(name, owner, parameter)
+        for name, parameter in parameters.items()
+        if id(parameter) not in used and _multiplies(owner := modules[name.rpartition(".")[0]], parameter)
+    ]
+    report.unused_patterns = tuple(pattern for pattern in config.skip_modules if pattern not in matched)
     for device in sorted(devices, key=str):
         facts = hardware.of(device)
         report.sites = [_with_speed(site, facts) for site in report.sites]
@@ -113,20 +132,22 @@ def _prefix(given: Iterable[tuple[str, Any]], qualified: Mapping[int, str]) -> s
     return ""
 
 
-def _is_unused(module: nn.Module, used: set[int]) -> bool:
-    return isinstance(module, nn.Linear) and id(module.weight) not in used
+def _multiplies(owner: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter is a matmul's weight for certain: a matrix of a PyTorch layer, or a kernel of size 1."""
+    layers = nn.Linear | nn.Bilinear | nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | nn.modules.conv._ConvNd
+    return isinstance(owner, layers) and parameter.dim() > 1 and all(size == 1 for size in parameter.shape[2:])
 
 
-def _not_captured(path: str, module: nn.Module) -> Site:
-    weight = module.get_parameter("weight")
+def _not_captured(name: str, owner: nn.Module, parameter: Tensor) -> Site:
     return Site(
-        path=path,
-        op="linear",
+        path=name.removesuffix(".weight"),
+        op=type(owner).__name__.lower(),
         source="",
-        shape=("?", str(weight.shape[1]), str(weight.shape[0])),
-        weight=f"{path}.weight",
-        bytes_before=weight.nbytes,
-        bytes_after=weight.nbytes,
+        shape=("?", str(parameter.shape[1]), str(parameter.shape[0])) if parameter.dim() == 2 else (),
+        weight=name,
+        weight_bytes=parameter.nbytes,
+        bytes_before=parameter.nbytes,
+        bytes_after=parameter.nbytes,
         reason=SkipReason.NOT_CAPTURED,
     )
 
@@ -139,14 +160,23 @@ def _with_code_of_its_own(function: Any) -> FunctionType:
 
 @contextlib.contextmanager
 def _buffers_restored(model: Any) -> Iterator[None]:
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    saved = [(buffer, buffer.clone()) for buffer in buffers if not buffer.is_inference()]
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    # The tensors, which forward may replace, and their values, which it may change.
+    tensors = [(module, dict(module._buffers)) for module in modules]
+    values = {
+        buffer: buffer.clone()
+        for _, buffers in tensors
+        for buffer in buffers.values()
+        if buffer is not None and not buffer.is_meta and not buffer.is_inference()
+    }
     try:
         yield
     finally:
+        for module, buffers in tensors:
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, value in saved:
-                if not buffer.is_meta and not torch.equal(buffer, value):
+            for buffer, value in values.items():
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

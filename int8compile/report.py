@@ -38,7 +38,8 @@ class SkipReason(enum.Enum):
     CUSTOM_OP = (
         "it is the argument of a custom operator, which no pass can rewrite; use a plain PyTorch implementation of it"
     )
-    NESTED = "it is inside a control-flow or checkpoint region; disable checkpointing for inference"
+    NESTED = "it is inside a region that Dynamo captures as a graph of its own (torch.cond, checkpointing)"
+    TRANSFORMED = "torch.func differentiates it inside the compiled function; the operator has no formula for that"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Site:
             changes from call to call is a symbol.
         weight: Name of the weight's parameter, to count shared bytes once.
         layout: How the weight views that parameter; each layout that is used has int8 values of its own.
+        weight_bytes: Bytes of the whole parameter.
         bytes_before: Bytes of the weight in the model.
         bytes_after: Bytes of int8 values and scales, or `bytes_before` where it is not rewritten.
         reason: Why it is not rewritten, None where it is.
@@ -66,6 +68,7 @@ class Site:
     shape: tuple[str, ...]
     weight: str
     layout: str = ""
+    weight_bytes: int
     bytes_before: int
     bytes_after: int
     reason: SkipReason | None = None
@@ -129,9 +132,10 @@ class Report:
 
     def totals(self) -> dict[str, Any]:
         """Counts and bytes; a weight that several sites share is counted once."""
-        before = {site.weight: site.bytes_before for site in self.sites}
+        before = {site.weight: site.weight_bytes for site in self.sites}
         # A weight that one site uses in float and another in int8 is there twice.
-        after = {(site.weight, site.layout if site.rewritten else None): site.bytes_after for site in self.sites}
+        after = {(site.weight, site.layout): site.bytes_after for site in self.rewritten}
+        after |= {(site.weight, ""): site.weight_bytes for site in self.skipped}
         return {
             "sites": len(self.sites),
             "rewritten": len(self.rewritten),

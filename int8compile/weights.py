@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -16,10 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import CompileContext
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from int8compile.errors import BadWeightError, FreedWeightError
+from int8compile.errors import BadWeightError, FreedWeightError, Int8Warning
 from int8compile.ops import quantize_weight
 from int8compile.passes.static import WeightView
+
+# The version, the address and the storage of a parameter.
+Stamp = tuple[int, int, int]
 
 
 @dataclasses.dataclass
@@ -30,11 +36,13 @@ class QuantizedWeight:
         qweight: [N, K] or [B, N, K] int8.
         scale: [N] or [B, N] float32.
         stamp: State of the parameter when it was quantized.
+        storage: Keeps the parameter's storage object, not its data, so that no other gets its identity.
     """
 
     qweight: Tensor
     scale: Tensor
-    stamp: tuple[int, int]
+    stamp: Stamp
+    storage: StorageWeakRef
 
 
 class FreedWeight(nn.Parameter):
@@ -141,14 +149,22 @@ class WeightStore:
             raise FreedWeightError(f"{path}: its float weight was freed before this view of it was quantized")
         qweight, scale = quantize_checked(parameter, view, path)
         self.quantized += 1
+        if parameter.is_inference():
+            warnings.warn(
+                f"{path}: its weight was made in inference mode and has no version counter, so in-place updates of it "
+                "are not noticed. Make the model outside of inference mode, or call int8compile.refresh(model) after "
+                "an update",
+                Int8Warning,
+                stacklevel=2,
+            )
         if known is None or known.qweight.device != qweight.device:
-            known = QuantizedWeight(qweight, scale, stamp)
+            known = QuantizedWeight(qweight, scale, stamp, StorageWeakRef(parameter.untyped_storage()))
             self._keep(parameter, view, known)
         else:
             with _plain_tensors():
                 known.qweight.copy_(qweight)
                 known.scale.copy_(scale)
-            known.stamp = stamp
+            known.stamp, known.storage = stamp, StorageWeakRef(parameter.untyped_storage())
         return known
 
     def _keep(self, parameter: Tensor, view: WeightView, weight: QuantizedWeight) -> None:
@@ -210,25 +226,36 @@ def free(parameter: nn.Parameter) -> None:
 
 
 # Equal to no state of a parameter: versions are not negative.
-_STALE = (-1, -1)
+_STALE = (-1, -1, -1)
 
 
-def _stamp(parameter: Tensor) -> tuple[int, int]:
-    """Changes with every in-place update of a parameter (its version) and with a new `.data` (its address)."""
-    # Inference tensors have no version; their data can only change in inference mode.
+def _stamp(parameter: Tensor) -> Stamp:
+    """Changes with every in-place update of a parameter (its version) and with a new `.data` (its storage)."""
+    # Inference tensors have no version.
     version = 0 if parameter.is_inference() else parameter._version
-    return version, parameter.data_ptr()
+    # A new storage may get the address of one that is gone.
+    return version, parameter.data_ptr(), parameter.untyped_storage()._cdata
 
 
 STORE = WeightStore()
 
 
+def _forget_updated(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """After a step: fused optimizers (`AdamW(fused=True)`) update parameters without counting up their version."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            STORE.forget(parameter)
+
+
+register_optimizer_step_post_hook(_forget_updated)
+
+
 def refresh(model: nn.Module) -> None:
     """Has every weight of a model quantized again at the next call.
 
-    In-place updates, replaced `.data` and `load_state_dict` are noticed without it. Needed only after updates that
-    leave no trace: `parameter.data.mul_(2)` bypasses the version counter, as do writes through NumPy or shared
-    memory.
+    In-place updates, optimizer steps, replaced `.data` and `load_state_dict` are noticed without it. Needed only after
+    updates that leave no trace: `parameter.data.mul_(2)`, which bypasses the version counter, writes through NumPy,
+    through another parameter that shares the memory, or to parameters made in inference mode.
     """
     for parameter in model.parameters():
         STORE.forget(parameter)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from int8compile.passes.static import WeightView
+from int8compile.passes.static import QUANTIZED, WeightView
 
 
 class QuantizedNodes(NamedTuple):
@@ -63,7 +63,6 @@ class PlaceholderBinder:
     def __init__(self, module: GraphModule) -> None:
         self.slots: dict[tuple[Node, WeightView], WeightSlot] = {}
         self._graph = module.graph
-        self._last = list(module.graph.find_nodes(op="placeholder"))[-1]
 
     def bind(self, source: Node, view: WeightView, path: str) -> QuantizedNodes:
         """See `Binder`."""
@@ -75,13 +74,14 @@ class PlaceholderBinder:
         return self.slots[key].nodes
 
     def _placeholder(self, name: str) -> Node:
-        with self._graph.inserting_after(self._last):
+        # There is one at least, the parameter's own.
+        with self._graph.inserting_after(self._graph.find_nodes(op="placeholder")[-1]):
             node = self._graph.placeholder(name)
+        node.meta[QUANTIZED] = True
         # AOTAutograd asks each placeholder for the Dynamo source of its tensor; these have none. "unguarded" marks a
         # tensor whose address does not change between calls, which CUDA graphs need.
         node._dynamo_source = None
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        self._last = node
         return node
 
 

@@ -6,11 +6,16 @@ operators and those are put in its place.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from typing import Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+
+log = logging.getLogger(__name__)
 
 COMPOSITES = (torch.nn.functional.multi_head_attention_forward,)
 
@@ -34,7 +39,14 @@ def _open(module: GraphModule, node: Node) -> None:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    traced = make_fx(call, pre_dispatch=True)(*values)
+    try:
+        # In the mode of the inputs, so that what the composite makes anew (a row of zeros) is fake too.
+        with next((value.fake_mode for value in values if isinstance(value, FakeTensor)), contextlib.nullcontext()):
+            traced = make_fx(call, pre_dispatch=True)(*values)
+    except Exception as error:
+        # The composite stays as it is, and the report names its linears as out of reach.
+        log.warning("%s cannot be opened: %s: %s", node.target.__name__, type(error).__name__, error)  # type: ignore[union-attr]
+        return
     if any(traced.graph.find_nodes(op="get_attr")):
         return
     own = traced.graph.find_nodes(op="placeholder")

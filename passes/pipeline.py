@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -15,6 +13,7 @@ from int8compile.passes import names, vocabulary
 from int8compile.passes.binding import Binder
 from int8compile.passes.composites import open_composites
 from int8compile.passes.contraction import Contraction, Labels, roles
+from int8compile.passes.regions import Region
 from int8compile.passes.rewrite import emit
 from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, traced
 from int8compile.passes.static import WeightView, depends_on_inputs, meta_tensor, reads_parameter, static_weight
@@ -56,17 +55,20 @@ def _rewrite_linears(
     rules: tuple[Rule, ...],
 ) -> Report:
     report = Report(graphs=1)
-    tied = {vocabulary.embedding_weight(node) for node in module.graph.nodes if vocabulary.is_embedding(node)}
-    grad_mode = torch.is_grad_enabled()
+    tied = {
+        weight.source
+        for node in module.graph.nodes
+        if (table := vocabulary.embedding_table(node)) is not None and (weight := static_weight(table, parameters))
+    }
+    region = Region()
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
-            grad_mode = bool(node.args[0])
+        region.pass_by(node)
         report.sites.extend(_hidden_sites(module, node, parameters))
         call = vocabulary.contraction(node)
         if call is None:
             report.activation_matmuls += vocabulary.is_attention(node)
             continue
-        site = _site(node, call, parameters, tied, grad_mode)
+        site = _site(node, call, parameters, tied, region)
         if site is None:
             report.activation_matmuls += 1
             continue
@@ -77,7 +79,7 @@ def _rewrite_linears(
 
 
 def _site(
-    node: Node, call: Contraction, parameters: Mapping[Node, Tensor], tied: set[Any], grad_mode: bool
+    node: Node, call: Contraction, parameters: Mapping[Node, Tensor], tied: set[Node], region: Region
 ) -> LinearSite | None:
     """The site of a matmul, or None where both factors are activations."""
     static = [static_weight(operand, parameters) for operand in call.operands]
@@ -103,16 +105,20 @@ def _site(
         parameter=parameters[found.source] if found else None,
         problem=SkipReason.NOT_STATIC if depends_on_inputs(weight, parameters) else SkipReason.COMPUTED,
         tied=found is not None and found.source in tied,
-        grad_mode=grad_mode,
+        constant=not call.weight_role and not depends_on_inputs(call.operands[position], parameters),
+        grad_mode=region.grad_mode,
+        transformed=region.transforms > 0,
     )
 
 
 def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
     weight = traced(site.weight)
     if site.static is not None and site.parameter is not None:
-        weight_name, before = names.parameter_name(site.static.source), weight.numel() * site.parameter.element_size()
+        weight_name, whole = names.parameter_name(site.static.source), site.parameter.nbytes
+        before = weight.numel() * site.parameter.element_size()
     else:
-        weight_name, before = site.weight.name, weight.numel() * weight.element_size()
+        weight_name = site.weight.name
+        before = whole = weight.numel() * weight.element_size()
     after = before
     groups: tuple[Labels, ...] = ()
     if site.roles is not None:
@@ -132,6 +138,7 @@ def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
         shape=tuple(map(str, shape)),
         weight=weight_name,
         layout=str(view),
+        weight_bytes=whole,
         bytes_before=before,
         bytes_after=after,
         reason=reason,
@@ -153,7 +160,8 @@ def _hidden_sites(module: GraphModule, node: Node, parameters: Mapping[Node, Ten
         if isinstance(nested, GraphModule):
             for inner in nested.graph.nodes:
                 call = vocabulary.contraction(inner)
-                if call is not None and call.weight_role:
+                # Its inputs are parameters and activations alike; by custom the second factor is the weight.
+                if call is not None and (call.weight_role or call.operands[1].op == "placeholder"):
                     rows.append(_hidden_row(call.spelling, SkipReason.NESTED, inner, call.operands[1], parameters))
     return rows
 
@@ -168,6 +176,7 @@ def _hidden_row(name: str, reason: SkipReason, node: Node, weight: Node, paramet
         source=names.source_line(node),
         shape=(),
         weight=full or weight.name,
+        weight_bytes=size,
         bytes_before=size,
         bytes_after=size,
         reason=reason,

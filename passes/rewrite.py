@@ -30,7 +30,9 @@ def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> 
             result = emitter.function(torch.mul, result, call.alpha)
         if call.addend is not None and not fuses_bias(site) and call.beta != 0:
             addend = call.addend if call.beta == 1 else emitter.function(torch.mul, call.addend, call.beta)
-            result = emitter.function(torch.add, result, addend)
+            # Autocast gives the product another dtype than the addend.
+            result = emitter.function(torch.add, result, emitter.method("type_as", addend, result))
+        result = _restride(emitter, site, result)
     for node in emitter.nodes:
         node.meta.update({key: site.node.meta[key] for key in _KEPT_META if key in site.node.meta})
     result.meta.update({key: site.node.meta[key] for key in ("example_value", "val") if key in site.node.meta})
@@ -112,6 +114,28 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     elif not outputs:
         y = emitter.method("squeeze", y, -1)
     return emitter.permute(y, (*batch, *rows, *outputs), site.contraction.out)
+
+
+def _restride(emitter: _Emitter, site: LinearSite, result: Node) -> Node:
+    """Lays the result out in memory as the call did, which later views of it (`y.view(b, -1)`) rely on."""
+    assert site.roles is not None
+    out = site.contraction.out
+    made = [out.index(label) for label in (*site.roles.batch, *site.roles.rows, *site.roles.outputs)]
+    expected = traced(site.node)
+    # By hints: comparing symbols would tie the graph to their order.
+    strides = [size_hint(stride) for stride in expected.stride()]
+    wanted = sorted(range(len(out)), key=lambda dim: -strides[dim])
+    # Where a dimension of size 1 lies means nothing.
+    matters = [size_hint(size) != 1 for size in expected.shape]
+    if [dim for dim in made if matters[dim]] == [dim for dim in wanted if matters[dim]]:
+        return result
+    ordered = emitter.method("contiguous", emitter.method("permute", result, wanted))
+    return emitter.method("permute", ordered, [wanted.index(dim) for dim in range(len(out))])
+
+
+def size_hint(size: Any) -> int:
+    """The size that a symbol was traced with."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _view(site: LinearSite) -> WeightView:

@@ -32,8 +32,10 @@ class LinearSite:
         static: The parameter behind the weight; None where the weight is no view of one.
         parameter: That parameter itself.
         problem: Why there is no static weight, where there is none.
+        constant: Whether it is a matmul of two parameters, as in a merge of LoRA weights.
         tied: Whether an embedding of the graph reads the parameter too.
         grad_mode: Whether gradients are recorded where the call stands.
+        transformed: Whether torch.func differentiates the call inside the graph.
     """
 
     node: Node
@@ -44,8 +46,10 @@ class LinearSite:
     static: StaticWeight | None
     parameter: Tensor | None
     problem: SkipReason
+    constant: bool
     tied: bool
     grad_mode: bool
+    transformed: bool
 
     @property
     def x(self) -> Node:
@@ -72,7 +76,9 @@ class LinearSite:
         sizes: dict[str, Any] = {}
         # The weight last: its sizes are numbers where the activation's may be symbols for the same.
         for operand, labels in ((self.x, self.x_labels), (self.weight, self.weight_labels)):
-            sizes.update(zip(labels, traced(operand).shape, strict=True))
+            for label, size in zip(labels, traced(operand).shape, strict=True):
+                if label not in sizes or not (isinstance(size, int) and size == 1):  # A 1 may be broadcast.
+                    sizes[label] = size
         return sizes
 
 
@@ -119,11 +125,18 @@ def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:
     return None
 
 
+def not_transformed(site: LinearSite, config: Int8Config) -> Verdict:
+    """The operators have a backward formula for autograd, none for torch.func."""
+    return (SkipReason.TRANSFORMED, "") if site.transformed else None
+
+
 def static(site: LinearSite, config: Int8Config) -> Verdict:
     """The weight must be a parameter, or a view of one, that the graph does not write to."""
     if site.static is None:
         return site.problem, ""
-    return (SkipReason.CHANGED, "") if changed_in_graph(site.static.source) else None
+    if site.constant:
+        return SkipReason.COMPUTED, "both factors are parameters"
+    return (SkipReason.CHANGED, "") if changed_in_graph(site.static) else None
 
 
 def plain_tensor(site: LinearSite, config: Int8Config) -> Verdict:
@@ -175,11 +188,13 @@ def size(site: LinearSite, config: Int8Config) -> Verdict:
 
 def finite(site: LinearSite, config: Int8Config) -> Verdict:
     """The weight must hold no NaN or Inf. Only `explain` asks: when compiling, the weight store raises."""
+    assert site.static is not None
     assert site.parameter is not None
-    if site.parameter.is_meta or site.parameter.untyped_storage().nbytes() == 0:
+    if site.parameter.is_meta:
         return None
-    bad = site.parameter.numel() - int(site.parameter.detach().isfinite().sum())
-    return (SkipReason.BAD_VALUES, f"{bad} of {site.parameter.numel()}") if bad else None
+    weight = site.static.of(site.parameter)
+    bad = weight.numel() - int(weight.isfinite().sum())
+    return (SkipReason.BAD_VALUES, f"{bad} of {weight.numel()}") if bad else None
 
 
 # The first rule with a verdict is the reason given, so what the user asked for comes first.
@@ -187,6 +202,7 @@ RULES: tuple[Rule, ...] = (
     skipped_by_name,
     lm_head,
     plain_matmul,
+    not_transformed,
     static,
     plain_tensor,
     dtypes,

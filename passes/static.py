@@ -13,6 +13,9 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
+# Key in the meta of a node that holds an int8 weight, which is as constant as the parameter it was made from.
+QUANTIZED = "int8compile_quantized"
+
 
 class WeightView(NamedTuple):
     """A weight as a view of a parameter: `param.as_strided(size, stride, offset).reshape(shape)`.
@@ -44,10 +47,17 @@ class StaticWeight(NamedTuple):
     Attributes:
         source: The parameter's own node: a placeholder (Dynamo) or a get_attr (export).
         tensor: A meta tensor with the view's sizes, strides and offset.
+        chain: The nodes from the source to the one that reads it, both included.
     """
 
     source: Node
     tensor: Tensor
+    chain: tuple[Node, ...]
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Takes the view of the parameter itself."""
+        offset = parameter.storage_offset() + int(self.tensor.storage_offset())
+        return parameter.detach().as_strided(self.tensor.shape, self.tensor.stride(), offset)
 
 
 def meta_tensor(node: Any) -> Tensor | None:
@@ -91,9 +101,11 @@ def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight
             return None  # A view of a copy, which is no view of the parameter.
     if not isinstance(view, Tensor) or view.untyped_storage()._cdata != base.untyped_storage()._cdata:
         return None  # A step copied.
+    if view.dtype != parameter.dtype:
+        return None  # view(dtype) reads the same bytes as other numbers.
     if any(stride == 0 and size > 1 for size, stride in zip(view.shape, view.stride(), strict=True)):
         return None  # Repeated by expand: int8 copies would take more memory than the float weight.
-    return StaticWeight(node, view)
+    return StaticWeight(node, view, (node, *reversed(chain)))
 
 
 def _replay(step: Node, tensor: Any) -> Any:
@@ -131,7 +143,7 @@ def depends_on_inputs(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
         current = pending.pop()
         if current in parameters:
             continue
-        if current.op == "placeholder":
+        if current.op == "placeholder" and current.meta.get(QUANTIZED) is None:
             return True
         new = [arg for arg in current.all_input_nodes if arg not in seen]
         seen.update(new)
@@ -139,28 +151,42 @@ def depends_on_inputs(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
     return False
 
 
-def changed_in_graph(source: Node) -> bool:
-    """Whether an in-place operation of the graph writes to a parameter, directly or through a view."""
-    pending = [source]
+def changed_in_graph(weight: StaticWeight) -> bool:
+    """Whether the graph writes to a weight, anywhere."""
+    # Dynamo's fake tensors count the writes that were traced, whatever the spelling.
+    if any((tensor := meta_tensor(node)) is not None and tensor._version > 0 for node in weight.chain):
+        return True
+    # Exported graphs do not, nor are updates of lists (_foreach_mul_) counted: look at what is done to its views.
+    pending = [weight.source]
     while pending:
         node = pending.pop()
         for user in node.users:
-            if user.args and user.args[0] is node:
-                if _writes(user):
-                    return True
-                if _is_view(user):
-                    pending.append(user)
+            if _writes(user, node):
+                return True
+            if _is_view(user):
+                pending.append(user)
     return False
 
 
-def _writes(node: Node) -> bool:
-    if node.op == "call_method":
-        name = str(node.target)
-        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    return node.target is operator.setitem or (name.endswith("_") and not name.startswith("_"))
+def _writes(call: Node, tensor: Node) -> bool:
+    """Whether a call changes one of its arguments in place."""
+    if isinstance(call.target, torch._ops.OpOverload):
+        schema = call.target._schema.arguments
+        given = dict(zip((argument.name for argument in schema), call.args, strict=False)) | dict(call.kwargs)
+        written = [given.get(argument.name) for argument in schema if argument.is_write]
+    else:
+        name = str(call.target) if call.op == "call_method" else getattr(call.target, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        written = [call.kwargs.get("out"), call.args[0] if in_place and call.args else None]
+    found = False
+
+    def look(node: Node) -> Node:
+        nonlocal found
+        found = found or node is tensor
+        return node
+
+    torch.fx.node.map_arg(written, look)
+    return found
 
 
 def _is_view(node: Node) -> bool:
@@ -171,6 +197,9 @@ def _is_view(node: Node) -> bool:
     # All but the tensor must be constants, and sizes of a weight are.
     return bool(node.args) and node.all_input_nodes == [node.args[0]]
 
+
+# Writes whose name does not end with an underscore.
+_IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
 
 # Operations that choose from their first tensor.
 _CHOICES: set[Any] = {

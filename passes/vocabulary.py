@@ -61,6 +61,10 @@ def opaque_matmul(node: Node) -> tuple[str, SkipReason] | None:
     if node.target in _OPAQUE:
         return _OPAQUE[node.target]
     name = str(node.target)
+    if node.target in _TABLE and contraction(node) is None:
+        # An einsum of three tensors, say. A convolution with a larger kernel is no matmul.
+        spelling = _TABLE[node.target].name
+        return None if spelling == "convolution" else (spelling, SkipReason.FORM)
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and not name.startswith(
         _TORCHS_OWN
     ):
@@ -68,15 +72,20 @@ def opaque_matmul(node: Node) -> tuple[str, SkipReason] | None:
     return None
 
 
-def is_embedding(node: Node) -> bool:
-    """Whether a node looks rows up in a weight, which ties that weight to the embedding."""
-    return node.op == "call_function" and node.target in _EMBEDDINGS
-
-
-def embedding_weight(node: Node) -> Any:
-    """The weight of an embedding call."""
+def embedding_table(node: Node) -> Node | None:
+    """The table that a node looks rows up in; a matmul with the same parameter is tied to the embedding."""
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        table, index = node.args
+        rows = meta_tensor(table)
+        looked_up = rows is not None and rows.dim() == 2 and meta_tensor(index) is not None
+        return table if looked_up and isinstance(table, Node) else None
+    if node.target not in _EMBEDDINGS:
+        return None
     position, name = _EMBEDDINGS[node.target]
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    found = node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    return found if isinstance(found, Node) else None
 
 
 def _letters(count: int, first: str = "a") -> Labels:
@@ -161,7 +170,8 @@ def _tensordot(spelling: str, left: Node, right: Node, dims: Any) -> Contraction
     for i, j in zip(*dims, strict=True):
         rights[j] = lefts[i]
     out = [label for label in lefts if label not in rights] + [label for label in rights if label not in lefts]
-    return Contraction(spelling, (left, right), (tuple(lefts), tuple(rights)), tuple(out))
+    labels = tuple(lefts), tuple(rights)
+    return Contraction(spelling, (left, right), labels, tuple(out), form=_broadcasts(labels, (shapes[0], shapes[1])))
 
 
 def _aten_tensordot(spelling: str, left: Node, right: Node, dims: Any, other_dims: Any) -> Contraction | None:
@@ -329,6 +339,9 @@ _OPAQUE: dict[Any, tuple[str, SkipReason]] = {
     torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", SkipReason.FUSED_OP),
     torch._native_multi_head_attention: ("multi_head_attention", SkipReason.FUSED_OP),
     torch.nn.functional.multi_head_attention_forward: ("multi_head_attention", SkipReason.FUSED_OP),
+    torch.addbmm: ("addbmm", SkipReason.FORM),
+    torch.chain_matmul: ("chain_matmul", SkipReason.FORM),
+    torch.linalg.multi_dot: ("multi_dot", SkipReason.FORM),
     torch._grouped_mm: ("grouped_mm", SkipReason.FORM),
     aten._grouped_mm.default: ("grouped_mm", SkipReason.FORM),
     torch.nn.functional.bilinear: ("bilinear", SkipReason.FORM),
@@ -339,6 +352,7 @@ _TORCHS_OWN = ("aten.", "aten::", "prims.", "prim.", "int8compile.")
 
 _EMBEDDINGS: dict[Any, tuple[int, str]] = {
     torch.nn.functional.embedding: (1, "weight"),
+    torch.nn.functional.embedding_bag: (1, "weight"),
     torch.embedding: (0, "weight"),
     aten.embedding.default: (0, "weight"),
 }

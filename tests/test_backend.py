@@ -132,7 +132,13 @@ def test_parameters_made_in_inference_mode() -> None:
     with torch.inference_mode():
         model = Stack()
         x = torch.randn(4, 32)
-        assert torch.equal(torch.compile(model, backend="int8", fullgraph=True)(x), reference(model, x))
+        compiled = torch.compile(model, backend="int8", fullgraph=True)
+        with pytest.warns(int8compile.Int8Warning, match=r"made in inference mode .* call int8compile.refresh"):
+            assert torch.equal(compiled(x), reference(model, x))
+        model.layers[0].up.weight.mul_(2)
+        int8compile.refresh(model)
+        with pytest.warns(int8compile.Int8Warning):
+            assert torch.equal(compiled(x), reference(model, x))
 
 
 def test_train_and_eval_mode() -> None:
@@ -179,6 +185,37 @@ def test_autocast(inside: bool) -> None:
     assert actual.dtype == torch.bfloat16
     expected = torch.ops.int8compile.linear(x.bfloat16(), *quantize_weight(model.weight), model.bias, 6.0, "row")
     assert torch.equal(actual, expected)
+
+
+def test_autocast_with_an_addend() -> None:
+    """The addend takes the product's dtype, as addmm does under autocast."""
+    weight, addend, x = nn.Parameter(torch.randn(32, 48), requires_grad=False), torch.randn(4, 48), torch.randn(4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.compile(lambda x: torch.addmm(addend, x, weight, beta=0.5), backend="int8")(x)
+        expected = torch.addmm(addend, x, weight, beta=0.5)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert relative_error(actual.float(), expected.float()) < INT8_ERROR
+
+
+def test_a_convolution_can_be_viewed_as_before() -> None:
+    """1x1 convolutions are computed with the channels last; what reads the result expects them where they were."""
+    model, x = nn.Conv2d(8, 16, 1).requires_grad_(False), torch.randn(2, 8, 3, 5)
+
+    def inside(x: Tensor) -> Tensor:
+        return model(x).view(2, -1)
+
+    def across(x: Tensor) -> Tensor:
+        y = model(x)
+        torch._dynamo.graph_break()
+        return y.view(2, -1)
+
+    options = {"min_features": 8}
+    for call in (inside, across):
+        assert relative_error(torch.compile(call, backend="int8", options=options)(x), call(x)) < INT8_ERROR
+
+
+def test_a_graph_without_inputs() -> None:
+    assert torch.equal(torch.compile(lambda: torch.arange(3) * 2, backend="int8")(), torch.tensor([0, 2, 4]))
 
 
 def test_several_graphs_after_a_graph_break() -> None:

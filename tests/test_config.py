@@ -29,6 +29,7 @@ def test_defaults_are_the_specification() -> None:
         ({"free_weights": 1}, "free_weights=1"),
         ({"mode": "max-autotun"}, "did you mean 'max-autotune'"),
         ({"inductor": {"max_autotun": True}}, "did you mean 'max_autotune'"),
+        ({"inductor": {"epilogue_fusion": "no"}}, "give a bool"),
         ({"inductor": ["max_autotune"]}, "give a dictionary"),
     ],
 )

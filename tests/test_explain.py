@@ -111,6 +111,45 @@ def test_as_often_as_one_likes() -> None:
     assert [len(int8compile.explain(model, x).rewritten) for _ in range(260)] == [1] * 260
 
 
+def test_parametrized_linears() -> None:
+    """Their `weight` is no parameter but computed at every access."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), nn.Linear(32, 32))
+    report = int8compile.explain(model, torch.randn(4, 32))
+    assert [site.reason for site in report.sites] == [SkipReason.COMPUTED, None]
+
+
+def test_recurrent_layers_are_named_as_not_captured() -> None:
+    report = int8compile.explain(nn.LSTM(32, 32), torch.randn(4, 1, 32))
+    assert {site.path for site in report.sites} == {"weight_ih_l0", "weight_hh_l0"}
+    assert {site.reason for site in report.sites} == {SkipReason.NOT_CAPTURED}
+
+
+def test_replaced_buffers_and_random_numbers_are_restored() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = torch.cat([self.seen, torch.rand(1)])
+            return self.linear(x)
+
+    model, before = Growing(), torch.get_rng_state()
+    int8compile.explain(model, torch.zeros(4, 32))
+    assert torch.equal(model.seen, torch.zeros(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_errors_are_those_of_the_package() -> None:
+    with pytest.raises(int8compile.InputError, match="its input is"):
+        int8compile.explain(Stack(), torch.ones(4, 32, dtype=torch.int32))
+    model, x = Stack(), torch.randn(4, 32)
+    torch.compile(model, backend="int8", options={"free_weights": True})(x)
+    with pytest.raises(int8compile.FreedWeightError, match=r"layers\.0\.up\.weight .* Call explain\(\) before"):
+        int8compile.explain(model, x)
+
+
 def test_sizes_of_an_earlier_call_make_no_symbols() -> None:
     for rows in (3, 5):
         assert int8compile.explain(Stack(), torch.randn(rows, 32)).sites[0].shape[0] == str(rows)
@@ -146,6 +185,13 @@ class Breaking(nn.Module):
         for part in self.parts:
             x = part(x)
         return self.last(x)
+
+
+def test_patterns_count_as_used_where_the_backend_uses_them() -> None:
+    """After a graph break in a submodule its paths begin there, so this pattern skips nothing."""
+    report = int8compile.explain(Breaking(), torch.randn(3, 32), config={"skip_modules": ["parts.0", "down"]})
+    assert [site.path for site in report.rewritten] == ["parts.0.up", "parts.1.up"]
+    assert report.unused_patterns == ("parts.0",)
 
 
 def test_after_graph_breaks_paths_are_whole_and_lost_linears_are_named() -> None:

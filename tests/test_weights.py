@@ -84,6 +84,32 @@ def test_stale_weights_are_refreshed_in_place(change: Callable[[nn.Parameter], o
     assert torch.equal(weight.qweight, quantize_weight(model.layers[1].up.weight)[0])
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_steps_are_noticed(optimizer: type, fused: bool) -> None:
+    """Fused ones update a parameter without counting up its version."""
+    model, x = Stack(1).requires_grad_(True), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    with torch.no_grad():
+        compiled(x)
+    model(x).square().sum().backward()
+    optimizer(model.parameters(), lr=1.0, fused=fused).step()
+    with torch.no_grad():
+        assert torch.equal(compiled(x), reference(model, x))
+
+
+def test_a_new_storage_at_an_old_address_is_noticed() -> None:
+    """Offloading frees the data and allocates it again, often at the same place."""
+    model, x = nn.Linear(256, 256).requires_grad_(False), torch.randn(4, 256)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    for _ in range(20):
+        compiled(x)
+        model.weight.data = torch.empty(0)
+        model.weight.data = torch.randn(256, 256)
+        expected = torch.ops.int8compile.linear(x, *quantize_weight(model.weight), model.bias, 6.0, "row")
+        assert torch.equal(compiled(x), expected)
+
+
 def test_weights_quantized_in_inference_mode_serve_every_mode() -> None:
     """Inference tensors can be neither refreshed outside inference mode nor saved for a backward pass."""
     model, x = Stack(), torch.randn(4, 32)
