@@ -123,19 +123,23 @@ def _restride(emitter: _Emitter, site: LinearSite, result: Node) -> Node:
     made = [out.index(label) for label in (*site.roles.batch, *site.roles.rows, *site.roles.outputs)]
     expected = traced(site.node)
     # By hints: comparing symbols would tie the graph to their order.
-    strides = [size_hint(stride) for stride in expected.stride()]
-    wanted = sorted(range(len(out)), key=lambda dim: -strides[dim])
+    strides = [_hint(stride) for stride in expected.stride()]
+    wanted = list(range(len(out)))
+    if None not in strides:
+        wanted.sort(key=lambda dim: -strides[dim])  # type: ignore[operator]
     # Where a dimension of size 1 lies means nothing.
-    matters = [size_hint(size) != 1 for size in expected.shape]
+    matters = [_hint(size) != 1 for size in expected.shape]
     if [dim for dim in made if matters[dim]] == [dim for dim in wanted if matters[dim]]:
         return result
     ordered = emitter.method("contiguous", emitter.method("permute", result, wanted))
     return emitter.method("permute", ordered, [wanted.index(dim) for dim in range(len(out))])
 
 
-def size_hint(size: Any) -> int:
-    """The size that a symbol was traced with."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+def _hint(size: Any) -> int | None:
+    """The number that a symbol was traced with; None for one that depends on data."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def _view(site: LinearSite) -> WeightView:

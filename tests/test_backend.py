@@ -214,6 +214,16 @@ def test_a_convolution_can_be_viewed_as_before() -> None:
         assert relative_error(torch.compile(call, backend="int8", options=options)(x), call(x)) < INT8_ERROR
 
 
+def test_sizes_that_depend_on_data() -> None:
+    """Rows chosen by a mask, as experts get them: nobody knows how many while the graph is rewritten."""
+    model, x = nn.Linear(32, 48).requires_grad_(False), torch.randn(8, 32)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        call = torch.compile(lambda x: model(x[x[:, 0] > 0]), backend="int8", fullgraph=True)
+        actual = call(x)
+    expected = torch.ops.int8compile.linear(x[x[:, 0] > 0], *quantize_weight(model.weight), model.bias, 6.0, "row")
+    assert torch.equal(actual, expected)
+
+
 def test_a_graph_without_inputs() -> None:
     assert torch.equal(torch.compile(lambda: torch.arange(3) * 2, backend="int8")(), torch.tensor([0, 2, 4]))
 
