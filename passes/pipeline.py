@@ -15,8 +15,15 @@ from int8compile.passes.composites import open_composites
 from int8compile.passes.contraction import Contraction, Labels, roles
 from int8compile.passes.regions import Region
 from int8compile.passes.rewrite import emit
-from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, traced
-from int8compile.passes.static import WeightView, depends_on_inputs, meta_tensor, reads_parameter, static_weight
+from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict
+from int8compile.passes.static import (
+    WeightView,
+    depends_on_inputs,
+    meta_tensor,
+    reads_parameter,
+    static_weight,
+    traced,
+)
 from int8compile.report import Report, Site, SkipReason
 
 
@@ -94,6 +101,9 @@ def _site(
         position = 0 if made[1] else 1
     found = static[1 - position]
     weight = call.operands[1 - position]
+    problem = None
+    if found is None:
+        problem = SkipReason.NOT_STATIC if depends_on_inputs(weight, parameters) else SkipReason.COMPUTED
     weight_labels = tuple(label for label in call.labels[1 - position] if label not in call.ones)
     return LinearSite(
         node=node,
@@ -103,7 +113,7 @@ def _site(
         roles=roles(call.labels[position], weight_labels, call.out),
         static=found,
         parameter=parameters[found.source] if found else None,
-        problem=SkipReason.NOT_STATIC if depends_on_inputs(weight, parameters) else SkipReason.COMPUTED,
+        problem=problem,
         tied=found is not None and found.source in tied,
         constant=not call.weight_role and not depends_on_inputs(call.operands[position], parameters),
         grad_mode=region.grad_mode,

@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 from int8compile.config import Int8Config
 from int8compile.passes.binding import Binder
 from int8compile.passes.contraction import Labels, merged_size, permutation
-from int8compile.passes.rules import LinearSite, traced
-from int8compile.passes.static import WeightView, weight_view
+from int8compile.passes.rules import LinearSite
+from int8compile.passes.static import WeightView, traced, weight_view
 
 
 def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> WeightView:

@@ -15,7 +15,7 @@ from int8compile.config import Int8Config
 from int8compile.errors import InputError
 from int8compile.ops import MAX_K, SUPPORTED_DTYPES
 from int8compile.passes.contraction import Contraction, Labels, Roles, merged_size
-from int8compile.passes.static import StaticWeight, changed_in_graph
+from int8compile.passes.static import StaticWeight, changed_in_graph, traced
 from int8compile.report import SkipReason
 
 
@@ -45,7 +45,7 @@ class LinearSite:
     roles: Roles | None
     static: StaticWeight | None
     parameter: Tensor | None
-    problem: SkipReason
+    problem: SkipReason | None
     constant: bool
     tied: bool
     grad_mode: bool
@@ -91,13 +91,6 @@ def matches(pattern: str, path: str) -> bool:
     return fnmatch.fnmatchcase(f".{path}.", f"*.{pattern}.*")
 
 
-def traced(node: Node) -> Tensor:
-    """The fake tensor of a node that is known to make one."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    assert isinstance(value, Tensor)
-    return value
-
-
 def skipped_by_name(site: LinearSite, config: Int8Config) -> Verdict:
     """`skip_modules`."""
     matched = [pattern for pattern in config.skip_modules if matches(pattern, site.path)]
@@ -132,8 +125,9 @@ def not_transformed(site: LinearSite, config: Int8Config) -> Verdict:
 
 def static(site: LinearSite, config: Int8Config) -> Verdict:
     """The weight must be a parameter, or a view of one, that the graph does not write to."""
-    if site.static is None:
+    if site.problem is not None:
         return site.problem, ""
+    assert site.static is not None
     if site.constant:
         return SkipReason.COMPUTED, "both factors are parameters"
     return (SkipReason.CHANGED, "") if changed_in_graph(site.static) else None

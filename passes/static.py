@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +37,7 @@ class WeightView(NamedTuple):
 
     def of(self, parameter: Tensor) -> Tensor:
         """Takes the view of a parameter of the layout it was made for."""
-        strided = parameter.detach().as_strided(self.size, self.stride, parameter.storage_offset() + self.offset)
-        return strided.reshape(self.shape)
+        return _strided(parameter, self.size, self.stride, self.offset).reshape(self.shape)
 
 
 class StaticWeight(NamedTuple):
@@ -56,8 +55,12 @@ class StaticWeight(NamedTuple):
 
     def of(self, parameter: Tensor) -> Tensor:
         """Takes the view of the parameter itself."""
-        offset = parameter.storage_offset() + int(self.tensor.storage_offset())
-        return parameter.detach().as_strided(self.tensor.shape, self.tensor.stride(), offset)
+        return _strided(parameter, self.tensor.shape, self.tensor.stride(), int(self.tensor.storage_offset()))
+
+
+def _strided(parameter: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    """A view of a parameter's values; `offset` counts from its first."""
+    return parameter.detach().as_strided(size, stride, parameter.storage_offset() + offset)
 
 
 def meta_tensor(node: Any) -> Tensor | None:
@@ -66,6 +69,13 @@ def meta_tensor(node: Any) -> Tensor | None:
         return None
     value = node.meta.get("example_value", node.meta.get("val"))
     return value if isinstance(value, Tensor) else None
+
+
+def traced(node: Node) -> Tensor:
+    """`meta_tensor` of a node that is known to make a tensor."""
+    value = meta_tensor(node)
+    assert value is not None
+    return value
 
 
 def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight | None:
@@ -190,7 +200,7 @@ def _writes(call: Node, tensor: Node) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    if node.op not in ("call_function", "call_method") or node.target not in _VIEWS | _SAME_VALUES:
+    if node.op not in ("call_function", "call_method") or node.target not in _STEPS:
         return False
     if node.target is getattr and node.args[1] not in ("T", "mT", "H", "mH"):
         return False
@@ -230,3 +240,6 @@ _SAME_VALUES: set[Any] = {
     *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default),
     *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.lift_fresh_copy.default),
 }
+
+# What a weight may be read through.
+_STEPS = _VIEWS | _SAME_VALUES

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,17 @@ class CountingBackend:
     @property
     def compiler_fn(self) -> Callable[..., object]:
         return int8
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Has torch use that many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from int8compile.ops import (
     quantize_weight,
     reference,
 )
+from tests.models import threads
 
 pytest.importorskip("hypothesis")
 from hypothesis import assume, given, settings
@@ -71,16 +72,6 @@ def assert_bitwise(actual: Tensor, expected: Tensor) -> None:
     bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
     a, b = (each.masked_fill(each.isnan(), 0).contiguous().view(bits) for each in (actual, expected))
     assert torch.equal(a, b), f"{(a != b).sum()} of {a.numel()} differ"
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Registration

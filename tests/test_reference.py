@@ -6,10 +6,8 @@ quotient of two float32 values is that operation rounded once (53 >= 2 * 24 + 2 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import struct
-from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -25,6 +23,7 @@ from int8compile.ops.reference import (
     outlier_product,
     quantize_rows,
 )
+from tests.models import threads
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -137,16 +136,6 @@ def activations(M: int, K: int, spread: float = 1.0, planted: int = 3) -> Tensor
     if x.numel():
         x.view(-1)[torch.randint(x.numel(), (planted,))] *= 25
     return x
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Weights
