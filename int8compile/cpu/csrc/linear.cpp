@@ -1,0 +1,297 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace int8compile {
+namespace {
+
+// Rows quantized at a time: the buffer for them stays this small whatever M is.
+constexpr int64_t CHUNK_BYTES = 8 << 20;
+// Rows multiplied at a time by one panel of weights after another: they stay in the second-level cache.
+constexpr int64_t ROW_BLOCK_BYTES = 5 << 18;
+// Rows whose outliers share one list.
+constexpr int64_t OUTLIER_ROWS = 16;
+// Work for a thread that is worth waking it up, in bytes of weights read or of activations quantized.
+constexpr int64_t GRAIN_BYTES = 48 << 10;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Memory that is kept from call to call, aligned to a cache line and never shrunk.
+template <typename T>
+class Buffer {
+ public:
+  T* get(int64_t count) {
+    const size_t bytes = round_up(count * sizeof(T) + 64, 64);
+    if (bytes > size_) {
+      data_.reset(new char[bytes + 64]);
+      size_ = bytes;
+    }
+    const uintptr_t address = reinterpret_cast<uintptr_t>(data_.get());
+    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  std::unique_ptr<char[]> data_;
+  size_t size_ = 0;
+};
+
+// One for each thread that calls the operator: calls from several threads do not meet.
+struct Workspace {
+  Buffer<char> q;
+  Buffer<float> scale;
+  Buffer<int32_t> sum;
+  Buffer<Outliers> outliers;
+  Buffer<float> residual;
+  std::vector<std::vector<int32_t>> outlier_k;
+  std::vector<std::vector<float>> outlier_value, outlier_rest;
+  std::vector<unsigned char> is_outlier_column;
+  std::vector<int32_t> columns;
+};
+
+// One for each thread that quantizes.
+struct RowScratch {
+  Buffer<float> x;
+  Buffer<int32_t> outlier_k;
+  Buffer<float> outlier_value, outlier_rest;
+};
+
+thread_local Workspace workspace;
+thread_local RowScratch row_scratch;
+
+// An odd number of K_STEPs: rows a power of two apart would share a few sets of the first-level cache.
+int64_t row_stride(int64_t k_padded) { return (k_padded / K_STEP | 1) * K_STEP; }
+
+int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// A row as float32 with zeros up to a multiple of LANES: in place where it is that, else converted.
+const float* float_row(const Variant& variant, const Activations& x, int64_t row) {
+  const char* from = static_cast<const char*>(x.data) + row * x.k * size_of(x.dtype);
+  const int64_t padded = round_up(x.k, LANES);
+  if (x.dtype == Dtype::float32 && padded == x.k) return reinterpret_cast<const float*>(from);
+  float* result = row_scratch.x.get(padded);
+  variant.to_float(from, x.dtype, x.k, result);
+  std::fill(result + x.k, result + padded, 0.0f);
+  return result;
+}
+
+// 2**exponent, which is normal.
+double power_of_two(int exponent) {
+  const uint64_t bits = uint64_t(1023 + exponent) << 52;
+  double result;
+  std::memcpy(&result, &bits, 8);
+  return result;
+}
+
+// The weight of the last set bit of a finite float, as a power of two; large for zero.
+int last_bit(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const int exponent = std::max<int>((bits >> 23) & 0xff, 1);
+  const uint32_t mantissa = (bits & 0x7fffff) | ((bits & 0x7f800000) ? 0x800000 : 0);
+  return mantissa ? exponent - 150 + __builtin_ctz(mantissa) : 1000;
+}
+
+// Finds the cheapest exact way to sum value * (q + 128) over a row's outliers; `value` is split where that takes two.
+// float32 holds all partial sums, in any order, if they are integers below 2**24 in units of the last bit that any value
+// has. That is so for bfloat16 rows of usual length (a row's outliers are within a factor of sqrt(K) / threshold of each
+// other), and for float32 rows after splitting them.
+void choose_sum(float* value, float* rest, Outliers& outliers) {
+  constexpr double LARGEST_Q = 256;  // 127 + the offset, and one more for the offset taken off
+  constexpr double LIMIT = 0x1p24;
+  constexpr int SMALLEST = -120;  // no product underflows
+  const int64_t count = outliers.count;
+  double total = 0, sum = 0;
+  int last = 1000;
+  outliers.sum = Summation::in_double;
+  for (int64_t i = 0; i < count; ++i) {
+    total += std::fabs(double(value[i]));
+    sum += value[i];
+    last = std::min(last, last_bit(value[i]));
+  }
+  // Written so that NaN and Inf fail.
+  if (!(total * LARGEST_Q < 0x1p120) || last < SMALLEST || last > 200) return;
+  outliers.value_offset = float(-128 * sum);
+  outliers.rest_offset = 0;
+  if (total * LARGEST_Q < LIMIT * power_of_two(last)) {
+    outliers.sum = Summation::in_float;
+    return;
+  }
+  // Units of `value` such that twice its sums fit, which leaves room for the rounding.
+  uint64_t total_bits;
+  std::memcpy(&total_bits, &total, 8);
+  const int unit = int(total_bits >> 52) - 1023 + 8 + 2 - 24;  // of total * LARGEST_Q, rounded up
+  const double magic = 1.5 * power_of_two(52 + unit);
+  double rest_total = 0, value_sum = 0, rest_sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double high = (value[i] + magic) - magic;
+    rest[i] = float(value[i] - high);
+    value_sum += high;
+    rest_sum += rest[i];
+    rest_total += std::fabs(double(rest[i]));
+  }
+  if (!(rest_total * LARGEST_Q < LIMIT * power_of_two(last))) return;
+  for (int64_t i = 0; i < count; ++i) value[i] -= rest[i];
+  outliers.value_offset = float(-128 * value_sum);
+  outliers.rest_offset = float(-128 * rest_sum);
+  outliers.sum = Summation::in_two;
+}
+
+template <typename F>
+void in_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F& body) {
+  if (count <= grain) {
+    if (count > 0) body(int64_t(0), count);
+    return;
+  }
+  parallel_for(
+      0, count, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// The columns that hold an outlier in any row (column policy), ascending.
+void find_outlier_columns(const Variant& variant, const Activations& x, double threshold, ParallelFor parallel_for) {
+  workspace.is_outlier_column.assign(x.k, 0);
+  unsigned char* flags = workspace.is_outlier_column.data();
+  const float limit = threshold > 0 ? float(threshold) : INFINITY;
+  // Each thread has columns of its own.
+  in_parallel(parallel_for, round_up(x.k, 64) / 64, round_up(GRAIN_BYTES / (64 * std::max<int64_t>(x.m, 1)), 1) + 1,
+              [&, flags](int64_t begin, int64_t end) {
+    const int64_t first = begin * 64, last = std::min(end * 64, x.k);
+    float* part = row_scratch.x.get(last - first);
+    for (int64_t row = 0; row < x.m; ++row) {
+      const char* from = static_cast<const char*>(x.data) + (row * x.k + first) * size_of(x.dtype);
+      variant.to_float(from, x.dtype, last - first, part);
+      for (int64_t i = 0; i < last - first; ++i) {
+        const float size = std::fabs(part[i]);
+        // Not finite: an outlier always. Zero: never.
+        flags[first + i] |= !(size < limit) && size != 0;
+      }
+    }
+  });
+  workspace.columns.clear();
+  for (int64_t k = 0; k < x.k; ++k) {
+    if (flags[k]) workspace.columns.push_back(int32_t(k));
+  }
+}
+
+// Quantizes m rows from `first` on into the workspace of the calling thread.
+Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, int64_t m, Split split,
+                   ParallelFor parallel_for) {
+  Workspace& w = workspace;
+  const int64_t k_padded = round_up(x.k, K_STEP);
+  const int64_t stride = row_stride(k_padded);
+  char* q = w.q.get((m + ROW_PADDING) * stride * variant.q_bytes);
+  float* scale = w.scale.get(m);
+  int32_t* sum = w.sum.get(m);
+  Outliers* outliers = w.outliers.get(m);
+  const bool by_column = split.policy == Policy::column;
+  const int64_t columns = int64_t(w.columns.size());
+  float* residual = by_column ? w.residual.get(m * columns) : nullptr;
+  const int64_t blocks = round_up(m, OUTLIER_ROWS) / OUTLIER_ROWS;
+  if (int64_t(w.outlier_k.size()) < blocks) {
+    w.outlier_k.resize(blocks);
+    w.outlier_value.resize(blocks);
+    w.outlier_rest.resize(blocks);
+  }
+  // Fewer rows than a block holds outliers for are spread over the threads all the same, one by one: no list is shared.
+  const int64_t rows_of_block = OUTLIER_ROWS;
+  in_parallel(parallel_for, blocks, GRAIN_BYTES / (rows_of_block * x.k * 4) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      std::vector<int32_t>& list_k = w.outlier_k[block];
+      std::vector<float>& list_value = w.outlier_value[block];
+      std::vector<float>& list_rest = w.outlier_rest[block];
+      list_k.clear();
+      list_value.clear();
+      list_rest.clear();
+      const int64_t row_begin = block * rows_of_block, row_end = std::min(m, row_begin + rows_of_block);
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        const float* values = float_row(variant, x, first + row);
+        int32_t* found_k = row_scratch.outlier_k.get(x.k);
+        float* found = row_scratch.outlier_value.get(x.k);
+        void* to = q + row * stride * variant.q_bytes;
+        const RowStatistics statistics = variant.quantize(values, x.k, k_padded, split, to, found_k, found);
+        scale[row] = statistics.scale;
+        sum[row] = statistics.sum;
+        if (by_column) {
+          float* rest = residual + row * columns;
+          variant.residual(values, to, statistics.scale, w.columns.data(), columns, rest);
+          outliers[row] = {w.columns.data(), rest, nullptr, columns, Summation::in_double, 0, 0};
+        } else {
+          const int64_t count = statistics.outliers;
+          float* rest = row_scratch.outlier_rest.get(x.k);
+          outliers[row].count = count;
+          choose_sum(found, rest, outliers[row]);
+          list_k.insert(list_k.end(), found_k, found_k + count);
+          list_value.insert(list_value.end(), found, found + count);
+          list_rest.insert(list_rest.end(), rest, rest + (outliers[row].sum == Summation::in_two ? count : 0));
+        }
+      }
+      if (by_column) continue;
+      int64_t at = 0, rest_at = 0;  // The lists have stopped moving.
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        outliers[row].k = list_k.data() + at;
+        outliers[row].value = list_value.data() + at;
+        outliers[row].rest = list_rest.data() + rest_at;
+        at += outliers[row].count;
+        rest_at += outliers[row].sum == Summation::in_two ? outliers[row].count : 0;
+      }
+    }
+  });
+  return {q, scale, sum, outliers, k_padded, stride};
+}
+
+Output from_row(Output y, int64_t row) {
+  y.data = static_cast<char*>(y.data) + row * y.stride * size_of(y.dtype);
+  return y;
+}
+
+int64_t panels_of(const Weight& weight) { return round_up(weight.n, LANES) / LANES; }
+
+// body(weight, row_begin, row_end, panel_begin, panel_end) over all weights, rows and panels, in parallel.
+template <typename F>
+void over_tiles(const Weight* weights, int64_t count, int64_t m, int64_t row_bytes, int64_t k_padded,
+                int64_t panel_tile, ParallelFor parallel_for, const F& body) {
+  // As few blocks as fit, and of equal size.
+  const int64_t most = std::max<int64_t>(ROW_PADDING, ROW_BLOCK_BYTES / std::max<int64_t>(row_bytes, 1));
+  const int64_t row_blocks = (m + most - 1) / most;
+  const int64_t row_block = round_up((m + row_blocks - 1) / row_blocks, ROW_PADDING);
+  auto tiles_of = [&](int64_t i) { return (panels_of(weights[i]) + panel_tile - 1) / panel_tile; };
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < count; ++i) tiles += tiles_of(i);
+  const int64_t tile_bytes = panel_tile * LANES * k_padded * (1 + std::min(m, row_block) / 8);
+  in_parallel(parallel_for, row_blocks * tiles, GRAIN_BYTES / std::max<int64_t>(tile_bytes, 1) + 1,
+              [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t rows_at = at / tiles * row_block;
+      int64_t weight = 0, tile = at % tiles;
+      for (; tile >= tiles_of(weight); ++weight) tile -= tiles_of(weight);
+      const int64_t length = std::min(tiles_of(weight) - tile, end - at);
+      body(weight, rows_at, std::min(m, rows_at + row_block), tile * panel_tile,
+           std::min(panels_of(weights[weight]), (tile + length) * panel_tile));
+      at += length;
+    }
+  });
+}
+
+}  // namespace
+
+void linear(const Variant& variant, const Activations& x, Split split, const Weight* weights, const Output* y,
+            int64_t count, ParallelFor parallel_for) {
+  if (split.policy == Policy::column) find_outlier_columns(variant, x, split.threshold, parallel_for);
+  const int64_t k_padded = round_up(x.k, K_STEP);
+  const int64_t row_bytes = row_stride(k_padded) * variant.q_bytes;
+  const int64_t chunk = std::max<int64_t>(ROW_PADDING, CHUNK_BYTES / std::max<int64_t>(row_bytes, 1));
+  for (int64_t first = 0; first < x.m; first += chunk) {
+    const int64_t m = std::min(chunk, x.m - first);
+    const Rows rows = quantize_rows(variant, x, first, m, split, parallel_for);
+    over_tiles(weights, count, m, row_bytes, k_padded, variant.panel_tile, parallel_for,
+               [&](int64_t weight, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+      variant.multiply(rows, row_begin, row_end, weights[weight], panel_begin, panel_end, from_row(y[weight], first));
+    });
+  }
+}
+
+}  // namespace int8compile

@@ -1,0 +1,29 @@
+// The whole operator on plain pointers: quantize the rows of x once, multiply them by one weight or several.
+#pragma once
+
+#include "kernel.h"
+
+namespace int8compile {
+
+// `run(begin, end, context)` for ranges that together are [begin, end), in parallel.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body run, void* context);
+
+struct Activations {
+  const void* data;  // [m][k], rows side by side
+  Dtype dtype;
+  int64_t m, k;
+};
+
+// y[i] = x @ weights[i], for `count` weights over the same k.
+void linear(const Variant& variant, const Activations& x, Split split, const Weight* weights, const Output* y,
+            int64_t count, ParallelFor parallel_for);
+
+// The same with int8 weights and float activations.
+void weight_only_linear(const Variant& variant, const Activations& x, const Weight& weight, const Output& y,
+                        ParallelFor parallel_for);
+
+// The variants compiled into this library, fastest first, closed by a null pointer.
+extern const Variant* const variants[];
+
+}  // namespace int8compile

@@ -1,0 +1,49 @@
+// Any CPU: vectors of the compiler, lowered to what the CPU has.
+#include "kernel.h"
+#include "standard.h"
+
+namespace int8compile {
+namespace {
+
+#include "lanes.h"
+
+using Q = int8_t;
+using Sum = Words;
+using W = Words;
+struct X {
+  uint32_t q[GROUP];
+};
+constexpr uint32_t OFFSET = 128;
+constexpr int PER_PANEL = 1;
+constexpr int TILE_M = 2;
+constexpr int TILE_P = 1;
+
+inline Sum zero() { return Sum{}; }
+inline Sum add(Sum a, Sum b) { return a + b; }
+inline W load_weights(const uint8_t* from) { return load<Words>(from); }
+inline X broadcast(const Q* q) { return {{uint32_t(q[0]), uint32_t(q[1]), uint32_t(q[2]), uint32_t(q[3])}}; }
+// Byte j of each word is the weight of input j.
+inline int shift_of(int j) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  return 24 - 8 * j;
+#else
+  return 8 * j;
+#endif
+}
+inline Sum dot(Sum sum, W w, X x) {
+  for (int j = 0; j < GROUP; ++j) sum += ((w >> shift_of(j)) & 0xffu) * x.q[j];
+  return sum;
+}
+inline void store_sums(const Sum* sum, int32_t* acc) { std::memcpy(acc, sum, sizeof(Sum)); }
+
+#include "rows.h"
+#include "epilogue.h"
+#include "tiles.h"
+
+bool always() { return true; }
+
+}  // namespace
+
+extern const Variant portable = {"portable", always, sizeof(Q), TILE_P, to_float, quantize, residual, multiply};
+
+}  // namespace int8compile
