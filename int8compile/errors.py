@@ -27,5 +27,9 @@ class ModelError(Int8CompileError, ValueError):
     """The command line cannot find or load a model, or make up inputs for it."""
 
 
+class KernelBuildError(Int8CompileError, RuntimeError):
+    """The CPU kernel cannot be compiled or loaded: no compiler, one that fails, or no folder to write to."""
+
+
 class Int8Warning(UserWarning):
     """Something runs in float that the user probably expected in int8."""
