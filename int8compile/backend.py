@@ -21,9 +21,10 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+from int8compile import cpu
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning
-from int8compile.passes import PlaceholderBinder, rewrite_graph
+from int8compile.passes import PlaceholderBinder, lower_for_cpu, rewrite_graph
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.names import parameter_name
 from int8compile.report import Report
@@ -71,10 +72,14 @@ def register() -> None:
 def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) -> Compiled:
     module = copy_graph(gm)
     binder, report = rewrite_captured(module, example_inputs, config)
+    parameters = captured_parameters(module, example_inputs)
+    if report.rewritten and _any_on_cpu(parameters) and cpu.available():
+        lower_for_cpu(module, binder, parameters)
+        module.graph.lint()
     log.info("%s", report.summary())
     log.debug("%s", report)
     _warn_if_nothing_rewritten(report)
-    return _compile(module, example_inputs, list(binder.slots.values()), config)
+    return _compile(module, example_inputs, binder.slots, config)
 
 
 @contextlib.contextmanager
@@ -109,11 +114,15 @@ def rewrite_captured(
 
 
 def captured_parameters(module: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, Tensor]:
-    """The parameters of a Dynamo graph by their placeholders."""
-    placeholders = module.graph.find_nodes(op="placeholder")
+    """The parameters of a Dynamo graph by their placeholders, which are the first of a rewritten one."""
+    placeholders = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
     return {
         node: value for node, value in zip(placeholders, example_inputs, strict=True) if isinstance(value, nn.Parameter)
     }
+
+
+def _any_on_cpu(parameters: Mapping[Node, Tensor]) -> bool:
+    return any(parameter.device.type == "cpu" for parameter in parameters.values())
 
 
 def _compile(
@@ -124,11 +133,13 @@ def _compile(
     Returns:
         A callable over the arguments of the graph as captured.
     """
-    captured = [node for node in module.graph.find_nodes(op="placeholder") if not _is_bound(node, slots)]
+    captured = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
     positions = {node: position for position, node in enumerate(captured)}
-    weights = [(positions[slot.source], slot.view, slot.path) for slot in slots]
+    members = [[(positions[source], view, path) for source, view, path in slot.members] for slot in slots]
+    weights = [(each, slot.packed) for each, slot in zip(members, slots, strict=True)]
     # A float weight that nothing reads any more is no argument of the compiled graph.
-    unread = sorted({positions[slot.source] for slot in slots if not slot.source.users})
+    sources = {member.source for slot in slots for member in slot.members}
+    unread = sorted(positions[source] for source in sources if not source.users)
     for position in unread:
         module.graph.erase_node(captured[position])
     module.recompile()
@@ -142,8 +153,9 @@ def _compile(
 
     def arguments(args: Sequence[Any]) -> list[Any]:
         chosen = [args[position] for position in kept]
-        for position, view, path in weights:
-            weight = STORE.get(args[position], view, path)
+        for parts, packed in weights:
+            found = [STORE.get(args[position], view, path, packed=packed) for position, view, path in parts]
+            weight = found[0] if len(found) == 1 else STORE.fused(found)
             chosen += (weight.qweight, weight.scale)
         return chosen
 
@@ -179,10 +191,6 @@ def _static_fakes(inputs: Sequence[Any]) -> list[Any]:
         else value
         for value in inputs
     ]
-
-
-def _is_bound(node: Node, slots: Sequence[WeightSlot]) -> bool:
-    return any(node in slot.nodes for slot in slots)
 
 
 def _warn_if_nothing_rewritten(report: Report) -> None:

@@ -14,7 +14,7 @@ from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame
 from torch.fx import GraphModule
 
-from int8compile import hardware, roofline
+from int8compile import cpu, hardware, roofline
 from int8compile.backend import copy_graph, errors_unwrapped, rewrite_captured
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError
@@ -110,10 +110,15 @@ def explain(
     for device in sorted(devices, key=str):
         facts = hardware.of(device)
         report.sites = [_with_speed(site, facts) for site in report.sites]
-        report.notes += (
-            f"{facts.name}: no int8 kernel yet; the PyTorch reference runs: it saves memory but is slower than float",
-        )
+        report.notes += (f"{facts.name}: {_kernel(facts.kind)}",)
     return report
+
+
+def _kernel(kind: str) -> str:
+    """What multiplies on a kind of device, for the report."""
+    if kind == "cpu" and cpu.available():
+        return f"C++ kernel, variant {cpu.variant()}"
+    return "no int8 kernel; the PyTorch reference runs: it saves memory but is slower than float"
 
 
 def _with_speed(site: Site, facts: hardware.Hardware) -> Site:

@@ -12,8 +12,10 @@ class SkipReason(enum.Enum):
     """Why a linear site stays in float. The value is a sentence for the user with what to do about it."""
 
     NAME = "its module path matches skip_modules"
-    LM_HEAD = "it is the lm_head, which stays in float for accuracy; lm_head='int8' rewrites it"
-    TIED = "its weight is also the embedding table; lm_head='int8' rewrites it (the table stays in float)"
+    LM_HEAD = "it is the lm_head, which stays in float for accuracy; lm_head='int8_weight' or 'int8' rewrites it"
+    TIED = (
+        "its weight is also the embedding table; lm_head='int8_weight' or 'int8' rewrites it (the table stays in float)"
+    )
     NOT_STATIC = "its weight is no parameter but a buffer, an input, or made from one; only parameters are quantized"
     COMPUTED = "its weight is computed from parameters at every call; fold the computation into a parameter first"
     CHANGED = "the model changes its weight during the forward pass; nothing to quantize beforehand"
@@ -59,6 +61,7 @@ class Site:
         bytes_after: Bytes of int8 values and scales, or `bytes_before` where it is not rewritten.
         reason: Why it is not rewritten, None where it is.
         detail: What the reason found, e.g. the pattern that matched.
+        weight_only: Whether its weight is int8 and its activations stay in float.
         pays: For which M int8 can be faster than float on this device, by its roofline; "" where that is not known.
     """
 
@@ -73,12 +76,18 @@ class Site:
     bytes_after: int
     reason: SkipReason | None = None
     detail: str = ""
+    weight_only: bool = False
     pays: str = ""
 
     @property
     def rewritten(self) -> bool:
         """Whether the site runs in int8."""
         return self.reason is None
+
+    @property
+    def runs_in(self) -> str:
+        """What the site is computed in."""
+        return "float" if not self.rewritten else "int8 weight" if self.weight_only else "int8"
 
     def why(self) -> str:
         """The reason as a sentence, "" for a rewritten site."""
@@ -94,6 +103,7 @@ class Site:
             "source": self.source,
             "shape": list(self.shape),
             "rewritten": self.rewritten,
+            "runs_in": self.runs_in,
             "reason": self.why() or None,
             "reason_code": self.reason.name.lower() if self.reason else None,
             "pays": self.pays,
@@ -175,7 +185,7 @@ class Report:
                 site.op,
                 site.source,
                 " x ".join(site.shape),
-                "int8" if site.rewritten else "float",
+                site.runs_in,
                 readable(site.bytes_before),
                 readable(site.bytes_after),
                 site.pays,

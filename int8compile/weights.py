@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,28 +21,48 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from int8compile.errors import BadWeightError, FreedWeightError, Int8Warning
-from int8compile.ops import quantize_weight
+from int8compile.ops import pack_weight, quantize_weight
 from int8compile.passes.static import WeightView
 
 # The version, the address and the storage of a parameter.
 Stamp = tuple[int, int, int]
+# A view of a parameter, and whether it is packed.
+Key = tuple[WeightView, bool]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class QuantizedWeight:
     """A parameter's view in int8.
 
     Attributes:
-        qweight: [N, K] or [B, N, K] int8.
+        qweight: [N, K] or [B, N, K] int8, or that packed as `int8compile.ops.pack_weight` does. A slice of `fused`
+            where there is one.
         scale: [N] or [B, N] float32.
         stamp: State of the parameter when it was quantized.
         storage: Keeps the parameter's storage object, not its data, so that no other gets its identity.
+        fused: The weights that this one lies among, which one operator takes together.
     """
 
     qweight: Tensor
     scale: Tensor
     stamp: Stamp
     storage: StorageWeakRef
+    fused: FusedWeight | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class FusedWeight:
+    """Packed weights one behind the other in one tensor, of which they are slices.
+
+    Attributes:
+        qweight: Their panels.
+        scale: Their scales.
+        members: The weights.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    members: tuple[QuantizedWeight, ...]
 
 
 class FreedWeight(nn.Parameter):
@@ -103,10 +123,10 @@ class WeightStore:
         self.quantized = 0
         # By identity, since comparing tensors compares elements. torch's WeakTensorKeyDictionary does the same but
         # takes 3 us a look-up, of which a model makes hundreds a token; this takes 1.
-        self._parameters: dict[int, tuple[weakref.ref[Tensor], dict[WeightView, QuantizedWeight]]] = {}
+        self._parameters: dict[int, tuple[weakref.ref[Tensor], dict[Key, QuantizedWeight]]] = {}
         self._lock = threading.Lock()
 
-    def get(self, parameter: Tensor, view: WeightView, path: str) -> QuantizedWeight:
+    def get(self, parameter: Tensor, view: WeightView, path: str, *, packed: bool = False) -> QuantizedWeight:
         """The int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
 
         A changed parameter is quantized into the same int8 tensors, so their addresses stay valid in CUDA graphs.
@@ -115,17 +135,26 @@ class WeightStore:
             parameter: The parameter, as the compiled graph received it.
             view: The weight as a view of it.
             path: Module path, for messages.
+            packed: Whether the graph takes it packed.
 
         Raises:
             BadWeightError: The weight has NaN or Inf, or no data.
         """
-        weight = self.weights(parameter).get(view)
+        weight = self.weights(parameter).get((view, packed))
         if weight is not None and (type(parameter) is FreedWeight or weight.stamp == _stamp(parameter)):
             return weight
         with self._lock:
-            return self._refresh(parameter, view, path)
+            return self._refresh(parameter, (view, packed), path)
 
-    def weights(self, parameter: Tensor) -> dict[WeightView, QuantizedWeight]:
+    def fused(self, weights: Sequence[QuantizedWeight]) -> FusedWeight:
+        """Packed weights as slices of one tensor, copied there if they are not yet: memory holds them once."""
+        fused = weights[0].fused
+        if fused is None or fused.members != tuple(weights):
+            with self._lock, _plain_tensors():
+                fused = _fuse(weights)
+        return fused
+
+    def weights(self, parameter: Tensor) -> dict[Key, QuantizedWeight]:
         """What a parameter's views are in int8; empty for one that was never quantized."""
         known = self._parameters.get(id(parameter))
         return known[1] if known is not None and known[0]() is parameter else {}
@@ -140,14 +169,18 @@ class WeightStore:
         weights = [weight for _, views in list(self._parameters.values()) for weight in views.values()]
         return sum(weight.qweight.nbytes + weight.scale.nbytes for weight in weights)
 
-    def _refresh(self, parameter: Tensor, view: WeightView, path: str) -> QuantizedWeight:
-        known = self.weights(parameter).get(view)
+    def _refresh(self, parameter: Tensor, key: Key, path: str) -> QuantizedWeight:
+        view, packed = key
+        known = self.weights(parameter).get(key)
         stamp = _stamp(parameter)
         if known is not None and known.stamp == stamp:
             return known  # Another thread was faster.
         if isinstance(parameter, FreedWeight):
             raise FreedWeightError(f"{path}: its float weight was freed before this view of it was quantized")
         qweight, scale = quantize_checked(parameter, view, path)
+        if packed:
+            with _plain_tensors():
+                qweight = pack_weight(qweight)
         self.quantized += 1
         if parameter.is_inference():
             warnings.warn(
@@ -159,7 +192,7 @@ class WeightStore:
             )
         if known is None or known.qweight.device != qweight.device:
             known = QuantizedWeight(qweight, scale, stamp, StorageWeakRef(parameter.untyped_storage()))
-            self._keep(parameter, view, known)
+            self._keep(parameter, key, known)
         else:
             with _plain_tensors():
                 known.qweight.copy_(qweight)
@@ -167,16 +200,29 @@ class WeightStore:
             known.stamp, known.storage = stamp, StorageWeakRef(parameter.untyped_storage())
         return known
 
-    def _keep(self, parameter: Tensor, view: WeightView, weight: QuantizedWeight) -> None:
-        key = id(parameter)
+    def _keep(self, parameter: Tensor, key: Key, weight: QuantizedWeight) -> None:
+        identity = id(parameter)
         if not self.weights(parameter):
-            self._parameters[key] = (weakref.ref(parameter, lambda ref: self._drop(key, ref)), {})
-        self._parameters[key][1][view] = weight
+            self._parameters[identity] = (weakref.ref(parameter, lambda ref: self._drop(identity, ref)), {})
+        self._parameters[identity][1][key] = weight
 
-    def _drop(self, key: int, ref: weakref.ref[Tensor]) -> None:
+    def _drop(self, identity: int, ref: weakref.ref[Tensor]) -> None:
         # The identity may belong to a newer parameter by now.
-        if key in self._parameters and self._parameters[key][0] is ref:
-            del self._parameters[key]
+        if identity in self._parameters and self._parameters[identity][0] is ref:
+            del self._parameters[identity]
+
+
+def _fuse(weights: Sequence[QuantizedWeight]) -> FusedWeight:
+    fused = FusedWeight(
+        torch.cat([weight.qweight for weight in weights]),
+        torch.cat([weight.scale for weight in weights]),
+        tuple(weights),
+    )
+    qweights = fused.qweight.split([weight.qweight.shape[0] for weight in weights])
+    scales = fused.scale.split([weight.scale.shape[0] for weight in weights])
+    for weight, qweight, scale in zip(weights, qweights, scales, strict=True):
+        weight.qweight, weight.scale, weight.fused = qweight, scale, fused
+    return fused
 
 
 def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ if __name__ != "int8compile.passes":
     raise ImportError(f"this package is int8compile.passes; import it by that name, not as {__name__!r}")
 
 from int8compile.passes.binding import AttributeBinder, Binder, PlaceholderBinder
+from int8compile.passes.lower import lower_for_cpu
 from int8compile.passes.pipeline import rewrite_graph
 from int8compile.passes.rules import RULES, finite, matches
 from int8compile.passes.static import WeightView
@@ -18,6 +19,7 @@ __all__ = [
     "PlaceholderBinder",
     "WeightView",
     "finite",
+    "lower_for_cpu",
     "matches",
     "rewrite_graph",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,20 +40,33 @@ class Binder(Protocol):
         ...
 
 
-class WeightSlot(NamedTuple):
-    """One weight that a rewritten Dynamo graph takes.
+class Member(NamedTuple):
+    """A view of a parameter.
 
     Attributes:
         source: Placeholder of the parameter in the graph as captured; its position is the argument's.
         view: The weight as a view of the parameter.
         path: Module path of the first site that uses it.
-        nodes: The placeholders of the int8 weight.
     """
 
     source: Node
     view: WeightView
     path: str
+
+
+@dataclasses.dataclass(eq=False)
+class WeightSlot:
+    """One weight that a rewritten Dynamo graph takes.
+
+    Attributes:
+        members: What it is made of: one view of a parameter, or several, one behind the other.
+        nodes: The placeholders of the int8 weight.
+        packed: Whether `nodes.qweight` is laid out as `int8compile.ops.pack_weight` does.
+    """
+
+    members: tuple[Member, ...]
     nodes: QuantizedNodes
+    packed: bool = False
 
 
 class PlaceholderBinder:
@@ -61,17 +77,33 @@ class PlaceholderBinder:
     """
 
     def __init__(self, module: GraphModule) -> None:
-        self.slots: dict[tuple[Node, WeightView], WeightSlot] = {}
+        self.slots: list[WeightSlot] = []
+        self._bound: dict[tuple[Node, WeightView], WeightSlot] = {}
+        self._numbers = itertools.count()
         self._graph = module.graph
 
     def bind(self, source: Node, view: WeightView, path: str) -> QuantizedNodes:
         """See `Binder`."""
         key = (source, view)
-        if key not in self.slots:
-            stem = f"int8_{len(self.slots)}"
-            nodes = QuantizedNodes(self._placeholder(f"{stem}_qweight"), self._placeholder(f"{stem}_scale"))
-            self.slots[key] = WeightSlot(source, view, path, nodes)
-        return self.slots[key].nodes
+        if key not in self._bound:
+            self._bound[key] = self._add((Member(source, view, path),))
+        return self._bound[key].nodes
+
+    def fuse(self, slots: Sequence[WeightSlot]) -> WeightSlot:
+        """Replaces slots that nothing reads any more by one that holds all of their weights."""
+        fused = self._add(tuple(member for slot in slots for member in slot.members))
+        fused.packed = True
+        for slot in slots:
+            self.slots.remove(slot)
+            for node in slot.nodes:
+                self._graph.erase_node(node)
+        return fused
+
+    def _add(self, members: tuple[Member, ...]) -> WeightSlot:
+        stem = f"int8_{next(self._numbers)}"
+        nodes = QuantizedNodes(self._placeholder(f"{stem}_qweight"), self._placeholder(f"{stem}_scale"))
+        self.slots.append(WeightSlot(members, nodes))
+        return self.slots[-1]
 
     def _placeholder(self, name: str) -> Node:
         # There is one at least, the parameter's own.

@@ -15,7 +15,7 @@ from int8compile.passes.composites import open_composites
 from int8compile.passes.contraction import Contraction, Labels, roles
 from int8compile.passes.regions import Region
 from int8compile.passes.rewrite import emit
-from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict
+from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, weight_only
 from int8compile.passes.static import (
     WeightView,
     depends_on_inputs,
@@ -81,7 +81,7 @@ def _rewrite_linears(
             continue
         verdict = next((found for rule in rules if (found := rule(site, config))), None)
         view = emit(module.graph, site, config, binder) if verdict is None else None
-        report.sites.append(_row(site, verdict, view))
+        report.sites.append(_row(site, verdict, view, view is not None and weight_only(site, config)))
     return report
 
 
@@ -121,7 +121,7 @@ def _site(
     )
 
 
-def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
+def _row(site: LinearSite, verdict: Verdict, view: WeightView | None, only_weight: bool) -> Site:
     weight = traced(site.weight)
     if site.static is not None and site.parameter is not None:
         weight_name, whole = names.parameter_name(site.static.source), site.parameter.nbytes
@@ -153,6 +153,7 @@ def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
         bytes_after=after,
         reason=reason,
         detail=detail,
+        weight_only=only_weight,
     )
 
 

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from int8compile.config import Int8Config
 from int8compile.passes.binding import Binder
 from int8compile.passes.contraction import Labels, merged_size, permutation
-from int8compile.passes.rules import LinearSite
+from int8compile.passes.rules import LinearSite, weight_only
 from int8compile.passes.static import WeightView, traced, weight_view
 
 
@@ -50,6 +50,9 @@ def _erase_unread_views(graph: Graph, node: Node) -> None:
         assert isinstance(viewed, Node)
         node = viewed
 
+
+# Key in the meta of an operator's node: whether autograd records it.
+NEEDS_GRAD = "int8compile_needs_grad"
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
@@ -103,8 +106,13 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     bias = site.contraction.addend if fuses_bias(site) else None
     if bias is not None and batch:
         bias = emitter.method("reshape", bias, view.shape[:2])
-    op = torch.ops.int8compile.batched_linear.default if batch else torch.ops.int8compile.linear.default
-    y = emitter.function(op, x, weight.qweight, weight.scale, bias, config.threshold, config.outliers)
+    if weight_only(site, config):
+        op = torch.ops.int8compile.weight_only_linear.default
+        y = emitter.function(op, x, weight.qweight, weight.scale, bias)
+    else:
+        op = torch.ops.int8compile.batched_linear.default if batch else torch.ops.int8compile.linear.default
+        y = emitter.function(op, x, weight.qweight, weight.scale, bias, config.threshold, config.outliers)
+    y.meta[NEEDS_GRAD] = traced(site.node).requires_grad
 
     output_sizes = [int(sizes[label]) for label in outputs]
     if reshape:

@@ -71,6 +71,11 @@ class LinearSite:
         """A label for each of the weight's dimensions."""
         return self.contraction.labels[1 - self.position]
 
+    @property
+    def is_lm_head(self) -> bool:
+        """Whether it is the model's output projection: by its name, or because an embedding shares its weight."""
+        return self.tied or matches("lm_head", self.path)
+
     def sizes(self) -> dict[str, Any]:
         """The size of each label; symbolic where it changes from call to call."""
         sizes: dict[str, Any] = {}
@@ -99,11 +104,14 @@ def skipped_by_name(site: LinearSite, config: Int8Config) -> Verdict:
 
 def lm_head(site: LinearSite, config: Int8Config) -> Verdict:
     """The output projection stays native, found by its name or by sharing its weight with the embedding."""
-    if config.lm_head != "native":
+    if config.lm_head != "native" or not site.is_lm_head:
         return None
-    if matches("lm_head", site.path):
-        return SkipReason.LM_HEAD, ""
-    return (SkipReason.TIED, "") if site.tied else None
+    return (SkipReason.LM_HEAD if matches("lm_head", site.path) else SkipReason.TIED), ""
+
+
+def weight_only(site: LinearSite, config: Int8Config) -> bool:
+    """Whether only the weight of a site becomes int8, and its activations stay in float."""
+    return config.lm_head == "int8_weight" and site.is_lm_head
 
 
 def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:
@@ -115,6 +123,8 @@ def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:
         return SkipReason.FORM, f"{','.join(map('.'.join, call.labels))}->{'.'.join(call.out)} is no plain matmul"
     if isinstance(call.alpha, Node) or isinstance(call.beta, Node):
         return SkipReason.FORM, "its alpha or beta is computed"
+    if site.roles.batch and weight_only(site, config):
+        return SkipReason.FORM, "lm_head='int8_weight' has no batched form"
     return None
 
 

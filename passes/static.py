@@ -171,31 +171,31 @@ def changed_in_graph(weight: StaticWeight) -> bool:
     while pending:
         node = pending.pop()
         for user in node.users:
-            if _writes(user, node):
+            if node in written(user):
                 return True
             if _is_view(user):
                 pending.append(user)
     return False
 
 
-def _writes(call: Node, tensor: Node) -> bool:
-    """Whether a call changes one of its arguments in place."""
+def written(call: Node) -> set[Node]:
+    """The arguments that a call changes in place."""
     if isinstance(call.target, torch._ops.OpOverload):
         schema = call.target._schema.arguments
         given = dict(zip((argument.name for argument in schema), call.args, strict=False)) | dict(call.kwargs)
-        written = [given.get(argument.name) for argument in schema if argument.is_write]
+        changed = [given.get(argument.name) for argument in schema if argument.is_write]
     else:
         name = str(call.target) if call.op == "call_method" else getattr(call.target, "__name__", "")
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-        written = [call.kwargs.get("out"), call.args[0] if in_place and call.args else None]
-    found = False
+        in_place = in_place or call.kwargs.get("inplace") is True
+        changed = [call.kwargs.get("out"), call.args[0] if in_place and call.args else None]
+    found: set[Node] = set()
 
     def look(node: Node) -> Node:
-        nonlocal found
-        found = found or node is tensor
+        found.add(node)
         return node
 
-    torch.fx.node.map_arg(written, look)
+    torch.fx.node.map_arg(changed, look)
     return found
 
 

@@ -122,12 +122,12 @@ def test_dynamo_graph(op: str, call: Callable[[Weights, Tensor], Tensor], dynami
         module = copy_graph(gm)
         binder, _ = rewrite_captured(module, example_inputs, config)
         captured.append(_count(module))
-        slots = [(list(gm.graph.find_nodes(op="placeholder")), slot) for slot in binder.slots.values()]
-        names = [node.name for node in slots[0][0]]
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        members = [member for slot in binder.slots for member in slot.members]
 
         def run(*args: object) -> object:
             given = dict(zip(names, args, strict=True))
-            weights = [quantize_checked(given[slot.source.name], slot.view, slot.path) for _, slot in slots]
+            weights = [quantize_checked(given[member.source.name], member.view, member.path) for member in members]
             return module(*args, *(tensor for weight in weights for tensor in weight))
 
         return run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import int8compile
-from int8compile.ops import quantize_weight
+from int8compile.ops import pack_weight, quantize_weight
 from int8compile.weights import STORE, FreedWeight, WeightStore
 from tests.models import CountingBackend, Stack
 from tests.test_backend import reference
@@ -81,7 +81,7 @@ def test_stale_weights_are_refreshed_in_place(change: Callable[[nn.Parameter], o
     assert STORE.quantized - quantized == 1
     # Addresses stay: a CUDA graph that was captured with them stays right.
     assert weight.qweight.data_ptr() == address
-    assert torch.equal(weight.qweight, quantize_weight(model.layers[1].up.weight)[0])
+    assert torch.equal(weight.qweight, pack_weight(quantize_weight(model.layers[1].up.weight)[0]))
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])

@@ -1,6 +1,21 @@
 """The operators: schema, fake, reference and autograd of each. Read `reference.py` first: it is the definition."""
 
-from int8compile.ops.linear import OUTLIER_POLICIES, SUPPORTED_DTYPES, batched_linear, linear
+from int8compile.ops.linear import (
+    OUTLIER_POLICIES,
+    SUPPORTED_DTYPES,
+    batched_linear,
+    linear,
+    pack_weight,
+    packed_batched_linear,
+    packed_linear,
+    packed_linear_no_grad,
+    packed_linear_pair_no_grad,
+    packed_linear_triple_no_grad,
+    packed_weight_only_linear,
+    packed_weight_only_linear_no_grad,
+    weight_only_linear,
+)
+from int8compile.ops.packing import packed_shape, unpack_weight
 from int8compile.ops.reference import MAX_K, dequantize_weight, quantize_weight
 
 __all__ = [
@@ -10,5 +25,16 @@ __all__ = [
     "batched_linear",
     "dequantize_weight",
     "linear",
+    "pack_weight",
+    "packed_batched_linear",
+    "packed_linear",
+    "packed_linear_no_grad",
+    "packed_linear_pair_no_grad",
+    "packed_linear_triple_no_grad",
+    "packed_shape",
+    "packed_weight_only_linear",
+    "packed_weight_only_linear_no_grad",
     "quantize_weight",
+    "unpack_weight",
+    "weight_only_linear",
 ]

@@ -1,128 +1,265 @@
-"""Registers `int8compile::linear` and `int8compile::batched_linear`.
+"""Registers the operators of the library `int8compile`.
 
-Both have one schema, one fake, one implementation (the reference, until a device has a kernel), autograd for x and
-bias, and an autocast rule. `define` + `impl` rather than `torch.library.custom_op`: a call costs 6 us instead of 31.
+| operator | weight | what it computes |
+|---|---|---|
+| `linear`, `batched_linear` | [N, K], [B, N, K] int8 | `reference.linear`: all in int8, but outliers |
+| `weight_only_linear` | [N, K] int8 | `reference.weight_only_linear`: weights in int8, activations in float |
+| `pack_weight` | [..., N, K] int8 | the layout of `packing` |
+| `packed_...` | as `packing.pack_weight` makes it | the same |
+| `packed_..._no_grad` | the same | the same, without a formula for gradients: what compiled inference calls |
+| `packed_linear_pair_no_grad`, `..._triple_no_grad` | several, one behind the other | `linear` of one x with each |
+
+Each is defined once here: schema, fake, implementation in PyTorch (`reference.py`), autograd, autocast. CPU kernels
+(`int8compile.cpu`) implement the packed ones for the dispatch key CPU and so take the place of the PyTorch
+implementation once they are loaded.
+
+`define` + `impl` rather than `torch.library.custom_op`: a call costs 6 us instead of 31. The no_grad operators are
+there because `torch.library.register_autograd` costs 8 us a call even when no gradient is asked for; and their schemas
+hold no strings and no lists, so that Inductor's C++ wrapper calls them without Python.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from int8compile.errors import InputError
-from int8compile.ops import reference
+from int8compile.ops import packing, reference
 
 OUTLIER_POLICIES = ("row", "column")
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_SCHEMA = "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, float threshold, str outliers) -> Tensor"
 _LIBRARY = torch.library.Library("int8compile", "DEF")
 
-LinearFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, str], Tensor]
+# x, weight, scale, bias, and what says how x is quantized: (threshold, outliers), or nothing for weight-only operators.
+Compute = Callable[..., Tensor]
 
 
 def _check(
-    batch_dims: int, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    policy: Sequence[Any],
+    *,
+    batch_dims: int = 0,
+    packed: bool = False,
 ) -> None:
-    """Validates a call. The fake and the implementation both run it: a check in a fake alone is not seen in eager mode.
+    """Validates a call. Fakes and implementations both run it: a check in a fake alone is not seen in eager mode.
 
     Raises:
         InputError: Names the argument, what it was and what is allowed.
     """
-    name = "int8compile::batched_linear" if batch_dims else "int8compile::linear"
+    name = f"int8compile::{name}"
     if x.dtype not in SUPPORTED_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
         raise InputError(f"{name}: x is {x.dtype}; allowed are {allowed}. Convert it, e.g. x.to(torch.float32)")
-    if qweight.dtype != torch.int8 or qweight.dim() != 2 + batch_dims:
+    dims = batch_dims + (4 if packed else 2)
+    if weight.dtype != (torch.uint8 if packed else torch.int8) or weight.dim() != dims:
         raise InputError(
-            f"{name}: qweight is {qweight.dtype} {list(qweight.shape)}; give int8 of {2 + batch_dims} dimensions, "
-            "as int8compile.ops.quantize_weight makes"
+            f"{name}: {'packed' if packed else 'qweight'} is {weight.dtype} {list(weight.shape)}; give "
+            f"{'uint8' if packed else 'int8'} of {dims} dimensions, as int8compile.ops."
+            f"{'pack_weight' if packed else 'quantize_weight'} makes"
         )
-    if scale.dtype != torch.float32 or scale.shape != qweight.shape[:-1]:
+    rows = [*weight.shape[:batch_dims], scale.shape[-1] if packed and scale.dim() else weight.shape[batch_dims]]
+    if scale.dtype != torch.float32 or list(scale.shape) != rows:
         raise InputError(
-            f"{name}: scale is {scale.dtype} {list(scale.shape)}; give float32 {list(qweight.shape[:-1])}, "
-            "one for each output of qweight"
+            f"{name}: scale is {scale.dtype} {list(scale.shape)}; give float32 "
+            f"{'[..., N]' if packed else rows}, one for each output of the weight"
         )
-    fits = x.dim() == 3 and x.shape[0] == qweight.shape[0] if batch_dims else x.dim() >= 1
-    if not fits or x.shape[-1] != qweight.shape[-1]:
-        raise InputError(
-            f"{name}: x is {list(x.shape)} and qweight {list(qweight.shape)}; x must be "
-            f"{'[B, M, K] for qweight [B, N, K]' if batch_dims else '[..., K] for qweight [N, K]'}"
+    fits = x.dim() == 3 and x.shape[0] == weight.shape[0] if batch_dims else x.dim() >= 1
+    if fits and packed:
+        fits = tuple(weight.shape[batch_dims:]) == packing.packed_shape(scale.shape[-1], x.shape[-1])
+    elif fits:
+        fits = x.shape[-1] == weight.shape[-1]
+    if not fits:
+        shape = "[B, M, K] for [B, N, K]" if batch_dims else "[..., K] for [N, K]"
+        given = (
+            f"packed {list(weight.shape)} of {scale.shape[-1]} outputs" if packed else f"qweight {list(weight.shape)}"
         )
-    if qweight.shape[-1] > reference.MAX_K:
+        raise InputError(f"{name}: x is {list(x.shape)} and {given}; x must be {shape}")
+    if x.shape[-1] > reference.MAX_K:
         raise InputError(
-            f"{name}: K is {qweight.shape[-1]}; at most {reference.MAX_K} is exact in int32. Split the layer or skip it"
+            f"{name}: K is {x.shape[-1]}; at most {reference.MAX_K} is exact in int32. Split the layer or skip it"
         )
     if bias is not None and (bias.shape != scale.shape or not bias.is_floating_point()):
         raise InputError(
             f"{name}: bias is {bias.dtype} {list(bias.shape)}; give {list(scale.shape)} of a float dtype, or None"
         )
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise InputError(f"{name}: threshold is {threshold}; give a finite number >= 0 (0 turns the split off)")
-    if outliers not in OUTLIER_POLICIES:
-        raise InputError(f"{name}: outliers is {outliers!r}; allowed are 'row' and 'column'")
+    if policy:
+        threshold, outliers = policy
+        if not (math.isfinite(threshold) and threshold >= 0):
+            raise InputError(f"{name}: threshold is {threshold}; give a finite number >= 0 (0 turns the split off)")
+        if outliers not in OUTLIER_POLICIES:
+            raise InputError(f"{name}: outliers is {outliers!r}; allowed are 'row' and 'column'")
 
 
-def _dequantized_grad(grad: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
-    """`grad_x = grad_y @ dequantized W`, gradients not quantized (LLM.int8(), appendix on training)."""
-    return grad @ reference.dequantize_weight(qweight, scale, grad.dtype)
+def _unpacked(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    return packing.unpack_weight(weight, scale.shape[-1], x.shape[-1])
 
 
-def _register(name: str, batch_dims: int, compute: LinearFunction) -> LinearFunction:
-    _LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+def _register(
+    name: str, compute: Compute, *, batch_dims: int = 0, packed: bool = False, weight_only: bool = False
+) -> Any:
+    """Defines a differentiable operator whose weight is [N, K] (or [B, N, K]), packed or not."""
+    weight_name = "packed" if packed else "qweight"
+    how = "" if weight_only else ", float threshold, str outliers"
+    _LIBRARY.define(
+        f"{name}(Tensor x, Tensor {weight_name}, Tensor scale, Tensor? bias{how}) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
     qualified = f"int8compile::{name}"
-    op = cast(LinearFunction, getattr(torch.ops.int8compile, name))
+    op = getattr(torch.ops.int8compile, name)
 
-    def implementation(
-        x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
-    ) -> Tensor:
-        _check(batch_dims, x, qweight, scale, bias, threshold, outliers)
-        return compute(x, qweight, scale, bias, threshold, outliers)
+    def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, policy: Sequence[Any]) -> None:
+        _check(name, x, weight, scale, bias, policy, batch_dims=batch_dims, packed=packed)
 
-    def fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
-        _check(batch_dims, x, qweight, scale, bias, threshold, outliers)
-        return x.new_empty(*x.shape[:-1], qweight.shape[-2])
+    def implementation(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
+        check(x, weight, scale, bias, policy)
+        return compute(x, _unpacked(weight, scale, x) if packed else weight, scale, bias, *policy)
+
+    def fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
+        check(x, weight, scale, bias, policy)
+        return x.new_empty(*x.shape[:-1], scale.shape[-1])
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, qweight, scale, bias, _, _ = inputs
-        ctx.save_for_backward(qweight, scale)
+        x, weight, scale, bias, *_ = inputs
+        ctx.save_for_backward(weight, scale)
+        ctx.k = x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qweight, scale = ctx.saved_tensors
-        grad_x = _dequantized_grad(grad, qweight, scale) if ctx.needs_input_grad[0] else None
-        grad_bias = None
+        weight, scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            # `grad_x = grad_y @ dequantized W`, gradients not quantized (LLM.int8(), appendix on training).
+            qweight = packing.unpack_weight(weight, scale.shape[-1], ctx.k) if packed else weight
+            grad_x = grad @ reference.dequantize_weight(qweight, scale, grad.dtype)
         if ctx.needs_input_grad[3]:
             rows = grad.flatten(batch_dims, -2) if grad.dim() > batch_dims + 1 else grad.unsqueeze(-2)
             grad_bias = rows.sum(dim=-2, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None
+        return (grad_x, None, None, grad_bias) if weight_only else (grad_x, None, None, grad_bias, None, None)
 
-    def autocast(device: str) -> LinearFunction:
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    _register_autocast(name, op)
+    return op
+
+
+def _register_autocast(name: str, op: Callable[..., Any]) -> None:
+    def autocast(device: str) -> Callable[..., Any]:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-        def cast_x(
-            x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
-        ) -> Tensor:
+        def cast_x(x: Tensor, *rest: Any) -> Any:
             # Only x: torch.library.register_autocast would also cast the scales, which stay float32. As for F.linear,
             # autocast leaves integers and float64 alone, so that _check sees them.
             if x.dtype in SUPPORTED_DTYPES:
                 x = x.to(torch.get_autocast_dtype(device))
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return op(x, qweight, scale, bias, threshold, outliers)
+                return op(x, *rest)
 
         return cast_x
 
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, autocast(device), f"Autocast{device.upper()}")
+
+
+def _register_no_grad(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines an operator for packed weights that autograd does not see; only for graphs that need no gradients."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"int8compile::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.int8compile, name)
+    _register_autocast(name, op)
     return op
 
 
-linear = _register("linear", 0, reference.linear)
-batched_linear = _register("batched_linear", 1, reference.batched_linear)
+def _policy(threshold: float, by_column: bool) -> tuple[float, str]:
+    return threshold, OUTLIER_POLICIES[by_column]
+
+
+def _register_several(name: str, count: int) -> Any:
+    """Defines `linear` of one x with `count` weights, packed one behind the other; the last gets what `sizes` leave.
+
+    Each has panels of its own: the packed weight of N outputs has ceil(N / 16) of them. Scales and biases lie one
+    behind the other without gaps.
+    """
+    sizes = [f"n{i}" for i in range(count - 1)]
+    ints = "".join(f", int {size}" for size in sizes)
+    schema = (
+        f"(Tensor x, Tensor packed, Tensor scale, Tensor? bias{ints}, float threshold, bool by_column)"
+        f" -> ({', '.join(['Tensor'] * count)})"
+    )
+
+    def parts(packed: Tensor, scale: Tensor, bias: Tensor | None, given: Sequence[int]) -> Any:
+        outputs = [*given, scale.shape[0] - sum(given)]
+        if min(outputs) < 0:
+            raise InputError(f"int8compile::{name}: outputs {outputs} do not add up to scale's {scale.shape[0]}")
+        panels = [packing.packed_shape(n, 1)[0] for n in outputs]
+        if packed.shape[0] != sum(panels):
+            raise InputError(
+                f"int8compile::{name}: packed has {packed.shape[0]} panels; outputs {outputs} have {sum(panels)}"
+            )
+        biases = [None] * count if bias is None else bias.split(outputs)
+        return zip(packed.split(panels), scale.split(outputs), biases, strict=True)
+
+    def implementation(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+        *given, threshold, by_column = rest
+        policy = _policy(threshold, by_column)
+        return tuple(packed_linear(x, *part, *policy) for part in parts(packed, scale, bias, given))
+
+    def fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+        *given, threshold, by_column = rest
+        results = []
+        for part in parts(packed, scale, bias, given):
+            panels, scales, part_bias = part
+            _check(name, x, panels, scales, part_bias, _policy(threshold, by_column), packed=True)
+            results.append(x.new_empty(*x.shape[:-1], scales.shape[0]))
+        return tuple(results)
+
+    return _register_no_grad(name, schema, implementation, fake)
+
+
+_LIBRARY.define("pack_weight(Tensor qweight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("pack_weight", packing.pack_weight, "CompositeExplicitAutograd")
+torch.library.register_fake("int8compile::pack_weight", packing.pack_weight, lib=_LIBRARY)
+pack_weight = torch.ops.int8compile.pack_weight
+
+linear = _register("linear", reference.linear)
+batched_linear = _register("batched_linear", reference.batched_linear, batch_dims=1)
+weight_only_linear = _register("weight_only_linear", reference.weight_only_linear, weight_only=True)
+packed_linear = _register("packed_linear", reference.linear, packed=True)
+packed_batched_linear = _register("packed_batched_linear", reference.batched_linear, batch_dims=1, packed=True)
+packed_weight_only_linear = _register(
+    "packed_weight_only_linear", reference.weight_only_linear, packed=True, weight_only=True
+)
+
+
+def _packed_linear_no_grad(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, by_column: bool
+) -> Tensor:
+    result: Tensor = packed_linear(x, packed, scale, bias, *_policy(threshold, by_column))
+    return result
+
+
+packed_linear_no_grad = _register_no_grad(
+    "packed_linear_no_grad",
+    "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, float threshold, bool by_column) -> Tensor",
+    _packed_linear_no_grad,
+    _packed_linear_no_grad,
+)
+packed_linear_pair_no_grad = _register_several("packed_linear_pair_no_grad", 2)
+packed_linear_triple_no_grad = _register_several("packed_linear_triple_no_grad", 3)
+packed_weight_only_linear_no_grad = _register_no_grad(
+    "packed_weight_only_linear_no_grad",
+    "(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor",
+    packed_weight_only_linear,
+    packed_weight_only_linear,
+)

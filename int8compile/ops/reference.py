@@ -163,6 +163,42 @@ def linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, thres
     return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
 
 
+def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """int8 weights, float activations: `y = (sum_k x[m,k] * qweight[n,k]) * scale[n] + bias[n]`.
+
+    x is taken as fixed point, integers of 23 bits in units of about absmax / 2**22 of the row: about what float32 keeps
+    of the largest element, and what a float32 sum would keep of the others. It makes the sum exact whatever its order:
+    results do not depend on batch, threads or instruction set. A row with NaN or Inf is NaN.
+
+    Shapes:
+        x: [..., K], float32, float16 or bfloat16; qweight: [N, K] int8; scale: [N] float32; bias: [N];
+        result: [..., N] in x's dtype.
+    """
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.float32)
+    d, unit = fixed_point_rows(flat)
+    y = (d @ qweight.to(torch.float64).mT * unit[:, None]).to(torch.float32) * scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
+
+
+def fixed_point_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as integers of 23 bits: `d = rne(x / unit)`, `unit` the power of two with `absmax < 2**22 * unit`.
+
+    Their products with int8 weights have sums below 2**22 * 2**7 * 2**17, which float64 holds exactly.
+
+    Shapes:
+        x: [M, K] float32; result: d [M, K] and unit [M], float64. unit is NaN where the row has NaN or Inf.
+    """
+    absmax = x.abs().amax(dim=-1) if x.shape[-1] else x.new_zeros(x.shape[0])
+    finite = absmax.isfinite()
+    exponent = torch.frexp(absmax.masked_fill(~finite, 0)).exponent.to(torch.int64)
+    # 2.0**(exponent - 22) by its bits: exp2 and ldexp need not be exact.
+    unit = ((1023 + exponent - 22) << 52).view(torch.float64)
+    d = (x.masked_fill(~finite[:, None], 0).to(torch.float64) / unit[:, None]).round()
+    return d, unit.masked_fill(~finite, math.nan)
+
+
 def batched_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
 ) -> Tensor:

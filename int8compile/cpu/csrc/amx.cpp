@@ -112,6 +112,9 @@ void amx_multiply(const Rows& rows, int64_t row_begin, int64_t row_end, const We
 
 }  // namespace
 
-extern const Variant amx = {"amx", has_amx_int8, sizeof(Q), 2, to_float, quantize, residual, amx_multiply};
+extern const Variant amx = {
+    "amx", has_amx_int8, sizeof(Q), 2,
+    to_float, quantize, residual, amx_multiply, quantize_digits, multiply_digits,
+};
 
 }  // namespace int8compile

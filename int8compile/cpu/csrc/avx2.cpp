@@ -40,6 +40,9 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
 
 }  // namespace
 
-extern const Variant avx2 = {"avx2", has_avx2, sizeof(Q), TILE_P, to_float, quantize, residual, multiply};
+extern const Variant avx2 = {
+    "avx2", has_avx2, sizeof(Q), TILE_P,
+    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+};
 
 }  // namespace int8compile

@@ -16,6 +16,9 @@ namespace {
 
 }  // namespace
 
-extern const Variant avx512vnni = {"avx512vnni", has_avx512vnni, sizeof(Q), TILE_P, to_float, quantize, residual, multiply};
+extern const Variant avx512vnni = {
+    "avx512vnni", has_avx512vnni, sizeof(Q), TILE_P,
+    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+};
 
 }  // namespace int8compile

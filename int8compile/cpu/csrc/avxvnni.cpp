@@ -35,6 +35,9 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
 
 }  // namespace
 
-extern const Variant avxvnni = {"avxvnni", has_avxvnni, sizeof(Q), TILE_P, to_float, quantize, residual, multiply};
+extern const Variant avxvnni = {
+    "avxvnni", has_avxvnni, sizeof(Q), TILE_P,
+    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+};
 
 }  // namespace int8compile

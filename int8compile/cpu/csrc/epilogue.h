@@ -110,3 +110,19 @@ inline void finish(const Rows& rows, int64_t row, const Weight& weight, int64_t 
     store(y, row, (panel + p) * LANES, affine[p].count, value);
   }
 }
+
+// Finishes a row of P panels from the sums of its digits, each P * LANES of `acc`.
+template <int P>
+inline void finish(const FixedPointRows& rows, int64_t row, const Weight& weight, int64_t panel, const Affine* affine,
+                   const int32_t* acc, const Output& y) {
+  for (int p = 0; p < P; ++p) {
+    Doubles sum = {};
+    for (int digit = DIGITS - 1; digit >= 0; --digit) {
+      const Words exact = load<Words>(acc + (digit * P + p) * LANES) - OFFSET * uint32_t(rows.sum[DIGITS * row + digit]);
+      sum = sum * 256.0 + __builtin_convertvector((Ints)exact, Doubles);
+    }
+    Floats value = __builtin_convertvector(sum * rows.unit[row], Floats) * affine[p].scale;
+    if (weight.bias) value += affine[p].bias;
+    store(y, row, (panel + p) * LANES, affine[p].count, value);
+  }
+}

@@ -56,6 +56,17 @@ struct Rows {
   int64_t stride;
 };
 
+// Activations as integers d of 23 bits, x = unit * d, for weight-only products. Each row is three of the buffer's:
+// d = digit[0] + 256 * digit[1] + 65536 * digit[2].
+constexpr int DIGITS = 3;
+struct FixedPointRows {
+  const void* q;       // [DIGITS * M][stride]
+  const double* unit;  // [M]
+  const int32_t* sum;  // [DIGITS * M]
+  int64_t k_padded;
+  int64_t stride;
+};
+
 struct Weight {
   const uint8_t* packed;
   const float* scale;  // [N]
@@ -93,9 +104,11 @@ struct Variant {
   // y[row_begin:row_end, 16 * panel_begin : 16 * panel_end].
   void (*multiply)(const Rows& rows, int64_t row_begin, int64_t row_end, const Weight& weight, int64_t panel_begin,
                    int64_t panel_end, const Output& y);
-  // Weight-only: y = (sum_k x[m][k] * q[n][k]) * scale[n] + bias[n]; x is float32 [M][k_padded].
-  void (*multiply_float)(const float* x, int64_t k_padded, int64_t row_begin, int64_t row_end, const Weight& weight,
-                         int64_t panel_begin, int64_t panel_end, const Output& y);
+  // Makes a row's digits, DIGITS rows of `stride` elements; returns the unit, NaN where x has NaN or Inf.
+  double (*quantize_digits)(const float* x, int64_t k, int64_t k_padded, int64_t stride, void* q, int32_t* sum);
+  // As `multiply`, weight-only.
+  void (*multiply_digits)(const FixedPointRows& rows, int64_t row_begin, int64_t row_end, const Weight& weight,
+                          int64_t panel_begin, int64_t panel_end, const Output& y);
 };
 
 }  // namespace int8compile

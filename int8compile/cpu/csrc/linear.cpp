@@ -48,6 +48,7 @@ struct Workspace {
   Buffer<float> residual;
   std::vector<std::vector<int32_t>> outlier_k;
   std::vector<std::vector<float>> outlier_value, outlier_rest;
+  Buffer<double> unit;
   std::vector<unsigned char> is_outlier_column;
   std::vector<int32_t> columns;
 };
@@ -198,7 +199,7 @@ Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, 
   }
   // Fewer rows than a block holds outliers for are spread over the threads all the same, one by one: no list is shared.
   const int64_t rows_of_block = OUTLIER_ROWS;
-  in_parallel(parallel_for, blocks, GRAIN_BYTES / (rows_of_block * x.k * 4) + 1, [&](int64_t begin, int64_t end) {
+  in_parallel(parallel_for, blocks, GRAIN_BYTES / std::max<int64_t>(rows_of_block * x.k * 4, 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       std::vector<int32_t>& list_k = w.outlier_k[block];
       std::vector<float>& list_value = w.outlier_value[block];
@@ -292,6 +293,43 @@ void linear(const Variant& variant, const Activations& x, Split split, const Wei
       variant.multiply(rows, row_begin, row_end, weights[weight], panel_begin, panel_end, from_row(y[weight], first));
     });
   }
+}
+
+void weight_only_linear(const Variant& variant, const Activations& x, const Weight& weight, const Output& y,
+                        ParallelFor parallel_for) {
+  const int64_t k_padded = round_up(x.k, K_STEP), stride = row_stride(k_padded);
+  const int64_t row_bytes = DIGITS * stride * variant.q_bytes;
+  const int64_t chunk = std::max<int64_t>(ROW_PADDING, CHUNK_BYTES / std::max<int64_t>(row_bytes, 1));
+  for (int64_t first = 0; first < x.m; first += chunk) {
+    const int64_t m = std::min(chunk, x.m - first);
+    char* q = workspace.q.get((DIGITS * m + ROW_PADDING) * stride * variant.q_bytes);
+    double* unit = workspace.unit.get(m);
+    int32_t* sum = workspace.sum.get(DIGITS * m);
+    in_parallel(parallel_for, m, GRAIN_BYTES / std::max<int64_t>(x.k * 4, 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        unit[row] = variant.quantize_digits(float_row(variant, x, first + row), x.k, k_padded, stride,
+                                            q + row * row_bytes, sum + DIGITS * row);
+      }
+    });
+    const FixedPointRows rows = {q, unit, sum, k_padded, stride};
+    over_tiles(&weight, 1, m, row_bytes, k_padded, variant.panel_tile, parallel_for,
+               [&](int64_t, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+      variant.multiply_digits(rows, row_begin, row_end, weight, panel_begin, panel_end, from_row(y, first));
+    });
+  }
+}
+
+void pack(const int8_t* qweight, int64_t n, int64_t k, uint8_t* packed, ParallelFor parallel_for) {
+  const int64_t k_padded = round_up(k, K_STEP), panel_bytes = LANES * k_padded;
+  const int64_t panels = round_up(n, LANES) / LANES;
+  in_parallel(parallel_for, panels, GRAIN_BYTES / std::max<int64_t>(panel_bytes, 1) + 1, [&](int64_t begin, int64_t end) {
+    std::memset(packed + begin * panel_bytes, 0x80, (end - begin) * panel_bytes);
+    for (int64_t row = begin * LANES; row < std::min(n, end * LANES); ++row) {
+      const int8_t* from = qweight + row * k;
+      uint8_t* to = packed + row / LANES * panel_bytes + row % LANES * GROUP;
+      for (int64_t i = 0; i < k; ++i) to[i / GROUP * (LANES * GROUP) + i % GROUP] = uint8_t(from[i]) ^ 0x80;
+    }
+  });
 }
 
 }  // namespace int8compile

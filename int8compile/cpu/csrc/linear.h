@@ -23,6 +23,9 @@ void linear(const Variant& variant, const Activations& x, Split split, const Wei
 void weight_only_linear(const Variant& variant, const Activations& x, const Weight& weight, const Output& y,
                         ParallelFor parallel_for);
 
+// A weight [n][k] in the layout of kernel.h.
+void pack(const int8_t* qweight, int64_t n, int64_t k, uint8_t* packed, ParallelFor parallel_for);
+
 // The variants compiled into this library, fastest first, closed by a null pointer.
 extern const Variant* const variants[];
 

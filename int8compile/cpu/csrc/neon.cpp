@@ -19,7 +19,7 @@ using W = int8x16_t;
 using X = int8x16_t;
 constexpr uint32_t OFFSET = 0;
 constexpr int PER_PANEL = 4;
-constexpr int TILE_M = 5;
+constexpr int TILE_M = 6;
 constexpr int TILE_P = 1;
 
 inline Sum zero() { return vdupq_n_s32(0); }
@@ -46,6 +46,9 @@ bool has_dot_product() {
 
 }  // namespace
 
-extern const Variant neon = {"neon", has_dot_product, sizeof(Q), TILE_P, to_float, quantize, residual, multiply};
+extern const Variant neon = {
+    "neon", has_dot_product, sizeof(Q), TILE_P,
+    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+};
 
 }  // namespace int8compile

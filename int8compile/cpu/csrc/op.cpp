@@ -1,16 +1,19 @@
-// The operators int8compile::packed_linear, ::packed_linears and ::packed_batched_linear for PyTorch, over its stable
-// ABI; and a few C functions that Python calls through ctypes.
+// The operators of int8compile/ops/linear.py for CPU tensors, over PyTorch's stable ABI; and a few C functions that
+// Python calls through ctypes.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "linear.h"
@@ -50,89 +53,224 @@ Dtype dtype_of(const Tensor& x, const char* op) {
   }
 }
 
+// Uninitialized, x's sizes but the last; not through the dispatcher, which takes a microsecond.
 Tensor new_output(const Tensor& x, int64_t n) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
-  return torch::stable::new_empty(x, sizes);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
 }
 
-// A weight's tensors, checked and kept alive.
-struct Operand {
-  Tensor scale;
-  std::optional<Tensor> bias;
-  Weight weight;
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-  Operand(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale_, const std::optional<Tensor>& bias_)
-      : scale(scale_), bias(bias_) {
-    const int64_t n = scale.dim() == 1 ? scale.size(0) : -1;
-    const int64_t k = x.dim() > 0 ? x.size(-1) : -1;
-    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && n >= 0, op, ": scale must be float32 [N]");
-    const bool fits = packed.scalar_type() == ScalarType::Byte && packed.dim() == 4 && packed.is_contiguous() &&
-                      packed.size(0) == (n + LANES - 1) / LANES &&
-                      packed.size(1) == (k + K_STEP - 1) / K_STEP * (K_STEP / GROUP) && packed.size(2) == LANES &&
-                      packed.size(3) == GROUP;
-    STD_TORCH_CHECK(fits, op, ": packed does not fit x [..., K=", k, "] and scale [N=", n,
-                    "]; make it with int8compile.ops.pack_weight");
-    scale = torch::stable::contiguous(scale);
-    if (bias) {
-      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, op, ": bias must be [N], or none");
-      if (bias->scalar_type() != ScalarType::Float) bias = torch::stable::to(*bias, ScalarType::Float);
-      bias = torch::stable::contiguous(*bias);
-    }
-    weight = {static_cast<const uint8_t*>(packed.const_data_ptr()), static_cast<const float*>(scale.const_data_ptr()),
-              bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr, n};
+// x as plain rows.
+struct Input {
+  Tensor x;
+  Activations rows;
+
+  Input(const char* op, const Tensor& x_) : x(dense(x_)) {
+    STD_TORCH_CHECK(x.dim() >= 1, op, ": x must be [..., K]");
+    int64_t m = 1;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
+    rows = {x.const_data_ptr(), dtype_of(x, op), m, x.size(-1)};
   }
 };
+
+// Scales and bias of a weight, checked, float32 and kept alive.
+struct Affine {
+  Tensor scale;
+  std::optional<Tensor> bias;
+
+  Affine(const char* op, const Tensor& scale_, const std::optional<Tensor>& bias_) : scale(dense(scale_)), bias(bias_) {
+    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale must be float32");
+    if (!bias) return;
+    STD_TORCH_CHECK(bias->numel() == scale.numel(), op, ": bias must have the shape of scale");
+    if (bias->scalar_type() != ScalarType::Float) bias = torch::stable::to(*bias, ScalarType::Float);
+    bias = dense(*bias);
+  }
+
+  // The weight of `n` outputs from `first` on.
+  Weight weight(const uint8_t* packed, int64_t first, int64_t n) const {
+    return {packed, static_cast<const float*>(scale.const_data_ptr()) + first,
+            bias ? static_cast<const float*>(bias->const_data_ptr()) + first : nullptr, n};
+  }
+};
+
+constexpr int64_t panels_for(int64_t n) { return (n + LANES - 1) / LANES; }
+constexpr int64_t padded(int64_t k) { return (k + K_STEP - 1) / K_STEP * K_STEP; }
+
+const uint8_t* packed_bytes(const char* op, const Tensor& packed, int64_t batch_dims, int64_t panels, int64_t k) {
+  const bool fits = packed.scalar_type() == ScalarType::Byte && packed.dim() == batch_dims + 4 &&
+                    packed.is_contiguous() && packed.size(batch_dims) == panels &&
+                    packed.size(batch_dims + 1) == padded(k) / GROUP && packed.size(batch_dims + 2) == LANES &&
+                    packed.size(batch_dims + 3) == GROUP;
+  STD_TORCH_CHECK(fits, op, ": packed does not fit x [..., K=", k, "] and scale, or is not contiguous; make it with ",
+                  "int8compile.ops.pack_weight");
+  return static_cast<const uint8_t*>(packed.const_data_ptr());
+}
+
+Split split_of(const char* op, double threshold, bool by_column) {
+  STD_TORCH_CHECK(std::isfinite(threshold) && threshold >= 0, op, ": threshold must be a finite number >= 0");
+  return {by_column ? Policy::column : Policy::row, threshold};
+}
 
 Split split_of(const char* op, double threshold, const std::string& outliers) {
   STD_TORCH_CHECK(outliers == "row" || outliers == "column", op, ": outliers is '", outliers,
                   "'; allowed are 'row' and 'column'");
-  STD_TORCH_CHECK(std::isfinite(threshold) && threshold >= 0, op, ": threshold must be a finite number >= 0");
-  return {outliers == "row" ? Policy::row : Policy::column, threshold};
+  return split_of(op, threshold, outliers == "column");
 }
 
-std::vector<Tensor> run(const char* op, const Tensor& input, const std::vector<Operand>& operands, Split split) {
-  const Dtype dtype = dtype_of(input, op);
-  const Tensor x = input.is_contiguous() ? input : torch::stable::contiguous(input);
-  const int64_t k = x.size(-1);
-  int64_t m = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  std::vector<Tensor> results;
-  std::vector<Weight> weights;
-  std::vector<Output> outputs;
-  for (const Operand& operand : operands) {
-    results.push_back(new_output(x, operand.weight.n));
-    weights.push_back(operand.weight);
-    outputs.push_back({results.back().mutable_data_ptr(), operand.weight.n, dtype});
+// x @ several weights that lie one behind the other, of sizes[i] outputs.
+template <size_t COUNT>
+std::array<Tensor, COUNT> run(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                              const std::optional<Tensor>& bias, std::array<int64_t, COUNT> sizes, Split split) {
+  const Input input(op, x);
+  const Affine affine(op, scale, bias);
+  STD_TORCH_CHECK(scale.dim() == 1, op, ": scale must be [N]");
+  sizes.back() = scale.size(0);
+  int64_t panels = 0;
+  for (size_t i = 0; i + 1 < COUNT; ++i) sizes.back() -= sizes[i];
+  for (int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0, op, ": the numbers of outputs do not add up to scale's");
+    panels += panels_for(size);
   }
-  linear(variant(), {x.const_data_ptr(), dtype, m, k}, split, weights.data(), outputs.data(), int64_t(weights.size()),
-         parallel_for);
+  const uint8_t* bytes = packed_bytes(op, packed, 0, panels, input.rows.k);
+  std::array<Tensor, COUNT> results;
+  std::array<Weight, COUNT> weights;
+  std::array<Output, COUNT> outputs;
+  int64_t first = 0, panel = 0;
+  for (size_t i = 0; i < COUNT; ++i) {
+    results[i] = new_output(input.x, sizes[i]);
+    weights[i] = affine.weight(bytes + panel * LANES * padded(input.rows.k), first, sizes[i]);
+    outputs[i] = {results[i].mutable_data_ptr(), sizes[i], input.rows.dtype};
+    first += sizes[i];
+    panel += panels_for(sizes[i]);
+  }
+  linear(variant(), input.rows, split, weights.data(), outputs.data(), COUNT, parallel_for);
   return results;
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
                      double threshold, const std::string& outliers) {
   constexpr const char* op = "int8compile::packed_linear";
-  return run(op, x, {Operand(op, x, packed, scale, bias)}, split_of(op, threshold, outliers))[0];
+  return run<1>(op, x, packed, scale, bias, {}, split_of(op, threshold, outliers))[0];
 }
 
-std::vector<Tensor> packed_linears(const Tensor& x, const std::vector<Tensor>& packed,
-                                   const std::vector<Tensor>& scale, const std::vector<std::optional<Tensor>>& bias,
-                                   double threshold, const std::string& outliers) {
-  constexpr const char* op = "int8compile::packed_linears";
-  STD_TORCH_CHECK(packed.size() == scale.size() && packed.size() == bias.size(), op,
-                  ": give one scale and one bias (or none) for each packed weight");
-  std::vector<Operand> operands;
-  for (size_t i = 0; i < packed.size(); ++i) operands.emplace_back(op, x, packed[i], scale[i], bias[i]);
-  return run(op, x, operands, split_of(op, threshold, outliers));
+Tensor packed_linear_no_grad(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                             const std::optional<Tensor>& bias, double threshold, bool by_column) {
+  constexpr const char* op = "int8compile::packed_linear_no_grad";
+  return run<1>(op, x, packed, scale, bias, {}, split_of(op, threshold, by_column))[0];
+}
+
+std::tuple<Tensor, Tensor> packed_linear_pair_no_grad(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                                      const std::optional<Tensor>& bias, int64_t n0, double threshold,
+                                                      bool by_column) {
+  constexpr const char* op = "int8compile::packed_linear_pair_no_grad";
+  const auto y = run<2>(op, x, packed, scale, bias, {n0, 0}, split_of(op, threshold, by_column));
+  return {y[0], y[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> packed_linear_triple_no_grad(const Tensor& x, const Tensor& packed,
+                                                                const Tensor& scale, const std::optional<Tensor>& bias,
+                                                                int64_t n0, int64_t n1, double threshold,
+                                                                bool by_column) {
+  constexpr const char* op = "int8compile::packed_linear_triple_no_grad";
+  const auto y = run<3>(op, x, packed, scale, bias, {n0, n1, 0}, split_of(op, threshold, by_column));
+  return {y[0], y[1], y[2]};
+}
+
+// x [B, M, K], packed [B, ...], scale and bias [B, N].
+Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                             const std::optional<Tensor>& bias, double threshold, const std::string& outliers) {
+  constexpr const char* op = "int8compile::packed_batched_linear";
+  const Split split = split_of(op, threshold, outliers);
+  const Input input(op, x);
+  const Affine affine(op, scale, bias);
+  STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && packed.dim() == 5 && x.size(0) == scale.size(0) &&
+                      x.size(0) == packed.size(0),
+                  op, ": give x [B, M, K], packed [B, ...] and scale [B, N]");
+  const int64_t m = x.size(1), k = x.size(2), n = scale.size(1);
+  const uint8_t* bytes = packed_bytes(op, packed, 1, panels_for(n), k);
+  const Tensor y = new_output(input.x, n);
+  const int64_t element = input.rows.dtype == Dtype::float32 ? 4 : 2;
+  for (int64_t b = 0; b < x.size(0); ++b) {
+    const Activations rows = {static_cast<const char*>(input.rows.data) + b * m * k * element, input.rows.dtype, m, k};
+    const Weight weight = affine.weight(bytes + b * panels_for(n) * LANES * padded(k), b * n, n);
+    const Output output = {static_cast<char*>(y.mutable_data_ptr()) + b * m * n * element, n, input.rows.dtype};
+    linear(variant(), rows, split, &weight, &output, 1, parallel_for);
+  }
+  return y;
+}
+
+Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                 const std::optional<Tensor>& bias) {
+  constexpr const char* op = "int8compile::packed_weight_only_linear";
+  const Input input(op, x);
+  const Affine affine(op, scale, bias);
+  STD_TORCH_CHECK(scale.dim() == 1, op, ": scale must be [N]");
+  const int64_t n = scale.size(0);
+  const Weight weight = affine.weight(packed_bytes(op, packed, 0, panels_for(n), input.rows.k), 0, n);
+  const Tensor y = new_output(input.x, n);
+  weight_only_linear(variant(), input.rows, weight, {y.mutable_data_ptr(), n, input.rows.dtype}, parallel_for);
+  return y;
+}
+
+Tensor pack_weight(const Tensor& qweight_) {
+  constexpr const char* op = "int8compile::pack_weight";
+  const Tensor qweight = dense(qweight_);
+  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Char && qweight.dim() >= 2, op, ": qweight must be int8 [..., N, K]");
+  const int64_t dims = qweight.dim(), n = qweight.size(dims - 2), k = qweight.size(dims - 1);
+  std::vector<int64_t> sizes(qweight.sizes().begin(), qweight.sizes().end() - 2);
+  int64_t batch = 1;
+  for (int64_t size : sizes) batch *= size;
+  for (int64_t size : {panels_for(n), padded(k) / GROUP, int64_t(LANES), int64_t(GROUP)}) sizes.push_back(size);
+  const Tensor packed = torch::stable::new_empty(qweight, sizes, ScalarType::Byte);
+  for (int64_t b = 0; b < batch; ++b) {
+    pack(static_cast<const int8_t*>(qweight.const_data_ptr()) + b * n * k, n, k,
+         static_cast<uint8_t*>(packed.mutable_data_ptr()) + b * panels_for(n) * LANES * padded(k), parallel_for);
+  }
+  return packed;
+}
+
+// Weights that are not packed are packed for the one call.
+Tensor linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
+                       double threshold, const std::string& outliers) {
+  return packed_linear(x, pack_weight(qweight), scale, bias, threshold, outliers);
+}
+
+Tensor batched_linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale,
+                               const std::optional<Tensor>& bias, double threshold, const std::string& outliers) {
+  return packed_batched_linear(x, pack_weight(qweight), scale, bias, threshold, outliers);
+}
+
+Tensor weight_only_linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale,
+                                   const std::optional<Tensor>& bias) {
+  return packed_weight_only_linear(x, pack_weight(qweight), scale, bias);
 }
 
 }  // namespace
 }  // namespace int8compile
 
 STABLE_TORCH_LIBRARY_IMPL(int8compile, CPU, m) {
-  m.impl("packed_linear", TORCH_BOX(&int8compile::packed_linear));
-  m.impl("packed_linears", TORCH_BOX(&int8compile::packed_linears));
+  using namespace int8compile;
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("packed_linear", TORCH_BOX(&packed_linear));
+  m.impl("packed_linear_no_grad", TORCH_BOX(&packed_linear_no_grad));
+  m.impl("packed_linear_pair_no_grad", TORCH_BOX(&packed_linear_pair_no_grad));
+  m.impl("packed_linear_triple_no_grad", TORCH_BOX(&packed_linear_triple_no_grad));
+  m.impl("packed_batched_linear", TORCH_BOX(&packed_batched_linear));
+  m.impl("packed_weight_only_linear", TORCH_BOX(&packed_weight_only_linear));
+  m.impl("packed_weight_only_linear_no_grad", TORCH_BOX(&packed_weight_only_linear));
+  m.impl("linear", TORCH_BOX(&linear_unpacked));
+  m.impl("batched_linear", TORCH_BOX(&batched_linear_unpacked));
+  m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear_unpacked));
 }
 
 #define EXPORTED __attribute__((visibility("default")))

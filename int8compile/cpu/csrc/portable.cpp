@@ -15,7 +15,7 @@ struct X {
 };
 constexpr uint32_t OFFSET = 128;
 constexpr int PER_PANEL = 1;
-constexpr int TILE_M = 2;
+constexpr int TILE_M = 3;
 constexpr int TILE_P = 1;
 
 inline Sum zero() { return Sum{}; }
@@ -44,6 +44,9 @@ bool always() { return true; }
 
 }  // namespace
 
-extern const Variant portable = {"portable", always, sizeof(Q), TILE_P, to_float, quantize, residual, multiply};
+extern const Variant portable = {
+    "portable", always, sizeof(Q), TILE_P,
+    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+};
 
 }  // namespace int8compile

@@ -196,3 +196,41 @@ void residual(const float* x, const void* quantized, float scale, const int32_t*
     result[i] = x[columns[i]] - part;
   }
 }
+
+// See FixedPointRows, and `fixed_point_rows` of the reference.
+double quantize_digits(const float* x, int64_t k, int64_t k_padded, int64_t stride, void* result, int32_t* sum) {
+  Q* q = static_cast<Q*>(result);
+  const int64_t count = (k + LANES - 1) / LANES * LANES;
+  const uint32_t absmax = largest_to(0x7fffffffu, x, count);
+  if (absmax >= INFINITE) {
+    for (int digit = 0; digit < DIGITS; ++digit) {
+      std::memset(q + digit * stride, 0, k_padded * sizeof(Q));
+      sum[digit] = 0;
+    }
+    return __builtin_nan("");
+  }
+  // absmax < 2**exponent; a zero row has exponent 0.
+  const int64_t exponent = absmax ? ((bits_of(from_bits(absmax)) >> 52) & 0x7ff) - 1022 : 0;
+  const double unit = double_from_bits((1023 + exponent - 22) << 52);
+  const double inverse = double_from_bits((1023 - exponent + 22) << 52);
+  typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
+  Ints sums[DIGITS] = {};
+  for (int64_t i = 0; i < count; i += LANES) {
+    // Adding 1.5 * 2**52 rounds half to even and leaves the integer in the low bits.
+    const Doubles rounded = __builtin_convertvector(load<Floats>(x + i), Doubles) * inverse + 1.5 * 0x1p52;
+    Ints rest = __builtin_convertvector((Longs)rounded, Ints);
+    for (int digit = 0; digit < DIGITS; ++digit) {
+      const Ints low = (rest << 24) >> 24;
+      rest = (rest - low) >> 8;
+      sums[digit] += low;
+      const Quantized narrow = __builtin_convertvector(low, Quantized);
+      std::memcpy(q + digit * stride + i, &narrow, sizeof(narrow));
+    }
+  }
+  for (int digit = 0; digit < DIGITS; ++digit) {
+    std::memset(q + digit * stride + count, 0, (k_padded - count) * sizeof(Q));
+    sum[digit] = 0;
+    for (int i = 0; i < LANES; ++i) sum[digit] += sums[digit][i];
+  }
+  return unit;
+}

@@ -6,9 +6,11 @@
 //     TILE_M, TILE_P     rows and panels of a tile
 //     zero, load_weights, broadcast, dot, store_sums
 
-// How far ahead of its use one row's weights are asked for: enough to hide the memory's latency.
+// How far ahead of their use weights that are used once are asked for: enough to hide the memory's latency. Past the
+// end of the weight that does no harm.
 constexpr int PREFETCH_BYTES = 2048;
 
+// `q` are M rows, `packed` P panels, `acc` [M][P][LANES].
 template <int M, int P>
 inline void tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
   constexpr int V = P * PER_PANEL;
@@ -21,6 +23,8 @@ inline void tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* pa
     for (int v = 0; v < V; ++v) sum[m][v] = zero();
   }
   for (int64_t k = 0; k < k_padded; k += GROUP) {
+    // A tile of one panel is that of few rows.
+    if (P == 1) __builtin_prefetch(packed + k * LANES + PREFETCH_BYTES);
     W w[V];
 #pragma GCC unroll 32
     for (int v = 0; v < V; ++v) {
@@ -40,8 +44,9 @@ inline void tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* pa
   }
 }
 
-// One row: one panel at a time, so that weights stream from memory in order, with several sums in flight.
-inline void row_tile(const Q* q, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
+// One row and one panel, with several sums in flight.
+template <>
+inline void tile<1, 1>(const Q* q, int64_t, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
   constexpr int U = 4;
   constexpr int BYTES = LANES * GROUP / PER_PANEL;
   Sum sum[U][PER_PANEL];
@@ -49,7 +54,6 @@ inline void row_tile(const Q* q, int64_t k_padded, const uint8_t* packed, int32_
     for (auto& one : each) one = zero();
   }
   for (int64_t k = 0; k < k_padded; k += U * GROUP) {
-    // Past the end of the weight it does no harm.
     for (int u = 0; u < U; ++u) __builtin_prefetch(packed + (k + u * GROUP) * LANES + PREFETCH_BYTES);
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
@@ -64,47 +68,66 @@ inline void row_tile(const Q* q, int64_t k_padded, const uint8_t* packed, int32_
   store_sums(sum[0], acc);
 }
 
-template <int M, int P>
-inline void finished_tile(const Rows& rows, int64_t row, const Weight& weight, int64_t panel, const Affine* affine,
+// The buffer's rows that make one row of x.
+constexpr int parts_of(const Rows*) { return 1; }
+constexpr int parts_of(const FixedPointRows*) { return DIGITS; }
+
+// M rows of the buffer by P panels.
+template <int M, int P, typename R>
+inline void finished_tile(const R& rows, int64_t row, const Weight& weight, int64_t panel, const Affine* affine,
                           const Output& y) {
+  constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
   alignas(64) int32_t acc[M * P * LANES];
-  const Q* q = static_cast<const Q*>(rows.q) + row * rows.stride;
-  const uint8_t* packed = weight.packed + panel * LANES * rows.k_padded;
-  if (M == 1 && P == 1) {
-    row_tile(q, rows.k_padded, packed, acc);
-  } else {
-    tile<M, P>(q, rows.stride, rows.k_padded, packed, acc);
+  const Q* q = static_cast<const Q*>(rows.q) + row * PARTS * rows.stride;
+  tile<M, P>(q, rows.stride, rows.k_padded, weight.packed + panel * LANES * rows.k_padded, acc);
+  for (int m = 0; m < M / PARTS; ++m) {
+    finish<P>(rows, row + m, weight, panel, affine, acc + m * PARTS * P * LANES, y);
   }
-  for (int m = 0; m < M; ++m) finish<P>(rows, row + m, weight, panel, affine, acc + m * P * LANES, y);
 }
 
-// The last rows of a tile of M, M - 1, ..., 1.
-template <int M, int P>
-inline void last_rows(const Rows& rows, int64_t row, int64_t count, const Weight& weight, int64_t panel,
+// The last rows, fewer than a tile's.
+template <int M, int P, typename R>
+inline void last_rows(const R& rows, int64_t row, int64_t count, const Weight& weight, int64_t panel,
                       const Affine* affine, const Output& y) {
-  if (count == M) {
-    finished_tile<M, P>(rows, row, weight, panel, affine, y);
-  } else if constexpr (M > 1) {
-    last_rows<M - 1, P>(rows, row, count, weight, panel, affine, y);
+  constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
+  if constexpr (M >= PARTS) {
+    if (count * PARTS == M) {
+      finished_tile<M, P>(rows, row, weight, panel, affine, y);
+    } else {
+      last_rows<M - PARTS, P>(rows, row, count, weight, panel, affine, y);
+    }
   }
 }
 
-template <int P>
-inline void panels(const Rows& rows, int64_t begin, int64_t end, const Weight& weight, int64_t panel,
-                   const Output& y) {
+template <int P, typename R>
+inline void panels(const R& rows, int64_t begin, int64_t end, const Weight& weight, int64_t panel, const Output& y) {
+  constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
+  constexpr int STEP = TILE_M / PARTS;
   alignas(64) unsigned char room[P * sizeof(Affine)];
   Affine* affine = reinterpret_cast<Affine*>(room);
   for (int p = 0; p < P; ++p) new (&affine[p]) Affine(weight, panel + p);
   int64_t row = begin;
-  for (; row + TILE_M <= end; row += TILE_M) finished_tile<TILE_M, P>(rows, row, weight, panel, affine, y);
-  if (row < end) last_rows<TILE_M - 1, P>(rows, row, end - row, weight, panel, affine, y);
+  for (; row + STEP <= end; row += STEP) finished_tile<STEP * PARTS, P>(rows, row, weight, panel, affine, y);
+  if (row < end) last_rows<(STEP - 1) * PARTS, P>(rows, row, end - row, weight, panel, affine, y);
 }
 
-void multiply(const Rows& rows, int64_t row_begin, int64_t row_end, const Weight& weight, int64_t panel_begin,
-              int64_t panel_end, const Output& y) {
+template <typename R>
+inline void multiply_rows(const R& rows, int64_t row_begin, int64_t row_end, const Weight& weight, int64_t panel_begin,
+                          int64_t panel_end, const Output& y) {
   int64_t panel = panel_begin;
+  // One row: one panel at a time, so that weights stream from memory in order.
   if (row_end - row_begin > 1) {
     for (; panel + TILE_P <= panel_end; panel += TILE_P) panels<TILE_P>(rows, row_begin, row_end, weight, panel, y);
   }
   for (; panel < panel_end; ++panel) panels<1>(rows, row_begin, row_end, weight, panel, y);
+}
+
+void multiply(const Rows& rows, int64_t row_begin, int64_t row_end, const Weight& weight, int64_t panel_begin,
+              int64_t panel_end, const Output& y) {
+  multiply_rows(rows, row_begin, row_end, weight, panel_begin, panel_end, y);
+}
+
+void multiply_digits(const FixedPointRows& rows, int64_t row_begin, int64_t row_end, const Weight& weight,
+                     int64_t panel_begin, int64_t panel_end, const Output& y) {
+  multiply_rows(rows, row_begin, row_end, weight, panel_begin, panel_end, y);
 }

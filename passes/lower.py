@@ -1,0 +1,109 @@
+"""Lowers a rewritten Dynamo graph to CPU kernels: packed weights, and one operator for linears of the same activation.
+
+q, k and v, or gate and up, read one tensor: together they quantize it once and cost one call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from int8compile import ops
+from int8compile.ops import OUTLIER_POLICIES
+from int8compile.passes.binding import PlaceholderBinder, QuantizedNodes, WeightSlot
+from int8compile.passes.rewrite import NEEDS_GRAD
+from int8compile.passes.static import written
+
+# Each operator with its form for packed weights.
+_PACKED: dict[object, Callable[..., object]] = {
+    ops.linear.default: ops.packed_linear.default,
+    ops.batched_linear.default: ops.packed_batched_linear.default,
+    ops.weight_only_linear.default: ops.packed_weight_only_linear.default,
+}
+_FUSED = {2: ops.packed_linear_pair_no_grad.default, 3: ops.packed_linear_triple_no_grad.default}
+
+
+def lower_for_cpu(module: GraphModule, binder: PlaceholderBinder, parameters: Mapping[Node, Tensor]) -> None:
+    """Has the operators whose weight is on a CPU take it packed, in place.
+
+    Args:
+        module: A rewritten Dynamo graph.
+        binder: What its int8 weights were bound with.
+        parameters: The graph's parameters by their nodes.
+    """
+    slots = {slot.nodes.qweight: slot for slot in binder.slots if _on_cpu(slot, parameters)}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in _PACKED and node.args[1] in slots:
+            slots[node.args[1]].packed = True
+            _pack(node)
+    for group in _siblings(module, slots):
+        _fuse(module, binder, group, [slots[node.args[1]] for node in group])  # type: ignore[index]
+
+
+def _on_cpu(slot: WeightSlot, parameters: Mapping[Node, Tensor]) -> bool:
+    return all(parameters[member.source].device.type == "cpu" for member in slot.members)
+
+
+def _pack(node: Node) -> None:
+    node.target = _PACKED[node.target]
+    if node.meta[NEEDS_GRAD]:
+        return
+    if node.target is ops.packed_linear.default:
+        *tensors, threshold, outliers = node.args
+        node.target = ops.packed_linear_no_grad.default
+        node.args = (*tensors, threshold, bool(OUTLIER_POLICIES.index(outliers)))
+    elif node.target is ops.packed_weight_only_linear.default:
+        node.target = ops.packed_weight_only_linear_no_grad.default
+
+
+def _siblings(module: GraphModule, slots: Mapping[Node, WeightSlot]) -> list[list[Node]]:
+    """Calls of one activation that can run at the place of the first of them, by twos and threes."""
+    groups: list[list[Node]] = []
+    open_groups: dict[object, list[Node]] = {}
+    for node in module.graph.nodes:
+        if _is_barrier(node):
+            open_groups.clear()
+        if node.target is not ops.packed_linear_no_grad.default or node.args[1] not in slots:
+            continue
+        x, qweight, _, bias, *policy = node.args
+        # A weight that others read too stays as they know it; a computed bias may not be there yet.
+        if len(qweight.users) > 1 or (bias is not None and bias.op not in ("placeholder", "get_attr")):
+            continue
+        key = (x, bias is None, *policy)
+        group = open_groups.get(key)
+        if group is None or len(group) == max(_FUSED):
+            group = open_groups[key] = []
+            groups.append(group)
+        group.append(node)
+    return [group for group in groups if len(group) > 1]
+
+
+def _is_barrier(node: Node) -> bool:
+    """Whether a call must not pass this node: it writes to a tensor, or switches autocast or the like."""
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
+    name = getattr(node.target, "__name__", "")
+    return bool(written(node)) or name.startswith(("_enter_", "_exit_", "_set_", "_grad_", "_jvp_"))
+
+
+def _fuse(module: GraphModule, binder: PlaceholderBinder, nodes: Sequence[Node], slots: Sequence[WeightSlot]) -> None:
+    graph = module.graph
+    first = nodes[0]
+    x, _, _, bias, *policy = first.args
+    sizes = [slot.members[0].view.shape[0] for slot in slots]
+    biases = [node.args[3] for node in nodes]
+    with graph.inserting_before(first):
+        if bias is not None:
+            bias = graph.call_function(torch.cat, (biases,))
+        call = graph.call_function(_FUSED[len(nodes)])
+        parts = [graph.call_function(operator.getitem, (call, i)) for i in range(len(nodes))]
+    for node, part in zip(nodes, parts, strict=True):
+        part.meta.update(node.meta)
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+    weight: QuantizedNodes = binder.fuse(slots).nodes
+    call.args = (x, weight.qweight, weight.scale, bias, *sizes[:-1], *policy)
