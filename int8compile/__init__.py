@@ -12,6 +12,7 @@ from int8compile.errors import (
     InputError,
     Int8CompileError,
     Int8Warning,
+    KernelBuildError,
     ModelError,
 )
 from int8compile.explain import explain
@@ -30,6 +31,7 @@ __all__ = [
     "Int8CompileError",
     "Int8Config",
     "Int8Warning",
+    "KernelBuildError",
     "ModelError",
     "Report",
     "Site",

@@ -1,4 +1,4 @@
-"""The command `int8compile`: `demo` and `explain`."""
+"""The command `int8compile`: `demo`, `explain` and `doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from int8compile.errors import Int8CompileError
 
 # What argparse itself exits with.
 USAGE_ERROR = 2
+NO_KERNEL = 1
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -23,15 +24,15 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments, `sys.argv[1:]` if None.
 
     Returns:
-        The exit code: 0, or 2 after one line on stderr where what was given cannot be used.
+        The exit code: 0, or 2 after one line on stderr where what was given cannot be used, or 1 where `doctor` finds
+        that the CPU kernel does not work.
     """
     parser = _parser()
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             args.parser.refuse(unknown[0])
-        run = _demo if args.command == "demo" else _explain
-        return run(args)
+        return {"demo": _demo, "explain": _explain, "doctor": _doctor}[args.command](args)
     except Int8CompileError as error:
         print(f"int8compile: error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -58,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="int8compile", description='torch.compile(model, backend="int8") from the command line.')
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_explain):
+    for add in (_add_demo, _add_explain, _add_doctor):
         command = add(commands)
         command.set_defaults(parser=command)
     return parser
@@ -127,6 +128,13 @@ def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
     return explain
 
 
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "show what this machine has and whether the CPU kernel works on it (compiles it if need be)"
+    doctor = commands.add_parser("doctor", help=about, description=about, allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON, and nothing else, on stdout")
+    return doctor
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -159,3 +167,11 @@ def _explain(args: argparse.Namespace) -> int:
     report = explain(model, config=config, **inputs)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from int8compile import doctor
+
+    found = doctor.examine()
+    print(json.dumps(found, indent=2) if args.json else doctor.render(found))
+    return NO_KERNEL if found["kernel"]["problem"] else 0

@@ -218,20 +218,21 @@ def _identified(command: tuple[str, ...], path: str) -> Compiler:
     return Compiler(command, output.strip())
 
 
-def library(sources: Path = SOURCES, *, again: bool = False) -> Built:
+def library(*, again: bool = False) -> Built:
     """The library of this machine, compiled if that has not been done.
 
     Any number of processes may call this at once: one compiles, the others wait for it.
 
     Args:
-        sources: Folder of the sources.
         again: Compile even if it is there, because what is there does not load.
 
     Raises:
         KernelBuildError: There is no compiler, it fails, or the cache folder cannot be written.
     """
+    if os.name != "posix":
+        raise KernelBuildError(f"there is a CPU kernel for Linux and macOS only, not for {platform.system()}")
     compiler = find_compiler()
-    folder = cache_folder() / f"cpu-{architecture()}-{_key(sources, compiler)}"
+    folder = cache_folder() / f"cpu-{architecture()}-{_key(compiler)}"
     if not again and (built := _cached(folder)):
         return built
     try:
@@ -242,7 +243,7 @@ def library(sources: Path = SOURCES, *, again: bool = False) -> Built:
             for left in folder.glob("tmp-*"):  # by a build that was killed; it held the lock
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder, ignore_cleanup_errors=True) as temporary:
-                return _build(sources, compiler, folder, Path(temporary))
+                return _build(compiler, folder, Path(temporary))
     except OSError as error:
         raise KernelBuildError(
             f"the cache folder {cache_folder()} cannot be used ({error.strerror or error}); "
@@ -250,11 +251,11 @@ def library(sources: Path = SOURCES, *, again: bool = False) -> Built:
         ) from error
 
 
-def _key(sources: Path, compiler: Compiler) -> str:
+def _key(compiler: Compiler) -> str:
     """Changes with everything that the library depends on."""
     table = [dataclasses.astuple(unit) for unit in units(architecture())]
     how = (FLAGS, LINK_FLAGS, table, compiler.command, compiler.version, torch.__version__, platform.system())
-    files = sorted([*sources.glob("*.cpp"), *sources.glob("*.h")])
+    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     what = [(file.name, file.read_bytes()) for file in files]
     return hashlib.sha256(repr((how, what)).encode()).hexdigest()[:16]
 
@@ -275,13 +276,13 @@ def _cached(folder: Path) -> Built | None:
         return None
 
 
-def _build(sources: Path, compiler: Compiler, folder: Path, temporary: Path) -> Built:
+def _build(compiler: Compiler, folder: Path, temporary: Path) -> Built:
     began = time.perf_counter()
     wanted = units(architecture())
     log.info("compiling the CPU kernel with %s in %s", compiler.name, folder)
     with open(folder / "build.log", "w") as written:
         try:
-            objects = compile_units(compiler.command, wanted, temporary, sources=sources, write=written.write)
+            objects = compile_units(compiler.command, wanted, temporary, write=written.write)
             path = temporary / "library.so"
             command = [*compiler.command, *objects.paths, *_with_torch(LINK_FLAGS), "-o", str(path)]
             _checked(command, "linking", written.write)
@@ -323,17 +324,14 @@ def compile_units(
     command: Sequence[str],
     wanted: Sequence[Unit],
     folder: Path,
-    *,
-    sources: Path = SOURCES,
     write: Callable[[str], object] = lambda text: None,
 ) -> Objects:
     """Compiles units, several at a time.
 
     Args:
         command: The compiler and arguments that go before all others, e.g. a target.
-        wanted: The units; a source that is not in `sources` itself is given as a path relative to it.
+        wanted: The units.
         folder: Where to put the object files.
-        sources: Folder of the sources.
         write: Takes the compiler's commands and its output.
 
     Raises:
@@ -344,9 +342,9 @@ def compile_units(
     def build(unit: Unit, *flags: str) -> str:
         """Compiles one; returns why it is left out, or ""."""
         path = folder / f"{Path(unit.source).stem}.o"
-        options = [*FLAGS, *_with_torch(unit.flags), *flags, "-iquote", str(sources)]
+        options = [*FLAGS, *_with_torch(unit.flags), *flags, "-iquote", str(SOURCES)]
         try:
-            _checked([*command, *options, "-c", str(sources / unit.source), "-o", str(path)], unit.source, write)
+            _checked([*command, *options, "-c", str(SOURCES / unit.source), "-o", str(path)], unit.source, write)
         except KernelBuildError:
             if not unit.needs:
                 raise
@@ -434,14 +432,14 @@ def _cores() -> int:
 def _progress(total: int | None, text: str) -> Iterator[Callable[[int], object]]:
     """A progress line, which appears only if it takes longer than a second."""
     form = None if total else "{desc} [{elapsed}]"
-    with tqdm(total=total, desc=text, delay=1, leave=False, miniters=0, bar_format=form) as bar:
+    with tqdm(total=total, desc=text, delay=1, mininterval=0.5, miniters=0, leave=False, bar_format=form) as bar:
         yield bar.update
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Holds a lock file. The system takes it back from a process that dies."""
-    import fcntl  # not on Windows, which find_compiler's caller has refused
+    import fcntl  # not on Windows
 
     with open(path, "a") as file:
         try:
