@@ -72,7 +72,8 @@ def expected_names() -> set[str]:
     for folder, target in SOURCES.items():
         # os.walk does not follow the links int8compile/passes and int8compile/triton_kernels.
         for parent, _, files in os.walk(ROOT / folder):
-            if Path(parent).name != "__pycache__":
+            # csrc/check: a program of the tests, in the sdist only.
+            if Path(parent).name not in {"__pycache__", "check"}:
                 names |= {f"{target}/{(Path(parent) / name).relative_to(ROOT / folder).as_posix()}" for name in files}
     return names
 
@@ -87,6 +88,8 @@ def test_wheel_holds_every_source_file_once_and_nothing_else(dist: dict[str, Pat
         "int8compile/passes/__init__.py",
         "int8compile/triton_kernels/__init__.py",
         "int8compile/py.typed",
+        "int8compile/cpu/csrc/op.cpp",
+        "int8compile/cpu/csrc/kernel.h",
     ):
         assert names.count(name) == 1
     assert {name.split("/")[0] for name in installed} == {"int8compile"}
@@ -101,7 +104,7 @@ def test_sdist_holds_the_folders_once_and_no_links(dist: dict[str, Path]) -> Non
     assert names.count("triton_kernels/__init__.py") == 1
     # Enough to run `make test` in it.
     assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"} <= set(names)
-    assert "tests/test_packaging.py" in names
+    assert {"tests/test_packaging.py", "int8compile/cpu/csrc/check/check.cpp"} <= set(names)
     assert not [name for name in names if name.startswith(("int8compile/passes", "int8compile/triton_kernels"))]
 
 
