@@ -158,18 +158,17 @@ def _load_once() -> Library | None:
 
 
 def _build_and_load() -> Library:
+    """Compiles again, once, what an earlier process compiled and this one cannot load."""
     built = build.library()
-    try:
-        return Library(built)
-    except (OSError, AttributeError) as error:
-        if not built.cached:
-            raise KernelBuildError(f"{built.path} does not load: {error}") from error
-        log.warning("%s does not load and will be compiled again: %s", built.path, error)
-    built = build.library(again=True)
-    try:
-        return Library(built)
-    except (OSError, AttributeError) as error:
-        raise KernelBuildError(f"{built.path} does not load: {error}") from error
+    while True:
+        try:
+            return Library(built)
+        except (OSError, AttributeError) as error:
+            why = f"{built.path} does not load: {error.__cause__ or error}"  # torch hides the loader's words
+            if not built.cached:
+                raise KernelBuildError(why) from error
+            log.warning("%s; it will be compiled again", why)
+        built = build.library(again=True)
 
 
 def _read_isa(library: Library) -> None:

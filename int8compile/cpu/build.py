@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -415,7 +416,11 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
 def _essence(output: str) -> str:
     """The line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+    # The linker's messages have no "error:"; what the compiler adds to them has.
+    for pattern in (r"^(?!collect2|clang).*\berror:", r"\bld(\.\w+)?: (?!.*: in function)"):
+        if found := next((line for line in lines if re.search(pattern, line)), ""):
+            return found
+    return lines[-1] if lines else ""
 
 
 def _with_torch(flags: Sequence[str]) -> list[str]:
