@@ -108,6 +108,9 @@ Bytes activations(int64_t m, int64_t k, Dtype dtype, int first) {
   return x;
 }
 
+// Two rows for the largest sums, as they are and with the weights' offset in them.
+int extreme(int64_t row, int64_t i, int least) { return row == 0 && i % 2 == 0 ? least : 127; }
+
 // A weight, packed as kernel.h says.
 struct Matrix {
   int64_t n, k;
@@ -120,7 +123,7 @@ struct Matrix {
     packed.assign((n + LANES - 1) / LANES * groups * LANES * GROUP, 0x80);
     for (int64_t row = 0; row < n; ++row) {
       for (int64_t i = 0; i < k; ++i) {
-        const int value = row == 0 ? (i % 2 ? 127 : -128) : int(random_below(256)) - 128;
+        const int value = row < 2 ? extreme(row, i, -128) : int(random_below(256)) - 128;
         q[row * k + i] = int8_t(value);
         packed[((row / LANES * groups + i / GROUP) * LANES + row % LANES) * GROUP + i % GROUP] = uint8_t(value + 128);
       }
@@ -211,7 +214,9 @@ bool integers_are_exact(const Variant& variant, int64_t m, int64_t k, int64_t n,
     for (int64_t i = 0; i < k; ++i) x[row * k + i] = float(int(random_below(255)) - 127);
     x[row * k + random_below(uint32_t(k))] = random_below(2) ? 127 : -127;
   }
-  for (int64_t i = 0; i < k; ++i) x[i] = i % 2 ? 127 : -127;  // the largest sum, with row 0 of the weight
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t row = 0; row < 2 && row < m; ++row) x[row * k + i] = float(extreme(row, i, -127));
+  }
   Result result(m, n, Dtype::float32);
   const Weight weight = matrix.weight();
   const Output output = result.output();
