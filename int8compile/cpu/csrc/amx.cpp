@@ -9,6 +9,7 @@
 namespace int8compile {
 namespace {
 
+constexpr int VL = 16;
 #include "lanes.h"
 #include "avx512.h"
 #include "rows.h"
@@ -35,8 +36,6 @@ void configure() {
   _tile_loadconfig(&config);
 }
 
-// Up to 32 rows and 2 panels. Rows beyond the last are multiplied too, and ignored.
-//
 // Where the weights are used once they come from memory, and are asked for this far ahead.
 constexpr int64_t TILE_PREFETCH_BYTES = 4096;
 
@@ -44,9 +43,33 @@ inline void prefetch_tile(const uint8_t* packed) {
   for (int line = 0; line < 16; ++line) __builtin_prefetch(packed + TILE_PREFETCH_BYTES + 64 * line);
 }
 
+constexpr int MAX_ROWS = 2 * TILE_ROWS;
+
+// Sums that are to be finished. That is work for the vector units, done while the tile unit multiplies the next tile:
+// neither waits for the other.
+template <int P>
+struct Pending {
+  const Rows& rows;
+  const Weight& weight;
+  const Output& y;
+  int64_t panel = 0;
+  int64_t row = 0, end = 0;
+  int64_t first = 0;
+  const Affine* affine = nullptr;
+  const int32_t* acc = nullptr;
+
+  void finish_to(int64_t stop) {
+    for (; row < stop; ++row) finish<P>(rows, row, weight, panel, affine, acc + (row - first) * P * LANES, y);
+  }
+};
+
+// Up to 32 rows and P panels into acc [32][P][LANES]. Rows beyond the last are multiplied too, and ignored.
 template <int HALVES, int P, bool ONCE>
-inline void amx_tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
+inline void amx_tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, int32_t* acc,
+                     Pending<P>& pending) {
   const int64_t panel_bytes = LANES * k_padded;
+  const int64_t steps = k_padded / K_STEP;
+  const int64_t rows_of_step = (pending.end - pending.row + steps - 1) / (steps ? steps : 1);
   _tile_zero(0);
   if (P > 1) _tile_zero(1);
   if (HALVES > 1) _tile_zero(2);
@@ -67,7 +90,10 @@ inline void amx_tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t
       _tile_dpbsud(2, 5, 6);
       if (P > 1) _tile_dpbsud(3, 5, 7);
     }
+    const int64_t stop = pending.row + rows_of_step;
+    pending.finish_to(stop < pending.end ? stop : pending.end);
   }
+  pending.finish_to(pending.end);
   constexpr int64_t acc_stride = P * LANES * 4;
   _tile_stored(0, acc, acc_stride);
   if (P > 1) _tile_stored(1, acc + LANES, acc_stride);
@@ -76,22 +102,39 @@ inline void amx_tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t
 }
 
 template <int P>
-void amx_panels(const Rows& rows, int64_t begin, int64_t end, const Weight& weight, int64_t panel, const Output& y) {
-  alignas(64) int32_t acc[2 * TILE_ROWS * P * LANES];
-  const Affine affine[2] = {Affine(weight, panel), Affine(weight, panel + P - 1)};
-  const uint8_t* packed = weight.packed + panel * LANES * rows.k_padded;
-  for (int64_t row = begin; row < end;) {
-    const int64_t left = end - row;
-    const Q* q = static_cast<const Q*>(rows.q) + row * rows.stride;
-    const int64_t count = left < 2 * TILE_ROWS ? left : 2 * TILE_ROWS;
-    if (left > TILE_ROWS) {
-      row == begin ? amx_tile<2, P, true>(q, rows.stride, rows.k_padded, packed, acc) : amx_tile<2, P, false>(q, rows.stride, rows.k_padded, packed, acc);
-    } else {
-      row == begin ? amx_tile<1, P, true>(q, rows.stride, rows.k_padded, packed, acc) : amx_tile<1, P, false>(q, rows.stride, rows.k_padded, packed, acc);
+void amx_panels(const Rows& rows, int64_t begin, int64_t end, const Weight& weight, int64_t panel_begin,
+                int64_t panel_end, const Output& y) {
+  // Two of each, one being filled while the other is finished.
+  alignas(64) int32_t acc[2][MAX_ROWS * P * LANES];
+  alignas(64) unsigned char room[2][P * sizeof(Affine)];
+  Pending<P> pending{rows, weight, y};
+  int filled = 0, described = 0;
+  for (int64_t panel = panel_begin; panel < panel_end; panel += P) {
+    Affine* affine = reinterpret_cast<Affine*>(room[described]);
+    described ^= 1;
+    for (int p = 0; p < P; ++p) new (&affine[p]) Affine(weight, panel + p);
+    const uint8_t* packed = weight.packed + panel * LANES * rows.k_padded;
+    for (int64_t row = begin; row < end;) {
+      const int64_t count = end - row < MAX_ROWS ? end - row : MAX_ROWS;
+      const Q* q = static_cast<const Q*>(rows.q) + row * rows.stride;
+      int32_t* sums = acc[filled];
+      filled ^= 1;
+      if (count > TILE_ROWS) {
+        row == begin ? amx_tile<2, P, true>(q, rows.stride, rows.k_padded, packed, sums, pending)
+                     : amx_tile<2, P, false>(q, rows.stride, rows.k_padded, packed, sums, pending);
+      } else {
+        row == begin ? amx_tile<1, P, true>(q, rows.stride, rows.k_padded, packed, sums, pending)
+                     : amx_tile<1, P, false>(q, rows.stride, rows.k_padded, packed, sums, pending);
+      }
+      pending.panel = panel;
+      pending.first = pending.row = row;
+      pending.end = row + count;
+      pending.affine = affine;
+      pending.acc = sums;
+      row += count;
     }
-    for (int64_t m = 0; m < count; ++m) finish<P>(rows, row + m, weight, panel, affine, acc + m * P * LANES, y);
-    row += count;
   }
+  pending.finish_to(pending.end);
 }
 
 // As many rows as are no slower by vpdpbusd.
@@ -104,9 +147,9 @@ void amx_multiply(const Rows& rows, int64_t row_begin, int64_t row_end, const We
     return;
   }
   configure();
-  int64_t panel = panel_begin;
-  for (; panel + 2 <= panel_end; panel += 2) amx_panels<2>(rows, row_begin, row_end, weight, panel, y);
-  if (panel < panel_end) amx_panels<1>(rows, row_begin, row_end, weight, panel, y);
+  const int64_t paired = panel_begin + (panel_end - panel_begin) / 2 * 2;
+  amx_panels<2>(rows, row_begin, row_end, weight, panel_begin, paired, y);
+  amx_panels<1>(rows, row_begin, row_end, weight, paired, panel_end, y);
   _tile_release();
 }
 
@@ -114,7 +157,7 @@ void amx_multiply(const Rows& rows, int64_t row_begin, int64_t row_end, const We
 
 extern const Variant amx = {
     "amx", has_amx_int8, sizeof(Q), 2,
-    to_float, quantize, residual, amx_multiply, quantize_digits, multiply_digits,
+    to_float, quantize, flag_outliers, residual, amx_multiply, quantize_digits, multiply_digits,
 };
 
 }  // namespace int8compile

@@ -9,6 +9,7 @@
 namespace int8compile {
 namespace {
 
+constexpr int VL = 8;
 #include "lanes.h"
 
 using Q = int16_t;
@@ -34,6 +35,8 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
   }
 }
 
+inline uint32_t mask_bits(Ints mask) { return uint32_t(_mm256_movemask_ps((__m256)mask)); }
+
 #include "rows.h"
 #include "epilogue.h"
 #include "tiles.h"
@@ -42,7 +45,7 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
 
 extern const Variant avx2 = {
     "avx2", has_avx2, sizeof(Q), TILE_P,
-    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
 };
 
 }  // namespace int8compile

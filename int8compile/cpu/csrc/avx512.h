@@ -15,3 +15,5 @@ inline W load_weights(const uint8_t* from) { return _mm512_loadu_si512(from); }
 inline X broadcast(const Q* q) { return _mm512_set1_epi32(load<int32_t>(q)); }
 inline Sum dot(Sum sum, W w, X x) { return _mm512_dpbusd_epi32(sum, w, x); }
 inline void store_sums(const Sum* sum, int32_t* acc) { _mm512_storeu_si512(acc, *sum); }
+
+inline uint32_t mask_bits(Ints mask) { return _mm512_movepi32_mask((__m512i)mask); }

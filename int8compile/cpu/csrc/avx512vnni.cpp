@@ -8,6 +8,7 @@
 namespace int8compile {
 namespace {
 
+constexpr int VL = 16;
 #include "lanes.h"
 #include "avx512.h"
 #include "rows.h"
@@ -18,7 +19,7 @@ namespace {
 
 extern const Variant avx512vnni = {
     "avx512vnni", has_avx512vnni, sizeof(Q), TILE_P,
-    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
 };
 
 }  // namespace int8compile

@@ -8,6 +8,7 @@
 namespace int8compile {
 namespace {
 
+constexpr int VL = 8;
 #include "lanes.h"
 
 using Q = int8_t;
@@ -29,6 +30,8 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), sum[1]);
 }
 
+inline uint32_t mask_bits(Ints mask) { return uint32_t(_mm256_movemask_ps((__m256)mask)); }
+
 #include "rows.h"
 #include "epilogue.h"
 #include "tiles.h"
@@ -37,7 +40,7 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
 
 extern const Variant avxvnni = {
     "avxvnni", has_avxvnni, sizeof(Q), TILE_P,
-    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
 };
 
 }  // namespace int8compile

@@ -99,6 +99,8 @@ struct Variant {
   // in room for k of them.
   RowStatistics (*quantize)(const float* x, int64_t k, int64_t k_padded, Split split, void* q, int32_t* outlier_k,
                             float* outlier_value);
+  // Sets the flags of elements that are outliers under the column policy.
+  void (*flag_outliers)(const float* x, int64_t count, double threshold, unsigned char* flags);
   // The residual x - scale * q at the columns given (column policy).
   void (*residual)(const float* x, const void* q, float scale, const int32_t* columns, int64_t count, float* result);
   // y[row_begin:row_end, 16 * panel_begin : 16 * panel_end].

@@ -156,7 +156,6 @@ void in_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F
 void find_outlier_columns(const Variant& variant, const Activations& x, double threshold, ParallelFor parallel_for) {
   workspace.is_outlier_column.assign(x.k, 0);
   unsigned char* flags = workspace.is_outlier_column.data();
-  const float limit = threshold > 0 ? float(threshold) : INFINITY;
   // Each thread has columns of its own.
   in_parallel(parallel_for, round_up(x.k, 64) / 64, round_up(GRAIN_BYTES / (64 * std::max<int64_t>(x.m, 1)), 1) + 1,
               [&, flags](int64_t begin, int64_t end) {
@@ -165,11 +164,7 @@ void find_outlier_columns(const Variant& variant, const Activations& x, double t
     for (int64_t row = 0; row < x.m; ++row) {
       const char* from = static_cast<const char*>(x.data) + (row * x.k + first) * size_of(x.dtype);
       variant.to_float(from, x.dtype, last - first, part);
-      for (int64_t i = 0; i < last - first; ++i) {
-        const float size = std::fabs(part[i]);
-        // Not finite: an outlier always. Zero: never.
-        flags[first + i] |= !(size < limit) && size != 0;
-      }
+      variant.flag_outliers(part, last - first, threshold, flags + first);
     }
   });
   workspace.columns.clear();

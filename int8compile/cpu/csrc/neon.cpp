@@ -11,6 +11,7 @@
 namespace int8compile {
 namespace {
 
+constexpr int VL = 4;
 #include "lanes.h"
 
 using Q = int8_t;
@@ -32,6 +33,11 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
   for (int i = 0; i < 4; ++i) vst1q_s32(acc + 4 * i, sum[i]);
 }
 
+inline uint32_t mask_bits(Ints mask) {
+  const uint32x4_t place = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32((uint32x4_t)mask, place));
+}
+
 #include "rows.h"
 #include "epilogue.h"
 #include "tiles.h"
@@ -48,7 +54,7 @@ bool has_dot_product() {
 
 extern const Variant neon = {
     "neon", has_dot_product, sizeof(Q), TILE_P,
-    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
 };
 
 }  // namespace int8compile

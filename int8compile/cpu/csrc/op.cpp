@@ -70,6 +70,13 @@ Tensor new_output(const Tensor& x, int64_t n) {
 
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+}
+
+// MAX_K of int8compile/ops/reference.py.
+constexpr int64_t MAX_K = 131071;
+
 // x as plain rows.
 struct Input {
   Tensor x;
@@ -80,6 +87,7 @@ struct Input {
     int64_t m = 1;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
     rows = {x.const_data_ptr(), dtype_of(x, op), m, x.size(-1)};
+    STD_TORCH_CHECK(rows.k <= MAX_K, op, ": x has ", rows.k, " inputs; at most ", MAX_K, " are exact in int32");
   }
 };
 
@@ -91,7 +99,11 @@ struct Affine {
   Affine(const char* op, const Tensor& scale_, const std::optional<Tensor>& bias_) : scale(dense(scale_)), bias(bias_) {
     STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale must be float32");
     if (!bias) return;
-    STD_TORCH_CHECK(bias->numel() == scale.numel(), op, ": bias must have the shape of scale");
+    const ScalarType dtype = bias->scalar_type();
+    STD_TORCH_CHECK(same_shape(*bias, scale), op, ": bias must have the shape of scale");
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+                        dtype == ScalarType::BFloat16,
+                    op, ": bias must be of a float dtype");
     if (bias->scalar_type() != ScalarType::Float) bias = torch::stable::to(*bias, ScalarType::Float);
     bias = dense(*bias);
   }
@@ -187,10 +199,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_linear_triple_no_grad(const Tensor& x,
 }
 
 // x [B, M, K], packed [B, ...], scale and bias [B, N].
-Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                             const std::optional<Tensor>& bias, double threshold, const std::string& outliers) {
-  constexpr const char* op = "int8compile::packed_batched_linear";
-  const Split split = split_of(op, threshold, outliers);
+Tensor run_batched(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                   const std::optional<Tensor>& bias, Split split) {
   const Input input(op, x);
   const Affine affine(op, scale, bias);
   STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && packed.dim() == 5 && x.size(0) == scale.size(0) &&
@@ -209,9 +219,14 @@ Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor
   return y;
 }
 
-Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                                 const std::optional<Tensor>& bias) {
-  constexpr const char* op = "int8compile::packed_weight_only_linear";
+Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                             const std::optional<Tensor>& bias, double threshold, const std::string& outliers) {
+  constexpr const char* op = "int8compile::packed_batched_linear";
+  return run_batched(op, x, packed, scale, bias, split_of(op, threshold, outliers));
+}
+
+Tensor run_weight_only(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                       const std::optional<Tensor>& bias) {
   const Input input(op, x);
   const Affine affine(op, scale, bias);
   STD_TORCH_CHECK(scale.dim() == 1, op, ": scale must be [N]");
@@ -222,10 +237,21 @@ Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Te
   return y;
 }
 
+Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                 const std::optional<Tensor>& bias) {
+  return run_weight_only("int8compile::packed_weight_only_linear", x, packed, scale, bias);
+}
+
+Tensor packed_weight_only_linear_no_grad(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                         const std::optional<Tensor>& bias) {
+  return run_weight_only("int8compile::packed_weight_only_linear_no_grad", x, packed, scale, bias);
+}
+
 Tensor pack_weight(const Tensor& qweight_) {
   constexpr const char* op = "int8compile::pack_weight";
   const Tensor qweight = dense(qweight_);
-  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Char && qweight.dim() >= 2, op, ": qweight must be int8 [..., N, K]");
+  STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Char && qweight.dim() >= 2, op,
+                  ": qweight must be int8 [..., N, K]");
   const int64_t dims = qweight.dim(), n = qweight.size(dims - 2), k = qweight.size(dims - 1);
   std::vector<int64_t> sizes(qweight.sizes().begin(), qweight.sizes().end() - 2);
   int64_t batch = 1;
@@ -239,20 +265,32 @@ Tensor pack_weight(const Tensor& qweight_) {
   return packed;
 }
 
-// Weights that are not packed are packed for the one call.
+// A weight that is not packed, packed for one call. Its sizes are compared here: once packed, K and N are rounded up.
+Tensor packed_for(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& scale) {
+  const int64_t dims = qweight.dim();
+  bool fits = qweight.scalar_type() == ScalarType::Char && dims >= 2 && scale.dim() == dims - 1 && x.dim() >= 1 &&
+              x.size(-1) == qweight.size(dims - 1);
+  for (int64_t i = 0; fits && i + 1 < dims; ++i) fits = scale.size(i) == qweight.size(i);
+  STD_TORCH_CHECK(fits, op, ": qweight must be int8 [..., N, K] for x [..., K] and scale [..., N]");
+  return pack_weight(qweight);
+}
+
 Tensor linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
                        double threshold, const std::string& outliers) {
-  return packed_linear(x, pack_weight(qweight), scale, bias, threshold, outliers);
+  constexpr const char* op = "int8compile::linear";
+  return run<1>(op, x, packed_for(op, x, qweight, scale), scale, bias, {}, split_of(op, threshold, outliers))[0];
 }
 
 Tensor batched_linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale,
                                const std::optional<Tensor>& bias, double threshold, const std::string& outliers) {
-  return packed_batched_linear(x, pack_weight(qweight), scale, bias, threshold, outliers);
+  constexpr const char* op = "int8compile::batched_linear";
+  return run_batched(op, x, packed_for(op, x, qweight, scale), scale, bias, split_of(op, threshold, outliers));
 }
 
 Tensor weight_only_linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale,
                                    const std::optional<Tensor>& bias) {
-  return packed_weight_only_linear(x, pack_weight(qweight), scale, bias);
+  constexpr const char* op = "int8compile::weight_only_linear";
+  return run_weight_only(op, x, packed_for(op, x, qweight, scale), scale, bias);
 }
 
 }  // namespace
@@ -267,7 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(int8compile, CPU, m) {
   m.impl("packed_linear_triple_no_grad", TORCH_BOX(&packed_linear_triple_no_grad));
   m.impl("packed_batched_linear", TORCH_BOX(&packed_batched_linear));
   m.impl("packed_weight_only_linear", TORCH_BOX(&packed_weight_only_linear));
-  m.impl("packed_weight_only_linear_no_grad", TORCH_BOX(&packed_weight_only_linear));
+  m.impl("packed_weight_only_linear_no_grad", TORCH_BOX(&packed_weight_only_linear_no_grad));
   m.impl("linear", TORCH_BOX(&linear_unpacked));
   m.impl("batched_linear", TORCH_BOX(&batched_linear_unpacked));
   m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear_unpacked));

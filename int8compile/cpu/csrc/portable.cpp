@@ -5,6 +5,7 @@
 namespace int8compile {
 namespace {
 
+constexpr int VL = 4;
 #include "lanes.h"
 
 using Q = int8_t;
@@ -14,7 +15,7 @@ struct X {
   uint32_t q[GROUP];
 };
 constexpr uint32_t OFFSET = 128;
-constexpr int PER_PANEL = 1;
+constexpr int PER_PANEL = LANES / VL;
 constexpr int TILE_M = 3;
 constexpr int TILE_P = 1;
 
@@ -34,7 +35,13 @@ inline Sum dot(Sum sum, W w, X x) {
   for (int j = 0; j < GROUP; ++j) sum += ((w >> shift_of(j)) & 0xffu) * x.q[j];
   return sum;
 }
-inline void store_sums(const Sum* sum, int32_t* acc) { std::memcpy(acc, sum, sizeof(Sum)); }
+inline void store_sums(const Sum* sum, int32_t* acc) { std::memcpy(acc, sum, PER_PANEL * sizeof(Sum)); }
+
+inline uint32_t mask_bits(Ints mask) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < VL; ++lane) bits |= uint32_t(mask[lane] != 0) << lane;
+  return bits;
+}
 
 #include "rows.h"
 #include "epilogue.h"
@@ -46,7 +53,7 @@ bool always() { return true; }
 
 extern const Variant portable = {
     "portable", always, sizeof(Q), TILE_P,
-    to_float, quantize, residual, multiply, quantize_digits, multiply_digits,
+    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
 };
 
 }  // namespace int8compile

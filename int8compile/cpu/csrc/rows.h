@@ -49,72 +49,73 @@ void to_float(const void* x, Dtype dtype, int64_t count, float* __restrict resul
   }
 }
 
-// Whether any lane is not zero.
-inline bool any(Words mask) {
-  typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));
-  const Longs words = (Longs)mask;
-  uint64_t all = 0;
-  for (int i = 0; i < LANES / 2; ++i) all |= words[i];
-  return all != 0;
-}
-
-inline Words magnitudes(const float* x) { return load<Words>(x) & 0x7fffffffu; }
-
-inline uint32_t largest(Ints values) {
-  int32_t best = 0;
-  for (int i = 0; i < LANES; ++i) best = best > values[i] ? best : values[i];
-  return uint32_t(best);
-}
-
 // The largest magnitude up to `limit`. Magnitudes are positive as int32 too, whose maximum every instruction set has.
 inline uint32_t largest_to(uint32_t limit, const float* x, int64_t count) {
-  Ints best = {};
-  for (int64_t i = 0; i < count; i += LANES) {
-    const Ints bits = (Ints)magnitudes(x + i);
-    const Ints counted = bits <= int32_t(limit) ? bits : Ints{};
-    best = best > counted ? best : counted;
+  constexpr int U = 2;  // two maxima in flight
+  const Ints last = Ints{} + int32_t(limit);
+  Ints best[U] = {};
+  int64_t i = 0;
+  auto take = [&](int u, int64_t at) {
+    const Ints bits = load<Ints>(x + at) & 0x7fffffff;
+    const Ints counted = bits & (bits <= last);
+    best[u] = best[u] > counted ? best[u] : counted;
+  };
+  for (; i + U * VL <= count; i += U * VL) {
+    for (int u = 0; u < U; ++u) take(u, i + u * VL);
   }
-  return largest(best);
+  for (; i < count; i += VL) take(0, i);
+  int32_t result = 0;
+  for (int u = 0; u < U; ++u) {
+    for (int lane = 0; lane < VL; ++lane) result = result > best[u][lane] ? result : best[u][lane];
+  }
+  return uint32_t(result);
 }
 
-// The sum of squares in units of 2**-35, each rounded to one, of x * scale, all below 1. Adding MAGIC rounds, and as
-// integers the results are summed exactly.
-constexpr double MAGIC = 1.5 * 0x1p17;
+// Adding `magic` rounds a square to units of 2**-35 * 4**exponent, where absmax < 2**exponent.
+inline double square_magic(int64_t exponent) { return 1.5 * double_from_bits((1023 + 17 + 2 * exponent) << 52); }
 
+// The sum of squares in those units. As integers the rounded squares are summed exactly.
 template <bool ALL_FINITE>
-inline int64_t sum_of_squares(const float* x, int64_t count, double scale) {
-  typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
-  Longs sum = {};
-  for (int64_t i = 0; i < count; i += LANES) {
-    Floats values = load<Floats>(x + i);
-    if (!ALL_FINITE) {
-      const Words bits = (Words)values;
-      values = (Floats)((bits & 0x7fffffffu) < INFINITE ? bits : Words{});
+FUSED_MULTIPLY_ADD int64_t sum_of_squares(const float* x, int64_t count, double magic) {
+  ALLOW_FUSED  // The square of a float32 is exact in float64.
+  constexpr int U = LANES / DL;
+  Longs sum[U] = {};
+  for (int64_t i = 0; i < count; i += U * DL) {
+    for (int u = 0; u < U; ++u) {
+      FewFloats values = load<FewFloats>(x + i + u * DL);
+      if (!ALL_FINITE) {
+        const FewInts bits = (FewInts)values;
+        values = (FewFloats)(bits & ((bits & 0x7fffffff) < int32_t(INFINITE)));
+      }
+      const Doubles wide = __builtin_convertvector(values, Doubles);
+      sum[u] += (Longs)(wide * wide + magic);
     }
-    const Doubles scaled = __builtin_convertvector(values, Doubles) * scale;
-    sum += (Longs)(scaled * scaled + MAGIC);
   }
   int64_t total = 0;
-  for (int i = 0; i < LANES; ++i) total += sum[i];
+  for (int u = 0; u < U; ++u) {
+    for (int lane = 0; lane < DL; ++lane) total += sum[u][lane];
+  }
   // Wraps around and back.
-  return total - count * bits_of(MAGIC);
+  return total - count * bits_of(magic);
 }
 
-// The smallest magnitude that is an outlier of its row under the row policy (`fixed_point_squares` of the reference).
-// The test is monotonic in |x|, so a row needs one number, found by a search around its approximate value.
+// The smallest magnitude that is an outlier of its row under the row policy (`fixed_point_squares` of the reference,
+// whose unit of squares is 4**exponent). The test is monotonic in |x|, so a row needs one number, found by a search
+// around its approximate value.
 uint32_t row_cutoff(const float* x, int64_t k, int64_t count, uint32_t absmax, bool all_finite, double threshold) {
   if (absmax == 0) return INFINITE;
   const double top = from_bits(absmax);
   const int64_t exponent = ((bits_of(top) >> 52) & 0x7ff) - 1022;
-  const double scale = double_from_bits((1023 - exponent) << 52);
-  const int64_t sum = all_finite ? sum_of_squares<true>(x, count, scale) : sum_of_squares<false>(x, count, scale);
+  const double magic = square_magic(exponent);
+  const int64_t sum = all_finite ? sum_of_squares<true>(x, count, magic) : sum_of_squares<false>(x, count, magic);
   const double limit = (double(sum) * 0x1p-35) * (threshold * threshold);
   auto is_outlier = [&](uint32_t bits) {
-    const double scaled = double(from_bits(bits)) * scale;
-    return ((scaled * scaled + MAGIC) - MAGIC) * double(k) >= limit;
+    const double wide = from_bits(bits);
+    const int64_t square = bits_of(wide * wide + magic) - bits_of(magic);
+    return (double(square) * 0x1p-35) * double(k) >= limit;
   };
   if (!is_outlier(absmax)) return INFINITE;
-  const double guess = __builtin_sqrt(limit / double(k)) / scale;
+  const double guess = __builtin_sqrt(limit / double(k)) * double_from_bits((1023 + exponent) << 52);
   // Invariant: `high` is an outlier, `low` is not (or is zero, which never is).
   uint32_t high = absmax, low = 0, step = 1;
   uint32_t at = guess < top ? magnitude(float(guess)) : absmax;
@@ -133,8 +134,9 @@ uint32_t row_cutoff(const float* x, int64_t k, int64_t count, uint32_t absmax, b
   return high;
 }
 
-typedef Q Quantized __attribute__((vector_size(sizeof(Q) * LANES)));
+typedef Q Quantized __attribute__((vector_size(sizeof(Q) * VL)));
 
+// x is padded with zeros to a multiple of LANES, which is one of VL.
 RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split, void* result, int32_t* outlier_k,
                        float* outlier_value) {
   Q* q = static_cast<Q*>(result);
@@ -155,37 +157,32 @@ RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split,
   if (top < 0x1p-120f) top = 0;
   const float inverse = top == 0 ? 0.0f : (1.0f / top) * 127.0f;
 
+  const Ints last = Ints{} + int32_t(cutoff - 1);
   Ints sum = {};
   int64_t outliers = 0;
-  constexpr int BLOCK = 4;  // vectors that are asked together whether they have an outlier
-  for (int64_t begin = 0; begin < count; begin += BLOCK * LANES) {
-    const int64_t end = begin + BLOCK * LANES < count ? begin + BLOCK * LANES : count;
-    Words found = {};
-    for (int64_t i = begin; i < end; i += LANES) {
-      const Floats values = load<Floats>(x + i);
-      const Words outlier = (Words)(((Words)values & 0x7fffffffu) >= cutoff);
-      found |= outlier;
-      const Floats kept = (Floats)((Words)values & ~outlier);
-      // Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits.
-      const Ints rounded = (Ints)(kept * inverse + 12582912.0f) - 0x4b400000;
-      sum += rounded;
-      const Quantized narrow = __builtin_convertvector(rounded, Quantized);
-      std::memcpy(q + i, &narrow, sizeof(narrow));
-    }
-    if (!any(found)) continue;
-    for (int64_t i = begin; i < end; i += LANES) {
-      if (!any((Words)(magnitudes(x + i) >= cutoff))) continue;
-      for (int lane = 0; lane < LANES; ++lane) {
-        if (magnitude(x[i + lane]) < cutoff) continue;
-        outlier_k[outliers] = int32_t(i + lane);
-        outlier_value[outliers++] = x[i + lane];
-      }
+  for (int64_t i = 0; i < count; i += VL) {
+    const Ints bits = load<Ints>(x + i);
+    const Ints outlier = (bits & 0x7fffffff) > last;
+    // Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits.
+    const Ints rounded = (Ints)((Floats)(bits & ~outlier) * inverse + 12582912.0f) - 0x4b400000;
+    sum += rounded;
+    save(q + i, __builtin_convertvector(rounded, Quantized));
+    for (uint32_t found = mask_bits(outlier); found; found &= found - 1) {
+      const int64_t at = i + __builtin_ctz(found);
+      outlier_k[outliers] = int32_t(at);
+      outlier_value[outliers++] = x[at];
     }
   }
   std::memset(q + count, 0, (k_padded - count) * sizeof(Q));
   int32_t total = 0;
-  for (int i = 0; i < LANES; ++i) total += sum[i];
+  for (int lane = 0; lane < VL; ++lane) total += sum[lane];
   return {top / 127.0f, total, outliers};
+}
+
+void flag_outliers(const float* x, int64_t count, double threshold, unsigned char* flags) {
+  const uint32_t given = threshold > 0 ? magnitude(float(threshold)) : INFINITE;
+  const int32_t cutoff = given < 1 ? 1 : given > INFINITE ? INFINITE : given;
+  for (int64_t i = 0; i < count; ++i) flags[i] |= int32_t(magnitude(x[i])) >= cutoff;
 }
 
 void residual(const float* x, const void* quantized, float scale, const int32_t* columns, int64_t count,
@@ -213,24 +210,23 @@ double quantize_digits(const float* x, int64_t k, int64_t k_padded, int64_t stri
   const int64_t exponent = absmax ? ((bits_of(from_bits(absmax)) >> 52) & 0x7ff) - 1022 : 0;
   const double unit = double_from_bits((1023 + exponent - 22) << 52);
   const double inverse = double_from_bits((1023 - exponent + 22) << 52);
-  typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
-  Ints sums[DIGITS] = {};
-  for (int64_t i = 0; i < count; i += LANES) {
+  typedef Q FewQuantized __attribute__((vector_size(sizeof(Q) * DL)));
+  FewInts sums[DIGITS] = {};
+  for (int64_t i = 0; i < count; i += DL) {
     // Adding 1.5 * 2**52 rounds half to even and leaves the integer in the low bits.
-    const Doubles rounded = __builtin_convertvector(load<Floats>(x + i), Doubles) * inverse + 1.5 * 0x1p52;
-    Ints rest = __builtin_convertvector((Longs)rounded, Ints);
+    const Doubles rounded = __builtin_convertvector(load<FewFloats>(x + i), Doubles) * inverse + 1.5 * 0x1p52;
+    FewInts rest = __builtin_convertvector((Longs)rounded, FewInts);
     for (int digit = 0; digit < DIGITS; ++digit) {
-      const Ints low = (rest << 24) >> 24;
+      const FewInts low = (rest << 24) >> 24;
       rest = (rest - low) >> 8;
       sums[digit] += low;
-      const Quantized narrow = __builtin_convertvector(low, Quantized);
-      std::memcpy(q + digit * stride + i, &narrow, sizeof(narrow));
+      save(q + digit * stride + i, __builtin_convertvector(low, FewQuantized));
     }
   }
   for (int digit = 0; digit < DIGITS; ++digit) {
     std::memset(q + digit * stride + count, 0, (k_padded - count) * sizeof(Q));
     sum[digit] = 0;
-    for (int i = 0; i < LANES; ++i) sum[digit] += sums[digit][i];
+    for (int lane = 0; lane < DL; ++lane) sum[digit] += sums[digit][lane];
   }
   return unit;
 }
