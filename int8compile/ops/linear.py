@@ -99,8 +99,22 @@ def _check(
             raise InputError(f"{name}: outliers is {outliers!r}; allowed are 'row' and 'column'")
 
 
-def _unpacked(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    return packing.unpack_weight(weight, scale.shape[-1], x.shape[-1])
+def _calls(name: str, compute: Compute, *, batch_dims: int = 0, packed: bool = False) -> tuple[Compute, Compute]:
+    """What an operator runs in PyTorch, and its fake; both check first."""
+
+    def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, policy: Sequence[Any]) -> None:
+        _check(name, x, weight, scale, bias, policy, batch_dims=batch_dims, packed=packed)
+
+    def implementation(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
+        check(x, weight, scale, bias, policy)
+        qweight = packing.unpack_weight(weight, scale.shape[-1], x.shape[-1]) if packed else weight
+        return compute(x, qweight, scale, bias, *policy)
+
+    def fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
+        check(x, weight, scale, bias, policy)
+        return x.new_empty(*x.shape[:-1], scale.shape[-1])
+
+    return implementation, fake
 
 
 def _register(
@@ -115,17 +129,7 @@ def _register(
     )
     qualified = f"int8compile::{name}"
     op = getattr(torch.ops.int8compile, name)
-
-    def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, policy: Sequence[Any]) -> None:
-        _check(name, x, weight, scale, bias, policy, batch_dims=batch_dims, packed=packed)
-
-    def implementation(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
-        check(x, weight, scale, bias, policy)
-        return compute(x, _unpacked(weight, scale, x) if packed else weight, scale, bias, *policy)
-
-    def fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
-        check(x, weight, scale, bias, policy)
-        return x.new_empty(*x.shape[:-1], scale.shape[-1])
+    implementation, fake = _calls(name, compute, batch_dims=batch_dims, packed=packed)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, scale, bias, *_ = inputs
@@ -172,8 +176,13 @@ def _register_autocast(name: str, op: Callable[..., Any]) -> None:
 
 def _register_no_grad(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Defines an operator for packed weights that autograd does not see; only for graphs that need no gradients."""
+
+    def unseen(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*args)
+
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, unseen, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"int8compile::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.int8compile, name)
@@ -181,8 +190,15 @@ def _register_no_grad(name: str, schema: str, implementation: Callable[..., Any]
     return op
 
 
-def _policy(threshold: float, by_column: bool) -> tuple[float, str]:
-    return threshold, OUTLIER_POLICIES[by_column]
+def _with_flag(run: Compute) -> Compute:
+    """Takes the outlier policy as the flag that schemas without strings have."""
+
+    def call(
+        x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, by_column: bool
+    ) -> Tensor:
+        return run(x, packed, scale, bias, threshold, OUTLIER_POLICIES[by_column])
+
+    return call
 
 
 def _register_several(name: str, count: int) -> Any:
@@ -199,31 +215,31 @@ def _register_several(name: str, count: int) -> Any:
     )
 
     def parts(packed: Tensor, scale: Tensor, bias: Tensor | None, given: Sequence[int]) -> Any:
+        if scale.dim() != 1 or (bias is not None and bias.shape != scale.shape):
+            shape = None if bias is None else f"{bias.dtype} {list(bias.shape)}"
+            raise InputError(
+                f"int8compile::{name}: scale is {scale.dtype} {list(scale.shape)} and bias is {shape}; give float32 "
+                "[N] of all outputs together, and [N] of a float dtype or None"
+            )
         outputs = [*given, scale.shape[0] - sum(given)]
         if min(outputs) < 0:
             raise InputError(f"int8compile::{name}: outputs {outputs} do not add up to scale's {scale.shape[0]}")
         panels = [packing.packed_shape(n, 1)[0] for n in outputs]
-        if packed.shape[0] != sum(panels):
+        if packed.dim() == 0 or packed.shape[0] != sum(panels):
             raise InputError(
-                f"int8compile::{name}: packed has {packed.shape[0]} panels; outputs {outputs} have {sum(panels)}"
+                f"int8compile::{name}: packed is {list(packed.shape)}; outputs {outputs} have {sum(panels)} panels"
             )
         biases = [None] * count if bias is None else bias.split(outputs)
         return zip(packed.split(panels), scale.split(outputs), biases, strict=True)
 
-    def implementation(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-        *given, threshold, by_column = rest
-        policy = _policy(threshold, by_column)
-        return tuple(packed_linear(x, *part, *policy) for part in parts(packed, scale, bias, given))
+    def of_each(run: Compute) -> Callable[..., Any]:
+        def call(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+            *given, threshold, by_column = rest
+            return tuple(run(x, *part, threshold, by_column) for part in parts(packed, scale, bias, given))
 
-    def fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-        *given, threshold, by_column = rest
-        results = []
-        for part in parts(packed, scale, bias, given):
-            panels, scales, part_bias = part
-            _check(name, x, panels, scales, part_bias, _policy(threshold, by_column), packed=True)
-            results.append(x.new_empty(*x.shape[:-1], scales.shape[0]))
-        return tuple(results)
+        return call
 
+    implementation, fake = (of_each(_with_flag(run)) for run in _calls(name, reference.linear, packed=True))
     return _register_no_grad(name, schema, implementation, fake)
 
 
@@ -241,25 +257,16 @@ packed_weight_only_linear = _register(
     "packed_weight_only_linear", reference.weight_only_linear, packed=True, weight_only=True
 )
 
-
-def _packed_linear_no_grad(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, by_column: bool
-) -> Tensor:
-    result: Tensor = packed_linear(x, packed, scale, bias, *_policy(threshold, by_column))
-    return result
-
-
+_WEIGHT = "(Tensor x, Tensor packed, Tensor scale, Tensor? bias"
 packed_linear_no_grad = _register_no_grad(
     "packed_linear_no_grad",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, float threshold, bool by_column) -> Tensor",
-    _packed_linear_no_grad,
-    _packed_linear_no_grad,
+    _WEIGHT + ", float threshold, bool by_column) -> Tensor",
+    *(_with_flag(run) for run in _calls("packed_linear_no_grad", reference.linear, packed=True)),
 )
 packed_linear_pair_no_grad = _register_several("packed_linear_pair_no_grad", 2)
 packed_linear_triple_no_grad = _register_several("packed_linear_triple_no_grad", 3)
 packed_weight_only_linear_no_grad = _register_no_grad(
     "packed_weight_only_linear_no_grad",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor",
-    packed_weight_only_linear,
-    packed_weight_only_linear,
+    _WEIGHT + ") -> Tensor",
+    *_calls("packed_weight_only_linear_no_grad", reference.weight_only_linear, packed=True),
 )
