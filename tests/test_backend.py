@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import int8compile
-from int8compile.ops import quantize_weight
+from int8compile import cpu
+from int8compile.ops import packed_shape, quantize_weight
 from int8compile.weights import STORE
 from tests.models import INT8_ERROR, CountingBackend, Stack, relative_error
 
@@ -29,6 +30,15 @@ def reference(model: Stack, x: Tensor, threshold: float = 6.0, outliers: str = "
             torch.relu(up), *quantize_weight(layer.down.weight), layer.down.bias, threshold, outliers
         )
     return x
+
+
+# What runs a linear in a compiled graph that needs no gradients, and how it takes an [N, K] weight.
+OPERATOR = "int8compile.packed_linear_no_grad" if cpu.available() else "int8compile.linear"
+
+
+def weight_argument(n: int, k: int) -> tuple[str, str]:
+    """The sizes and the dtype of an int8 weight in the generated code."""
+    return (str(packed_shape(n, k)), "uint8") if cpu.available() else (f"({n}, {k})", "int8")
 
 
 INSTALLED = importlib.metadata.entry_points(group="torch_dynamo_backends", name="int8")
@@ -280,7 +290,7 @@ def test_inductor_options_reach_inductor() -> None:
         compiled = torch.compile(Stack(1), backend="int8", options=options)
         return run_and_get_code(compiled, torch.randn(4, 32))[1][0]
 
-    assert "int8compile.linear" in generated({})
+    assert OPERATOR in generated({})
     debug = generated({"inductor": {"profiler_mark_wrapper_call": True, "fx_graph_cache": False}})
     assert "record_function" in debug
 
@@ -295,13 +305,13 @@ def test_the_compiled_code_has_no_float_weight_and_no_symbolic_weight() -> None:
     assert sorted(arguments) == sorted(
         [
             ("(4, 32)", "float32"),  # x
-            *(("(64, 32)", "int8"), ("(64, )", "float32"), ("(64, )", "float32")),  # up: int8, scale, bias
-            *(("(32, 64)", "int8"), ("(32, )", "float32"), ("(32, )", "float32")),  # down
+            *(weight_argument(64, 32), ("(64, )", "float32"), ("(64, )", "float32")),  # up: int8, scale, bias
+            *(weight_argument(32, 64), ("(32, )", "float32"), ("(32, )", "float32")),  # down
         ]
     )
     # x's rows are a symbol; the weights' sizes are numbers.
     assert "assert_size_stride(arg2_1, (s" in code
-    assert re.search(r"assert_size_stride\(arg\d+_1, \(64, 32\)", code)
+    assert re.search(rf"assert_size_stride\(arg\d+_1, {re.escape(weight_argument(64, 32)[0])}", code)
 
 
 BAD_INPUTS: list[tuple[str, type[Exception], dict, str]] = [

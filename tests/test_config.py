@@ -21,7 +21,7 @@ def test_defaults_are_the_specification() -> None:
         ({"threshold": "6"}, "threshold='6'"),
         ({"threshold": True}, "threshold=True"),
         ({"outliers": "col"}, "did you mean 'column'"),
-        ({"lm_head": "float"}, "allowed are 'native', 'int8'"),
+        ({"lm_head": "float"}, "allowed are 'native', 'int8_weight', 'int8'"),
         ({"skip_modules": "lm_head"}, r"give a list of patterns, e.g. \['lm_head'\]"),
         ({"skip_modules": [3]}, "skip_modules holds 3"),
         ({"min_features": 0}, "min_features=0"),

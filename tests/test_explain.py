@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
 import int8compile
-from int8compile import Int8Config, SkipReason, hardware, roofline
+from int8compile import Int8Config, SkipReason, cpu, hardware, roofline
 from int8compile.weights import STORE
 from tests.models import Block, CountingBackend, Stack
 
@@ -76,7 +76,26 @@ def test_data_and_table_agree() -> None:
         assert " x ".join(site["shape"]) in line
     assert "2 of 6 linears in int8" in table
     assert "- skip_modules pattern 'nothing' matched nothing" in table
-    assert "no int8 kernel yet" in table
+    if cpu.available():
+        assert f"C++ kernel, variant {cpu.variant()}" in table
+    else:
+        assert "no int8 kernel; the PyTorch reference runs" in table
+
+
+@pytest.mark.parametrize(
+    ("lm_head", "runs_in"), [("native", "float"), ("int8_weight", "int8 weight"), ("int8", "int8")]
+)
+def test_what_the_lm_head_runs_in(lm_head: str, runs_in: str) -> None:
+    report = int8compile.explain(Model(), torch.arange(5), config={"lm_head": lm_head})
+    site = report.sites[-1]
+    assert (site.path, site.runs_in, site.weight_only) == ("lm_head", runs_in, lm_head == "int8_weight")
+    assert [each.runs_in for each in report.sites[:5]] == [*["int8"] * 4, "float"]
+    (line,) = [line for line in str(report).splitlines() if line.startswith("lm_head ")]
+    assert f"  {runs_in}  " in line
+    assert report.to_dict()["sites"][-1]["runs_in"] == runs_in
+    # A tied table stays where it is, so the head's int8 weight is one more.
+    assert site.bytes_before == 4 * 64 * 32
+    assert site.bytes_after == (4 * 64 * 32 if lm_head == "native" else 64 * 32 + 4 * 64)
 
 
 def test_nothing_is_left_behind_and_nothing_runs_twice() -> None:
