@@ -1,0 +1,729 @@
+"""The CPU kernel: every variant that this machine runs gives the definition's bits, for any input and any threads."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from int8compile import cpu
+from int8compile.ops import MAX_K, SUPPORTED_DTYPES, dequantize_weight, pack_weight, packing, quantize_weight, reference
+from int8compile.ops.reference import TINY, fixed_point_rows
+from tests.implementations import VARIANTS, every_implementation, every_variant, needs_kernel, operator, using
+from tests.models import threads
+from tests.test_ops import LAYOUTS, OPS, U, assert_bitwise, every_dtype
+
+pytest.importorskip("hypothesis")
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+pytestmark = needs_kernel
+
+SEEDS = st.integers(0, 2**31 - 1)
+DTYPES = st.sampled_from(SUPPORTED_DTYPES)
+# The definition's sums are exact for these and K up to MAX_K (reference.outlier_product).
+THRESHOLDS = (0.0, 0.2, 1.0, 2.5, 6.0, 1e30, 1e200)
+
+
+def rows(kind: str, K: int) -> Tensor:
+    """A row of float32 values of one kind."""
+    x = torch.randn(K)
+    largest = torch.finfo(torch.float32).max
+    return {
+        "normal": lambda: x,
+        "outliers": lambda: torch.where(torch.rand(K) < 0.02, x * 40, x),
+        "zeros": lambda: x * 0,
+        "minus zeros": lambda: torch.full((K,), -0.0),
+        "mostly zeros": lambda: torch.where(torch.rand(K) < 0.9, 0.0, x),
+        "one element": lambda: x * (torch.arange(K) == K // 2),
+        # At least one at the threshold exactly, for a threshold of 1.
+        "constant": lambda: torch.where(x < 0, -1.5, 1.5),
+        "subnormal": lambda: x * 1e-40,
+        # Above and below what counts as zero.
+        "tiny": lambda: x / x.abs().amax().clamp(min=1e-3) * TINY if K else x,
+        "huge": lambda: (x * largest / 3).clamp(-largest, largest),
+        "all sizes": lambda: x * 2.0 ** torch.randint(-126, 120, (K,)),
+        "few bits": lambda: x.mul(8).round() / 8,
+        "NaN": lambda: torch.where(torch.rand(K) < 0.05, math.nan, x),
+        "Inf": lambda: torch.where(torch.rand(K) < 0.05, math.inf, x),
+        "both Infs": lambda: torch.where(torch.rand(K) < 0.1, x.sign() * math.inf, x),
+    }[kind]()
+
+
+KINDS = ("normal", "outliers", "zeros", "minus zeros", "mostly zeros", "one element", "constant", "subnormal", "tiny")
+KINDS += ("huge", "all sizes", "few bits", "NaN", "Inf", "both Infs")
+FINITE = ("normal", "outliers", "zeros", "mostly zeros", "one element", "constant", "few bits")
+
+
+def batch(M: int, K: int, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) -> Tensor:
+    """M rows of kinds chosen by torch's seed."""
+    chosen = torch.randint(len(kinds), (M,)).tolist()
+    x = torch.stack([rows(kinds[kind], K) for kind in chosen]) if M else torch.empty(0, K)
+    return x.to(dtype)
+
+
+def weights(N: int, K: int) -> tuple[Tensor, Tensor]:
+    """int8 values and scales: -128 among the values; 0, a subnormal and a large one among the scales."""
+    qweight = torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    scale = torch.rand(N)
+    for value in (0.0, 1e-40, 1e30):
+        scale = torch.where(torch.rand(N) < 0.05, value, scale)
+    return qweight, scale
+
+
+def bias_of(kind: str, N: int) -> Tensor | None:
+    return None if kind == "none" else torch.randn(N).to(getattr(torch, kind))
+
+
+BIASES = st.sampled_from(["none", "float32", "float16", "bfloat16", "float64"])
+SIZES = st.tuples(
+    st.one_of(st.integers(0, 9), st.integers(10, 70)),
+    st.one_of(st.integers(0, 80), st.sampled_from([127, 128, 129, 255, 256, 257, 1041, 4999])),
+    st.one_of(st.integers(0, 20), st.integers(21, 100)),
+)
+
+
+def run(name: str, by: str, *args: Any) -> Any:
+    """Runs an operator so that what it does not write is NaN: it gets memory that was full of it."""
+    x, _, scale, *_ = args
+    size = (*x.shape[:-1], scale.shape[-1])
+    for dirt in [torch.full(size, math.nan, dtype=x.dtype) for _ in range(2)]:
+        del dirt
+    return operator(name, by)(*args)
+
+
+def test_variants_of_this_machine() -> None:
+    """On x86-64 with AVX2 there are two at least, or the tests below compare little."""
+    assert len(set(VARIANTS)) == len(VARIANTS)
+    assert "portable" in VARIANTS
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert "avx2" in VARIANTS
+    for variant in VARIANTS:
+        with using(variant):
+            assert cpu.variant() == variant
+
+
+# The row policy and weight-only products: the definition's bits
+
+
+@every_variant
+@settings(max_examples=150)
+@given(SEEDS, SIZES, DTYPES, st.sampled_from(THRESHOLDS), BIASES)
+def test_row_policy(
+    by: str, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, threshold: float, bias_kind: str
+) -> None:
+    torch.manual_seed(seed)
+    M, K, N = sizes
+    x, (qweight, scale), bias = batch(M, K, dtype), weights(N, K), bias_of(bias_kind, N)
+    y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, bias, threshold, False)
+    assert_bitwise(y, reference.linear(x, qweight, scale, bias, threshold, "row"))
+
+
+@every_variant
+@settings(max_examples=100)
+@given(SEEDS, SIZES, DTYPES, BIASES)
+def test_weight_only(by: str, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, bias_kind: str) -> None:
+    torch.manual_seed(seed)
+    M, K, N = sizes
+    x, (qweight, scale), bias = batch(M, K, dtype), weights(N, K), bias_of(bias_kind, N)
+    y = run("packed_weight_only_linear_no_grad", by, x, pack_weight(qweight), scale, bias)
+    assert_bitwise(y, reference.weight_only_linear(x, qweight, scale, bias))
+    bad = ~x.float().isfinite().all(-1)
+    assert y[bad].isnan().all()
+
+
+@every_implementation
+@settings(max_examples=50)
+@given(SEEDS, SIZES, DTYPES, BIASES)
+def test_weight_only_against_float64(
+    by: str, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, bias_kind: str
+) -> None:
+    torch.manual_seed(seed)
+    M, K, N = sizes
+    x, qweight, bias = batch(M, K, dtype, FINITE), weights(N, K)[0], bias_of(bias_kind, N)
+    scale = torch.rand(N) / (K + 1)  # far from the largest float16
+    y = operator("weight_only_linear", by)(x, qweight, scale, bias)
+    expected = x.double() @ qweight.double().mT * scale.double()
+    added = 0.0 if bias is None else bias.float().double()
+    # x is off by half a unit for each element, the unit at most 2**-21 of the row's largest. Then there are three
+    # roundings to float32: the sum, times the scale, plus the bias; and the one to x's dtype.
+    unit = x.double().abs().amax(-1, keepdim=True) * 2.0**-21 if K else torch.zeros(M, 1, dtype=torch.float64)
+    slack = unit / 2 * (qweight.double().abs().sum(-1) * scale)
+    slack = slack + 3 * U * (expected.abs() + slack + abs(added)) * (1 + 3 * U)
+    info = torch.finfo(dtype)
+    if dtype != torch.float32:
+        slack = slack + ((expected + added).abs() + slack) * info.eps / 2 + info.smallest_normal * info.eps / 2
+    assert ((y.double() - (expected + added)).abs() <= slack).all()
+
+
+@every_variant
+@every_dtype
+def test_every_k(by: str, dtype: torch.dtype) -> None:
+    """Each number of inputs around a group's, a vector's and a padded row's."""
+    for K in [*range(1, 70), *range(120, 135), 191, 192, 193]:
+        x, (qweight, scale) = batch(3, K, dtype, ("outliers",)), weights(18, K)
+        packed = pack_weight(qweight)
+        y = run("packed_linear_no_grad", by, x, packed, scale, None, 2.5, False)
+        assert_bitwise(y, reference.linear(x, qweight, scale, None, 2.5, "row"))
+        y = run("packed_weight_only_linear_no_grad", by, x, packed, scale, None)
+        assert_bitwise(y, reference.weight_only_linear(x, qweight, scale, None))
+
+
+@every_variant
+def test_every_number_of_rows_and_place_among_them(by: str) -> None:
+    """A row's bits do not depend on how many there are, nor on where it stands."""
+    K, N = 130, 50
+    x, (qweight, scale), bias = batch(300, K, torch.float32), weights(N, K), torch.randn(N)
+    packed = pack_weight(qweight)
+    calls: list[tuple[str, tuple[Any, ...], Tensor]] = [
+        ("packed_linear_no_grad", (2.5, False), reference.linear(x, qweight, scale, bias, 2.5, "row")),
+        ("packed_weight_only_linear_no_grad", (), reference.weight_only_linear(x, qweight, scale, bias)),
+    ]
+    for M in [*range(1, 71), 255, 256, 257]:
+        for name, policy, expected in calls:
+            for first in (0, M % 40 + 1):
+                part = slice(first, first + M)
+                assert_bitwise(run(name, by, x[part], packed, scale, bias, *policy), expected[part])
+
+
+@every_variant
+def test_every_number_of_outputs(by: str) -> None:
+    """Panels of 16, taken by one, two or four, the last one cut off."""
+    K = 70
+    qweight, scale = weights(140, K)
+    bias, calls = torch.randn(140), {}
+    for M in (1, 2, 5, 17, 40):
+        x = batch(M, K, torch.bfloat16, ("outliers",))
+        calls[M] = (
+            x,
+            reference.linear(x, qweight, scale, bias, 2.5, "row"),
+            reference.weight_only_linear(x, qweight, scale, bias),
+        )
+    for N in [*range(1, 70), 95, 96, 97, 127, 128, 129, 140]:
+        packed = pack_weight(qweight[:N])
+        for x, linear, weight_only in calls.values():
+            y = run("packed_linear_no_grad", by, x, packed, scale[:N], bias[:N], 2.5, False)
+            assert_bitwise(y, linear[:, :N])
+            y = run("packed_weight_only_linear_no_grad", by, x, packed, scale[:N], bias[:N])
+            assert_bitwise(y, weight_only[:, :N])
+
+
+def test_many_rows() -> None:
+    """More than are quantized at a time (8 MiB), and more than are multiplied at a time; in all policies."""
+    M, K, N = 1700, 5000, 20
+    x, (qweight, scale) = batch(M, K, torch.bfloat16, ("normal", "outliers", "zeros", "huge")), weights(N, K)
+    x[1690, 4321] = math.inf  # Its column is one of outliers for the first rows too.
+    packed = pack_weight(qweight)
+    row = reference.linear(x, qweight, scale, None, 6.0, "row")
+    weight_only = reference.weight_only_linear(x, qweight, scale, None)
+    column = run("packed_linear_no_grad", VARIANTS[-1], x, packed, scale, None, 100.0, True)
+    for by in VARIANTS:
+        assert_bitwise(run("packed_linear_no_grad", by, x, packed, scale, None, 6.0, False), row)
+        assert_bitwise(run("packed_weight_only_linear_no_grad", by, x, packed, scale, None), weight_only)
+        assert_bitwise(run("packed_linear_no_grad", by, x, packed, scale, None, 100.0, True), column)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_is_read_and_written_as_it_is(by: str, dtype: torch.dtype) -> None:
+    """Single elements are outliers, so y = x: all 65536 of them, through float32 and back."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
+    ones = pack_weight(torch.ones(1, 1, dtype=torch.int8))
+    for op, policy in (("packed_linear_no_grad", (0.5, False)), ("packed_weight_only_linear_no_grad", ())):
+        y = run(op, by, x, ones, torch.ones(1), None, *policy)
+        # Zeros of either sign are quantized, to +0; of Inf weight-only products make NaN.
+        expected = torch.where(x == 0, torch.zeros_like(x), x)
+        if not policy:
+            expected = torch.where(x.isinf(), math.nan, expected)
+        assert_bitwise(y, expected)
+
+
+@every_variant
+@every_dtype
+def test_rounding_to_the_output(by: str, dtype: torch.dtype) -> None:
+    """Products at and around ties, subnormal and overflowing results: as PyTorch rounds, half to even."""
+    # acc = 127 * a + b takes every integer up to 2**14: x is (127, 1), whose scale is 1.
+    a, b = torch.meshgrid(torch.arange(-128, 128), torch.arange(-63, 64), indexing="ij")
+    qweight = torch.stack([a.flatten(), b.flatten()], dim=1).to(torch.int8)
+    acc = (127 * a + b).flatten().float()
+    x = torch.tensor([[127.0, 1.0]], dtype=dtype)
+    packed = pack_weight(qweight)
+    for exponent in (*range(-40, -8), -1, 0, 1, 2, 3, 4, 113, 114, 115, -126, -133, -134, -135, -149):
+        scale = torch.full((len(acc),), 2.0**exponent)
+        y = run("packed_linear_no_grad", by, x, packed, scale, None, 0.0, False)
+        assert_bitwise(y[0], (acc * scale).to(dtype))
+
+
+# The integers
+
+
+def exact(x: Tensor, qweight: Tensor) -> Tensor:
+    """The integer product, in integers."""
+    return x.long() @ qweight.long().mT
+
+
+@every_variant
+@settings(max_examples=60)
+@given(SEEDS, st.integers(1, 40), st.one_of(st.integers(1, 300), st.sampled_from([1024, 4099])), st.integers(1, 40))
+@example(1, 1, MAX_K, 3)
+@example(2, 5, MAX_K, 17)
+def test_sums_are_exact(by: str, seed: int, M: int, K: int, N: int) -> None:
+    """Extreme factors, whose partial sums pass 2**31 with the weights' offset, and a sum small enough to be seen whole.
+
+    Rows hold +-127, so their scale is 1 and y is the sum. Every other half of x takes back what the half before it
+    gave, but for the last element and a few that are off by one.
+    """
+    torch.manual_seed(seed)
+    half = K // 2
+    x = torch.where(torch.rand(M, K) < (0.5 if seed % 2 else 0.001), -127, 127)
+    qweight = torch.where(torch.rand(N, K) < 0.5, -128, 127)
+    x[:, half : 2 * half] = -x[:, :half]
+    qweight[:, half : 2 * half] = qweight[:, :half] ^ (torch.rand(N, half) < 0.01)
+    expected = exact(x, qweight)
+    assert (expected.abs() < 2**24).all()
+    packed = pack_weight(qweight.to(torch.int8))
+    for dtype in (torch.float32, torch.bfloat16):
+        y = run("packed_linear_no_grad", by, x.to(dtype), packed, torch.ones(N), None, 0.0, False)
+        assert_bitwise(y, expected.float().to(dtype))
+        y = run("packed_weight_only_linear_no_grad", by, x.to(dtype), packed, torch.ones(N), None)
+        assert_bitwise(y, expected.float().to(dtype))
+
+
+@every_variant
+@pytest.mark.parametrize("M", [1, 6, 40])
+def test_largest_sums(by: str, M: int) -> None:
+    """2**31 less a little, of both signs; with 23 bits of activation too."""
+    K = MAX_K
+    x = torch.ones(M, K)
+    x[M // 2] = -1
+    qweight = torch.tensor([[127], [-128], [-127], [1]], dtype=torch.int8).expand(4, K)
+    packed = pack_weight(qweight)
+    y = run("packed_linear_no_grad", by, x * 127, packed, torch.ones(4), None, 0.0, False)
+    assert_bitwise(y, exact(x * 127, qweight).float())
+    # In units of 2**-21: what rounds up to 2**22, all digits as large as they get, and as small.
+    for value in (2 - 2.0**-23, 0x3F7F7F * 2.0**-21, 0x3F7F80 * 2.0**-21):
+        y = run("packed_weight_only_linear_no_grad", by, x * value, packed, torch.ones(4), None)
+        fixed = round(value * 2**21) * x.double()
+        assert_bitwise(y, (fixed @ qweight.double().mT * 2.0**-21).float())
+
+
+@every_variant
+def test_ties_go_to_even(by: str) -> None:
+    """Elements half way between two integers, of which there are many in 16 bit, in units of the row's scale."""
+    K = 255
+    row = torch.cat([torch.tensor([127.0]), torch.arange(-126, 127) + 0.5, torch.tensor([-127.0])])
+    assert torch.tensor(127.0).reciprocal() * 127 == 1
+    identity = pack_weight(torch.eye(K, dtype=torch.int8))
+    expected = torch.tensor([float(round(value)) for value in row.tolist()])
+    for dtype, size in ((torch.float32, 1.0), (torch.float16, 1.0), (torch.bfloat16, 1.0), (torch.float32, 2.0**-60)):
+        x = (row * size).to(dtype)[None]
+        y = run("packed_linear_no_grad", by, x, identity, torch.ones(K), None, 0.0, False)
+        assert_bitwise(y[0], reference.quantize_rows(x.float(), 0.0, "row").q[0].to(dtype) * size)
+        assert_bitwise(y[0].abs(), (expected * size).to(dtype).abs()) if dtype != torch.bfloat16 else None
+        # Weight-only keeps the halves.
+        y = run("packed_weight_only_linear_no_grad", by, x, identity, torch.ones(K), None)
+        assert_bitwise(y[0], x[0])
+    # At the last bit of 23: absmax just below 2, so the unit is 2**-21.
+    x = torch.tensor([[1.5, 2.0**-21 * 1.5, 2.0**-21 * 2.5, 2.0**-21 * 0.5, 2.0**-21 * -0.5]])
+    y = run(
+        "packed_weight_only_linear_no_grad", by, x, pack_weight(torch.eye(5, dtype=torch.int8)), torch.ones(5), None
+    )
+    assert fixed_point_rows(x)[1].item() == 2.0**-21
+    assert y[0].tolist() == [1.5, 2.0**-20, 2.0**-20, 0.0, 0.0]
+
+
+@every_variant
+def test_outliers_at_the_threshold(by: str) -> None:
+    """Thresholds at which one unit in the last place decides: the kernel searches for the cut, the definition asks."""
+    for seed, dtype in itertools.product(range(6), SUPPORTED_DTYPES):
+        torch.manual_seed(seed)
+        K = (7, 100, 1041)[seed % 3]
+        x, (qweight, scale) = batch(2, K, dtype, ("normal", "few bits", "all sizes")), weights(5, K)
+        packed = pack_weight(qweight)
+        for element in x[0, :: K // 5].double():
+            exactly = math.sqrt(float(element**2 * K / x[0].double().square().sum()))
+            for near in (math.nextafter(exactly, 0), exactly, math.nextafter(exactly, math.inf), exactly * (1 + 2e-11)):
+                if near >= 0.18:
+                    y = run("packed_linear_no_grad", by, x, packed, scale, None, near, False)
+                    assert_bitwise(y, reference.linear(x, qweight, scale, None, near, "row"))
+
+
+@every_variant
+@pytest.mark.parametrize("threshold", [1e-300, 1e-30, 1e-3])
+def test_thresholds_so_small_that_all_are_outliers(by: str, threshold: float) -> None:
+    """Few and of one size, so that their float64 sum is exact all the same."""
+    x, (qweight, scale) = batch(9, 4, torch.bfloat16, FINITE), weights(20, 4)
+    y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, None, threshold, False)
+    assert_bitwise(y, reference.linear(x, qweight, scale, None, threshold, "row"))
+    assert_bitwise(y, ((x.double() @ qweight.double().mT).float() * scale).bfloat16())
+
+
+# The column policy
+
+
+def column_slack(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """As derived in tests/test_ops.py::test_result_does_not_depend_on_strides_or_threads."""
+    size = x.double().abs() @ dequantize_weight(qweight, scale, torch.float64).abs().mT
+    size = size + (0.0 if bias is None else bias.abs())
+    info = torch.finfo(x.dtype)
+    last = 0.0 if x.dtype == torch.float32 else y.double().abs() * info.eps + info.smallest_normal * info.eps
+    return 20 * U * size + last
+
+
+@settings(max_examples=150)
+@given(SEEDS, SIZES, DTYPES, st.sampled_from([0.0, 0.2, 1.0, 6.0, 1e30]), BIASES)
+def test_column_policy(
+    seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, threshold: float, bias_kind: str
+) -> None:
+    """Equal bits by every variant; the definition's up to the order in which residuals are added."""
+    torch.manual_seed(seed)
+    M, K, N = sizes
+    x, bias = batch(M, K, dtype, FINITE), bias_of(bias_kind, N)
+    qweight, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N) / (K + 1)
+    packed = pack_weight(qweight)
+    expected = reference.linear(x, qweight, scale, bias, threshold, "column")
+    results = [run("packed_linear_no_grad", by, x, packed, scale, bias, threshold, True) for by in VARIANTS]
+    for y in results:
+        assert_bitwise(y, results[0])
+        assert ((y.double() - expected.double()).abs() <= column_slack(x, qweight, scale, bias, expected)).all()
+
+
+@settings(max_examples=60)
+@given(SEEDS, SIZES, DTYPES, st.sampled_from([0.0, 0.2, 1.0, 6.0, 1e30]))
+def test_column_policy_of_anything(
+    seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, threshold: float
+) -> None:
+    """With NaN, Inf and values of any size: equal bits by every variant, NaN where the definition has it."""
+    torch.manual_seed(seed)
+    M, K, N = sizes
+    x, (qweight, scale) = batch(M, K, dtype), weights(N, K)
+    packed = pack_weight(qweight)
+    expected = reference.linear(x, qweight, scale, None, threshold, "column")
+    results = [run("packed_linear_no_grad", by, x, packed, scale, None, threshold, True) for by in VARIANTS]
+    for y in results:
+        assert_bitwise(y, results[0])
+    rows_with_nan = x.isnan().any(-1)
+    assert results[0][rows_with_nan].isnan().all()
+    assert expected[rows_with_nan].isnan().all()
+
+
+@every_variant
+@every_dtype
+def test_one_outlier_column(by: str, dtype: torch.dtype) -> None:
+    """A single product is exact, so the column policy gives the definition's bits too; threshold 0 and 6."""
+    x, (qweight, scale), bias = torch.randn(40, 200).clamp(-5, 5).to(dtype), weights(33, 200), torch.randn(33)
+    x[7, 11] = 9.0
+    packed = pack_weight(qweight)
+    for threshold in (0.0, 6.0):
+        y = run("packed_linear_no_grad", by, x, packed, scale, bias, threshold, True)
+        assert_bitwise(y, reference.linear(x, qweight, scale, bias, threshold, "column"))
+    # At the threshold exactly is an outlier.
+    x = x.clamp(-5, 5)
+    x[3, 4] = 5.5
+    assert_bitwise(
+        run("packed_linear_no_grad", by, x, packed, scale, bias, 5.5, True),
+        reference.linear(x, qweight, scale, bias, 5.5, "column"),
+    )
+
+
+# Several weights at once
+
+
+@every_variant
+@settings(max_examples=60)
+@given(SEEDS, SIZES, DTYPES, st.tuples(st.integers(0, 70), st.integers(0, 40)), st.booleans(), st.booleans())
+def test_pair_and_triple_are_single_calls(
+    by: str,
+    seed: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    others: tuple[int, int],
+    has_bias: bool,
+    by_column: bool,
+) -> None:
+    torch.manual_seed(seed)
+    M, K, N = sizes
+    x = batch(M, K, dtype, FINITE)
+    for name, outputs in (("pair", (others[0], N)), ("triple", (*others, N))):
+        parts = [weights(n, K) for n in outputs]
+        biases = [torch.randn(n, dtype=dtype) if has_bias else None for n in outputs]
+        results = operator(f"packed_linear_{name}_no_grad", by)(
+            x,
+            torch.cat([pack_weight(qweight) for qweight, _ in parts]),
+            torch.cat([scale for _, scale in parts]),
+            torch.cat(biases) if has_bias else None,
+            *outputs[:-1],
+            2.5,
+            by_column,
+        )
+        for y, (qweight, scale), bias in zip(results, parts, biases, strict=True):
+            single = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, bias, 2.5, by_column)
+            assert_bitwise(y, single)
+            assert y.is_contiguous()
+        starts = [y.untyped_storage().data_ptr() for y in results if y.numel()]
+        assert len(set(starts)) == len(starts)  # No result keeps another one's memory alive.
+
+
+@every_variant
+def test_experts_are_single_calls(by: str) -> None:
+    for dtype, outliers in itertools.product(SUPPORTED_DTYPES, ("row", "column")):
+        x, parts = batch(3 * 7, 70, dtype).view(3, 7, 70), [weights(20, 70) for _ in range(3)]
+        qweight, scale = (torch.stack(each) for each in zip(*parts, strict=True))
+        bias = torch.randn(3, 20)
+        y = operator("packed_batched_linear", by)(x, pack_weight(qweight), scale, bias, 2.5, outliers)
+        for b in range(3):
+            one = operator("packed_linear", by)(x[b], pack_weight(qweight[b]), scale[b], bias[b], 2.5, outliers)
+            assert_bitwise(y[b], one)
+
+
+# Layouts, threads, modes
+
+
+@settings(max_examples=30)
+@given(SEEDS, st.integers(0, 2), st.integers(0, 600), st.integers(0, 600))
+def test_pack_weight_is_its_definition(seed: int, B: int, N: int, K: int) -> None:
+    """Large enough for several threads; tests/test_ops.py has the formula."""
+    torch.manual_seed(seed)
+    qweight = torch.randint(-128, 128, (B, N, K) if B else (N, K), dtype=torch.int8)
+    with threads(1 + seed % 3):
+        assert torch.equal(pack_weight(qweight), packing.pack_weight(qweight))
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    **LAYOUTS,
+    "every other row": lambda x: torch.cat([x, x], -1).reshape(*x.shape[:-1], 2, x.shape[-1])[..., 0, :],
+    "offset": lambda x: torch.cat([x[..., :1], x], -1)[..., 1:],
+    "negated lazily": lambda x: torch._neg_view(-x),
+}
+
+
+@every_variant
+@every_dtype
+@pytest.mark.parametrize("layout", STRIDES)
+def test_strides(by: str, dtype: torch.dtype, layout: str) -> None:
+    x, (qweight, scale), bias = batch(9, 70, dtype, FINITE), weights(40, 70), torch.randn(40, dtype=dtype)
+    x = STRIDES[layout](x)
+    packed = pack_weight(STRIDES["transposed"](qweight))
+    # Of scales and biases too.
+    scale, bias = STRIDES["sliced"](scale), STRIDES["offset"](bias)
+    plain = (x.contiguous(), qweight, scale.contiguous(), bias.contiguous())
+    y = operator("packed_linear_no_grad", by)(x, packed, scale, bias, 2.5, False)
+    assert_bitwise(y, reference.linear(*plain, 2.5, "row"))
+    y = operator("packed_linear_no_grad", by)(x, packed, scale, bias, 2.5, True)
+    assert_bitwise(y, operator("packed_linear_no_grad", by)(plain[0], packed, *plain[2:], 2.5, True))
+    y = operator("packed_weight_only_linear_no_grad", by)(x, packed, scale, bias)
+    assert_bitwise(y, reference.weight_only_linear(*plain))
+    assert_bitwise(
+        operator("linear", by)(x, STRIDES["transposed"](qweight), scale, bias, 2.5, "row"),
+        reference.linear(*plain, 2.5, "row"),
+    )
+    # 4-D, its middle dimensions swapped.
+    many = x.expand(2, 3, 9, 70).transpose(1, 2)
+    y = operator("packed_linear_no_grad", by)(many, packed, scale, bias, 2.5, False)
+    assert_bitwise(y, reference.linear(many.contiguous(), *plain[1:], 2.5, "row"))
+
+
+def test_a_packed_weight_that_is_not_contiguous_is_refused() -> None:
+    x, packed = torch.randn(3, 128), pack_weight(torch.ones(32, 128, dtype=torch.int8))
+    for view in (packed.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([packed, packed], -1)[..., 0]):
+        assert view.shape == packed.shape
+        with pytest.raises(RuntimeError, match=r"packed_linear_no_grad: packed .* not contiguous"):
+            torch.ops.int8compile.packed_linear_no_grad(x, view, torch.ones(32), None, 6.0, False)
+
+
+@every_variant
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(1, 2048, 300), (3, 900, 1000), (70, 500, 130), (600, 300, 20), (33, 4096, 5)]
+)
+def test_threads_change_nothing(by: str, M: int, K: int, N: int) -> None:
+    """Sizes that are divided by outputs, by rows, or both, in all policies; and not divided at all."""
+    x, (qweight, scale), bias = batch(M, K, torch.float32), weights(N, K), torch.randn(N)
+    packed = pack_weight(qweight)
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("packed_linear_no_grad", (2.5, False)),
+        ("packed_linear_no_grad", (2.5, True)),
+        ("packed_weight_only_linear_no_grad", ()),
+    ]
+    expected = [
+        reference.linear(x, qweight, scale, bias, 2.5, "row"),
+        None,
+        reference.weight_only_linear(x, qweight, scale, bias),
+    ]
+    for (name, policy), wanted in zip(calls, expected, strict=True):
+        for count in (1, 2, 3, 7):
+            with threads(count):
+                y = run(name, by, x, packed, scale, bias, *policy)
+            wanted = y if wanted is None else wanted
+            assert_bitwise(y, wanted)
+
+
+def _shapes() -> list[tuple[Any, ...]]:
+    """Calls of many shapes with what each must give."""
+    found = []
+    for i in range(50):
+        M, K, N = 1 + i * 7 % 40, 1 + i * 37 % 700, 1 + i * 13 % 150
+        x, (qweight, scale) = batch(M, K, SUPPORTED_DTYPES[i % 3]), weights(N, K)
+        packed = pack_weight(qweight)
+        if i % 4 == 3:
+            call: tuple[Any, ...] = ("packed_weight_only_linear_no_grad", x, packed, scale, None)
+            expected = reference.weight_only_linear(x, qweight, scale, None)
+        else:
+            call = ("packed_linear_no_grad", x, packed, scale, None, 2.5, False)
+            expected = reference.linear(x, qweight, scale, None, 2.5, "row")
+        found.append((call, expected))
+    return found
+
+
+def test_several_python_threads_at_once() -> None:
+    """Eight threads, 50 calls each in orders of their own, while a ninth changes the variant again and again."""
+    shapes, done, start = _shapes(), threading.Event(), threading.Barrier(9)
+    before = cpu.variant()
+
+    def call(worker: int) -> int:
+        start.wait()
+        wrong = 0
+        for i in range(50):
+            (name, *args), expected = shapes[(i * 7 + worker * 11) % 50]
+            y = getattr(torch.ops.int8compile, name)(*args)
+            wrong += not torch.equal(y.nan_to_num(7), expected.nan_to_num(7))
+        return wrong
+
+    def change() -> int:
+        start.wait()
+        for changes in itertools.count():
+            cpu.use_variant(VARIANTS[changes % len(VARIANTS)])
+            if done.wait(1e-4):
+                return changes
+        return 0
+
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        changer = pool.submit(change)
+        try:
+            assert sum(pool.map(call, range(8))) == 0
+        finally:
+            done.set()
+        assert changer.result() > len(VARIANTS)
+    cpu.use_variant(before)
+
+
+def test_torch_says_how_many_threads() -> None:
+    """In a fresh process: one thread makes none, three make two more, which PyTorch's own loops use as well."""
+    program = """
+import os, torch
+from int8compile import cpu, ops
+assert cpu.available()
+x, packed, scale = torch.randn(64, 4096), ops.pack_weight(torch.ones(4096, 4096, dtype=torch.int8)), torch.ones(4096)
+def count():
+    return len(os.listdir("/proc/self/task"))
+def call():
+    ops.packed_linear_no_grad(x, packed, scale, None, 6.0, False)
+    return count()
+torch.set_num_threads(1)
+before = count()
+assert call() == before, (call(), before)
+torch.set_num_threads(3)
+assert call() == before + 2, (call(), before)
+torch.randn(10**6).sin_()
+assert count() == before + 2, (count(), before)
+torch.set_num_threads(1)
+assert call() <= before + 2
+"""
+    if sys.platform != "linux":
+        pytest.skip("counts threads through /proc")
+    # pack_weight runs before the threads are counted, with one: the pool must not be there yet.
+    subprocess.run(
+        [sys.executable, "-c", program.replace("import os, torch", "import os, torch; torch.set_num_threads(1)")],
+        check=True,
+        timeout=120,
+    )
+
+
+def test_the_library_brings_no_thread_pool_of_its_own() -> None:
+    library = cpu.load()
+    assert library is not None
+    if not shutil.which("readelf"):
+        pytest.skip("no readelf here")
+    listed = subprocess.run(["readelf", "-d", str(library.path)], check=True, capture_output=True, text=True).stdout
+    needed = [line.rsplit("[", 1)[1].rstrip("]") for line in listed.splitlines() if "(NEEDED)" in line]
+    assert any(name.startswith("libtorch_cpu") for name in needed)
+    assert not [name for name in needed if "omp" in name or "tbb" in name]
+
+
+@every_variant
+def test_inference_mode(by: str) -> None:
+    """Tensors made inside, and those from outside; results can be used on either side."""
+    qweight, scale = quantize_weight(torch.randn(40, 70))
+    outside = torch.randn(5, 70)
+    with torch.inference_mode():
+        x, packed, bias = outside * 1, pack_weight(qweight), torch.randn(40, dtype=torch.float16)
+        assert packed.is_inference()
+        y = operator("packed_linear_no_grad", by)(x, packed, scale, bias, 6.0, False)
+        assert_bitwise(y, reference.linear(x, qweight, scale, bias, 6.0, "row"))
+    assert y.is_inference()
+    assert_bitwise(operator("packed_linear_no_grad", by)(outside, packed, scale, bias, 6.0, False), y.clone())
+
+
+# The path taken
+
+
+def test_the_dispatcher_has_the_kernel_for_every_operator() -> None:
+    for name in [*OPS, "pack_weight"]:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"int8compile::{name}", "CPU")
+
+
+def profiled(call: Callable[[], object]) -> collections.Counter[str]:
+    """How often each operator is called."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return collections.Counter(event.name for event in profile.events())
+
+
+# What the definition multiplies with, whichever way it gets there.
+FLOAT_PRODUCTS = {"aten::mm", "aten::matmul", "aten::bmm", "aten::addmm", "mkldnn::_linear_pointwise", "aten::linear"}
+
+
+@every_variant
+def test_the_operator_runs_in_the_kernel(by: str) -> None:
+    qweight, scale = quantize_weight(torch.randn(40, 70))
+    packed, x = pack_weight(qweight), torch.randn(5, 70)
+    with using(by):
+        names = profiled(lambda: torch.ops.int8compile.packed_linear(x, packed, scale, None, 6.0, "row"))
+    assert names["int8compile::packed_linear"] == 1
+    assert not FLOAT_PRODUCTS & set(names)
+    names = profiled(lambda: operator("packed_linear", "definition")(x, packed, scale, None, 6.0, "row"))
+    assert FLOAT_PRODUCTS & set(names), "the profiler shows no product: the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("grad", "expected"),
+    [
+        (False, {"int8compile::packed_linear_no_grad": 1, "int8compile::packed_weight_only_linear_no_grad": 1}),
+        (True, {"int8compile::packed_linear": 1, "int8compile::packed_weight_only_linear": 1}),
+    ],
+)
+def test_a_compiled_model_runs_in_the_kernel(grad: bool, expected: dict[str, int]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.lm_head = nn.Linear(32, 48), nn.Linear(48, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lm_head(torch.relu(self.inner(x)))
+
+    model, x = Model().requires_grad_(False), torch.randn(5, 32, requires_grad=grad)
+    compiled = torch.compile(model, backend="int8", fullgraph=True, options={"lm_head": "int8_weight"})
+    compiled(x)
+    names = profiled(lambda: compiled(x))
+    assert {name: count for name, count in names.items() if name.startswith("int8compile::")} == expected
+    assert not FLOAT_PRODUCTS & set(names)
