@@ -19,7 +19,7 @@ inline V column(const uint8_t* panel, int32_t k, int n) {
 // because every product is exact.
 template <int P>
 FUSED_MULTIPLY_ADD void outlier_sums(const Outliers& outliers, const uint8_t* packed, int64_t panel_bytes,
-                                     Floats* result) {
+                                     float* result) {
   ALLOW_FUSED
   const int64_t count = outliers.count;
   if (outliers.sum == Summation::in_double) {
@@ -31,7 +31,7 @@ FUSED_MULTIPLY_ADD void outlier_sums(const Outliers& outliers, const uint8_t* pa
         const FewInts weights = column<FewInts>(panel, outliers.k[i], n) - 128;
         sum += double(outliers.value[i]) * __builtin_convertvector(weights, Doubles);
       }
-      save(reinterpret_cast<float*>(result) + v * DL, __builtin_convertvector(sum, FewFloats));
+      save(result + v * DL, __builtin_convertvector(sum, FewFloats));
     }
   } else if (outliers.sum == Summation::in_two) {
     Floats sum[P * PANEL_VECTORS], rest[P * PANEL_VECTORS];
@@ -46,7 +46,7 @@ FUSED_MULTIPLY_ADD void outlier_sums(const Outliers& outliers, const uint8_t* pa
         rest[v] += outliers.rest[i] * __builtin_convertvector(weights, Floats);
       }
     }
-    for (int v = 0; v < P * PANEL_VECTORS; ++v) result[v] = sum[v] + rest[v];
+    for (int v = 0; v < P * PANEL_VECTORS; ++v) save(result + v * VL, sum[v] + rest[v]);
   } else {
     Floats sum[P * PANEL_VECTORS];
     for (int v = 0; v < P * PANEL_VECTORS; ++v) sum[v] = Floats{} + outliers.value_offset;
@@ -56,22 +56,32 @@ FUSED_MULTIPLY_ADD void outlier_sums(const Outliers& outliers, const uint8_t* pa
         sum[v] += outliers.value[i] * __builtin_convertvector(weights, Floats);
       }
     }
-    for (int v = 0; v < P * PANEL_VECTORS; ++v) result[v] = sum[v];
+    for (int v = 0; v < P * PANEL_VECTORS; ++v) save(result + v * VL, sum[v]);
   }
 }
 
-// Rounds VL outputs of a row to y's dtype; `count` of them are there.
-inline void store(const Output& y, int64_t row, int64_t n, int64_t count, Floats value) {
-  const int64_t at = row * y.stride + n;
-  if (y.dtype == Dtype::float32) {
-    std::memcpy(static_cast<float*>(y.data) + at, &value, count >= VL ? 4 * VL : 4 * count);
+// The first `count` lanes; all of them, as nearly always, in one store.
+template <typename V>
+inline void save_some(void* to, V value, int64_t count) {
+  if (__builtin_expect(count >= VL, 1)) {
+    save(to, value);
+  } else {
+    std::memcpy(to, &value, sizeof(V) / VL * count);
+  }
+}
+
+// Rounds VL outputs to a dtype; `count` of them are there.
+template <Dtype D>
+inline void store(void* to, Floats value, int64_t count) {
+  if (D == Dtype::float32) {
+    save_some(to, value, count);
     return;
   }
   const Ints bits = (Ints)value;
   const Ints size = bits & 0x7fffffff;
   const Ints sign = (Ints)((Words)bits >> 16) & 0x8000;
   Ints half;
-  if (y.dtype == Dtype::bfloat16) {
+  if (D == Dtype::bfloat16) {
     // Round half to even; NaN stays NaN.
     const Ints rounded = (Ints)((Words)(bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     half = size > int32_t(INFINITE) ? 0x7fc0 | sign : rounded;
@@ -83,66 +93,135 @@ inline void store(const Output& y, int64_t row, int64_t n, int64_t count, Floats
     const Ints large = size > int32_t(INFINITE) ? Ints{} + 0x7e00 : Ints{} + 0x7c00;
     half = (size >= 0x477ff000 ? large : finite) | sign;
   }
-  const Halves narrow = __builtin_convertvector((Words)half, Halves);
-  std::memcpy(static_cast<uint16_t*>(y.data) + at, &narrow, count >= VL ? 2 * VL : 2 * count);
+  save_some(to, __builtin_convertvector((Words)half, Halves), count);
 }
 
-// Scales and bias of one panel, zero beyond N.
+// What makes rows of sums into rows of P panels of y.
+template <int P>
 struct Affine {
-  float scale[LANES] = {}, bias[LANES] = {};
-  int64_t count;
+  float scale[P * LANES] = {}, bias[P * LANES] = {};  // zero beyond N
+  bool has_bias;
+  int64_t count;  // outputs that are there
+  Dtype dtype;
+  int64_t stride;  // of y's rows, in bytes
+  char* y;         // the panels' first output in row 0
 
-  Affine(const Weight& weight, int64_t panel) {
-    const int64_t n = panel * LANES;
-    count = weight.n - n < LANES ? weight.n - n : LANES;
+  Affine(const Weight& weight, int64_t panel, const Output& out) : has_bias(weight.bias), dtype(out.dtype) {
+    const int64_t n = panel * LANES, bytes = dtype == Dtype::float32 ? 4 : 2;
+    count = weight.n - n < P * LANES ? weight.n - n : P * LANES;
+    stride = out.stride * bytes;
+    y = static_cast<char*>(out.data) + n * bytes;
     std::memcpy(scale, weight.scale + n, 4 * count);
-    if (weight.bias) std::memcpy(bias, weight.bias + n, 4 * count);
+    if (has_bias) std::memcpy(bias, weight.bias + n, 4 * count);
   }
 
-  // Outputs of a row from the panel's v-th vector on.
-  void finish(Floats value, const Weight& weight, int64_t panel, int v, int64_t row, const Output& y) const {
-    if (v * VL >= count) return;
-    value *= load<Floats>(scale + v * VL);
-    if (weight.bias) value += load<Floats>(bias + v * VL);
-    store(y, row, panel * LANES + v * VL, count - v * VL, value);
+  // load_value(m, v) is what is scaled: row m's v-th vector.
+  template <Dtype D, bool BIAS, bool WHOLE, typename F>
+  inline void finish_as(int64_t row, int64_t rows, const F& load_value) const {
+    constexpr int64_t BYTES = D == Dtype::float32 ? 4 : 2;
+    constexpr int V = P * PANEL_VECTORS;
+    // In registers: for all that compilers know, a store to y changes this.
+    Floats scales[V], biases[V];
+    for (int v = 0; v < V; ++v) {
+      scales[v] = load<Floats>(scale + v * VL);
+      biases[v] = load<Floats>(bias + v * VL);
+    }
+    char* to = y + row * stride;
+    const int64_t there = count, step = stride;
+    for (int64_t m = 0; m < rows; ++m, to += step) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        if (!WHOLE && v * VL >= there) break;
+        Floats value = load_value(m, v) * scales[v];
+        if (BIAS) value += biases[v];
+        store<D>(to + v * VL * BYTES, value, WHOLE ? VL : there - v * VL);
+      }
+    }
+  }
+
+  template <Dtype D, typename F>
+  inline void finish_in(int64_t row, int64_t rows, const F& load_value) const {
+    if (count < P * LANES) {
+      has_bias ? finish_as<D, true, false>(row, rows, load_value) : finish_as<D, false, false>(row, rows, load_value);
+    } else {
+      has_bias ? finish_as<D, true, true>(row, rows, load_value) : finish_as<D, false, true>(row, rows, load_value);
+    }
+  }
+
+  template <typename F>
+  inline void finish(int64_t row, int64_t rows, const F& load_value) const {
+    switch (dtype) {
+      case Dtype::float32:
+        return finish_in<Dtype::float32>(row, rows, load_value);
+      case Dtype::bfloat16:
+        return finish_in<Dtype::bfloat16>(row, rows, load_value);
+      case Dtype::float16:
+        return finish_in<Dtype::float16>(row, rows, load_value);
+    }
   }
 };
 
-// Finishes a row of P panels.
+// Finishes M rows of P panels. `parts` [M][P][LANES] is what their outliers add, null where they have none.
 template <int P>
-inline void finish(const Rows& rows, int64_t row, const Weight& weight, int64_t panel, const Affine* affine,
-                   const int32_t* acc, const Output& y) {
-  const Outliers& outliers = rows.outliers[row];
-  const int64_t panel_bytes = LANES * rows.k_padded;
-  Floats outlier_part[P * PANEL_VECTORS];
-  if (outliers.count) outlier_sums<P>(outliers, weight.packed + panel * panel_bytes, panel_bytes, outlier_part);
-  for (int v = 0; v < P * PANEL_VECTORS; ++v) {
+inline void finish_with(const float* parts, const Rows& rows, int64_t row, int64_t count, const Affine<P>& affine,
+                        const int32_t* acc) {
+  const float* scale = rows.scale + row;
+  const int32_t* sum = rows.sum + row;
+  auto exact = [scale, sum, acc](int64_t m, int v) {
     // Unsigned: with the offset the sums may pass 2**31, and come back when it is taken off.
-    const Words exact = load<Words>(acc + v * VL) - OFFSET * uint32_t(rows.sum[row]);
-    Floats value = __builtin_convertvector((Ints)exact, Floats) * rows.scale[row];
-    if (outliers.count) value += outlier_part[v];
-    const int p = v / PANEL_VECTORS;
-    affine[p].finish(value, weight, panel + p, v % PANEL_VECTORS, row, y);
+    const Words words = load<Words>(acc + (m * P * PANEL_VECTORS + v) * VL) - OFFSET * uint32_t(sum[m]);
+    return __builtin_convertvector((Ints)words, Floats) * scale[m];
+  };
+  if (parts) {
+    affine.finish(row, count, [exact, parts](int64_t m, int v) {
+      return exact(m, v) + load<Floats>(parts + (m * P * PANEL_VECTORS + v) * VL);
+    });
+  } else {
+    affine.finish(row, count, exact);
   }
 }
 
-// Finishes a row of P panels from the sums of its digits, each P * LANES of `acc`.
 template <int P>
-inline void finish(const FixedPointRows& rows, int64_t row, const Weight& weight, int64_t panel, const Affine* affine,
-                   const int32_t* acc, const Output& y) {
-  for (int v = 0; v < P * PANEL_VECTORS; ++v) {
+inline void finish(const Rows& rows, int64_t row, int64_t count, const Weight& weight, int64_t panel,
+                   const Affine<P>& affine, const int32_t* acc) {
+  constexpr int64_t MOST = 8;
+  const int64_t panel_bytes = LANES * rows.k_padded;
+  const uint8_t* packed = weight.packed + panel * panel_bytes;
+  alignas(64) float parts[MOST * P * LANES];
+  for (int64_t first = 0; first < count; first += MOST) {
+    const int64_t some = count - first < MOST ? count - first : MOST;
+    bool any = false;
+    for (int64_t m = 0; m < some; ++m) any |= rows.outliers[row + first + m].count > 0;
+    for (int64_t m = 0; any && m < some; ++m) {
+      float* part = parts + m * P * LANES;
+      const Outliers& outliers = rows.outliers[row + first + m];
+      if (outliers.count) {
+        outlier_sums<P>(outliers, packed, panel_bytes, part);
+      } else {
+        std::memset(part, 0, P * LANES * sizeof(float));
+      }
+    }
+    finish_with<P>(any ? parts : nullptr, rows, row + first, some, affine, acc + first * P * LANES);
+  }
+}
+
+// Finishes rows from the sums of their digits, each row DIGITS of `acc`.
+template <int P>
+inline void finish(const FixedPointRows& rows, int64_t row, int64_t count, const Weight&, int64_t,
+                   const Affine<P>& affine, const int32_t* acc) {
+  affine.finish(row, count, [&](int64_t m, int v) {
     float parts[VL];
     for (int part = 0; part < 2; ++part) {
       Doubles sum = {};
       for (int digit = DIGITS - 1; digit >= 0; --digit) {
         typedef uint32_t FewWords __attribute__((vector_size(4 * DL)));
-        const FewWords exact = load<FewWords>(acc + digit * P * LANES + v * VL + part * DL) -
-                               OFFSET * uint32_t(rows.sum[DIGITS * row + digit]);
+        const int64_t from = DIGITS * m + digit;
+        const FewWords exact = load<FewWords>(acc + (from * P * PANEL_VECTORS + v) * VL + part * DL) -
+                               OFFSET * uint32_t(rows.sum[DIGITS * row + from]);
         sum = sum * 256.0 + __builtin_convertvector((FewInts)exact, Doubles);
       }
-      save(parts + part * DL, __builtin_convertvector(sum * rows.unit[row], FewFloats));
+      save(parts + part * DL, __builtin_convertvector(sum * rows.unit[row + m], FewFloats));
     }
-    const int p = v / PANEL_VECTORS;
-    affine[p].finish(load<Floats>(parts), weight, panel + p, v % PANEL_VECTORS, row, y);
-  }
+    return load<Floats>(parts);
+  });
 }

@@ -74,27 +74,24 @@ constexpr int parts_of(const FixedPointRows*) { return DIGITS; }
 
 // M rows of the buffer by P panels.
 template <int M, int P, typename R>
-inline void finished_tile(const R& rows, int64_t row, const Weight& weight, int64_t panel, const Affine* affine,
-                          const Output& y) {
+inline void finished_tile(const R& rows, int64_t row, const Weight& weight, int64_t panel, const Affine<P>& affine) {
   constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
   alignas(64) int32_t acc[M * P * LANES];
   const Q* q = static_cast<const Q*>(rows.q) + row * PARTS * rows.stride;
   tile<M, P>(q, rows.stride, rows.k_padded, weight.packed + panel * LANES * rows.k_padded, acc);
-  for (int m = 0; m < M / PARTS; ++m) {
-    finish<P>(rows, row + m, weight, panel, affine, acc + m * PARTS * P * LANES, y);
-  }
+  finish<P>(rows, row, M / PARTS, weight, panel, affine, acc);
 }
 
 // The last rows, fewer than a tile's.
 template <int M, int P, typename R>
 inline void last_rows(const R& rows, int64_t row, int64_t count, const Weight& weight, int64_t panel,
-                      const Affine* affine, const Output& y) {
+                      const Affine<P>& affine) {
   constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
   if constexpr (M >= PARTS) {
     if (count * PARTS == M) {
-      finished_tile<M, P>(rows, row, weight, panel, affine, y);
+      finished_tile<M, P>(rows, row, weight, panel, affine);
     } else {
-      last_rows<M - PARTS, P>(rows, row, count, weight, panel, affine, y);
+      last_rows<M - PARTS, P>(rows, row, count, weight, panel, affine);
     }
   }
 }
@@ -103,12 +100,10 @@ template <int P, typename R>
 inline void panels(const R& rows, int64_t begin, int64_t end, const Weight& weight, int64_t panel, const Output& y) {
   constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
   constexpr int STEP = TILE_M / PARTS;
-  alignas(64) unsigned char room[P * sizeof(Affine)];
-  Affine* affine = reinterpret_cast<Affine*>(room);
-  for (int p = 0; p < P; ++p) new (&affine[p]) Affine(weight, panel + p);
+  const Affine<P> affine(weight, panel, y);
   int64_t row = begin;
-  for (; row + STEP <= end; row += STEP) finished_tile<STEP * PARTS, P>(rows, row, weight, panel, affine, y);
-  if (row < end) last_rows<(STEP - 1) * PARTS, P>(rows, row, end - row, weight, panel, affine, y);
+  for (; row + STEP <= end; row += STEP) finished_tile<STEP * PARTS, P>(rows, row, weight, panel, affine);
+  if (row < end) last_rows<(STEP - 1) * PARTS, P>(rows, row, end - row, weight, panel, affine);
 }
 
 template <typename R>
