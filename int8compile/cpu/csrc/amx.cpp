@@ -252,6 +252,8 @@ inline void amx_tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t
   if (HALVES > 1 && P > 1) _tile_stored(3, acc + TILE_ROWS * P * LANES + LANES, acc_stride);
 }
 
+constexpr int64_t SHORT_ROW = 768;
+
 template <int P>
 void amx_panels(const Rows& rows, const Block* blocks, int64_t begin, int64_t end, const Weight& weight,
                 int64_t panel_begin, int64_t panel_end, const Output& y) {
@@ -259,26 +261,27 @@ void amx_panels(const Rows& rows, const Block* blocks, int64_t begin, int64_t en
   alignas(64) int32_t acc[2][MAX_ROWS * P * LANES];
   alignas(64) unsigned char room[2][sizeof(Affine<P>)];
   Pending<P> pending(rows, weight);
-  int filled = 0, described = 0;
-  for (int64_t panel = panel_begin; panel < panel_end; panel += P) {
-    const Affine<P>* affine = new (room[described]) Affine<P>(weight, panel, y);
-    described ^= 1;
+  // The operand of the inner loop streams through the first-level cache. Short rows stay there while the weights, which
+  // lie in order, stream; of long ones neither fits, and weights come from further away.
+  const bool rows_outside = rows.k_padded <= SHORT_ROW;
+  const int64_t row_tiles = (end - begin + MAX_ROWS - 1) / MAX_ROWS, panel_tiles = (panel_end - panel_begin) / P;
+  for (int64_t tile = 0; tile < row_tiles * panel_tiles; ++tile) {
+    const int64_t row_tile = rows_outside ? tile / panel_tiles : tile % row_tiles;
+    const int64_t panel = panel_begin + (rows_outside ? tile % panel_tiles : tile / row_tiles) * P;
+    const int64_t row = begin + row_tile * MAX_ROWS;
+    const int64_t count = end - row < MAX_ROWS ? end - row : MAX_ROWS;
+    const Q* q = static_cast<const Q*>(rows.q) + row * rows.stride;
     const uint8_t* packed = weight.packed + panel * LANES * rows.k_padded;
-    for (int64_t row = begin; row < end;) {
-      const int64_t count = end - row < MAX_ROWS ? end - row : MAX_ROWS;
-      const Q* q = static_cast<const Q*>(rows.q) + row * rows.stride;
-      int32_t* sums = acc[filled];
-      filled ^= 1;
-      if (count > TILE_ROWS) {
-        row == begin ? amx_tile<2, P, true>(q, rows.stride, rows.k_padded, packed, sums, pending)
-                     : amx_tile<2, P, false>(q, rows.stride, rows.k_padded, packed, sums, pending);
-      } else {
-        row == begin ? amx_tile<1, P, true>(q, rows.stride, rows.k_padded, packed, sums, pending)
-                     : amx_tile<1, P, false>(q, rows.stride, rows.k_padded, packed, sums, pending);
-      }
-      pending.start(row, count, panel, affine, sums, blocks ? blocks + (row - begin) / MAX_ROWS : nullptr);
-      row += count;
+    const Affine<P>* affine = new (room[tile % 2]) Affine<P>(weight, panel, y);
+    int32_t* sums = acc[tile % 2];
+    if (count > TILE_ROWS) {
+      row_tile == 0 ? amx_tile<2, P, true>(q, rows.stride, rows.k_padded, packed, sums, pending)
+                    : amx_tile<2, P, false>(q, rows.stride, rows.k_padded, packed, sums, pending);
+    } else {
+      row_tile == 0 ? amx_tile<1, P, true>(q, rows.stride, rows.k_padded, packed, sums, pending)
+                    : amx_tile<1, P, false>(q, rows.stride, rows.k_padded, packed, sums, pending);
     }
+    pending.start(row, count, panel, affine, sums, blocks ? blocks + row_tile : nullptr);
   }
   pending.work(pending.portions());
 }
