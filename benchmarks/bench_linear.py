@@ -1,40 +1,133 @@
-"""One linear layer, compiled: int8 against float32 and bfloat16, over the rows that decode and prefill have.
+"""One linear layer: int8 against `F.linear`, over the rows M that decode and prefill have.
 
-Run with `make bench`, or `python -m pytest benchmarks/bench_linear.py --benchmark-only`. Compare the groups' medians
-of one run; pytest-benchmark's `--benchmark-compare` finds regressions between two commits on one machine.
+Quantization of the activations and their outliers are part of what is timed. The baseline of a case is the faster of
+float32 and bfloat16, whatever the activations of the int8 layer are.
+
+    python -m pytest benchmarks/bench_linear.py --benchmark-only -k test_linear    # the table
+    python -m pytest benchmarks/bench_linear.py --benchmark-only -k test_sweep -s  # is any M slower than the baseline?
+
+The sweep takes every M up to 40 and some of the others; all up to 600 with `--every-row`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
 
-SHAPES = [(576, 1536), (2048, 2048)]
-ROWS = [1, 32, 512]
+from benchmarks import interleaved
+from benchmarks.conftest import is_smoke
+from int8compile import cpu
+from int8compile.ops import pack_weight, quantize_weight
+
+SHAPES = [(2048, 2048), (4096, 4096), (4096, 11008)]  # K, N
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600]
+SWEPT = [
+    *range(1, 41),
+    *[41, 47, 48, 49, 53, 61, 63, 64, 65, 71, 79, 80, 81, 89, 95, 96, 97, 101, 111, 113, 127, 128, 129, 144, 151],
+    *[160, 161, 176, 191, 192, 193, 211, 224, 239, 255, 256, 257, 288, 307, 320, 353, 383, 384, 385, 416, 449, 480],
+    *[511, 512, 513, 544, 577, 599, 600],
+]
+SMOKE_SHAPES, SMOKE_ROWS = [(64, 48)], [1, 4]
 OUTLIERS = 0.003
+BASELINES = ("float32", "bfloat16")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Calls = dict[str, Callable[[], object]]
 
 
-def activations(m: int, k: int) -> torch.Tensor:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The cases of a test, by the names of its arguments; few with --smoke."""
+    few = is_smoke(metafunc.config)
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", list(DTYPES))
+    if "m" in metafunc.fixturenames:
+        metafunc.parametrize("m", SMOKE_ROWS if few else ROWS)
+    # Last, so that the cases of a shape, which share its layer, come one behind the other.
+    metafunc.parametrize("shape", SMOKE_SHAPES if few else SHAPES, ids=lambda shape: "{}x{}".format(*shape))
+
+
+def activations(m: int, k: int) -> Tensor:
     """Normal rows with 0.3 % of elements twenty times as large, as a language model's hidden states have."""
     x = torch.randn(m, k)
     return torch.where(torch.rand(m, k) < OUTLIERS, 20 * x, x)
 
 
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize(("k", "n"), SHAPES, ids=[f"{k}x{n}" for k, n in SHAPES])
-@pytest.mark.parametrize("variant", ["float32", "bfloat16", "int8"])
-def test_linear(benchmark: Any, variant: str, k: int, n: int, m: int) -> None:
-    """Times one call; `group` puts the variants of a shape side by side."""
+class Layer:
+    """A random linear layer in float32, in bfloat16 and in int8."""
+
+    def __init__(self, k: int, n: int) -> None:
+        weight = torch.randn(n, k) / k**0.5
+        qweight, self.scale = quantize_weight(weight)
+        self.k = k
+        self.weights = {name: weight.to(dtype) for name, dtype in DTYPES.items()}
+        self.packed = pack_weight(qweight)
+        # Without it the operator would run its definition in PyTorch.
+        assert cpu.available()
+
+    def calls(self, m: int, dtypes: tuple[str, ...]) -> Calls:
+        """The two baselines, and int8 with activations of some dtypes."""
+        xs = {name: activations(m, self.k).to(dtype) for name, dtype in DTYPES.items()}
+        calls: Calls = {name: self._float(xs[name], weight) for name, weight in self.weights.items()}
+        return calls | {f"int8 {name}": self._int8(xs[name]) for name in dtypes}
+
+    def _float(self, x: Tensor, weight: Tensor) -> Callable[[], object]:
+        return lambda: F.linear(x, weight)
+
+    def _int8(self, x: Tensor) -> Callable[[], object]:
+        op = torch.ops.int8compile.packed_linear_no_grad.default
+        return lambda: op(x, self.packed, self.scale, None, 6.0, False)
+
+
+_layers: dict[tuple[int, int], Layer] = {}
+
+
+def layer_of(k: int, n: int) -> Layer:
+    """The layer of a shape. Only the last one is kept: the largest takes 300 MB."""
+    if (k, n) not in _layers:
+        _layers.clear()
+        _layers[k, n] = Layer(k, n)
+    return _layers[k, n]
+
+
+def rounds_for(k: int, n: int, m: int) -> int:
+    """Many for short calls, which scatter most, and fewer for those of a tenth of a second."""
+    return max(9, min(101, 4 * 10**10 // (m * k * n)))
+
+
+def test_linear(benchmark: Any, smoke: bool, shape: tuple[int, int], m: int, dtype: str) -> None:
+    """`group` puts the activations' dtypes of a case side by side; the baselines are in `extra_info`."""
+    k, n = shape
     benchmark.group = f"linear M={m} K={k} N={n}"
-    torch._dynamo.reset()
-    dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
-    layer = nn.Linear(k, n).to(dtype).requires_grad_(False)
-    x = activations(m, k).to(dtype)
-    compiled = torch.compile(layer, backend="int8" if variant == "int8" else "inductor", fullgraph=True)
-    with torch.inference_mode():
-        compiled(x)  # Compiles.
-        y = benchmark(compiled, x)
-    assert y.shape == (m, n)
+    calls = layer_of(k, n).calls(m, (dtype,))
+    times = interleaved.measure(benchmark, calls, f"int8 {dtype}", 2 if smoke else rounds_for(k, n, m))
+    benchmark.extra_info.update(kind="linear", k=k, n=n, m=m, dtype=dtype, **times.to_dict(BASELINES))
+
+
+def test_sweep(benchmark: Any, smoke: bool, pytestconfig: pytest.Config, shape: tuple[int, int]) -> None:
+    """Looks for an M at which a float layer is faster. A case that seems to be one is timed again, for longer."""
+    k, n = shape
+    rows = SMOKE_ROWS if smoke else list(range(1, 601)) if pytestconfig.getoption("every_row") else SWEPT
+    layer = layer_of(k, n)
+    ratios: dict[str, dict[int, float]] = {name: {} for name in DTYPES}
+
+    def sweep() -> None:
+        for m in tqdm(rows, desc=f"{k}x{n}", leave=False):
+            calls = layer.calls(m, tuple(DTYPES))
+            times = interleaved.take_turns(calls, 5)
+            if any(times.ratio(f"int8 {name}", times.fastest(BASELINES)) < 1.1 for name in DTYPES):
+                times = interleaved.take_turns(calls, 25)
+            for name in DTYPES:
+                ratios[name][m] = round(times.ratio(f"int8 {name}", times.fastest(BASELINES)), 3)
+
+    benchmark.group = f"sweep K={k} N={n}"
+    benchmark.pedantic(sweep)
+    benchmark.extra_info.update(kind="sweep", k=k, n=n, ratios=ratios)
+    for name, found in ratios.items():
+        listed = ", ".join(f"M={m}: {found[m]:.2f}x" for m in sorted(found, key=found.__getitem__)[:3])
+        print(f"\n{k}x{n}, {name} activations, {len(found)} values of M: the slowest are {listed}")
