@@ -57,12 +57,12 @@ class FusedWeight:
     Attributes:
         qweight: Their panels.
         scale: Their scales.
-        members: The weights.
+        members: The weights; weakly, since they hold this one: a cycle would keep the memory until Python looks for it.
     """
 
     qweight: Tensor
     scale: Tensor
-    members: tuple[QuantizedWeight, ...]
+    members: tuple[weakref.ref[QuantizedWeight], ...]
 
 
 class FreedWeight(nn.Parameter):
@@ -149,7 +149,7 @@ class WeightStore:
     def fused(self, weights: Sequence[QuantizedWeight]) -> FusedWeight:
         """Packed weights as slices of one tensor, copied there if they are not yet: memory holds them once."""
         fused = weights[0].fused
-        if fused is None or fused.members != tuple(weights):
+        if fused is None or fused.members != tuple(map(weakref.ref, weights)):
             with self._lock, _plain_tensors():
                 fused = _fuse(weights)
         return fused
@@ -216,7 +216,7 @@ def _fuse(weights: Sequence[QuantizedWeight]) -> FusedWeight:
     fused = FusedWeight(
         torch.cat([weight.qweight for weight in weights]),
         torch.cat([weight.scale for weight in weights]),
-        tuple(weights),
+        tuple(map(weakref.ref, weights)),
     )
     qweights = fused.qweight.split([weight.qweight.shape[0] for weight in weights])
     scales = fused.scale.split([weight.scale.shape[0] for weight in weights])

@@ -70,8 +70,9 @@ def _siblings(module: GraphModule, slots: Mapping[Node, WeightSlot]) -> list[lis
         if node.target is not ops.packed_linear_no_grad.default or node.args[1] not in slots:
             continue
         x, qweight, _, bias, *policy = node.args
-        # A weight that others read too stays as they know it; a computed bias may not be there yet.
-        if len(qweight.users) > 1 or (bias is not None and bias.op not in ("placeholder", "get_attr")):
+        # A weight that others read too stays as they know it; a bias that is computed, or an attribute that is read
+        # later in the graph, may not be there yet.
+        if len(qweight.users) > 1 or (bias is not None and bias.op != "placeholder"):
             continue
         key = (x, bias is None, *policy)
         group = open_groups.get(key)

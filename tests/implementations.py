@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -54,3 +55,10 @@ def operator(name: str, by: str) -> Callable[..., Any]:
             return op(*args, **kwargs)
 
     return run
+
+
+def profiled(call: Callable[[], object]) -> collections.Counter[str]:
+    """How often each operator is called."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return collections.Counter(event.name for event in profile.events())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import itertools
 import math
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from int8compile import cpu
 from int8compile.ops import MAX_K, SUPPORTED_DTYPES, dequantize_weight, pack_weight, packing, quantize_weight, reference
 from int8compile.ops.reference import TINY, fixed_point_rows
-from tests.implementations import VARIANTS, every_implementation, every_variant, needs_kernel, operator, using
+from tests.implementations import VARIANTS, every_implementation, every_variant, needs_kernel, operator, profiled, using
 from tests.models import threads
 from tests.test_ops import LAYOUTS, OPS, U, assert_bitwise, every_dtype
 
@@ -680,13 +679,6 @@ def test_inference_mode(by: str) -> None:
 def test_the_dispatcher_has_the_kernel_for_every_operator() -> None:
     for name in [*OPS, "pack_weight"]:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"int8compile::{name}", "CPU")
-
-
-def profiled(call: Callable[[], object]) -> collections.Counter[str]:
-    """How often each operator is called."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    return collections.Counter(event.name for event in profile.events())
 
 
 # What the definition multiplies with, whichever way it gets there.
