@@ -15,6 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("int8compile")
     group.addoption("--smoke", action="store_true", help="tiny sizes: shows in seconds that the benchmarks run")
     group.addoption("--every-row", action="store_true", help="bench_linear's sweep takes every M from 1 to 600")
+    group.addoption("--variants", metavar="REGEX", help="what bench_models compiles besides float32 and bfloat16")
+    group.addoption("--llama-cpp", metavar="PREFILL,DECODE", help="llama.cpp's tokens per second with SmolLM2, Q8_0")
 
 
 def is_smoke(config: pytest.Config) -> bool:

@@ -1,0 +1,196 @@
+"""Language models, whole, at batch 1: reading a prompt of 512 tokens, and writing one token behind it.
+
+Compiling a variant takes up to a minute, so `--variants` names those to compile, as a regular expression; float32 and
+bfloat16 are always among them. Without it the variants of `DEFAULT` are taken: ten minutes and more.
+
+    python -m pytest benchmarks/bench_models.py --benchmark-only -s
+    python -m pytest benchmarks/bench_models.py --benchmark-only -s -k SmolLM2 --variants '^int8|torchao'
+
+Not installed with the rest, and left out where missing: torchao, and llama-cpp-python for llama.cpp (`--llama-cpp
+900,80` takes tokens per second that `llama-bench -p 512 -n 64` gave on this machine instead).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import interleaved, llamacpp, variants
+from benchmarks.conftest import is_smoke
+from int8compile import cpu, models
+from int8compile.errors import ModelError
+
+BASELINES = ("float32", "bfloat16")
+CPP_BASELINES = tuple(f"{name}, cpp_wrapper" for name in BASELINES)
+SMOLLM2 = "SmolLM2-135M"
+LLAMA = "Llama-3.2-1B, 4 layers"
+SMOKE = "smoke"
+DEFAULT = {
+    SMOLLM2: (
+        *BASELINES,
+        *CPP_BASELINES,
+        "int8 float32",
+        "int8 bfloat16",
+        "int8 float32, lm_head, cpp_wrapper",
+        "int8 bfloat16, lm_head, cpp_wrapper",
+        "bitsandbytes bfloat16",
+        "bitsandbytes bfloat16, compiled",
+        "torchao weight-only bfloat16",
+        "torchao dynamic bfloat16",
+        llamacpp.NAME,
+    ),
+    LLAMA: (
+        *BASELINES,
+        *CPP_BASELINES,
+        "int8 float32",
+        "int8 bfloat16",
+        "int8 float32, cpp_wrapper",
+        "int8 bfloat16, cpp_wrapper",
+    ),
+    SMOKE: (*BASELINES, "int8 bfloat16, lm_head, cpp_wrapper", "bitsandbytes bfloat16"),
+}
+PROMPT = {SMOLLM2: 512, LLAMA: 512, SMOKE: 8}
+# Room in the cache for tokens behind the prompt, as there is when a model is used.
+ROOM = 64
+
+# Other packages warn of what is no concern of ours while they quantize and compile, and warnings are errors here.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def load(name: str) -> Any:
+    """A model in float32."""
+    if name == SMOLLM2:
+        return models.load(models.SMOLLM2)
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_hidden_layers": 4,
+    }
+    if name == SMOKE:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 1}
+    # The embedding costs nothing at any size and the output projection is left out: a small vocabulary will do.
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=256))
+    return model.eval()
+
+
+class Runs:
+    """The variants of a model, compiled.
+
+    Attributes:
+        model: Its name.
+        prompt: How many tokens the prompt has.
+        similarity: How close to float32's the last token's output is, by variant: the cosine of the angle between
+            them. What is fast and wrong is not fast.
+        notes: What was left out, and why.
+    """
+
+    def __init__(self, model: str, names: list[str]) -> None:
+        assert cpu.available()
+        self.model = model
+        self.prompt = PROMPT[model]
+        self.similarity: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._steps: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        weights = load(model)
+        by_dtype = {"float32": weights, "bfloat16": copy.deepcopy(weights).bfloat16()}
+        self._ids = torch.randint(0, weights.config.vocab_size, (1, self.prompt + 1))
+        self._positions = torch.arange(self.prompt + 1)
+        for name in (bar := tqdm(names, leave=False)):
+            bar.set_description(f"Compiling {name}")
+            if why := llamacpp.missing() if name == llamacpp.NAME else variants.missing(name):
+                self.notes.append(f"{name}: {why}")
+                continue
+            if name == llamacpp.NAME:
+                self._steps[name] = llamacpp.Step(models.smollm2_file(), self.prompt + ROOM)
+            else:
+                self._steps[name] = variants.make(name, by_dtype, self.prompt + ROOM, head=model != LLAMA)
+            try:
+                self.prefill(name)
+                self._compare(name, self.decode(name))
+            except Exception as error:
+                if name.startswith("int8") or name in BASELINES:
+                    raise
+                self.notes.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                del self._steps[name]
+
+    @property
+    def names(self) -> list[str]:
+        """The variants that are there."""
+        return list(self._steps)
+
+    def prefill(self, name: str) -> Tensor:
+        """Reads the prompt."""
+        return self._steps[name](self._ids[:, :-1], self._positions[:-1])
+
+    def decode(self, name: str) -> Tensor:
+        """Writes a token behind the prompt; the same one every time."""
+        return self._steps[name](self._ids[:, -1:], self._positions[-1:])
+
+    def _compare(self, name: str, output: Tensor) -> None:
+        output = output.flatten().float()
+        if not self.similarity:
+            self._expected = output.clone()
+        self.similarity[name] = round(float(torch.cosine_similarity(output, self._expected, dim=0)), 4)
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Runs:
+    """The variants of a model that were asked for."""
+    name = request.param
+    pattern = request.config.getoption("variants")
+    known = [*variants.COMPILERS, *([llamacpp.NAME] if name == SMOLLM2 else [])]
+    chosen = [one for one in known if re.search(pattern, one)] if pattern else list(DEFAULT[name])
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        try:
+            return Runs(name, list(dict.fromkeys([*BASELINES, *chosen])))
+        except ModelError as error:
+            pytest.skip(str(error))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Only a toy with --smoke."""
+    names = [SMOKE] if is_smoke(metafunc.config) else [SMOLLM2, LLAMA]
+    metafunc.parametrize("runs", names, indirect=True, ids=lambda name: name.split(",")[0])
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_model(benchmark: Any, pytestconfig: pytest.Config, smoke: bool, runs: Runs, phase: str) -> None:
+    """All variants in turns. pytest-benchmark's own table shows the last one of int8, the file all of them."""
+    call = getattr(runs, phase)
+    candidate = [name for name in runs.names if name.startswith("int8")] or runs.names
+    calls = {name: lambda name=name: call(name) for name in runs.names}
+    benchmark.group = f"{phase} {runs.model}"
+    rounds = 2 if smoke else {"prefill": 9, "decode": 61}[phase]
+    times = interleaved.measure(benchmark, calls, candidate[-1], rounds)
+    tokens = runs.prompt if phase == "prefill" else 1
+    data = times.to_dict(BASELINES)
+    given = pytestconfig.getoption("llama_cpp")
+    if given and runs.model == SMOLLM2 and llamacpp.NAME not in runs.names:
+        prefill, decode = (float(rate) for rate in given.split(","))
+        data["medians"][llamacpp.NAME] = tokens / (prefill if phase == "prefill" else decode)
+        runs.notes.append(f"{llamacpp.NAME}: not timed in turns with the others; given by whoever ran this")
+    benchmark.extra_info.update(
+        kind="model",
+        model=runs.model,
+        phase=phase,
+        tokens=tokens,
+        similarity=runs.similarity,
+        notes=list(dict.fromkeys(runs.notes)),
+        packages=variants.packages(),
+        **data,
+    )
+    for name, seconds in data["medians"].items():
+        print(f"\n{phase:8} {name:40} {tokens / seconds:8.1f} tokens/s", end="")
