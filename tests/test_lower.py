@@ -366,7 +366,8 @@ def test_a_shared_weight_is_held_once() -> None:
 
     model, x = Siblings(), torch.randn(5, 32)
     torch.compile(nn.Linear(32, 32).requires_grad_(False), backend="int8")(x)  # What compiling itself leaves behind.
-    bytes_before, before = STORE.nbytes(), {id(each) for each in alive()}
+    before = {id(each) for each in alive()}
+    bytes_before = STORE.nbytes()
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x)
     assert STORE.nbytes() - bytes_before == packed_bytes(model)
