@@ -44,12 +44,12 @@ Calls = dict[str, Callable[[], object]]
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The cases of a test, by the names of its arguments; few with --smoke."""
     few = is_smoke(metafunc.config)
-    if "dtype" in metafunc.fixturenames:
-        metafunc.parametrize("dtype", list(DTYPES))
+    # First, so that the cases of a shape, which share its layer, come one behind the other.
+    metafunc.parametrize("shape", SMOKE_SHAPES if few else SHAPES, ids=lambda shape: "{}x{}".format(*shape))
     if "m" in metafunc.fixturenames:
         metafunc.parametrize("m", SMOKE_ROWS if few else ROWS)
-    # Last, so that the cases of a shape, which share its layer, come one behind the other.
-    metafunc.parametrize("shape", SMOKE_SHAPES if few else SHAPES, ids=lambda shape: "{}x{}".format(*shape))
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", list(DTYPES))
 
 
 def activations(m: int, k: int) -> Tensor:

@@ -44,9 +44,12 @@ class Times:
 
     Attributes:
         seconds: Of each callable by its name, one for each round.
+        others: Share of all cores' time that other processes, or other virtual machines, had meanwhile; None where
+            the system does not tell. At more than some percents, times are no longer this machine's.
     """
 
     seconds: Mapping[str, list[float]]
+    others: float | None
 
     def median(self, name: str) -> float:
         """Seconds a call."""
@@ -74,6 +77,7 @@ class Times:
         best = self.fastest(baselines)
         return {
             "rounds": len(self.seconds[best]),
+            "others": self.others and round(self.others, 4),
             "medians": {name: _rounded(self.median(name)) for name in self.seconds},
             "fastest_baseline": best,
             "ratios": {
@@ -90,11 +94,12 @@ class Times:
 def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> Times:
     """Times each callable once a round, after a call that is not timed: the one before has evicted its weights."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    others = _Others()
     for _ in range(rounds):
         for name, call in calls.items():
             call()
             seconds[name].append(_timed(call))
-    return Times(seconds)
+    return Times(seconds, others.share())
 
 
 def measure(benchmark: Any, calls: Mapping[str, Callable[[], object]], candidate: str, rounds: int) -> Times:
@@ -108,16 +113,17 @@ def measure(benchmark: Any, calls: Mapping[str, Callable[[], object]], candidate
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
 
-    def others() -> None:
+    def rest() -> None:
         for name, call in calls.items():
             if name != candidate:
                 call()
                 seconds[name].append(_timed(call))
         calls[candidate]()
 
+    others = _Others()
     # Timed here once more, as pytest-benchmark times nothing when it is disabled.
-    benchmark.pedantic(lambda: seconds[candidate].append(_timed(calls[candidate])), setup=others, rounds=rounds)
-    return Times(seconds)
+    benchmark.pedantic(lambda: seconds[candidate].append(_timed(calls[candidate])), setup=rest, rounds=rounds)
+    return Times(seconds, others.share())
 
 
 def machine() -> dict[str, Any]:
@@ -136,6 +142,31 @@ def machine() -> dict[str, Any]:
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "environment": {name: os.environ[name] for name in RESTRICTIONS if name in os.environ},
     }
+
+
+class _Others:
+    """Counts from now on what this process does not use of the machine."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), self._busy()
+
+    def share(self) -> float | None:
+        """Of all cores' time since then."""
+        began, before = self._began
+        busy = self._busy()
+        if busy is None or before is None:
+            return None
+        return max(0.0, busy - before) / ((time.perf_counter() - began) * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _busy() -> float | None:
+        """Seconds of all cores that others had."""
+        try:
+            user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        except (OSError, ValueError):
+            return None
+        own = os.times()
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def _timed(call: Callable[[], object]) -> float:
