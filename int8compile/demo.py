@@ -279,6 +279,8 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+# All decoders compile the code of a layer: two graphs each, and two more for accuracy. Dynamo gives up at 8.
+@torch._dynamo.config.patch(recompile_limit=32)  # type: ignore[untyped-decorator]
 def run(write: Write, *, tokens: int = 32, prompt: str | None = None, accuracy: bool = True) -> None:
     """Runs the whole demo.
 
