@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,16 +29,18 @@ class Step:
         with tempfile.TemporaryDirectory() as folder:
             converted = Path(folder) / "q8_0.gguf"
             convert(file, converted)
-            self._model: Any = importlib.import_module("llama_cpp").Llama(
-                str(converted),
-                n_ctx=length,
-                n_batch=length,
-                n_ubatch=length,
-                n_threads=threads,
-                n_threads_batch=threads,
-                use_mmap=False,
-                verbose=False,
-            )
+            llama_cpp, bindings = (importlib.import_module(name) for name in ("llama_cpp", "llama_cpp.llama_cpp"))
+            with mock.patch.object(bindings, "llama_model_default_params", _without_amx(bindings)):
+                self._model: Any = llama_cpp.Llama(
+                    str(converted),
+                    n_ctx=length,
+                    n_batch=length,
+                    n_ubatch=length,
+                    n_threads=threads,
+                    n_threads_batch=threads,
+                    use_mmap=False,
+                    verbose=False,
+                )
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The logits of the last token. Shapes: ids [1, T], positions [T]; result [vocabulary]."""
@@ -44,6 +48,17 @@ class Step:
         self._model.eval(ids[0].tolist())
         logits = self._model._ctx.get_logits_ith(-1)
         return torch.tensor(logits[: self._model.n_vocab()])
+
+
+def _without_amx(bindings: Any) -> Callable[[], Any]:
+    """Default parameters that leave llama.cpp's AMX code out.
+
+    With it, version 0.3.36 of llama-cpp-python compiled by GCC 12 dies of an illegal instruction (tileloadd without
+    configured tiles), also without PyTorch in the process. What is left is its AVX-512 VNNI code.
+    """
+    defaults = bindings.llama_model_default_params()
+    defaults.use_extra_bufts = False
+    return lambda: defaults
 
 
 def convert(source: Path, target: Path) -> None:
