@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench bench-avx clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,8 +31,17 @@ lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## the benchmarks
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+bench: $(STAMP) ## the benchmarks; their results go to results/benchmarks.json
+	@mkdir -p results
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only -s --benchmark-json=results/benchmarks.json
+	@$(BIN)/python -m benchmarks.report results/benchmarks.json
+
+# All four are needed: bfloat16 goes through oneDNN, float32 through MKL from some rows on, the rest through ATen.
+bench-avx: $(STAMP) ## one linear as a machine with nothing above AVX2 runs it: results/benchmarks-avx2.json
+	@mkdir -p results
+	INT8COMPILE_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python \
+	  -m pytest benchmarks/bench_linear.py --benchmark-only -s --benchmark-json=results/benchmarks-avx2.json
+	@$(BIN)/python -m benchmarks.report results/benchmarks-avx2.json
 
 clean: ## remove .venv and everything that was built or cached
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
