@@ -359,6 +359,30 @@ def test_outliers_at_the_threshold(by: str) -> None:
 
 
 @every_variant
+@pytest.mark.parametrize("bits", [1, 8, 11, 17, 24])
+def test_sums_of_outliers_are_exact(by: str, bits: int) -> None:
+    """Around the numbers of outliers at which float32 no longer holds their sum, nor two floats together.
+
+    Odd integers of that many bits, all outliers. Weights of one sign make the largest sums; those that take back what
+    they gave show every bit.
+    """
+    for count in (1, 5, 40, 170, 340, 345, 680, 1300, 2600, 5200, 11000):
+        x = torch.randint(2 ** (bits - 1), 2**bits, (2, count)) | 1
+        x[1] *= torch.randint(0, 2, (count,)) * 2 - 1
+        sign = torch.where(torch.arange(count) < count // 2, 1, -1)
+        large = torch.randint(100, 128, (count,))
+        qweight = torch.stack(
+            [torch.full((count,), 127), torch.full((count,), -128), large, -large, large * sign, 127 * sign]
+        )
+        for exponent in (0, -60):
+            y = run(
+                *("packed_linear_no_grad", by, x.float() * 2.0**exponent, pack_weight(qweight.to(torch.int8))),
+                *(torch.ones(6), None, 0.2, False),
+            )
+            assert_bitwise(y, (exact(x, qweight).double() * 2.0**exponent).float())
+
+
+@every_variant
 @pytest.mark.parametrize("threshold", [1e-300, 1e-30, 1e-3])
 def test_thresholds_so_small_that_all_are_outliers(by: str, threshold: float) -> None:
     """Few and of one size, so that their float64 sum is exact all the same."""
