@@ -42,6 +42,7 @@ def rows(kind: str, K: int) -> Tensor:
     return {
         "normal": lambda: x,
         "outliers": lambda: torch.where(torch.rand(K) < 0.02, x * 40, x),
+        "outliers of few bits": lambda: torch.where(torch.rand(K) < 0.02, x * 40, x).bfloat16().float(),
         "zeros": lambda: x * 0,
         "minus zeros": lambda: torch.full((K,), -0.0),
         "mostly zeros": lambda: torch.where(torch.rand(K) < 0.9, 0.0, x),
@@ -60,7 +61,18 @@ def rows(kind: str, K: int) -> Tensor:
     }[kind]()
 
 
-KINDS = ("normal", "outliers", "zeros", "minus zeros", "mostly zeros", "one element", "constant", "subnormal", "tiny")
+KINDS = (
+    "normal",
+    "outliers",
+    "outliers of few bits",
+    "zeros",
+    "minus zeros",
+    "mostly zeros",
+    "one element",
+    "constant",
+    "subnormal",
+    "tiny",
+)
 KINDS += ("huge", "all sizes", "few bits", "NaN", "Inf", "both Infs")
 FINITE = ("normal", "outliers", "zeros", "mostly zeros", "one element", "constant", "few bits")
 
@@ -127,6 +139,36 @@ def test_row_policy(
     x, (qweight, scale), bias = batch(M, K, dtype), weights(N, K), bias_of(bias_kind, N)
     y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, bias, threshold, False)
     assert_bitwise(y, reference.linear(x, qweight, scale, bias, threshold, "row"))
+
+
+# Float32 rows whose outliers are few, by how their sums can be had: AMX takes them for 32 rows together.
+SPARSE = (
+    ("outliers",),
+    ("outliers of few bits",),
+    ("outliers of few bits", "normal"),
+    ("outliers", "outliers of few bits", "zeros"),
+    ("outliers", "outliers", "outliers", "huge"),
+    ("outliers", "outliers", "outliers", "outliers", "NaN", "one element"),
+)
+
+
+@every_variant
+@settings(max_examples=60)
+@given(
+    SEEDS,
+    st.integers(1, 110),
+    st.sampled_from([64, 70, 300, 704, 768, 769, 1041, 2500]),
+    st.integers(1, 70),
+    st.sampled_from(SPARSE),
+    st.sampled_from([3.0, 6.0]),
+)
+def test_many_rows_with_few_outliers(
+    by: str, seed: int, M: int, K: int, N: int, kinds: tuple[str, ...], threshold: float
+) -> None:
+    torch.manual_seed(seed)
+    x, (qweight, scale) = batch(M, K, torch.float32, kinds), weights(N, K)
+    y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, None, threshold, False)
+    assert_bitwise(y, reference.linear(x, qweight, scale, None, threshold, "row"))
 
 
 @every_variant
@@ -360,26 +402,28 @@ def test_outliers_at_the_threshold(by: str) -> None:
 
 @every_variant
 @pytest.mark.parametrize("bits", [1, 8, 11, 17, 24])
-def test_sums_of_outliers_are_exact(by: str, bits: int) -> None:
+@pytest.mark.parametrize(("M", "gap"), [(2, 1), (40, 17)], ids=["all of two rows", "few of many rows"])
+def test_sums_of_outliers_are_exact(by: str, M: int, gap: int, bits: int) -> None:
     """Around the numbers of outliers at which float32 no longer holds their sum, nor two floats together.
 
-    Odd integers of that many bits, all outliers. Weights of one sign make the largest sums; those that take back what
-    they gave show every bit.
+    Odd integers of that many bits, all outliers, with zeros between them. Weights of one sign make the largest sums;
+    those that take back what they gave show every bit.
     """
-    for count in (1, 5, 40, 170, 340, 345, 680, 1300, 2600, 5200, 11000):
-        x = torch.randint(2 ** (bits - 1), 2**bits, (2, count)) | 1
-        x[1] *= torch.randint(0, 2, (count,)) * 2 - 1
+    for count in (1, 5, 40, 170, 340, 345, 680, 1300, 2600):
+        values = torch.randint(2 ** (bits - 1), 2**bits, (M, count)) | 1
+        values[1::2] *= torch.randint(0, 2, (count,)) * 2 - 1
         sign = torch.where(torch.arange(count) < count // 2, 1, -1)
         large = torch.randint(100, 128, (count,))
-        qweight = torch.stack(
+        factors = torch.stack(
             [torch.full((count,), 127), torch.full((count,), -128), large, -large, large * sign, 127 * sign]
         )
+        # Of the zeros' columns any weights.
+        x, qweight = torch.zeros(M, count * gap), weights(6, count * gap)[0]
+        x[:, ::gap], qweight[:, ::gap] = values.float(), factors.to(torch.int8)
+        packed, expected = pack_weight(qweight), exact(values, factors).double()
         for exponent in (0, -60):
-            y = run(
-                *("packed_linear_no_grad", by, x.float() * 2.0**exponent, pack_weight(qweight.to(torch.int8))),
-                *(torch.ones(6), None, 0.2, False),
-            )
-            assert_bitwise(y, (exact(x, qweight).double() * 2.0**exponent).float())
+            y = run("packed_linear_no_grad", by, x * 2.0**exponent, packed, torch.ones(6), None, 0.2, False)
+            assert_bitwise(y, (expected * 2.0**exponent).float())
 
 
 @every_variant
