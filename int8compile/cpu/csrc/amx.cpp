@@ -36,7 +36,7 @@ void configure() {
   _tile_loadconfig(&config);
 }
 
-// Where the weights are used once they come from memory, and are asked for this far ahead.
+// How far ahead of their first use, for which they come from memory, weights are asked for.
 constexpr int64_t TILE_PREFETCH_BYTES = 4096;
 
 inline void prefetch_tile(const uint8_t* packed) {
@@ -108,7 +108,8 @@ const Block* sorted_outliers(const Rows& rows, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < outliers.count; ++i) {
         const int32_t k = outliers.k[i];
         const float rest = outliers.sum == Summation::in_two ? outliers.rest[i] : 0;
-        entries[place[k]++] = {k / GROUP * GROUP * LANES, 8 * (k % GROUP), int32_t(row - first), outliers.value[i], rest};
+        const int32_t at = k / GROUP * GROUP * LANES, shift = 8 * (k % GROUP);
+        entries[place[k]++] = {at, shift, int32_t(row - first), outliers.value[i], rest};
       }
     }
     entries += block->count;
@@ -123,7 +124,8 @@ class Pending {
  public:
   Pending(const Rows& rows, const Weight& weight) : rows_(rows), weight_(weight) {}
 
-  void start(int64_t row, int64_t count, int64_t panel, const Affine<P>* affine, const int32_t* acc, const Block* block) {
+  void start(int64_t row, int64_t count, int64_t panel, const Affine<P>* affine, const int32_t* acc,
+             const Block* block) {
     first_ = row_ = row;
     end_ = row + count;
     panel_ = panel;
@@ -175,8 +177,9 @@ class Pending {
         at = entry->at;
         shift = entry->shift;
         for (int p = 0; p < P; ++p) {
-          const __m512i words = _mm512_srlv_epi32(_mm512_loadu_si512(packed + p * panel_bytes + at), _mm512_set1_epi32(shift));
-          weights[p] = _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xff)));
+          const __m512i words = _mm512_loadu_si512(packed + p * panel_bytes + at);
+          const __m512i bytes = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift));
+          weights[p] = _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(0xff)));
         }
       }
       for (int p = 0; p < P; ++p) {

@@ -41,7 +41,8 @@ FUSED_MULTIPLY_ADD void outlier_sums(const Outliers& outliers, const uint8_t* pa
     }
     for (int64_t i = 0; i < count; ++i) {
       for (int v = 0; v < P * PANEL_VECTORS; ++v) {
-        const Ints weights = column<Ints>(packed + v / PANEL_VECTORS * panel_bytes, outliers.k[i], v % PANEL_VECTORS * VL);
+        const uint8_t* panel = packed + v / PANEL_VECTORS * panel_bytes;
+        const Ints weights = column<Ints>(panel, outliers.k[i], v % PANEL_VECTORS * VL);
         sum[v] += outliers.value[i] * __builtin_convertvector(weights, Floats);
         rest[v] += outliers.rest[i] * __builtin_convertvector(weights, Floats);
       }
@@ -52,7 +53,8 @@ FUSED_MULTIPLY_ADD void outlier_sums(const Outliers& outliers, const uint8_t* pa
     for (int v = 0; v < P * PANEL_VECTORS; ++v) sum[v] = Floats{} + outliers.value_offset;
     for (int64_t i = 0; i < count; ++i) {
       for (int v = 0; v < P * PANEL_VECTORS; ++v) {
-        const Ints weights = column<Ints>(packed + v / PANEL_VECTORS * panel_bytes, outliers.k[i], v % PANEL_VECTORS * VL);
+        const uint8_t* panel = packed + v / PANEL_VECTORS * panel_bytes;
+        const Ints weights = column<Ints>(panel, outliers.k[i], v % PANEL_VECTORS * VL);
         sum[v] += outliers.value[i] * __builtin_convertvector(weights, Floats);
       }
     }

@@ -97,9 +97,9 @@ int last_bit(float x) {
 }
 
 // Finds the cheapest exact way to sum value * (q + 128) over a row's outliers; `value` is split where that takes two.
-// float32 holds all partial sums, in any order, if they are integers below 2**24 in units of the last bit that any value
-// has. That is so for bfloat16 rows of usual length (a row's outliers are within a factor of sqrt(K) / threshold of each
-// other), and for float32 rows after splitting them.
+// float32 holds all partial sums, in any order, if they are integers below 2**24 in units of the last bit that any
+// value has. That is so for bfloat16 rows of usual length (a row's outliers are within a factor of sqrt(K) / threshold
+// of each other), and for float32 rows after splitting them.
 void choose_sum(float* value, float* rest, Outliers& outliers) {
   constexpr double LARGEST_Q = 256;  // 127 + the offset, and one more for the offset taken off
   constexpr double LIMIT = 0x1p24;
@@ -192,9 +192,8 @@ Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, 
     w.outlier_value.resize(blocks);
     w.outlier_rest.resize(blocks);
   }
-  // Fewer rows than a block holds outliers for are spread over the threads all the same, one by one: no list is shared.
-  const int64_t rows_of_block = OUTLIER_ROWS;
-  in_parallel(parallel_for, blocks, GRAIN_BYTES / std::max<int64_t>(rows_of_block * x.k * 4, 1) + 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = GRAIN_BYTES / std::max<int64_t>(OUTLIER_ROWS * x.k * 4, 1) + 1;
+  in_parallel(parallel_for, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       std::vector<int32_t>& list_k = w.outlier_k[block];
       std::vector<float>& list_value = w.outlier_value[block];
@@ -202,7 +201,7 @@ Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, 
       list_k.clear();
       list_value.clear();
       list_rest.clear();
-      const int64_t row_begin = block * rows_of_block, row_end = std::min(m, row_begin + rows_of_block);
+      const int64_t row_begin = block * OUTLIER_ROWS, row_end = std::min(m, row_begin + OUTLIER_ROWS);
       for (int64_t row = row_begin; row < row_end; ++row) {
         const float* values = float_row(variant, x, first + row);
         int32_t* found_k = row_scratch.outlier_k.get(x.k);
@@ -317,7 +316,8 @@ void weight_only_linear(const Variant& variant, const Activations& x, const Weig
 void pack(const int8_t* qweight, int64_t n, int64_t k, uint8_t* packed, ParallelFor parallel_for) {
   const int64_t k_padded = round_up(k, K_STEP), panel_bytes = LANES * k_padded;
   const int64_t panels = round_up(n, LANES) / LANES;
-  in_parallel(parallel_for, panels, GRAIN_BYTES / std::max<int64_t>(panel_bytes, 1) + 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = GRAIN_BYTES / std::max<int64_t>(panel_bytes, 1) + 1;
+  in_parallel(parallel_for, panels, grain, [&](int64_t begin, int64_t end) {
     std::memset(packed + begin * panel_bytes, 0x80, (end - begin) * panel_bytes);
     for (int64_t row = begin * LANES; row < std::min(n, end * LANES); ++row) {
       const int8_t* from = qweight + row * k;
