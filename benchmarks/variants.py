@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8compile.demo import LayerCache
+from int8compile.demo import layer_caches, run_layers
 
 CPP = {"cpp_wrapper": True}
 # As torchao's documentation asks for on CPUs: without it, the weights are unpacked at every call.
@@ -56,23 +56,15 @@ class Whole(nn.Module):
 
     def __init__(self, model: Any, length: int, head: bool) -> None:
         super().__init__()
-        config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        sizes = (config.num_key_value_heads, length, head_dim, model.dtype)
         self.model = model
         self.head = head
-        self.caches = [LayerCache(*sizes) for _ in model.model.layers]
+        self.caches = layer_caches(model, length)
         self.slots = torch.arange(length)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Shapes: ids [1, T], positions [T]; result [1, 1, vocabulary], or [1, 1, hidden_size] without a head."""
         body = self.model.model
-        hidden = body.embed_tokens(ids)
-        rotary = body.rotary_emb(hidden, positions[None])
-        mask = (self.slots <= positions[:, None])[None, None]  # True where a position is attended to.
-        for layer, cache in zip(body.layers, self.caches, strict=True):
-            cache.positions = positions
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+        hidden = run_layers(self.model, body.layers, self.caches, self.slots, ids, positions)
         result: Tensor = body.norm(hidden[:, -1:])
         return self.model.lm_head(result) if self.head else result
 

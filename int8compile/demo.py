@@ -77,6 +77,30 @@ class LayerCache:
         )
 
 
+def layer_caches(model: Any, length: int) -> list[LayerCache]:
+    """A cache with room for `length` tokens for each layer of a Llama-like transformers model."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [LayerCache(config.num_key_value_heads, length, head_dim, model.dtype) for _ in model.model.layers]
+
+
+def run_layers(
+    model: Any, layers: Sequence[Any], caches: Sequence[LayerCache], slots: Tensor, ids: Tensor, positions: Tensor
+) -> Tensor:
+    """The hidden states behind a Llama-like model's layers, before its last norm.
+
+    Shapes:
+        slots: [length], the positions there is room for; ids: [1, T]; positions: [T]; result: [1, T, hidden_size].
+    """
+    hidden: Tensor = model.model.embed_tokens(ids)
+    rotary = model.model.rotary_emb(hidden, positions[None])
+    mask = (slots <= positions[:, None])[None, None]  # True where a position is attended to.
+    for layer, cache in zip(layers, caches, strict=True):
+        cache.positions = positions
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+    return hidden
+
+
 class Decoder:
     """Runs a Llama-like transformers model step by step, through layers that may be compiled.
 
@@ -89,14 +113,11 @@ class Decoder:
     """
 
     def __init__(self, model: Any, length: int, compiler: Mapping[str, Any] | None = None) -> None:
-        config = model.config
         self.model = model
         self.layers = list(model.model.layers)
         if compiler is not None:
             self.layers = [torch.compile(layer, fullgraph=True, dynamic=False, **compiler) for layer in self.layers]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        sizes = (config.num_key_value_heads, length, head_dim, model.dtype)
-        self.caches = [LayerCache(*sizes) for _ in self.layers]
+        self.caches = layer_caches(model, length)
         self.slots = torch.arange(length)
 
     @torch.no_grad()
@@ -106,15 +127,9 @@ class Decoder:
         Shapes:
             ids: [1, T]; result: [1, T, vocabulary], or only the `last` positions of it if that is not 0.
         """
-        body = self.model.model
         positions = self.slots[start : start + ids.shape[1]]
-        hidden = body.embed_tokens(ids)
-        rotary = body.rotary_emb(hidden, positions[None])
-        mask = (self.slots <= positions[:, None])[None, None]  # True where a position is attended to.
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            cache.positions = positions
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
-        result: Tensor = self.model.lm_head(body.norm(hidden[:, -last:]))
+        hidden = run_layers(self.model, self.layers, self.caches, self.slots, ids, positions)
+        result: Tensor = self.model.lm_head(self.model.model.norm(hidden[:, -last:]))
         return result
 
 
