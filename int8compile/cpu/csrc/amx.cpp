@@ -61,7 +61,8 @@ struct Block {
   bool in_double;  // whether any row's are to be summed in float64: then the entries are not used
 };
 
-// Memory that is kept from call to call.
+// Memory that is kept from call to call. Not linear.cpp's Buffer: templates of the standard library, compiled here with
+// AMX's flags, could be merged with those of code that runs on any CPU.
 struct Scratch {
   void* data = nullptr;
   size_t size = 0;

@@ -18,8 +18,6 @@ constexpr int64_t OUTLIER_ROWS = 16;
 // Work for a thread that is worth waking it up, in bytes of weights read or of activations quantized.
 constexpr int64_t GRAIN_BYTES = 48 << 10;
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 // Memory that is kept from call to call, aligned to a cache line and never shrunk.
 template <typename T>
 class Buffer {
@@ -65,8 +63,6 @@ thread_local RowScratch row_scratch;
 
 // An odd number of K_STEPs: rows a power of two apart would share a few sets of the first-level cache.
 int64_t row_stride(int64_t k_padded) { return (k_padded / K_STEP | 1) * K_STEP; }
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // A row as float32 with zeros up to a multiple of LANES: in place where it is that, else converted.
 const float* float_row(const Variant& variant, const Activations& x, int64_t row) {
@@ -177,7 +173,7 @@ void find_outlier_columns(const Variant& variant, const Activations& x, double t
 Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, int64_t m, Split split,
                    ParallelFor parallel_for) {
   Workspace& w = workspace;
-  const int64_t k_padded = round_up(x.k, K_STEP);
+  const int64_t k_padded = padded(x.k);
   const int64_t stride = row_stride(k_padded);
   char* q = w.q.get((m + ROW_PADDING) * stride * variant.q_bytes);
   float* scale = w.scale.get(m);
@@ -243,8 +239,6 @@ Output from_row(Output y, int64_t row) {
   return y;
 }
 
-int64_t panels_of(const Weight& weight) { return round_up(weight.n, LANES) / LANES; }
-
 // body(weight, row_begin, row_end, panel_begin, panel_end) over all weights, rows and panels, in parallel.
 template <typename F>
 void over_tiles(const Weight* weights, int64_t count, int64_t m, int64_t row_bytes, int64_t k_padded,
@@ -253,7 +247,7 @@ void over_tiles(const Weight* weights, int64_t count, int64_t m, int64_t row_byt
   const int64_t most = std::max<int64_t>(ROW_PADDING, ROW_BLOCK_BYTES / std::max<int64_t>(row_bytes, 1));
   const int64_t row_blocks = (m + most - 1) / most;
   const int64_t row_block = round_up((m + row_blocks - 1) / row_blocks, ROW_PADDING);
-  auto tiles_of = [&](int64_t i) { return (panels_of(weights[i]) + panel_tile - 1) / panel_tile; };
+  auto tiles_of = [&](int64_t i) { return (panels_for(weights[i].n) + panel_tile - 1) / panel_tile; };
   int64_t tiles = 0;
   for (int64_t i = 0; i < count; ++i) tiles += tiles_of(i);
   const int64_t tile_bytes = panel_tile * LANES * k_padded * (1 + std::min(m, row_block) / 8);
@@ -265,7 +259,7 @@ void over_tiles(const Weight* weights, int64_t count, int64_t m, int64_t row_byt
       for (; tile >= tiles_of(weight); ++weight) tile -= tiles_of(weight);
       const int64_t length = std::min(tiles_of(weight) - tile, end - at);
       body(weight, rows_at, std::min(m, rows_at + row_block), tile * panel_tile,
-           std::min(panels_of(weights[weight]), (tile + length) * panel_tile));
+           std::min(panels_for(weights[weight].n), (tile + length) * panel_tile));
       at += length;
     }
   });
@@ -276,7 +270,7 @@ void over_tiles(const Weight* weights, int64_t count, int64_t m, int64_t row_byt
 void linear(const Variant& variant, const Activations& x, Split split, const Weight* weights, const Output* y,
             int64_t count, ParallelFor parallel_for) {
   if (split.policy == Policy::column) find_outlier_columns(variant, x, split.threshold, parallel_for);
-  const int64_t k_padded = round_up(x.k, K_STEP);
+  const int64_t k_padded = padded(x.k);
   const int64_t row_bytes = row_stride(k_padded) * variant.q_bytes;
   const int64_t chunk = std::max<int64_t>(ROW_PADDING, CHUNK_BYTES / std::max<int64_t>(row_bytes, 1));
   for (int64_t first = 0; first < x.m; first += chunk) {
@@ -291,7 +285,7 @@ void linear(const Variant& variant, const Activations& x, Split split, const Wei
 
 void weight_only_linear(const Variant& variant, const Activations& x, const Weight& weight, const Output& y,
                         ParallelFor parallel_for) {
-  const int64_t k_padded = round_up(x.k, K_STEP), stride = row_stride(k_padded);
+  const int64_t k_padded = padded(x.k), stride = row_stride(k_padded);
   const int64_t row_bytes = DIGITS * stride * variant.q_bytes;
   const int64_t chunk = std::max<int64_t>(ROW_PADDING, CHUNK_BYTES / std::max<int64_t>(row_bytes, 1));
   for (int64_t first = 0; first < x.m; first += chunk) {
@@ -314,8 +308,8 @@ void weight_only_linear(const Variant& variant, const Activations& x, const Weig
 }
 
 void pack(const int8_t* qweight, int64_t n, int64_t k, uint8_t* packed, ParallelFor parallel_for) {
-  const int64_t k_padded = round_up(k, K_STEP), panel_bytes = LANES * k_padded;
-  const int64_t panels = round_up(n, LANES) / LANES;
+  const int64_t k_padded = padded(k), panel_bytes = LANES * k_padded;
+  const int64_t panels = panels_for(n);
   const int64_t grain = GRAIN_BYTES / std::max<int64_t>(panel_bytes, 1) + 1;
   in_parallel(parallel_for, panels, grain, [&](int64_t begin, int64_t end) {
     std::memset(packed + begin * panel_bytes, 0x80, (end - begin) * panel_bytes);

@@ -115,9 +115,6 @@ struct Affine {
   }
 };
 
-constexpr int64_t panels_for(int64_t n) { return (n + LANES - 1) / LANES; }
-constexpr int64_t padded(int64_t k) { return (k + K_STEP - 1) / K_STEP * K_STEP; }
-
 const uint8_t* packed_bytes(const char* op, const Tensor& packed, int64_t batch_dims, int64_t panels, int64_t k) {
   const bool fits = packed.scalar_type() == ScalarType::Byte && packed.dim() == batch_dims + 4 &&
                     packed.is_contiguous() && packed.size(batch_dims) == panels &&
@@ -209,7 +206,7 @@ Tensor run_batched(const char* op, const Tensor& x, const Tensor& packed, const 
   const int64_t m = x.size(1), k = x.size(2), n = scale.size(1);
   const uint8_t* bytes = packed_bytes(op, packed, 1, panels_for(n), k);
   const Tensor y = new_output(input.x, n);
-  const int64_t element = input.rows.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t element = size_of(input.rows.dtype);
   for (int64_t b = 0; b < x.size(0); ++b) {
     const Activations rows = {static_cast<const char*>(input.rows.data) + b * m * k * element, input.rows.dtype, m, k};
     const Weight weight = affine.weight(bytes + b * panels_for(n) * LANES * padded(k), b * n, n);

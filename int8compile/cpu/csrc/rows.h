@@ -134,6 +134,13 @@ uint32_t row_cutoff(const float* x, int64_t k, int64_t count, uint32_t absmax, b
   return high;
 }
 
+// The same under the column policy.
+inline uint32_t column_cutoff(double threshold) {
+  if (!(threshold > 0)) return INFINITE;
+  const uint32_t given = magnitude(float(threshold));
+  return given < 1 ? 1 : given > INFINITE ? INFINITE : given;
+}
+
 typedef Q Quantized __attribute__((vector_size(sizeof(Q) * VL)));
 
 // x is padded with zeros to a multiple of LANES, which is one of VL.
@@ -145,9 +152,8 @@ RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split,
   const bool all_finite = absmax < INFINITE;
   if (!all_finite) absmax = largest_to(INFINITE - 1, x, count);
   uint32_t cutoff = INFINITE;
-  if (split.threshold > 0 && split.policy == Policy::column) {
-    cutoff = magnitude(float(split.threshold));
-    cutoff = cutoff < 1 ? 1 : cutoff > INFINITE ? INFINITE : cutoff;
+  if (split.policy == Policy::column) {
+    cutoff = column_cutoff(split.threshold);
   } else if (split.threshold > 0) {
     cutoff = row_cutoff(x, k, count, absmax, all_finite, split.threshold);
   }
@@ -180,8 +186,7 @@ RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split,
 }
 
 void flag_outliers(const float* x, int64_t count, double threshold, unsigned char* flags) {
-  const uint32_t given = threshold > 0 ? magnitude(float(threshold)) : INFINITE;
-  const int32_t cutoff = given < 1 ? 1 : given > INFINITE ? INFINITE : given;
+  const int32_t cutoff = int32_t(column_cutoff(threshold));
   for (int64_t i = 0; i < count; ++i) flags[i] |= int32_t(magnitude(x[i])) >= cutoff;
 }
 
