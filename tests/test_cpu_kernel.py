@@ -43,6 +43,7 @@ def rows(kind: str, K: int) -> Tensor:
         "normal": lambda: x,
         "outliers": lambda: torch.where(torch.rand(K) < 0.02, x * 40, x),
         "outliers of few bits": lambda: torch.where(torch.rand(K) < 0.02, x * 40, x).bfloat16().float(),
+        "outlier columns": lambda: torch.where((torch.arange(K) % 23 == 3) & (torch.rand(K) < 0.8), x * 40, x),
         "zeros": lambda: x * 0,
         "minus zeros": lambda: torch.full((K,), -0.0),
         "mostly zeros": lambda: torch.where(torch.rand(K) < 0.9, 0.0, x),
@@ -141,8 +142,12 @@ def test_row_policy(
     assert_bitwise(y, reference.linear(x, qweight, scale, bias, threshold, "row"))
 
 
-# Float32 rows whose outliers are few, by how their sums can be had: AMX takes them for 32 rows together.
+# Rows whose outliers are few. AMX takes those of 32 rows together where they share columns and float32 has the sums.
 SPARSE = (
+    ("outlier columns",),
+    ("outlier columns", "zeros"),
+    ("outlier columns", "outlier columns", "outliers of few bits", "normal"),
+    ("outlier columns", "outlier columns", "outlier columns", "NaN"),
     ("outliers",),
     ("outliers of few bits",),
     ("outliers of few bits", "normal"),
@@ -153,20 +158,21 @@ SPARSE = (
 
 
 @every_variant
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     SEEDS,
     st.one_of(st.integers(1, 40), st.integers(41, 110)),
     st.sampled_from([64, 70, 300, 704, 768, 769, 1041]),
     st.integers(1, 70),
     st.sampled_from(SPARSE),
-    st.sampled_from([3.0, 6.0]),
+    st.sampled_from([2.0, 3.0, 6.0]),
+    DTYPES,
 )
 def test_many_rows_with_few_outliers(
-    by: str, seed: int, M: int, K: int, N: int, kinds: tuple[str, ...], threshold: float
+    by: str, seed: int, M: int, K: int, N: int, kinds: tuple[str, ...], threshold: float, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(seed)
-    x, (qweight, scale) = batch(M, K, torch.float32, kinds), weights(N, K)
+    x, (qweight, scale) = batch(M, K, dtype, kinds), weights(N, K)
     y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, None, threshold, False)
     assert_bitwise(y, reference.linear(x, qweight, scale, None, threshold, "row"))
 

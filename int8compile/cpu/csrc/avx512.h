@@ -16,4 +16,4 @@ inline X broadcast(const Q* q) { return _mm512_set1_epi32(load<int32_t>(q)); }
 inline Sum dot(Sum sum, W w, X x) { return _mm512_dpbusd_epi32(sum, w, x); }
 inline void store_sums(const Sum* sum, int32_t* acc) { _mm512_storeu_si512(acc, *sum); }
 
-inline uint32_t mask_bits(Ints mask) { return _mm512_movepi32_mask((__m512i)mask); }
+inline uint32_t lanes_above(Ints a, Ints b) { return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b); }

@@ -30,7 +30,7 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), sum[1]);
 }
 
-inline uint32_t mask_bits(Ints mask) { return uint32_t(_mm256_movemask_ps((__m256)mask)); }
+inline uint32_t lanes_above(Ints a, Ints b) { return uint32_t(_mm256_movemask_ps((__m256)(a > b))); }
 
 #include "rows.h"
 #include "epilogue.h"

@@ -48,9 +48,10 @@ bool has_avx512vnni() {
          bit(seven.ebx, 31) && bit(seven.ecx, 11);                                                     // VL, VNNI
 }
 
-bool has_amx_int8() {
+bool has_amx() {
   const Registers seven = cpuid(7, 0);
-  if (!has_avx512vnni() || !saved(TILES) || !bit(seven.edx, 24) || !bit(seven.edx, 25)) return false;  // TILE, INT8
+  if (!has_avx512vnni() || !bit(cpuid(7, 1).eax, 5) || !saved(TILES)) return false;     // AVX512_BF16
+  if (!bit(seven.edx, 22) || !bit(seven.edx, 24) || !bit(seven.edx, 25)) return false;  // AMX-BF16, -TILE, -INT8
 #if defined(__linux__)
   // Linux gives a process its tile registers when it asks.
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;

@@ -6,6 +6,6 @@ namespace int8compile {
 bool has_avx2();
 bool has_avxvnni();
 bool has_avx512vnni();
-bool has_amx_int8();
+bool has_amx();
 
 }  // namespace int8compile

@@ -79,6 +79,16 @@ inline void store(void* to, Floats value, int64_t count) {
     save_some(to, value, count);
     return;
   }
+#if defined(__AVX512BF16__)
+  if (D == Dtype::bfloat16) {
+    // The instruction makes zeros of subnormal numbers, and NaNs of its own.
+    constexpr int SPECIAL = 0xa1;  // quiet NaN, subnormal, signaling NaN
+    if (__builtin_expect(!_mm512_fpclass_ps_mask((__m512)value, SPECIAL), 1)) {
+      save_some(to, (Halves)_mm512_cvtneps_pbh((__m512)value), count);
+      return;
+    }
+  }
+#endif
   const Ints bits = (Ints)value;
   const Ints size = bits & 0x7fffffff;
   const Ints sign = (Ints)((Words)bits >> 16) & 0x8000;

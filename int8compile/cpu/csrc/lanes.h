@@ -26,3 +26,11 @@ template <typename V>
 inline void save(void* to, V value) {
   std::memcpy(to, &value, sizeof(V));
 }
+
+inline Doubles widen(FewFloats value) {
+#if defined(__AVX512F__)
+  return (Doubles)_mm512_cvtps_pd((__m256)value);  // of the line below, GCC makes four instructions
+#else
+  return __builtin_convertvector(value, Doubles);
+#endif
+}

@@ -33,9 +33,9 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
   for (int i = 0; i < 4; ++i) vst1q_s32(acc + 4 * i, sum[i]);
 }
 
-inline uint32_t mask_bits(Ints mask) {
+inline uint32_t lanes_above(Ints a, Ints b) {
   const uint32x4_t place = {1, 2, 4, 8};
-  return vaddvq_u32(vandq_u32((uint32x4_t)mask, place));
+  return vaddvq_u32(vandq_u32((uint32x4_t)(a > b), place));
 }
 
 #include "rows.h"

@@ -37,9 +37,9 @@ inline Sum dot(Sum sum, W w, X x) {
 }
 inline void store_sums(const Sum* sum, int32_t* acc) { std::memcpy(acc, sum, PER_PANEL * sizeof(Sum)); }
 
-inline uint32_t mask_bits(Ints mask) {
+inline uint32_t lanes_above(Ints a, Ints b) {
   uint32_t bits = 0;
-  for (int lane = 0; lane < VL; ++lane) bits |= uint32_t(mask[lane] != 0) << lane;
+  for (int lane = 0; lane < VL; ++lane) bits |= uint32_t(a[lane] > b[lane]) << lane;
   return bits;
 }
 

@@ -49,6 +49,8 @@ void to_float(const void* x, Dtype dtype, int64_t count, float* __restrict resul
   }
 }
 
+// Variants define lanes_above(a, b): a bit for each lane of `a` that is larger than that of `b`.
+
 // The largest magnitude up to `limit`. Magnitudes are positive as int32 too, whose maximum every instruction set has.
 inline uint32_t largest_to(uint32_t limit, const float* x, int64_t count) {
   constexpr int U = 2;  // two maxima in flight
@@ -87,7 +89,7 @@ FUSED_MULTIPLY_ADD int64_t sum_of_squares(const float* x, int64_t count, double 
         const FewInts bits = (FewInts)values;
         values = (FewFloats)(bits & ((bits & 0x7fffffff) < int32_t(INFINITE)));
       }
-      const Doubles wide = __builtin_convertvector(values, Doubles);
+      const Doubles wide = widen(values);
       sum[u] += (Longs)(wide * wide + magic);
     }
   }
@@ -168,12 +170,12 @@ RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split,
   int64_t outliers = 0;
   for (int64_t i = 0; i < count; i += VL) {
     const Ints bits = load<Ints>(x + i);
-    const Ints outlier = (bits & 0x7fffffff) > last;
+    const Ints size = bits & 0x7fffffff;
     // Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits.
-    const Ints rounded = (Ints)((Floats)(bits & ~outlier) * inverse + 12582912.0f) - 0x4b400000;
+    const Ints rounded = (Ints)((Floats)(bits & (size <= last)) * inverse + 12582912.0f) - 0x4b400000;
     sum += rounded;
     save(q + i, __builtin_convertvector(rounded, Quantized));
-    for (uint32_t found = mask_bits(outlier); found; found &= found - 1) {
+    for (uint32_t found = lanes_above(size, last); found; found &= found - 1) {
       const int64_t at = i + __builtin_ctz(found);
       outlier_k[outliers] = int32_t(at);
       outlier_value[outliers++] = x[at];
@@ -219,7 +221,7 @@ double quantize_digits(const float* x, int64_t k, int64_t k_padded, int64_t stri
   FewInts sums[DIGITS] = {};
   for (int64_t i = 0; i < count; i += DL) {
     // Adding 1.5 * 2**52 rounds half to even and leaves the integer in the low bits.
-    const Doubles rounded = __builtin_convertvector(load<FewFloats>(x + i), Doubles) * inverse + 1.5 * 0x1p52;
+    const Doubles rounded = widen(load<FewFloats>(x + i)) * inverse + 1.5 * 0x1p52;
     FewInts rest = __builtin_convertvector((Longs)rounded, FewInts);
     for (int digit = 0; digit < DIGITS; ++digit) {
       const FewInts low = (rest << 24) >> 24;
