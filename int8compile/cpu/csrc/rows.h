@@ -73,6 +73,34 @@ inline uint32_t largest_to(uint32_t limit, const float* x, int64_t count) {
   return uint32_t(result);
 }
 
+// The same with no limit, and the sum of squares by the way, as float32 has it.
+FUSED_MULTIPLY_ADD uint32_t largest_and_squares(const float* x, int64_t count, float* squares) {
+  ALLOW_FUSED
+  constexpr int U = 2;
+  Ints best[U] = {};
+  Floats sum[U] = {};
+  auto take = [&](int u, int64_t at) __attribute__((always_inline)) {
+    const Floats value = load<Floats>(x + at);
+    const Ints bits = (Ints)value & 0x7fffffff;
+    best[u] = best[u] > bits ? best[u] : bits;
+    sum[u] += value * value;
+  };
+  int64_t i = 0;
+  for (; i + U * VL <= count; i += U * VL) {
+    for (int u = 0; u < U; ++u) take(u, i + u * VL);
+  }
+  for (; i < count; i += VL) take(0, i);
+  int32_t result = 0;
+  *squares = 0;
+  for (int u = 0; u < U; ++u) {
+    for (int lane = 0; lane < VL; ++lane) {
+      result = result > best[u][lane] ? result : best[u][lane];
+      *squares += sum[u][lane];
+    }
+  }
+  return uint32_t(result);
+}
+
 // Adding `magic` rounds a square to units of 2**-35 * 4**exponent, where absmax < 2**exponent.
 inline double square_magic(int64_t exponent) { return 1.5 * double_from_bits((1023 + 17 + 2 * exponent) << 52); }
 
@@ -136,6 +164,26 @@ uint32_t row_cutoff(const float* x, int64_t k, int64_t count, uint32_t absmax, b
   return high;
 }
 
+// Bounds of `row_cutoff`, close to each other, from a sum of squares in float32; zeros where that cannot be told.
+struct Bounds {
+  uint32_t low, high;
+};
+
+inline Bounds row_cutoff_bounds(float squares, int64_t k, uint32_t absmax, double threshold) {
+  const double top = from_bits(absmax);
+  // Squares that matter must not leave the range of float32, however many there are.
+  if (!(top > 0x1p-40 && top < 0x1p50)) return {};
+  // Relative: each lane sums 1 / (2 * VL) of the elements, and the definition rounds squares to units of 2**-35 *
+  // 4**exponent, where the sum is at least 4**(exponent - 1) and the cutoff's square threshold**2 / k of it.
+  const double factor = threshold * threshold;
+  const double error = double(k / (2 * VL) + 2 * VL + 4) * 0x1p-24 + double(k) * 0x1p-33 * (1 + 1 / factor);
+  if (!(error < 0x1p-8)) return {};
+  const double limit = double(squares) / double(k) * factor;
+  const double low = __builtin_sqrt(limit * (1 - error)), high = __builtin_sqrt(limit * (1 + error));
+  if (low > top) return {INFINITE, INFINITE};
+  return {magnitude(float(low)) - 1, high < top ? magnitude(float(high)) + 1 : absmax + 1};
+}
+
 // The same under the column policy.
 inline uint32_t column_cutoff(double threshold) {
   if (!(threshold > 0)) return INFINITE;
@@ -145,20 +193,9 @@ inline uint32_t column_cutoff(double threshold) {
 
 typedef Q Quantized __attribute__((vector_size(sizeof(Q) * VL)));
 
-// x is padded with zeros to a multiple of LANES, which is one of VL.
-RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split, void* result, int32_t* outlier_k,
-                       float* outlier_value) {
-  Q* q = static_cast<Q*>(result);
-  const int64_t count = (k + LANES - 1) / LANES * LANES;
-  uint32_t absmax = largest_to(0x7fffffffu, x, count);
-  const bool all_finite = absmax < INFINITE;
-  if (!all_finite) absmax = largest_to(INFINITE - 1, x, count);
-  uint32_t cutoff = INFINITE;
-  if (split.policy == Policy::column) {
-    cutoff = column_cutoff(split.threshold);
-  } else if (split.threshold > 0) {
-    cutoff = row_cutoff(x, k, count, absmax, all_finite, split.threshold);
-  }
+// Quantizes what is below `cutoff`, and lists the rest. False, and nothing of use, if some of the rest is below `sure`.
+inline bool quantize_below(uint32_t cutoff, uint32_t sure, const float* x, int64_t count, uint32_t absmax, Q* q,
+                           int32_t* outlier_k, float* outlier_value, RowStatistics* statistics) {
   if (absmax >= cutoff) absmax = largest_to(cutoff - 1, x, count);
   // A row this small counts as zero: 127 / absmax would overflow.
   float top = from_bits(absmax);
@@ -177,14 +214,42 @@ RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split,
     save(q + i, __builtin_convertvector(rounded, Quantized));
     for (uint32_t found = lanes_above(size, last); found; found &= found - 1) {
       const int64_t at = i + __builtin_ctz(found);
+      if (magnitude(x[at]) < sure) return false;
       outlier_k[outliers] = int32_t(at);
       outlier_value[outliers++] = x[at];
     }
   }
-  std::memset(q + count, 0, (k_padded - count) * sizeof(Q));
   int32_t total = 0;
   for (int lane = 0; lane < VL; ++lane) total += sum[lane];
-  return {top / 127.0f, total, outliers};
+  *statistics = {top / 127.0f, total, outliers};
+  return true;
+}
+
+// x is padded with zeros to a multiple of LANES, which is one of VL.
+RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split, void* result, int32_t* outlier_k,
+                       float* outlier_value) {
+  Q* q = static_cast<Q*>(result);
+  const int64_t count = (k + LANES - 1) / LANES * LANES;
+  std::memset(q + count, 0, (k_padded - count) * sizeof(Q));
+  float squares;
+  uint32_t absmax = largest_and_squares(x, count, &squares);
+  const bool all_finite = absmax < INFINITE;
+  if (!all_finite) absmax = largest_to(INFINITE - 1, x, count);
+  uint32_t cutoff = INFINITE;
+  RowStatistics statistics;
+  if (split.policy == Policy::column) {
+    cutoff = column_cutoff(split.threshold);
+  } else if (split.threshold > 0) {
+    const Bounds bounds = all_finite ? row_cutoff_bounds(squares, k, absmax, split.threshold) : Bounds{};
+    // Where nothing lies between them, which is nearly always, either is as good as what it bounds.
+    if (bounds.low &&
+        quantize_below(bounds.low, bounds.high, x, count, absmax, q, outlier_k, outlier_value, &statistics)) {
+      return statistics;
+    }
+    cutoff = row_cutoff(x, k, count, absmax, all_finite, split.threshold);
+  }
+  quantize_below(cutoff, cutoff, x, count, absmax, q, outlier_k, outlier_value, &statistics);
+  return statistics;
 }
 
 void flag_outliers(const float* x, int64_t count, double threshold, unsigned char* flags) {
