@@ -104,10 +104,10 @@ void fill(Block& block, const Rows& rows, int64_t begin, int64_t end, int32_t* p
   block.columns = columns;
   int64_t total = 0;
   bool has[Block::LAYERS] = {};
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t row = begin; row < end && !block.by_row; ++row) {
     const Outliers& outliers = rows.outliers[row];
+    if (outliers.count && outliers.sum == Summation::in_double) block.by_row = true;
     total += outliers.count;
-    block.by_row |= outliers.count && outliers.sum == Summation::in_double;
     for (int64_t i = 0; i < outliers.count; ++i) {
       int32_t& at = place[outliers.k[i]];
       if (at < 0) columns[at = int32_t(block.count++)] = outliers.k[i];
