@@ -20,6 +20,7 @@ constexpr uint32_t OFFSET = 128;
 constexpr int PER_PANEL = 4;
 constexpr int TILE_M = 3;
 constexpr int TILE_P = 1;
+constexpr bool FEW_REGISTERS = true;
 
 inline Sum zero() { return _mm256_setzero_si256(); }
 inline Sum add(Sum a, Sum b) { return _mm256_add_epi32(a, b); }

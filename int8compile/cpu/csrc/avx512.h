@@ -8,6 +8,7 @@ constexpr uint32_t OFFSET = 128;
 constexpr int PER_PANEL = 1;
 constexpr int TILE_M = 6;
 constexpr int TILE_P = 4;
+constexpr bool FEW_REGISTERS = false;
 
 inline Sum zero() { return _mm512_setzero_si512(); }
 inline Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }

@@ -22,6 +22,7 @@ constexpr uint32_t OFFSET = 0;
 constexpr int PER_PANEL = 4;
 constexpr int TILE_M = 6;
 constexpr int TILE_P = 1;
+constexpr bool FEW_REGISTERS = false;
 
 inline Sum zero() { return vdupq_n_s32(0); }
 inline Sum add(Sum a, Sum b) { return vaddq_s32(a, b); }

@@ -18,6 +18,7 @@ constexpr uint32_t OFFSET = 128;
 constexpr int PER_PANEL = LANES / VL;
 constexpr int TILE_M = 3;
 constexpr int TILE_P = 1;
+constexpr bool FEW_REGISTERS = false;
 
 inline Sum zero() { return Sum{}; }
 inline Sum add(Sum a, Sum b) { return a + b; }

@@ -4,15 +4,17 @@
 //     PER_PANEL          vectors of weights in a group of a panel
 //     OFFSET             what `load_weights` leaves added to the weights: 128, or 0 if it makes them signed
 //     TILE_M, TILE_P     rows and panels of a tile
+//     FEW_REGISTERS      whether a tile's sums leave no room for all weights of a step
 //     zero, load_weights, broadcast, dot, store_sums
 
 // How far ahead of their use weights that are used once are asked for: enough to hide the memory's latency. Past the
 // end of the weight that does no harm.
 constexpr int PREFETCH_BYTES = 2048;
 
-// `q` are M rows, `packed` P panels, `acc` [M][P][LANES].
+// `q` are M rows, `packed` P panels, `acc` [M][P][LANES]. Not inlined: in a function of its own the sums stay in
+// registers, where GCC otherwise puts most of them on the stack.
 template <int M, int P>
-inline void tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
+__attribute__((noinline)) void tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
   constexpr int V = P * PER_PANEL;
   constexpr int BYTES = LANES * GROUP / PER_PANEL;
   const int64_t panel_bytes = LANES * k_padded;
@@ -25,11 +27,21 @@ inline void tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* pa
   for (int64_t k = 0; k < k_padded; k += GROUP) {
     // A tile of one panel is that of few rows.
     if (P == 1) __builtin_prefetch(packed + k * LANES + PREFETCH_BYTES);
+    auto weights = [&](int v) {
+      return load_weights(packed + (v / PER_PANEL) * panel_bytes + k * LANES + (v % PER_PANEL) * BYTES);
+    };
+    if constexpr (FEW_REGISTERS) {
+#pragma GCC unroll 32
+      for (int v = 0; v < V; ++v) {
+        const W w = weights(v);
+#pragma GCC unroll 32
+        for (int m = 0; m < M; ++m) sum[m][v] = dot(sum[m][v], w, broadcast(q + m * stride + k));
+      }
+      continue;
+    }
     W w[V];
 #pragma GCC unroll 32
-    for (int v = 0; v < V; ++v) {
-      w[v] = load_weights(packed + (v / PER_PANEL) * panel_bytes + k * LANES + (v % PER_PANEL) * BYTES);
-    }
+    for (int v = 0; v < V; ++v) w[v] = weights(v);
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {
       const X x = broadcast(q + m * stride + k);
