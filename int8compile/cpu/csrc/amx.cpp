@@ -87,15 +87,9 @@ struct Scratch {
 
 thread_local Scratch block_scratch, column_scratch, place_scratch, layer_scratch, pair_scratch;
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
 // What is in one layer of a value or a rest, and in the next: its upper and its lower half.
-inline uint16_t upper_half(float x) { return uint16_t(bits_of(x) >> 16); }
-inline uint16_t lower_half(float x) { return upper_half(x - from_bits(bits_of(x) & 0xffff0000u)); }
+inline uint16_t upper_half(float x) { return uint16_t(float_bits(x) >> 16); }
+inline uint16_t lower_half(float x) { return upper_half(x - from_bits(float_bits(x) & 0xffff0000u)); }
 
 // Fills in a block. `place` is [k_padded] of -1 and left so; `columns` and `layers` are room for what is needed.
 void fill(Block& block, const Rows& rows, int64_t begin, int64_t end, int32_t* place, int32_t* columns,
@@ -221,12 +215,9 @@ class Pending {
  private:
   static constexpr int64_t ROW_PORTIONS = 2;
 
-  // Column k of a panel as float32, whose lower half is zero.
-  static __m512i column_as_float(const uint8_t* panel, int32_t k) {
-    const __m512i words = _mm512_loadu_si512(panel + k / GROUP * GROUP * LANES);
-    const __m512i left = _mm512_sllv_epi32(words, _mm512_set1_epi32(8 * (GROUP - 1 - k % GROUP)));
-    const __m512i bytes = _mm512_srai_epi32(_mm512_xor_si512(left, _mm512_set1_epi32(int32_t(0x80000000))), 24);
-    return _mm512_castps_si512(_mm512_cvtepi32_ps(bytes));
+  // Column k of a panel as the bits of float32, whose lower half is zero.
+  static Words column_as_float(const uint8_t* panel, int32_t k) {
+    return (Words)__builtin_convertvector(column<Ints>(panel, k, 0) - int32_t(OFFSET), Floats);
   }
 
   void convert_pairs(int64_t count) {
@@ -237,9 +228,9 @@ class Pending {
       // One column too many: what it is multiplied with is zero.
       const int32_t odd = 2 * pair_ + 1 < next_->count ? next_->columns[2 * pair_ + 1] : even;
       for (int p = 0; p < P; ++p) {
-        const __m512i low = _mm512_srli_epi32(column_as_float(packed + p * panel_bytes, even), 16);
-        const __m512i pair = _mm512_or_si512(low, column_as_float(packed + p * panel_bytes, odd));
-        _mm512_store_si512(pairs_ + p * pair_stride_ + pair_ * LANES, pair);
+        const uint8_t* panel = packed + p * panel_bytes;
+        const Words pair = column_as_float(panel, even) >> 16 | column_as_float(panel, odd);
+        save(pairs_ + p * pair_stride_ + pair_ * LANES, pair);
       }
     }
   }

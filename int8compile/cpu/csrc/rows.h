@@ -1,12 +1,14 @@
 // Row statistics and quantization, in C++ that compilers vectorize for the flags a variant is built with. Included by
 // every variant inside its own anonymous namespace.
 
-// Bits of a float32 without its sign. They order magnitudes as integers do.
-inline uint32_t magnitude(float x) {
+inline uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  return bits & 0x7fffffffu;
+  return bits;
 }
+
+// Bits of a float32 without its sign. They order magnitudes as integers do.
+inline uint32_t magnitude(float x) { return float_bits(x) & 0x7fffffffu; }
 
 inline float from_bits(uint32_t bits) {
   float x;
@@ -42,9 +44,7 @@ void to_float(const void* x, Dtype dtype, int64_t count, float* __restrict resul
     // Moved to float32's fields, the exponent is short by 112; the product also normalizes subnormals, exactly.
     const uint32_t moved = uint32_t(half[i] & 0x7fffu) << 13;
     const float finite = from_bits(moved) * 0x1p112f;
-    uint32_t bits;
-    std::memcpy(&bits, &finite, 4);
-    bits = (half[i] & 0x7fffu) >= 0x7c00u ? (moved | INFINITE) : bits;
+    const uint32_t bits = (half[i] & 0x7fffu) >= 0x7c00u ? (moved | INFINITE) : float_bits(finite);
     result[i] = from_bits(bits | (uint32_t(half[i] & 0x8000u) << 16));
   }
 }
