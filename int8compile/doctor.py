@@ -15,6 +15,7 @@ import torch
 
 import int8compile
 from int8compile import cpu, hardware, ops
+from int8compile.cache import cache_folder
 from int8compile.cpu import build
 from int8compile.errors import Int8CompileError, Int8Warning
 from int8compile.ops import reference
@@ -151,7 +152,7 @@ def _self_check(library: cpu.Library) -> str:
 
 
 def _cache() -> dict[str, Any]:
-    folder = build.cache_folder()
+    folder = cache_folder()
     libraries = list(folder.glob("*/library.so"))
     size = sum(_size(path) for path in folder.rglob("*"))
     return {"folder": str(folder), "libraries": len(libraries), "size": readable(size)}

@@ -68,6 +68,23 @@ def gpu(name: str, isa: str) -> Hardware:
     )
 
 
+def kernel_family(isa: str) -> str:
+    """The architecture whose Triton kernels a GPU of an instruction set takes: "sm_80", "gfx942"; "" for none.
+
+    `sm_75` has int8 matrix instructions, but Triton does not use them: only its weights become int8.
+    """
+    if isa.startswith(("gfx94", "gfx95")):
+        return "gfx942"
+    if not isa.startswith("sm_"):
+        return ""
+    version = int(isa.removeprefix("sm_"))
+    if version < 75:
+        return ""
+    if version in (86, 87, 89) or version >= 120:
+        return "sm_86"  # the same shared memory, and no copy engine worth its name
+    return f"sm_{max(known for known in (75, 80, 90, 100) if known <= version)}"
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:

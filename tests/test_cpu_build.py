@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from int8compile import ConfigError, Int8Warning, KernelBuildError, cli, cpu
+from int8compile.cache import cache_folder
 from int8compile.cpu import build
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -172,13 +173,13 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("INT8COMPILE_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert build.cache_folder() == tmp_path / ".cache" / "int8compile"
+    assert cache_folder() == tmp_path / ".cache" / "int8compile"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert build.cache_folder() == tmp_path / ".cache" / "int8compile"
+    assert cache_folder() == tmp_path / ".cache" / "int8compile"
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert build.cache_folder() == Path("/somewhere/int8compile")
+    assert cache_folder() == Path("/somewhere/int8compile")
     monkeypatch.setenv("INT8COMPILE_CACHE", "~/here")
-    assert build.cache_folder() == tmp_path / "here"
+    assert cache_folder() == tmp_path / "here"
 
 
 def build_and_load() -> None:
@@ -471,7 +472,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert found["kernel"]["library"] == str(library.path)
     assert found["kernel"]["variants_that_run_here"] == list(library.variants)
     assert found["kernel"]["variant_used"] == library.variant
-    assert found["cache"]["folder"] == str(build.cache_folder())
+    assert found["cache"]["folder"] == str(cache_folder())
     assert found["cache"]["libraries"] >= 1
     assert found["environment"]["OMP_NUM_THREADS"] == "3"
     for section, values in found.items():

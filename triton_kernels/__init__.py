@@ -1,7 +1,10 @@
-"""The Triton kernels for GPUs, one folder per kernel; they arrive with the GPU path.
+"""The Triton kernels for GPUs, one folder per kernel: `kernel.py` is the device code, `launch.py` its call.
+
+Read `tables.py` (which kernel when), `operators.py` (what the operators do) and `numerics.py` (what kernels share).
 
 The folder is installed as ``int8compile.triton_kernels``. Its bare name belongs to another project, so importing it
-as ``triton_kernels`` is refused rather than silently answered with the wrong package.
+as ``triton_kernels`` is refused rather than silently answered with the wrong package. Importing it does not import
+Triton, which need not be installed; `load` does.
 """
 
 if __name__ != "int8compile.triton_kernels":
@@ -10,3 +13,7 @@ if __name__ != "int8compile.triton_kernels":
         "write `import int8compile.triton_kernels`, and take the repository root off sys.path if another "
         "project's package of the bare name was meant"
     )
+
+from int8compile.triton_kernels.loading import available, failure, load
+
+__all__ = ["available", "failure", "load"]

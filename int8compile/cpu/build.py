@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from int8compile.cache import cache_folder
 from int8compile.errors import KernelBuildError
 
 log = logging.getLogger(__name__)
@@ -179,15 +180,6 @@ class Built:
     left_out: dict[str, str]
     seconds: float
     cached: bool
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept: `INT8COMPILE_CACHE`, or `int8compile` in the user's cache folder."""
-    if named := os.environ.get("INT8COMPILE_CACHE"):
-        return Path(named).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "int8compile"
 
 
 def find_compiler() -> Compiler:

@@ -16,6 +16,7 @@ from int8compile.ops.linear import (
     weight_only_linear,
 )
 from int8compile.ops.packing import packed_shape, unpack_weight
+from int8compile.ops.quantized import quantize_rows, quantized_linear
 from int8compile.ops.reference import MAX_K, dequantize_weight, quantize_weight
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "packed_shape",
     "packed_weight_only_linear",
     "packed_weight_only_linear_no_grad",
+    "quantize_rows",
     "quantize_weight",
+    "quantized_linear",
     "unpack_weight",
     "weight_only_linear",
 ]

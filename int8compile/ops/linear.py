@@ -8,6 +8,7 @@
 | `packed_...` | as `packing.pack_weight` makes it | the same |
 | `packed_..._no_grad` | the same | the same, without a formula for gradients: what compiled inference calls |
 | `packed_linear_pair_no_grad`, `..._triple_no_grad` | several, one behind the other | `linear` of one x with each |
+| `quantize_rows`, `quantized_linear` | [N, K] int8 | `linear` in two steps (`quantized.py`), for GPUs |
 
 Each is defined once here: schema, fake, implementation in PyTorch (`reference.py`), autograd, autocast. CPU kernels
 (`int8compile.cpu`) implement the packed ones for the dispatch key CPU and so take the place of the PyTorch
@@ -39,7 +40,7 @@ _LIBRARY = torch.library.Library("int8compile", "DEF")
 Compute = Callable[..., Tensor]
 
 
-def _check(
+def check(
     name: str,
     x: Tensor,
     weight: Tensor,
@@ -102,16 +103,16 @@ def _check(
 def _calls(name: str, compute: Compute, *, batch_dims: int = 0, packed: bool = False) -> tuple[Compute, Compute]:
     """What an operator runs in PyTorch, and its fake; both check first."""
 
-    def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, policy: Sequence[Any]) -> None:
-        _check(name, x, weight, scale, bias, policy, batch_dims=batch_dims, packed=packed)
+    def validate(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, policy: Sequence[Any]) -> None:
+        check(name, x, weight, scale, bias, policy, batch_dims=batch_dims, packed=packed)
 
     def implementation(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
-        check(x, weight, scale, bias, policy)
+        validate(x, weight, scale, bias, policy)
         qweight = packing.unpack_weight(weight, scale.shape[-1], x.shape[-1]) if packed else weight
         return compute(x, qweight, scale, bias, *policy)
 
     def fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
-        check(x, weight, scale, bias, policy)
+        validate(x, weight, scale, bias, policy)
         return x.new_empty(*x.shape[:-1], scale.shape[-1])
 
     return implementation, fake
@@ -162,7 +163,7 @@ def _register_autocast(name: str, op: Callable[..., Any]) -> None:
 
         def cast_x(x: Tensor, *rest: Any) -> Any:
             # Only x: torch.library.register_autocast would also cast the scales, which stay float32. As for F.linear,
-            # autocast leaves integers and float64 alone, so that _check sees them.
+            # autocast leaves integers and float64 alone, so that `check` sees them.
             if x.dtype in SUPPORTED_DTYPES:
                 x = x.to(torch.get_autocast_dtype(device))
             with torch._C._ExcludeDispatchKeyGuard(keys):
@@ -174,7 +175,7 @@ def _register_autocast(name: str, op: Callable[..., Any]) -> None:
         _LIBRARY.impl(name, autocast(device), f"Autocast{device.upper()}")
 
 
-def _register_no_grad(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register_no_grad(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Defines an operator for packed weights that autograd does not see; only for graphs that need no gradients."""
 
     def unseen(*args: Any) -> Any:
@@ -240,7 +241,7 @@ def _register_several(name: str, count: int) -> Any:
         return call
 
     implementation, fake = (of_each(_with_flag(run)) for run in _calls(name, reference.linear, packed=True))
-    return _register_no_grad(name, schema, implementation, fake)
+    return register_no_grad(name, schema, implementation, fake)
 
 
 _LIBRARY.define("pack_weight(Tensor qweight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -258,14 +259,14 @@ packed_weight_only_linear = _register(
 )
 
 _WEIGHT = "(Tensor x, Tensor packed, Tensor scale, Tensor? bias"
-packed_linear_no_grad = _register_no_grad(
+packed_linear_no_grad = register_no_grad(
     "packed_linear_no_grad",
     _WEIGHT + ", float threshold, bool by_column) -> Tensor",
     *(_with_flag(run) for run in _calls("packed_linear_no_grad", reference.linear, packed=True)),
 )
 packed_linear_pair_no_grad = _register_several("packed_linear_pair_no_grad", 2)
 packed_linear_triple_no_grad = _register_several("packed_linear_triple_no_grad", 3)
-packed_weight_only_linear_no_grad = _register_no_grad(
+packed_weight_only_linear_no_grad = register_no_grad(
     "packed_weight_only_linear_no_grad",
     _WEIGHT + ") -> Tensor",
     *_calls("packed_weight_only_linear_no_grad", reference.weight_only_linear, packed=True),

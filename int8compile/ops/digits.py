@@ -1,0 +1,163 @@
+"""Outliers as integers, which GPU kernels multiply like everything else: `x = unit * (d0 + 256 * d1 [+ 65536 * d2])`.
+
+A float32 sum over a tile's outliers would depend on which columns the tile's other rows add to its list, so a row's
+result on the batch. Integers do not: `unit` is a power of two that depends on the row alone, and the sum is exact.
+
+| digits | for | d is rounded to | exact for |
+|---|---|---|---|
+| 2 | float16, bfloat16 | 2**-14 of the power of two above the row's largest | bfloat16, while `fits_int32` |
+| 3 | float32, and the residuals of the column policy | 2**-22 of it | |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from int8compile.ops import reference
+
+# Indices of the four numbers of a row, see `Activations`.
+SCALE, UNIT, SPECIAL, CUTOFF = range(4)
+# The least exponent of `unit`'s power of two: smaller outliers are rounded to multiples of 2**-122.
+MIN_EXPONENT = -100
+# Rows that share a list of outlier columns, in the row policy. Tiles of rows divide it.
+LIST_ROWS = 128
+
+
+class Activations(NamedTuple):
+    """Activations that were quantized once, for every linear that reads them.
+
+    Shapes:
+        q: [M, K] int8.
+        digits: [2 or 3, M, K] int8. In planes, entry k belongs to column k; in lists, entry f to the f-th of the row's
+            list, and the rest is not written.
+        rows: [4, M] float32, see `quantize_rows`.
+        columns: [lists, K] int32, the columns with outliers of LIST_ROWS rows (column policy: of all rows).
+        counts: [lists] int32, how many there are.
+    """
+
+    q: Tensor
+    digits: Tensor
+    rows: Tensor
+    columns: Tensor
+    counts: Tensor
+
+    @staticmethod
+    def empty(x: Tensor, threshold: float, by_column: bool) -> Activations:
+        """Allocates them for x [M, K]; their sizes follow from its size alone, in symbols too."""
+        m, k = x.shape
+        lists = (m + LIST_ROWS - 1) // LIST_ROWS
+        planes = count(x.dtype, by_column)
+        # Without a threshold nobody reads the outliers: they are NaN and Inf, which `rows` tells.
+        outliers = (m, k, lists) if threshold > 0 else (0, 0, 0)
+        return Activations(
+            x.new_empty(m, k, dtype=torch.int8),
+            x.new_empty(planes, *outliers[:2], dtype=torch.int8),
+            x.new_empty(4, m, dtype=torch.float32),
+            x.new_empty(outliers[2], outliers[1], dtype=torch.int32),
+            x.new_empty(outliers[2], dtype=torch.int32),
+        )
+
+
+def count(dtype: torch.dtype, by_column: bool) -> int:
+    """How many digits an outlier has."""
+    return 3 if by_column or dtype == torch.float32 else 2
+
+
+def bits(digits: int) -> int:
+    """How many bits `d` has at most, without its sign: `|d| <= 2**bits`, so that the highest digit is below 128."""
+    return 8 * digits - 2
+
+
+def fits_int32(k: int, threshold: float, digits: int) -> bool:
+    """Whether the sum of a row's outliers, `sum(d * qweight)`, fits int32 and so is rounded to float32 only once.
+
+    A row has at most K / threshold**2 outliers (their squares sum up to at most K * rms**2), each at most 2**14, and
+    weights are at most 127: 2**14 * 127 * 1024 < 2**31. Elsewhere each digit's sum is rounded by itself.
+    """
+    return digits == 2 and k <= 1024 * threshold * threshold
+
+
+def quantize_rows(x: Tensor, threshold: float, outliers: str) -> Activations:
+    """Quantizes activations, with outliers as planes of digits: the definition of what kernels make.
+
+    `rows` are s_x, `unit`, what is special about the row (the number of its Infs, or -1 if it has NaN), and from which
+    magnitude on its elements are outliers (row policy: the least magnitude of one, Inf if there is none). `q` of a
+    special row holds the signs of its Infs and nothing else, its digits are 0.
+
+    Shapes:
+        x: [M, K], float32, float16 or bfloat16.
+    """
+    by_column = outliers == "column"
+    result = Activations.empty(x, threshold, by_column)
+    planes = result.digits.shape[0]
+    x = x.to(torch.float32)
+    q, scale, outlier = reference.quantize_rows(x, threshold, outliers)
+    special = x.isinf().sum(dim=-1).to(torch.float32).masked_fill(x.isnan().any(dim=-1), -1)
+    signs = x.isposinf().to(torch.int8) - x.isneginf().to(torch.int8)
+    q = torch.where((special != 0)[:, None], signs, q)
+    if threshold == 0 or x.numel() == 0:
+        never = torch.full_like(scale, torch.inf)
+        return result._replace(q=q, rows=torch.stack([scale, torch.ones_like(scale), special, never]))
+
+    value = x.masked_fill(~outlier, 0)
+    if by_column:
+        value = (x - scale[:, None] * q).masked_fill(~outlier.any(dim=0), 0)
+    value = value.masked_fill((special != 0)[:, None], 0)
+    magnitude = x.abs().masked_fill(~(outlier & x.isfinite()), 0)
+    largest = magnitude.amax(dim=-1)
+    # All that digits hold is below it: outliers, or else the residuals of the column policy.
+    bound = torch.where(largest > 0, largest, scale)
+    exponent = torch.frexp(bound).exponent.masked_fill(bound == 0, MIN_EXPONENT).clamp(min=MIN_EXPONENT)
+    unit = ((127 - bits(planes) + exponent) << 23).to(torch.int32).view(torch.float32)
+    d = (value.to(torch.float64) / unit[:, None].to(torch.float64)).round().to(torch.int32)
+    digits = []
+    for _ in range(planes):
+        digits.append((((d + 128) & 255) - 128).to(torch.int8))
+        d = (d + 128) >> 8
+    cutoff = magnitude.masked_fill(magnitude == 0, torch.inf).amin(dim=-1)
+    if by_column:
+        cutoff = torch.full_like(cutoff, threshold)
+    return result._replace(q=q, digits=torch.stack(digits), rows=torch.stack([scale, unit, special, cutoff]))
+
+
+def linear(x: Activations, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    """The rest of `reference.linear`, up to its last rounding, of activations whose digits lie in planes.
+
+    Shapes:
+        qweight: [N, K] int8; scale: [N] float32; bias: [N]; result: [M, N] float32, or [M, N / 2] for SILU_MUL.
+    """
+    weight = qweight.to(torch.float64)
+    y = reference.int_matmul(x.q, qweight) * x.rows[SCALE, :, None]
+    if x.digits.numel():
+        powers = 256.0 ** torch.arange(x.digits.shape[0], dtype=torch.float64, device=x.q.device)
+        d = (x.digits * powers[:, None, None]).sum(dim=0)
+        # Exact in float64, rounded once.
+        y = y + (d @ weight.mT * x.rows[UNIT, :, None]).to(torch.float32)
+    special = x.rows[SPECIAL, :, None]
+    signs = (x.q.to(torch.float64) @ weight.sign().mT).to(torch.float32)
+    infinite = torch.where(signs == special, torch.inf, torch.where(signs == -special, -torch.inf, torch.nan))
+    y = torch.where(special == 0, y, infinite) * scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return ACTIVATIONS[activation](y)
+
+
+def _silu_mul(y: Tensor) -> Tensor:
+    return torch.nn.functional.silu(y[:, ::2]) * y[:, 1::2]
+
+
+# What can be done to the float32 result before it is rounded, by number: C++ can call schemas without strings.
+# silu_mul takes gate and up from even and odd outputs.
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda y: y,
+    torch.relu,
+    torch.nn.functional.silu,
+    torch.nn.functional.gelu,
+    lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+    _silu_mul,
+)
+NONE, RELU, SILU, GELU, GELU_TANH, SILU_MUL = range(6)

@@ -1,0 +1,131 @@
+"""Registers `quantize_rows` and `quantized_linear`: `linear` in two steps, for graphs on GPUs.
+
+All linears that read an activation share its quantization. The Triton kernels (`int8compile.triton_kernels`) implement
+both for the dispatch key CUDA; the implementation here, in PyTorch, is their definition. Whether outliers lie in planes
+or in lists is between the two steps of one implementation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from int8compile.errors import InputError
+from int8compile.ops import digits
+from int8compile.ops.digits import ACTIVATIONS, SILU_MUL, Activations
+from int8compile.ops.linear import OUTLIER_POLICIES, SUPPORTED_DTYPES, register_no_grad
+from int8compile.ops.reference import MAX_K
+
+
+def check_quantize_rows(x: Tensor, threshold: float, by_column: bool) -> None:
+    """Raises `InputError` where x cannot be quantized."""
+    if x.dtype not in SUPPORTED_DTYPES or x.dim() < 1:
+        allowed = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
+        raise InputError(
+            f"int8compile::quantize_rows: x is {x.dtype} {list(x.shape)}; give [..., K] of one of {allowed}"
+        )
+    if x.shape[-1] > MAX_K:
+        raise InputError(
+            f"int8compile::quantize_rows: K is {x.shape[-1]}; at most {MAX_K} is exact in int32. Split the layer or "
+            "skip it"
+        )
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise InputError(
+            f"int8compile::quantize_rows: threshold is {threshold}; give a finite number >= 0 (0 turns the split off)"
+        )
+
+
+def check_quantized_linear(
+    x: Activations, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: int, dtype: torch.dtype
+) -> None:
+    """Raises `InputError` where the parts do not fit each other."""
+    name = "int8compile::quantized_linear"
+    n, k = qweight.shape if qweight.dim() == 2 else (-1, -1)
+    if qweight.dtype != torch.int8 or x.q.dim() != 2 or k != x.q.shape[1]:
+        raise InputError(
+            f"{name}: qweight is {qweight.dtype} {list(qweight.shape)} and x {list(x.q.shape)}; give int8 [N, K] for "
+            "[M, K]"
+        )
+    if scale.dtype != torch.float32 or list(scale.shape) != [n]:
+        raise InputError(f"{name}: scale is {scale.dtype} {list(scale.shape)}; give float32 [{n}]")
+    if bias is not None and (list(bias.shape) != [n] or not bias.is_floating_point()):
+        raise InputError(f"{name}: bias is {bias.dtype} {list(bias.shape)}; give [{n}] of a float dtype, or None")
+    if not 0 <= activation < len(ACTIVATIONS) or (activation == SILU_MUL and n % 2):
+        raise InputError(
+            f"{name}: activation is {activation} for {n} outputs; give one of int8compile.ops.digits, and an even "
+            "number of outputs to SILU_MUL"
+        )
+    if dtype not in SUPPORTED_DTYPES:
+        raise InputError(f"{name}: dtype is {dtype}; allowed are {', '.join(str(each) for each in SUPPORTED_DTYPES)}")
+
+
+def flattened(x: Tensor) -> Tensor:
+    """X as [M, K], also where a size is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _quantize_rows(x: Tensor, threshold: float, by_column: bool) -> tuple[Tensor, ...]:
+    check_quantize_rows(x, threshold, by_column)
+    return tuple(digits.quantize_rows(flattened(x), threshold, OUTLIER_POLICIES[by_column]))
+
+
+def _quantize_rows_fake(x: Tensor, threshold: float, by_column: bool) -> tuple[Tensor, ...]:
+    check_quantize_rows(x, threshold, by_column)
+    return tuple(Activations.empty(flattened(x), threshold, by_column))
+
+
+def _quantized_linear(
+    q: Tensor,
+    digit: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    by_column: bool,
+    activation: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    x = Activations(q, digit, rows, columns, counts)
+    check_quantized_linear(x, qweight, scale, bias, activation, dtype)
+    return digits.linear(x, qweight, scale, bias, activation).to(dtype)
+
+
+def _quantized_linear_fake(
+    q: Tensor,
+    digit: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    by_column: bool,
+    activation: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_quantized_linear(Activations(q, digit, rows, columns, counts), qweight, scale, bias, activation, dtype)
+    n = qweight.shape[0] // 2 if activation == SILU_MUL else qweight.shape[0]
+    return q.new_empty(q.shape[0], n, dtype=dtype)
+
+
+_ACTIVATIONS = "Tensor q, Tensor digits, Tensor rows, Tensor columns, Tensor counts"
+quantize_rows = register_no_grad(
+    "quantize_rows",
+    "(Tensor x, float threshold, bool by_column) -> (Tensor q, Tensor digits, Tensor rows, Tensor columns, "
+    "Tensor counts)",
+    _quantize_rows,
+    _quantize_rows_fake,
+)
+quantized_linear = register_no_grad(
+    "quantized_linear",
+    f"({_ACTIVATIONS}, Tensor qweight, Tensor scale, Tensor? bias, float threshold, bool by_column, int activation, "
+    "ScalarType dtype) -> Tensor",
+    _quantized_linear,
+    _quantized_linear_fake,
+)

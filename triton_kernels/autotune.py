@@ -1,0 +1,127 @@
+"""Chooses by measuring, where `INT8COMPILE_AUTOTUNE=1` asks for it; what was found is kept on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+from int8compile.cache import cache_folder
+from int8compile.errors import ConfigError
+from int8compile.triton_kernels import tables
+from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.tables import Config
+
+log = logging.getLogger(__name__)
+
+# Milliseconds of a call.
+Measure = Callable[[Callable[[], None]], float]
+LaunchOf = Callable[[Product, Config, int], Launch]
+
+
+def enabled() -> bool:
+    """Whether the environment asks for measurements.
+
+    Raises:
+        ConfigError: It says something that is not allowed.
+    """
+    value = os.environ.get("INT8COMPILE_AUTOTUNE", "0")
+    if value not in ("0", "1"):
+        raise ConfigError(f"INT8COMPILE_AUTOTUNE={value!r}: allowed are 0 (the default) and 1")
+    return value == "1"
+
+
+def choose(product: Product, configs: tuple[Config, ...], multiprocessors: int, launch_of: LaunchOf) -> Config:
+    """The configuration of a product: the table's, or the fastest where that is asked for."""
+    m, n, _ = product.sizes
+    if not enabled() or len(configs) == 1:
+        return tables.choose(configs, m, n, multiprocessors)
+    return _cache().choose(product, configs, multiprocessors, launch_of)
+
+
+class Cache:
+    """The fastest configurations by what they depend on, in a file.
+
+    Attributes:
+        path: The file: JSON, one object.
+    """
+
+    def __init__(self, path: Path, measure: Measure) -> None:
+        """Reads what is there; a file that cannot be read counts as none."""
+        self.path = path
+        self._measure = measure
+        self._lock = threading.Lock()
+        self._found = self._read()
+
+    def choose(
+        self, product: Product, configs: tuple[Config, ...], multiprocessors: int, launch_of: LaunchOf
+    ) -> Config:
+        """The fastest of the configurations, measured if that is not known yet.
+
+        While a CUDA graph is captured nothing can be measured, and the table's is taken.
+        """
+        m, n, k = product.sizes
+        policy = product.policy
+        kind = f"{policy.digits}{policy.join:d}{policy.split:d}{policy.by_column:d}{product.activation}"
+        key = f"{tables.bucket_of(m)} {n} {k} {kind}"
+        named = {str(config): config for config in configs}
+        with self._lock:
+            known = named.get(self._found.get(key, ""))
+            if known is not None:
+                return known
+            if product.y.is_cuda and torch.cuda.is_current_stream_capturing():
+                return tables.choose(configs, m, n, multiprocessors)
+            times = {
+                name: self._measure(launch_of(product, config, multiprocessors).run) for name, config in named.items()
+            }
+            fastest = min(times, key=times.__getitem__)
+            log.info("%s: %s of %s", key, fastest, times)
+            # Others may have written meanwhile.
+            self._found = {**self._read(), **self._found, key: fastest}
+            self._write()
+        return named[fastest]
+
+    def _read(self) -> dict[str, str]:
+        try:
+            found = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be read (%s); it will be made again", self.path, error)
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Renamed when complete: another process may read it at any time.
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                json.dump(self._found, file, indent=1, sort_keys=True)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.path, error)
+
+
+def path_for(device: str) -> Path:
+    """The file for a device: another Triton or another table measures again."""
+    tables_now = hashlib.sha256(repr(tables.ARCHITECTURES).encode()).hexdigest()[:12]
+    name = "".join(letter if letter.isalnum() else "-" for letter in device)
+    return cache_folder() / "autotune" / f"{name}-triton-{triton.__version__}-{tables_now}.json"
+
+
+@functools.cache
+def _cache() -> Cache:
+    def measure(call: Callable[[], None]) -> float:
+        return float(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median"))
+
+    return Cache(path_for(torch.cuda.get_device_name()), measure)

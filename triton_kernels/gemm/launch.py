@@ -1,0 +1,36 @@
+"""Calls of `gemm`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from int8compile.triton_kernels.gemm.kernel import gemm
+from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.tables import Config
+
+
+def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
+    """A product whose outliers are listed by columns."""
+    m, n, k = product.sizes
+    return Launch(
+        gemm,
+        (config.tiles(m, n),),
+        {**product.pointers(lists=True), "M": m, "N": n, "K": k, "stride_n": product.qweight.stride(0)},
+        constants(product, config),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def constants(product: Product, config: Config) -> dict[str, Any]:
+    """The compile-time constants of a kernel that takes lists."""
+    return {
+        **product.constants(),
+        "LIST_ROWS": product.policy.list_rows,
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": config.bk,
+        "BF": config.bf,
+        "GROUP_M": config.group_m,
+    }

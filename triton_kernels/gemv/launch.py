@@ -1,0 +1,23 @@
+"""Calls of `gemv`."""
+
+from __future__ import annotations
+
+import math
+
+from int8compile.triton_kernels.gemv.kernel import gemv
+from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.tables import Config
+
+
+def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
+    """A product of one row."""
+    _, n, k = product.sizes
+    return Launch(
+        gemv,
+        (math.ceil(n / config.bn),),
+        {**product.pointers(lists=False), "N": n, "K": k, "stride_n": product.qweight.stride(0)},
+        {**product.constants(), "BN": config.bn, "BK": config.bk},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

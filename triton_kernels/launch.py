@@ -1,0 +1,91 @@
+"""A kernel call as data: what runs on a GPU is what the compile-only checks compile without one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Triton's names of types.
+_TYPES = {
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One call of a kernel.
+
+    Attributes:
+        kernel: The function, as `triton.jit` made it.
+        grid: Programs in each direction.
+        args: Its arguments by name, in order, without the constants.
+        constants: Its compile-time constants by name.
+        num_warps: Warps of a program.
+        num_stages: Steps of the main loop that are in flight.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def run(self) -> None:
+        """Starts the kernel on the current stream; nothing where the grid is empty."""
+        if 0 in self.grid:
+            return
+        # Multiplications and additions are rounded one by one, as the reference does.
+        self.kernel[self.grid](
+            **self.args,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=False,
+        )
+
+    def compile(self, target: GPUTarget) -> Any:
+        """Compiles it for a GPU that need not be there; tensors may be on the meta device.
+
+        Returns:
+            Triton's compiled kernel: `asm["ptx"]` or `asm["amdgcn"]`, `metadata.shared`.
+        """
+        names = self.kernel.arg_names
+        constants = dict(self.constants) | {name: value for name, value in self.args.items() if value is None}
+        signature = {name: "constexpr" if name in constants else _type(self.args[name]) for name in names}
+        # What Triton specializes on when it launches: factors of 16, except in sizes that change from call to call.
+        fixed = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+        attrs = {
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if name not in fixed and _is_aligned(self.args.get(name))
+        }
+        source = ASTSource(self.kernel, signature, constants, attrs)
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        return triton.compile(source, target=target, options=options)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _is_aligned(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)

@@ -1,0 +1,168 @@
+"""The operators on GPUs: what `int8compile.ops` defines, by Triton kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from int8compile import hardware
+from int8compile.ops import OUTLIER_POLICIES, dequantize_weight
+from int8compile.ops.digits import NONE, Activations, linear, quantize_rows
+from int8compile.ops.linear import check
+from int8compile.ops.quantized import check_quantize_rows, check_quantized_linear, flattened
+from int8compile.triton_kernels import autotune, tables
+from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.policy import Policy
+from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.quantize.launch import launches
+from int8compile.triton_kernels.tables import Architecture, Config
+from int8compile.triton_kernels.weight_only.launch import MAX_ROWS
+from int8compile.triton_kernels.weight_only.launch import launch as weight_only_launch
+
+_library: torch.library.Library | None = None
+
+
+@functools.cache
+def architecture(index: int) -> Architecture | None:
+    """The tables of a GPU of this machine; None where Triton has no kernels for it."""
+    family = hardware.kernel_family(hardware.of(torch.device("cuda", index)).isa)
+    return tables.ARCHITECTURES.get(family)
+
+
+@functools.cache
+def multiprocessors(index: int) -> int:
+    """How many programs a GPU of this machine runs side by side, at least."""
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def register() -> None:
+    """Registers the kernels for the dispatch key CUDA (ROCm's too), once."""
+    global _library
+    if _library is not None:
+        return
+    _library = torch.library.Library("int8compile", "IMPL")
+    for name, function in _OPERATORS.items():
+        _library.impl(name, function, "CUDA")
+
+
+def launch_of(product: Product, config: Config, multiprocessors: int) -> Launch:
+    """The call that computes a product with a configuration."""
+    module = importlib.import_module(f"int8compile.triton_kernels.{config.kernel}.launch")
+    made: Launch = module.launch(product, config, multiprocessors)
+    return made
+
+
+def _index(x: Tensor) -> int:
+    return torch.cuda.current_device() if x.device.index is None else x.device.index
+
+
+@contextlib.contextmanager
+def _on(device: int) -> Any:
+    """Triton launches on the current device."""
+    if device == torch.cuda.current_device():
+        yield
+    else:
+        with torch.cuda.device(device):
+            yield
+
+
+def _quantize_rows(x: Tensor, threshold: float, by_column: bool) -> tuple[Tensor, ...]:
+    check_quantize_rows(x, threshold, by_column)
+    x = flattened(x)
+    arch = architecture(_index(x))
+    if arch is None or not arch.instruction or x.numel() == 0:
+        return tuple(quantize_rows(x, threshold, OUTLIER_POLICIES[by_column]))
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    into = Activations.empty(x, threshold, by_column)
+    policy = Policy.of(*x.shape, into.digits.shape[0], threshold, by_column, arch)
+    with _on(_index(x)):
+        for call in launches(x, into, policy):
+            call.run()
+    return tuple(into)
+
+
+def _quantized_linear(
+    q: Tensor,
+    digits: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    by_column: bool,
+    activation: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    x = Activations(q, digits, rows, columns, counts)
+    check_quantized_linear(x, qweight, scale, bias, activation, dtype)
+    (m, k), n = q.shape, qweight.shape[0]
+    index = _index(q)
+    arch = architecture(index)
+    if arch is None or not arch.instruction or 0 in (m, n, k):
+        return linear(x, qweight, scale, bias, activation).to(dtype)
+    if qweight.stride(1) != 1:
+        qweight = qweight.contiguous()
+    policy = Policy.of(m, k, digits.shape[0], threshold, by_column, arch)
+    product = Product.of(
+        x, qweight, scale.contiguous(), None if bias is None else bias.contiguous(), dtype, activation, policy
+    )
+    configs = tables.candidates(arch, m, k, lists=policy.lists)
+    if qweight.data_ptr() % 16 or qweight.stride(0) % 16:
+        configs = tuple(config for config in configs if config.kernel != "persistent_gemm")
+    sms = multiprocessors(index)
+    with _on(index):
+        config = autotune.choose(product, configs, sms, launch_of)
+        launch_of(product, config, sms).run()
+    return product.y
+
+
+def _linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
+    check("linear", x, qweight, scale, bias, (threshold, outliers))
+    by_column = bool(OUTLIER_POLICIES.index(outliers))
+    quantized = _quantize_rows(x, threshold, by_column)
+    y = _quantized_linear(*quantized, qweight, scale, bias, threshold, by_column, NONE, x.dtype)  # type: ignore[call-arg]
+    return y.reshape(*x.shape[:-1], qweight.shape[0])
+
+
+def _batched_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
+) -> Tensor:
+    check("batched_linear", x, qweight, scale, bias, (threshold, outliers), batch_dims=1)
+    biases = [None] * x.shape[0] if bias is None else list(bias)
+    products = [_linear(*each, threshold, outliers) for each in zip(x, qweight, scale, biases, strict=True)]
+    return torch.stack(products) if products else x.new_empty(0, x.shape[1], qweight.shape[1])
+
+
+def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    check("weight_only_linear", x, qweight, scale, bias, ())
+    flat = flattened(x)
+    m, n = flat.shape[0], qweight.shape[0]
+    if m > MAX_ROWS or 0 in (*flat.shape, n):
+        # The matrix product of 16 bit is as fast as it gets; a tile of floats from int8 would cost more than it saves.
+        y = torch.nn.functional.linear(x, dequantize_weight(qweight, scale, x.dtype))
+        return y if bias is None else (y.to(torch.float32) + bias.to(torch.float32)).to(x.dtype)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    y = x.new_empty(m, n)
+    bias = None if bias is None else bias.contiguous()
+    with _on(_index(x)):
+        weight_only_launch(flat, qweight.contiguous(), scale.contiguous(), bias, y).run()
+    return y.reshape(*x.shape[:-1], n)
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "linear": _linear,
+    "batched_linear": _batched_linear,
+    "weight_only_linear": _weight_only_linear,
+    "quantize_rows": _quantize_rows,
+    "quantized_linear": _quantized_linear,
+}

@@ -1,0 +1,32 @@
+"""Calls of `persistent_gemm`."""
+
+from __future__ import annotations
+
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from int8compile.triton_kernels.gemm.launch import constants
+from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.persistent_gemm.kernel import persistent_gemm
+from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.tables import Config
+
+
+def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
+    """A product whose outliers are listed by columns; K is a multiple of 16."""
+    m, n, k = product.sizes
+    return Launch(
+        persistent_gemm,
+        (min(config.tiles(m, n), multiprocessors),),
+        {
+            "x_desc": TensorDescriptor.from_tensor(product.x.q, [config.bm, config.bk]),
+            "weight_desc": TensorDescriptor.from_tensor(product.qweight, [config.bn, config.bk]),
+            **product.pointers(lists=True),
+            "M": m,
+            "N": n,
+            "K": k,
+            "stride_n": product.qweight.stride(0),
+        },
+        constants(product, config),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,1 @@
+"""Activations to int8, and their outliers to digits."""

@@ -1,0 +1,1 @@
+"""A few rows times a weight."""

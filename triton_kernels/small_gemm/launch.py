@@ -1,0 +1,23 @@
+"""Calls of `small_gemm`."""
+
+from __future__ import annotations
+
+import math
+
+from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.small_gemm.kernel import small_gemm
+from int8compile.triton_kernels.tables import Config
+
+
+def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
+    """A product of a few rows, whose outliers are planes of digits."""
+    m, n, k = product.sizes
+    return Launch(
+        small_gemm,
+        (math.ceil(n / config.bn), math.ceil(m / config.bm)),
+        {**product.pointers(lists=False), "M": m, "N": n, "K": k, "stride_n": product.qweight.stride(0)},
+        {**product.constants(), "BM": config.bm, "BN": config.bn, "BK": config.bk},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

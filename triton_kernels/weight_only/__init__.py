@@ -1,0 +1,1 @@
+"""Float rows times an int8 weight."""
