@@ -21,10 +21,10 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from int8compile import cpu
+from int8compile import cpu, triton_kernels
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning
-from int8compile.passes import PlaceholderBinder, lower_for_cpu, rewrite_graph
+from int8compile.passes import EXACT_DIVISION, PlaceholderBinder, lower_for_cpu, lower_for_gpu, rewrite_graph
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.names import parameter_name
 from int8compile.report import Report
@@ -76,10 +76,16 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     if report.rewritten and _any_on_cpu(parameters) and cpu.available():
         lower_for_cpu(module, binder, parameters)
         module.graph.lint()
+    patches = config.inductor_patches()
+    if report.rewritten and _any_on_gpu(parameters) and triton_kernels.load():
+        lowered = lower_for_gpu(module, binder, parameters)
+        module.graph.lint()
+        if lowered.quantized_by_inductor:
+            patches = EXACT_DIVISION | patches
     log.info("%s", report.summary())
     log.debug("%s", report)
     _warn_if_nothing_rewritten(report)
-    return _compile(module, example_inputs, binder.slots, config)
+    return _compile(module, example_inputs, binder.slots, config, patches)
 
 
 @contextlib.contextmanager
@@ -125,8 +131,16 @@ def _any_on_cpu(parameters: Mapping[Node, Tensor]) -> bool:
     return any(parameter.device.type == "cpu" for parameter in parameters.values())
 
 
+def _any_on_gpu(parameters: Mapping[Node, Tensor]) -> bool:
+    return any(parameter.device.type == "cuda" for parameter in parameters.values())
+
+
 def _compile(
-    module: GraphModule, example_inputs: Sequence[Any], slots: Sequence[WeightSlot], config: Int8Config
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    slots: Sequence[WeightSlot],
+    config: Int8Config,
+    patches: Mapping[str, Any],
 ) -> Compiled:
     """Compiles a rewritten graph with Inductor.
 
@@ -136,7 +150,7 @@ def _compile(
     captured = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
     positions = {node: position for position, node in enumerate(captured)}
     members = [[(positions[source], view, path) for source, view, path in slot.members] for slot in slots]
-    weights = [(each, slot.packed) for each, slot in zip(members, slots, strict=True)]
+    weights = list(zip(members, slots, strict=True))
     # A float weight that nothing reads any more is no argument of the compiled graph.
     sources = {member.source for slot in slots for member in slot.members}
     unread = sorted(positions[source] for source in sources if not source.users)
@@ -153,9 +167,9 @@ def _compile(
 
     def arguments(args: Sequence[Any]) -> list[Any]:
         chosen = [args[position] for position in kept]
-        for parts, packed in weights:
-            found = [STORE.get(args[position], view, path, packed=packed) for position, view, path in parts]
-            weight = found[0] if len(found) == 1 else STORE.fused(found)
+        for parts, slot in weights:
+            found = [STORE.get(args[position], view, path, packed=slot.packed) for position, view, path in parts]
+            weight = found[0] if len(found) == 1 else STORE.fused(found, interleaved=slot.interleaved)
             chosen += (weight.qweight, weight.scale)
         return chosen
 
@@ -163,7 +177,7 @@ def _compile(
     from torch._inductor.compile_fx import compile_fx
 
     fakes = _static_fakes(arguments(example_inputs))
-    compiled: Any = compile_fx(module, fakes, config_patches=config.inductor_patches())
+    compiled: Any = compile_fx(module, fakes, config_patches=dict(patches))
 
     def run(*args: Any) -> Any:
         chosen = arguments(args)

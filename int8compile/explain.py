@@ -14,7 +14,7 @@ from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame
 from torch.fx import GraphModule
 
-from int8compile import cpu, hardware, roofline
+from int8compile import cpu, hardware, roofline, triton_kernels
 from int8compile.backend import copy_graph, errors_unwrapped, rewrite_captured
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError
@@ -110,15 +110,23 @@ def explain(
     for device in sorted(devices, key=str):
         facts = hardware.of(device)
         report.sites = [_with_speed(site, facts) for site in report.sites]
-        report.notes += (f"{facts.name}: {_kernel(facts.kind)}",)
+        report.notes += (f"{facts.name}: {_kernel(facts)}",)
     return report
 
 
-def _kernel(kind: str) -> str:
-    """What multiplies on a kind of device, for the report."""
-    if kind == "cpu" and cpu.available():
+def _kernel(facts: hardware.Hardware) -> str:
+    """What multiplies on a device, for the report."""
+    missing = "the PyTorch reference runs: it saves memory but is slower than float"
+    if facts.kind == "cpu" and cpu.available():
         return f"C++ kernel, variant {cpu.variant()}"
-    return "no int8 kernel; the PyTorch reference runs: it saves memory but is slower than float"
+    if facts.kind != "cuda":
+        return f"no int8 kernel; {missing}"
+    if why := triton_kernels.failure():
+        return f"no Triton kernels ({why}); {missing}"
+    if hardware.weight_only(facts.isa):
+        return f"weights in int8, activations in 16 bit: Triton has no int8 matrix instructions for {facts.isa}"
+    family = hardware.kernel_family(facts.isa)
+    return f"Triton kernels, table of {family}" if family else f"no Triton kernels for {facts.isa}; {missing}"
 
 
 def _with_speed(site: Site, facts: hardware.Hardware) -> Site:

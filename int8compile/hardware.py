@@ -85,6 +85,11 @@ def kernel_family(isa: str) -> str:
     return f"sm_{max(known for known in (75, 80, 90, 100) if known <= version)}"
 
 
+def weight_only(isa: str) -> bool:
+    """Whether a GPU takes int8 weights but no int8 activations, for want of matrix instructions in Triton."""
+    return kernel_family(isa) == "sm_75"
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:

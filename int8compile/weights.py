@@ -52,16 +52,18 @@ class QuantizedWeight:
 
 @dataclasses.dataclass(eq=False)
 class FusedWeight:
-    """Packed weights one behind the other in one tensor, of which they are slices.
+    """Weights one behind the other in one tensor, of which they are slices; or with their rows in turns.
 
     Attributes:
-        qweight: Their panels.
+        qweight: Their rows, or panels where they are packed.
         scale: Their scales.
+        interleaved: Whether their rows take turns.
         members: The weights; weakly, since they hold this one: a cycle would keep the memory until Python looks for it.
     """
 
     qweight: Tensor
     scale: Tensor
+    interleaved: bool
     members: tuple[weakref.ref[QuantizedWeight], ...]
 
 
@@ -146,12 +148,17 @@ class WeightStore:
         with self._lock:
             return self._refresh(parameter, (view, packed), path)
 
-    def fused(self, weights: Sequence[QuantizedWeight]) -> FusedWeight:
-        """Packed weights as slices of one tensor, copied there if they are not yet: memory holds them once."""
+    def fused(self, weights: Sequence[QuantizedWeight], *, interleaved: bool = False) -> FusedWeight:
+        """Weights as slices of one tensor, copied there if they are not yet: memory holds them once.
+
+        Args:
+            weights: The weights, all packed or none.
+            interleaved: Whether their rows take turns; they are of one shape then.
+        """
         fused = weights[0].fused
-        if fused is None or fused.members != tuple(map(weakref.ref, weights)):
+        if fused is None or fused.interleaved != interleaved or fused.members != tuple(map(weakref.ref, weights)):
             with self._lock, _plain_tensors():
-                fused = _fuse(weights)
+                fused = _fuse(weights, interleaved)
         return fused
 
     def weights(self, parameter: Tensor) -> dict[Key, QuantizedWeight]:
@@ -212,15 +219,20 @@ class WeightStore:
             del self._parameters[identity]
 
 
-def _fuse(weights: Sequence[QuantizedWeight]) -> FusedWeight:
-    fused = FusedWeight(
-        torch.cat([weight.qweight for weight in weights]),
-        torch.cat([weight.scale for weight in weights]),
-        tuple(map(weakref.ref, weights)),
-    )
-    qweights = fused.qweight.split([weight.qweight.shape[0] for weight in weights])
-    scales = fused.scale.split([weight.scale.shape[0] for weight in weights])
-    for weight, qweight, scale in zip(weights, qweights, scales, strict=True):
+def _fuse(weights: Sequence[QuantizedWeight], interleaved: bool) -> FusedWeight:
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors), dim=1).flatten(0, 1) if interleaved else torch.cat(list(tensors))
+
+    def parts(tensor: Tensor, of: Sequence[Tensor]) -> Sequence[Tensor]:
+        if interleaved:
+            return list(tensor.unflatten(0, (-1, len(of))).unbind(dim=1))
+        return list(tensor.split([each.shape[0] for each in of]))
+
+    qweights, scales = [weight.qweight for weight in weights], [weight.scale for weight in weights]
+    members = tuple(map(weakref.ref, weights))
+    fused = FusedWeight(joined(qweights), joined(scales), interleaved, members)
+    slices = zip(weights, parts(fused.qweight, qweights), parts(fused.scale, scales), strict=True)
+    for weight, qweight, scale in slices:
         weight.qweight, weight.scale, weight.fused = qweight, scale, fused
     return fused
 

@@ -7,12 +7,14 @@ if __name__ != "int8compile.passes":
     raise ImportError(f"this package is int8compile.passes; import it by that name, not as {__name__!r}")
 
 from int8compile.passes.binding import AttributeBinder, Binder, PlaceholderBinder
-from int8compile.passes.lower import lower_for_cpu
+from int8compile.passes.lower_cpu import lower_for_cpu
+from int8compile.passes.lower_gpu import EXACT_DIVISION, lower_for_gpu
 from int8compile.passes.pipeline import rewrite_graph
 from int8compile.passes.rules import RULES, finite, matches
 from int8compile.passes.static import WeightView
 
 __all__ = [
+    "EXACT_DIVISION",
     "RULES",
     "AttributeBinder",
     "Binder",
@@ -20,6 +22,7 @@ __all__ = [
     "WeightView",
     "finite",
     "lower_for_cpu",
+    "lower_for_gpu",
     "matches",
     "rewrite_graph",
 ]

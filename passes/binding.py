@@ -62,11 +62,13 @@ class WeightSlot:
         members: What it is made of: one view of a parameter, or several, one behind the other.
         nodes: The placeholders of the int8 weight.
         packed: Whether `nodes.qweight` is laid out as `int8compile.ops.pack_weight` does.
+        interleaved: Whether the rows of its two members take turns, instead of lying one behind the other.
     """
 
     members: tuple[Member, ...]
     nodes: QuantizedNodes
     packed: bool = False
+    interleaved: bool = False
 
 
 class PlaceholderBinder:
@@ -91,13 +93,22 @@ class PlaceholderBinder:
 
     def fuse(self, slots: Sequence[WeightSlot]) -> WeightSlot:
         """Replaces slots that nothing reads any more by one that holds all of their weights."""
-        fused = self._add(tuple(member for slot in slots for member in slot.members))
-        fused.packed = True
+        fused = self.join(slots)
+        self.drop(slots)
+        return fused
+
+    def join(self, slots: Sequence[WeightSlot], *, interleaved: bool = False) -> WeightSlot:
+        """Adds a slot that holds the weights of others, one behind the other or with their rows in turns."""
+        joined = self._add(tuple(member for slot in slots for member in slot.members))
+        joined.interleaved = interleaved
+        return joined
+
+    def drop(self, slots: Sequence[WeightSlot]) -> None:
+        """Removes slots that nothing reads any more."""
         for slot in slots:
             self.slots.remove(slot)
             for node in slot.nodes:
                 self._graph.erase_node(node)
-        return fused
 
     def _add(self, members: tuple[Member, ...]) -> WeightSlot:
         stem = f"int8_{next(self._numbers)}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from int8compile import hardware
 from int8compile.config import Int8Config
 from int8compile.errors import InputError
 from int8compile.ops import MAX_K, SUPPORTED_DTYPES
@@ -110,8 +111,14 @@ def lm_head(site: LinearSite, config: Int8Config) -> Verdict:
 
 
 def weight_only(site: LinearSite, config: Int8Config) -> bool:
-    """Whether only the weight of a site becomes int8, and its activations stay in float."""
-    return config.lm_head == "int8_weight" and site.is_lm_head
+    """Whether only the weight of a site becomes int8, and its activations stay in float.
+
+    Because the configuration asks for it, or because the GPU leaves no other way.
+    """
+    if config.lm_head == "int8_weight" and site.is_lm_head:
+        return True
+    device = None if site.parameter is None else site.parameter.device
+    return device is not None and device.type == "cuda" and hardware.weight_only(hardware.of(device).isa)
 
 
 def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:

@@ -26,6 +26,11 @@ GELU = tl.constexpr(3)
 GELU_TANH = tl.constexpr(4)
 SILU_MUL = tl.constexpr(5)
 
+# Where results go: one [M, N]; parts of several sizes one behind the other; the same, each tile in one part.
+WHOLE = tl.constexpr(1)
+SCATTERED = tl.constexpr(2)
+TILED = tl.constexpr(3)
+
 
 @triton.jit
 def round_to_int(x):
@@ -94,8 +99,11 @@ def finish(
     column,
     M,
     N,
+    n0,
+    n1,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -103,15 +111,18 @@ def finish(
 
     Args:
         y: [BM, BN] float32, `acc * s_x + out`.
-        y_ptr: [M, N], or [M, N / 2] for SILU_MUL, contiguous.
+        y_ptr: [M, N], or [M, N / 2] for SILU_MUL, contiguous; or the parts one behind the other.
         scale_ptr: [N].
         bias_ptr: [N], where there is one.
         row: [BM] numbers of the rows.
         column: [BN] numbers of the columns.
         M: Rows of the result.
         N: Columns of the product.
+        n0: Columns of the first of several parts.
+        n1: Columns of the second of three parts.
         HAS_BIAS: Whether there is a bias.
         ACTIVATION: See above. SILU_MUL takes gate and up from even and odd columns.
+        PARTS: See WHOLE, SCATTERED and TILED.
         BM: Rows of the tile.
         BN: Columns of the tile.
     """
@@ -126,5 +137,16 @@ def finish(
         N = N // 2
     else:
         y = activate(y, ACTIVATION)
-    at = row.to(tl.int64)[:, None] * N + column[None, :]
+    if PARTS == WHOLE:
+        at = row.to(tl.int64)[:, None] * N + column[None, :]
+    else:
+        # For whole tiles a number, so that neighbours are stored together.
+        first = tl.min(column, axis=0) if PARTS == TILED else column
+        begin = tl.where(first < n0, 0, tl.where(first < n0 + n1, n0, n0 + n1))
+        size = tl.where(first < n0, n0, tl.where(first < n0 + n1, n1, N - n0 - n1))
+        at = begin.to(tl.int64) * M + (column - begin)
+        if PARTS == TILED:
+            at = row.to(tl.int64)[:, None] * size + at[None, :]
+        else:
+            at = row.to(tl.int64)[:, None] * size[None, :] + at[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(row[:, None] < M) & (column[None, :] < N))

@@ -13,9 +13,15 @@ from torch import Tensor
 
 from int8compile import hardware
 from int8compile.ops import OUTLIER_POLICIES, dequantize_weight
-from int8compile.ops.digits import NONE, Activations, linear, quantize_rows
+from int8compile.ops.digits import NONE, Activations, quantize_rows
 from int8compile.ops.linear import check
-from int8compile.ops.quantized import check_quantize_rows, check_quantized_linear, flattened
+from int8compile.ops.quantized import (
+    by_definition,
+    check_quantize_rows,
+    check_quantized_linear,
+    empty_result,
+    flattened,
+)
 from int8compile.triton_kernels import autotune, tables
 from int8compile.triton_kernels.launch import Launch
 from int8compile.triton_kernels.policy import Policy
@@ -81,7 +87,8 @@ def _quantize_rows(x: Tensor, threshold: float, by_column: bool) -> tuple[Tensor
     if x.stride(1) != 1:
         x = x.contiguous()
     into = Activations.empty(x, threshold, by_column)
-    policy = Policy.of(*x.shape, into.digits.shape[0], threshold, by_column, arch)
+    m, k = x.shape
+    policy = Policy.of(m, k, into.digits.shape[0], threshold, by_column, arch)
     with _on(_index(x)):
         for call in launches(x, into, policy):
             call.run()
@@ -100,21 +107,23 @@ def _quantized_linear(
     threshold: float,
     by_column: bool,
     activation: int,
+    n0: int,
+    n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
     x = Activations(q, digits, rows, columns, counts)
-    check_quantized_linear(x, qweight, scale, bias, activation, dtype)
+    check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
     (m, k), n = q.shape, qweight.shape[0]
     index = _index(q)
     arch = architecture(index)
     if arch is None or not arch.instruction or 0 in (m, n, k):
-        return linear(x, qweight, scale, bias, activation).to(dtype)
+        return by_definition(x, qweight, scale, bias, activation, n0, n1, dtype)
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     policy = Policy.of(m, k, digits.shape[0], threshold, by_column, arch)
-    product = Product.of(
-        x, qweight, scale.contiguous(), None if bias is None else bias.contiguous(), dtype, activation, policy
-    )
+    bias = None if bias is None else bias.contiguous()
+    y = empty_result(q, qweight, activation, n0, dtype)
+    product = Product(x, qweight, scale.contiguous(), bias, y, activation, n0, n1, policy)
     configs = tables.candidates(arch, m, k, lists=policy.lists)
     if qweight.data_ptr() % 16 or qweight.stride(0) % 16:
         configs = tuple(config for config in configs if config.kernel != "persistent_gemm")
@@ -128,8 +137,10 @@ def _quantized_linear(
 def _linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
     check("linear", x, qweight, scale, bias, (threshold, outliers))
     by_column = bool(OUTLIER_POLICIES.index(outliers))
-    quantized = _quantize_rows(x, threshold, by_column)
-    y = _quantized_linear(*quantized, qweight, scale, bias, threshold, by_column, NONE, x.dtype)  # type: ignore[call-arg]
+    q, digits, rows, columns, counts = _quantize_rows(x, threshold, by_column)
+    y = _quantized_linear(
+        q, digits, rows, columns, counts, qweight, scale, bias, threshold, by_column, NONE, 0, 0, x.dtype
+    )
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from int8compile.ops.digits import SILU_MUL, Activations
+from int8compile.ops.digits import Activations
+from int8compile.triton_kernels.numerics import SCATTERED, TILED, WHOLE
 from int8compile.triton_kernels.policy import Policy
+from int8compile.triton_kernels.tables import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,10 @@ class Product:
         qweight: [N, K] int8, its rows contiguous.
         scale: [N] float32.
         bias: [N], any float dtype, or None.
-        y: [M, N], or [M, N / 2] for silu_mul, contiguous.
+        y: As `int8compile.ops.quantized.empty_result` makes it.
         activation: One of `int8compile.ops.digits.ACTIVATIONS`.
+        n0: Outputs of the first of several parts, 0 if there is one.
+        n1: Outputs of the second of three parts.
         policy: How it is computed.
     """
 
@@ -32,22 +35,9 @@ class Product:
     bias: Tensor | None
     y: Tensor
     activation: int
+    n0: int
+    n1: int
     policy: Policy
-
-    @staticmethod
-    def of(
-        x: Activations,
-        qweight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        activation: int,
-        policy: Policy,
-    ) -> Product:
-        """Allocates the result."""
-        n = qweight.shape[0] // 2 if activation == SILU_MUL else qweight.shape[0]
-        y = torch.empty(x.q.shape[0], n, dtype=dtype, device=qweight.device)
-        return Product(x, qweight, scale, bias, y, activation, policy)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -68,11 +58,18 @@ class Product:
             "y_ptr": self.y,
         }
 
-    def constants(self) -> dict[str, Any]:
-        """The compile-time constants that do not depend on tiles."""
+    def strides(self) -> dict[str, int]:
+        """The numbers, besides sizes, that say where things lie."""
+        return {"stride_n": self.qweight.stride(0), "n0": self.n0, "n1": self.n1}
+
+    def constants(self, config: Config) -> dict[str, Any]:
+        """The compile-time constants besides the tile's sizes."""
+        whole_tiles = all(begin % config.bn == 0 for begin in (self.n0, self.n0 + self.n1))
+        parts = WHOLE if not self.n0 else TILED if whole_tiles else SCATTERED
         return {
             "HAS_BIAS": self.bias is not None,
             "ACTIVATION": self.activation,
+            "PARTS": parts.value,
             "SPLIT": self.policy.split,
             "DIGITS": self.policy.digits,
             "JOIN": self.policy.join,

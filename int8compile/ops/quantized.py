@@ -1,8 +1,10 @@
 """Registers `quantize_rows` and `quantized_linear`: `linear` in two steps, for graphs on GPUs.
 
-All linears that read an activation share its quantization. The Triton kernels (`int8compile.triton_kernels`) implement
-both for the dispatch key CUDA; the implementation here, in PyTorch, is their definition. Whether outliers lie in planes
-or in lists is between the two steps of one implementation.
+All linears that read an activation share its quantization, and up to three of them (q, k and v) can be one product: of
+`n0`, `n1` and the remaining outputs each, whose results [M, n0], [M, n1], ... lie one behind the other.
+
+The Triton kernels (`int8compile.triton_kernels`) implement both for the dispatch key CUDA; the implementation here, in
+PyTorch, is their definition. Whether outliers lie in planes or in lists is between the two steps of one implementation.
 """
 
 from __future__ import annotations
@@ -38,7 +40,14 @@ def check_quantize_rows(x: Tensor, threshold: float, by_column: bool) -> None:
 
 
 def check_quantized_linear(
-    x: Activations, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: int, dtype: torch.dtype
+    x: Activations,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    n0: int,
+    n1: int,
+    dtype: torch.dtype,
 ) -> None:
     """Raises `InputError` where the parts do not fit each other."""
     name = "int8compile::quantized_linear"
@@ -57,8 +66,38 @@ def check_quantized_linear(
             f"{name}: activation is {activation} for {n} outputs; give one of int8compile.ops.digits, and an even "
             "number of outputs to SILU_MUL"
         )
+    if not (min(n0, n1) >= 0 and n0 + n1 <= n) or (n1 and not n0) or (n0 and activation == SILU_MUL):
+        raise InputError(f"{name}: parts of {n0} and {n1} outputs of {n}; give sizes that leave some to the last part")
     if dtype not in SUPPORTED_DTYPES:
         raise InputError(f"{name}: dtype is {dtype}; allowed are {', '.join(str(each) for each in SUPPORTED_DTYPES)}")
+
+
+def by_definition(
+    x: Activations,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    n0: int,
+    n1: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`quantized_linear` in PyTorch."""
+    y = digits.linear(x, qweight, scale, bias, activation).to(dtype)
+    return torch.cat([part.flatten() for part in y.split(parts(n0, n1, y.shape[1]), dim=1)]) if n0 else y
+
+
+def parts(n0: int, n1: int, n: int) -> list[int]:
+    """The outputs of each part, of one, two or three."""
+    return [size for size in (n0, n1, n - n0 - n1) if size]
+
+
+def empty_result(q: Tensor, qweight: Tensor, activation: int, n0: int, dtype: torch.dtype) -> Tensor:
+    """Allocates what `quantized_linear` returns: [M, N], or [M * N] of several parts."""
+    m, n = q.shape[0], qweight.shape[0]
+    if n0:
+        return q.new_empty(m * n, dtype=dtype)
+    return q.new_empty(m, n // 2 if activation == SILU_MUL else n, dtype=dtype)
 
 
 def flattened(x: Tensor) -> Tensor:
@@ -88,11 +127,13 @@ def _quantized_linear(
     threshold: float,
     by_column: bool,
     activation: int,
+    n0: int,
+    n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
     x = Activations(q, digit, rows, columns, counts)
-    check_quantized_linear(x, qweight, scale, bias, activation, dtype)
-    return digits.linear(x, qweight, scale, bias, activation).to(dtype)
+    check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
+    return by_definition(x, qweight, scale, bias, activation, n0, n1, dtype)
 
 
 def _quantized_linear_fake(
@@ -107,11 +148,13 @@ def _quantized_linear_fake(
     threshold: float,
     by_column: bool,
     activation: int,
+    n0: int,
+    n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    check_quantized_linear(Activations(q, digit, rows, columns, counts), qweight, scale, bias, activation, dtype)
-    n = qweight.shape[0] // 2 if activation == SILU_MUL else qweight.shape[0]
-    return q.new_empty(q.shape[0], n, dtype=dtype)
+    x = Activations(q, digit, rows, columns, counts)
+    check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
+    return empty_result(q, qweight, activation, n0, dtype)
 
 
 _ACTIVATIONS = "Tensor q, Tensor digits, Tensor rows, Tensor columns, Tensor counts"
@@ -125,7 +168,7 @@ quantize_rows = register_no_grad(
 quantized_linear = register_no_grad(
     "quantized_linear",
     f"({_ACTIVATIONS}, Tensor qweight, Tensor scale, Tensor? bias, float threshold, bool by_column, int activation, "
-    "ScalarType dtype) -> Tensor",
+    "int n0, int n1, ScalarType dtype) -> Tensor",
     _quantized_linear,
     _quantized_linear_fake,
 )

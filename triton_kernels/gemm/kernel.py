@@ -132,8 +132,11 @@ def epilogue(
     N,
     K,
     stride_n,
+    n0,
+    n1,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     LIST_ROWS: tl.constexpr,
     DIGITS: tl.constexpr,
@@ -153,7 +156,7 @@ def epilogue(
     if tl.max(tl.abs(special)) > 0:
         signs = special_signs(q_ptr, weight_ptr, row, column, M, N, K, stride_n, BM, BN, 32)
         y = override_special(y, signs, special[:, None])
-    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, HAS_BIAS, ACTIVATION, BM, BN)
+    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, BM, BN)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -171,8 +174,11 @@ def gemm(
     N,
     K,
     stride_n,
+    n0,
+    n1,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     LIST_ROWS: tl.constexpr,
     DIGITS: tl.constexpr,
@@ -199,8 +205,11 @@ def gemm(
         N: Outputs.
         K: Inputs.
         stride_n: Elements from row to row of the weight.
+        n0: Outputs of the first of several parts.
+        n1: Outputs of the second of three parts.
         HAS_BIAS: Whether there is a bias.
         ACTIVATION: See `numerics`.
+        PARTS: See `numerics`.
         SPLIT: Whether there can be outliers but NaN and Inf.
         LIST_ROWS: Rows that share a list; 0: all do. BM divides it.
         DIGITS: Digits of an outlier.
@@ -225,5 +234,5 @@ def gemm(
         acc = tl.dot(x, w, acc, out_dtype=tl.int32)
     epilogue(
         acc, q_ptr, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
-        row, column, M, N, K, stride_n, HAS_BIAS, ACTIVATION, SPLIT, LIST_ROWS, DIGITS, JOIN, BM, BN, BF,
+        row, column, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS, DIGITS, JOIN, BM, BN, BF,
     )  # fmt: skip

@@ -16,7 +16,7 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     return Launch(
         gemm,
         (config.tiles(m, n),),
-        {**product.pointers(lists=True), "M": m, "N": n, "K": k, "stride_n": product.qweight.stride(0)},
+        {**product.pointers(lists=True), "M": m, "N": n, "K": k, **product.strides()},
         constants(product, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -26,7 +26,7 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
 def constants(product: Product, config: Config) -> dict[str, Any]:
     """The compile-time constants of a kernel that takes lists."""
     return {
-        **product.constants(),
+        **product.constants(config),
         "LIST_ROWS": product.policy.list_rows,
         "BM": config.bm,
         "BN": config.bn,

@@ -28,8 +28,11 @@ def gemv(
     N,
     K,
     stride_n,
+    n0,
+    n1,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     DIGITS: tl.constexpr,
     JOIN: tl.constexpr,
@@ -49,8 +52,11 @@ def gemv(
         N: Outputs.
         K: Inputs.
         stride_n: Elements from row to row of the weight.
+        n0: Outputs of the first of several parts.
+        n1: Outputs of the second of three parts.
         HAS_BIAS: Whether there is a bias.
         ACTIVATION: See `numerics`.
+        PARTS: See `numerics`.
         SPLIT: Whether there can be outliers but NaN and Inf.
         DIGITS: Digits of an outlier.
         JOIN: Whether the sum of outliers fits int32.
@@ -102,4 +108,4 @@ def gemv(
             signs += tl.sum(w * tl.load(q_ptr + at, mask=at < K, other=0).to(tl.int32)[None, :], axis=1)
         y = override_special(y, signs, special)
     row = tl.zeros((1,), tl.int32)
-    finish(y[None, :], y_ptr, scale_ptr, bias_ptr, row, column, 1, N, HAS_BIAS, ACTIVATION, 1, BN)
+    finish(y[None, :], y_ptr, scale_ptr, bias_ptr, row, column, 1, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, 1, BN)

@@ -25,8 +25,11 @@ def persistent_gemm(
     N,
     K,
     stride_n,
+    n0,
+    n1,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     LIST_ROWS: tl.constexpr,
     DIGITS: tl.constexpr,
@@ -57,16 +60,18 @@ def persistent_gemm(
             column = tile_n * BN + tl.arange(0, BN // 2)
             epilogue(
                 left, q_ptr, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
-                row, column, M, N, K, stride_n, HAS_BIAS, ACTIVATION, SPLIT, LIST_ROWS, DIGITS, JOIN, BM, BN // 2, BF,
+                row, column, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS, DIGITS, JOIN,
+                BM, BN // 2, BF,
             )  # fmt: skip
             epilogue(
                 right, q_ptr, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
-                row, column + BN // 2, M, N, K, stride_n, HAS_BIAS, ACTIVATION, SPLIT, LIST_ROWS, DIGITS, JOIN, BM,
-                BN // 2, BF,
+                row, column + BN // 2, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS,
+                DIGITS, JOIN, BM, BN // 2, BF,
             )  # fmt: skip
         else:
             column = tile_n * BN + tl.arange(0, BN)
             epilogue(
                 acc, q_ptr, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
-                row, column, M, N, K, stride_n, HAS_BIAS, ACTIVATION, SPLIT, LIST_ROWS, DIGITS, JOIN, BM, BN, BF,
+                row, column, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS, DIGITS, JOIN,
+                BM, BN, BF,
             )  # fmt: skip

@@ -24,7 +24,7 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
             "M": m,
             "N": n,
             "K": k,
-            "stride_n": product.qweight.stride(0),
+            **product.strides(),
         },
         constants(product, config),
         num_warps=config.num_warps,

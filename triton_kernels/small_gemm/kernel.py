@@ -33,8 +33,11 @@ def small_gemm(
     N,
     K,
     stride_n,
+    n0,
+    n1,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     DIGITS: tl.constexpr,
     JOIN: tl.constexpr,
@@ -56,8 +59,11 @@ def small_gemm(
         N: Outputs.
         K: Inputs.
         stride_n: Elements from row to row of the weight.
+        n0: Outputs of the first of several parts.
+        n1: Outputs of the second of three parts.
         HAS_BIAS: Whether there is a bias.
         ACTIVATION: See `numerics`.
+        PARTS: See `numerics`.
         SPLIT: Whether there can be outliers but NaN and Inf.
         DIGITS: Digits of an outlier.
         JOIN: Whether the sum of outliers fits int32.
@@ -106,4 +112,4 @@ def small_gemm(
             x = tl.load(q_ptr + x_at + at[None, :], mask=(row[:, None] < M) & (at[None, :] < K), other=0)
             signs = tl.dot(x, sign_of(w), signs, out_dtype=tl.int32)
         y = override_special(y, signs, special[:, None])
-    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, HAS_BIAS, ACTIVATION, BM, BN)
+    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, BM, BN)

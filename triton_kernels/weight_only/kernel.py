@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import finish
+from int8compile.triton_kernels.numerics import WHOLE, finish
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -57,4 +57,4 @@ def weight_only_gemm(
         w = tl.load(w_ptr + at[:, None], mask=(column[None, :] < N) & (at[:, None] < K), other=0)
         # int8 values are exact in every float dtype.
         acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
-    finish(acc, y_ptr, scale_ptr, bias_ptr, row, column, M, N, HAS_BIAS, ACTIVATION, BM, BN)
+    finish(acc, y_ptr, scale_ptr, bias_ptr, row, column, M, N, 0, 0, HAS_BIAS, ACTIVATION, WHOLE, BM, BN)

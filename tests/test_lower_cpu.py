@@ -214,7 +214,7 @@ def test_what_does_not_share_a_call(
         assert one.dtype == other.dtype
         assert relative_error(one.float(), other.float()) < INT8_ERROR
     torch._dynamo.reset()
-    monkeypatch.setattr("int8compile.passes.lower._siblings", lambda *_: [])
+    monkeypatch.setattr("int8compile.passes.lower_cpu.siblings", lambda *_: [])
     assert_equal(actual, torch.compile(lambda x: call(model, x), backend="int8", fullgraph=True)(x))
 
 

@@ -16,7 +16,7 @@ from int8compile import ops
 from int8compile.ops import OUTLIER_POLICIES
 from int8compile.passes.binding import PlaceholderBinder, QuantizedNodes, WeightSlot
 from int8compile.passes.rewrite import NEEDS_GRAD
-from int8compile.passes.static import written
+from int8compile.passes.siblings import siblings
 
 # Each operator with its form for packed weights.
 _PACKED: dict[object, Callable[..., object]] = {
@@ -40,8 +40,9 @@ def lower_for_cpu(module: GraphModule, binder: PlaceholderBinder, parameters: Ma
         if node.op == "call_function" and node.target in _PACKED and node.args[1] in slots:
             slots[node.args[1]].packed = True
             _pack(node)
-    for group in _siblings(module, slots):
-        _fuse(module, binder, group, [slots[node.args[1]] for node in group])  # type: ignore[index]
+    for group in siblings(module, ops.packed_linear_no_grad.default, slots, max(_FUSED)):
+        if len(group) > 1:
+            _fuse(module, binder, group, [slots[node.args[1]] for node in group])  # type: ignore[index]
 
 
 def _on_cpu(slot: WeightSlot, parameters: Mapping[Node, Tensor]) -> bool:
@@ -60,37 +61,6 @@ def _pack(node: Node) -> None:
         node.target = ops.packed_weight_only_linear_no_grad.default
 
 
-def _siblings(module: GraphModule, slots: Mapping[Node, WeightSlot]) -> list[list[Node]]:
-    """Calls of one activation that can run at the place of the first of them, by twos and threes."""
-    groups: list[list[Node]] = []
-    open_groups: dict[object, list[Node]] = {}
-    for node in module.graph.nodes:
-        if _is_barrier(node):
-            open_groups.clear()
-        if node.target is not ops.packed_linear_no_grad.default or node.args[1] not in slots:
-            continue
-        x, qweight, _, bias, *policy = node.args
-        # A weight that others read too stays as they know it; a bias that is computed, or an attribute that is read
-        # later in the graph, may not be there yet.
-        if len(qweight.users) > 1 or (bias is not None and bias.op != "placeholder"):
-            continue
-        key = (x, bias is None, *policy)
-        group = open_groups.get(key)
-        if group is None or len(group) == max(_FUSED):
-            group = open_groups[key] = []
-            groups.append(group)
-        group.append(node)
-    return [group for group in groups if len(group) > 1]
-
-
-def _is_barrier(node: Node) -> bool:
-    """Whether a call must not pass this node: it writes to a tensor, or switches autocast or the like."""
-    if node.op not in ("call_function", "call_method"):
-        return node.op == "call_module"
-    name = getattr(node.target, "__name__", "")
-    return bool(written(node)) or name.startswith(("_enter_", "_exit_", "_set_", "_grad_", "_jvp_"))
-
-
 def _fuse(module: GraphModule, binder: PlaceholderBinder, nodes: Sequence[Node], slots: Sequence[WeightSlot]) -> None:
     graph = module.graph
     first = nodes[0]
@@ -106,5 +76,7 @@ def _fuse(module: GraphModule, binder: PlaceholderBinder, nodes: Sequence[Node],
         part.meta.update(node.meta)
         node.replace_all_uses_with(part)
         graph.erase_node(node)
-    weight: QuantizedNodes = binder.fuse(slots).nodes
+    fused = binder.fuse(slots)
+    fused.packed = True
+    weight: QuantizedNodes = fused.nodes
     call.args = (x, weight.qweight, weight.scale, bias, *sizes[:-1], *policy)

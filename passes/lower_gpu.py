@@ -1,0 +1,275 @@
+"""Lowers a rewritten Dynamo graph to GPU kernels: quantize once per activation, then products.
+
+q, k and v become one product with the three weights one behind the other; `silu(gate) * up` one product with the two
+weights' rows in turns, whose end computes it; and an activation function that alone reads a linear, that linear's end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from int8compile import hardware, ops
+from int8compile.ops import OUTLIER_POLICIES, digits
+from int8compile.ops.quantized import flattened
+from int8compile.passes.binding import PlaceholderBinder, WeightSlot
+from int8compile.passes.rewrite import NEEDS_GRAD
+from int8compile.passes.siblings import is_barrier, siblings
+from int8compile.passes.static import meta_tensor, traced
+
+log = logging.getLogger(__name__)
+
+# Inductor's division on GPUs is off by one unit at times, and quantization is defined with the correctly rounded one.
+EXACT_DIVISION = {"eager_numerics.division_rounding": True}
+
+_PARTS = 3
+# By module names, since torch.nn.functional's gelu is torch._C._nn's.
+_RELU = (F.relu, torch.relu, "relu")
+_SILU = (F.silu,)
+_GELU = (F.gelu,)
+# Between a kernel and what reads it.
+_VIEWS = (operator.getitem, "narrow", "view", "reshape", "flatten", "unflatten")
+_MUL = (operator.mul, torch.mul, "mul")
+
+
+@dataclasses.dataclass
+class Lowered:
+    """What was made.
+
+    Attributes:
+        products: Products with quantized activations.
+        quantized: Activations that are quantized for them.
+        quantized_by_inductor: Those of them that Inductor quantizes.
+    """
+
+    products: int = 0
+    quantized: int = 0
+    quantized_by_inductor: int = 0
+
+
+def lower_for_gpu(
+    module: GraphModule,
+    binder: PlaceholderBinder,
+    parameters: Mapping[Node, Tensor],
+    is_gpu: Callable[[torch.device], bool] | None = None,
+) -> Lowered:
+    """Splits the operators whose weight is on a GPU into quantize and product, in place.
+
+    Operators that autograd records stay as they are.
+
+    Args:
+        module: A rewritten Dynamo graph.
+        binder: What its int8 weights were bound with.
+        parameters: The graph's parameters by their nodes.
+        is_gpu: Which devices are meant; by default GPUs with int8 kernels.
+    """
+    is_gpu = is_gpu or has_int8_kernels
+    slots = {
+        slot.nodes.qweight: slot
+        for slot in binder.slots
+        if all(is_gpu(parameters[member.source].device) for member in slot.members)
+    }
+    lowering = _Lowering(module, binder, slots)
+    for group in siblings(module, ops.linear.default, slots, limit=len(module.graph.nodes)):
+        lowering.lower([node for node in group if not node.meta[NEEDS_GRAD]])
+    return lowering.done
+
+
+def has_int8_kernels(device: torch.device) -> bool:
+    """Whether a device is a GPU for which Triton has int8 matrix instructions."""
+    isa = hardware.of(device).isa if device.type == "cuda" else ""
+    return bool(hardware.kernel_family(isa)) and not hardware.weight_only(isa)
+
+
+def quantized_by_inductor(x: Node, threshold: float) -> tuple[bool, str]:
+    """Whether Inductor generates the quantization of an activation, and why.
+
+    What it generates it fuses with what makes the activation, usually a norm, which then is never written to memory.
+    """
+    if threshold > 0:
+        return False, "lists of outliers and the exact sums that decide on them need a kernel of their own"
+    if x.op not in ("call_function", "call_method"):
+        return False, "the activation comes from outside of the graph, there is nothing to fuse with"
+    made_by: Any = x
+    while getattr(made_by, "target", None) in _VIEWS:
+        made_by = made_by.args[0]
+    if getattr(getattr(made_by, "target", None), "namespace", "") == "int8compile":
+        return False, "a kernel makes the activation, with which Inductor does not fuse"
+    return True, "without outliers it is a maximum and a rounding, which Inductor fuses with what makes the activation"
+
+
+class _Lowering:
+    def __init__(self, module: GraphModule, binder: PlaceholderBinder, slots: Mapping[Node, WeightSlot]) -> None:
+        self.done = Lowered()
+        self._graph = module.graph
+        self._binder = binder
+        self._slots = slots
+        self._quantized: dict[tuple[Node, float, str, torch.dtype, int], tuple[Node, ...]] = {}
+        # What lies between two barriers may share what is computed there.
+        self._stretch: dict[Node, int] = {}
+        stretch = 0
+        for node in module.graph.nodes:
+            stretch += is_barrier(node)
+            self._stretch[node] = stretch
+
+    def lower(self, nodes: Sequence[Node]) -> None:
+        """Lowers linears of one activation."""
+        rest = list(nodes)
+        for gate, up, silu, mul in _gated(nodes):
+            rest.remove(gate)
+            rest.remove(up)
+            first = gate if nodes.index(gate) < nodes.index(up) else up
+            slots = self._slots_of([gate, up])
+            slot = self._binder.join(slots, interleaved=True)
+            bias = None
+            with self._graph.inserting_before(first):
+                if gate.args[3] is not None:
+                    stacked = self._graph.call_function(torch.stack, ([gate.args[3], up.args[3]], 1))
+                    bias = self._graph.call_method("flatten", (stacked,))
+                (y,) = self._product(first, slot, bias, digits.SILU_MUL, [slot.members[0].view.shape[0]])
+            y.meta.update(mul.meta)
+            mul.replace_all_uses_with(y)
+            for node in (mul, silu, gate, up):
+                self._graph.erase_node(node)
+            self._binder.drop(slots)
+        for begin in range(0, len(rest), _PARTS):
+            self._lower_parts(rest[begin : begin + _PARTS])
+
+    def _lower_parts(self, nodes: Sequence[Node]) -> None:
+        """One product for up to three linears of one activation."""
+        first = nodes[0]
+        biases = [node.args[3] for node in nodes]
+        bias: Any = biases[0]
+        slots = self._slots_of(nodes)
+        if len(nodes) == 1:
+            slot = slots[0]
+            activation, replaced = _activation(first)
+        else:
+            slot = self._binder.join(slots)
+            activation, replaced = digits.NONE, first
+        sizes = [member.view.shape[0] for member in slot.members]
+        with self._graph.inserting_before(first):
+            if bias is not None and len(nodes) > 1:
+                bias = self._graph.call_function(torch.cat, (biases,))
+            results = self._product(first, slot, bias, activation, sizes)
+        if len(nodes) == 1:
+            results[0].meta.update(replaced.meta)
+            replaced.replace_all_uses_with(results[0])
+            for node in dict.fromkeys((replaced, first)):
+                self._graph.erase_node(node)
+            return
+        for node, result in zip(nodes, results, strict=True):
+            result.meta.update(node.meta)
+            node.replace_all_uses_with(result)
+            self._graph.erase_node(node)
+        self._binder.drop(slots)
+
+    def _slots_of(self, nodes: Sequence[Node]) -> list[WeightSlot]:
+        return [self._slots[node.args[1]] for node in nodes]  # type: ignore[index]
+
+    def _product(
+        self, at: Node, slot: WeightSlot, bias: Node | None, activation: int, sizes: Sequence[int]
+    ) -> list[Node]:
+        """Appends a product of the activation that `at` reads; its results by parts, shaped as linears' are."""
+        x: Any = at.args[0]
+        threshold, outliers = at.args[4:6]
+        assert isinstance(threshold, float)
+        assert isinstance(outliers, str)
+        dtype = traced(at).dtype
+        graph = self._graph
+        activations = self._quantize(x, threshold, outliers, dtype, self._stretch[at])
+        n0, n1 = (*sizes[:-1], 0, 0)[:2]
+        by_column = bool(OUTLIER_POLICIES.index(outliers))
+        y = graph.call_function(
+            ops.quantized_linear.default,
+            (*activations, *slot.nodes, bias, threshold, by_column, activation, n0, n1, dtype),
+        )
+        self.done.products += 1
+        rank = traced(x).dim()
+        # Sizes of rows may change from call to call, so they are read from the activation.
+        rows = [graph.call_method("size", (x, i)) for i in range(rank - 1)]
+        if len(sizes) == 1:
+            return [y if rank == 2 else graph.call_method("view", (y, *rows, sizes[0]))]
+        m = graph.call_method("size", (activations[0], 0))
+        results, begin = [], 0
+        for size in sizes:
+            length = graph.call_function(operator.mul, (m, size))
+            part = graph.call_method("narrow", (y, 0, graph.call_function(operator.mul, (m, begin)), length))
+            results.append(graph.call_method("view", (part, *rows, size)))
+            begin += size
+        return results
+
+    def _quantize(self, x: Node, threshold: float, outliers: str, dtype: torch.dtype, stretch: int) -> tuple[Node, ...]:
+        key = (x, threshold, outliers, dtype, stretch)
+        if key not in self._quantized:
+            by_inductor, why = quantized_by_inductor(x, threshold)
+            log.debug("%s is quantized by %s: %s", x, "Inductor" if by_inductor else "the kernel", why)
+            if by_inductor:
+                call = self._graph.call_function(quantize_without_outliers, (x, dtype))
+            else:
+                by_column = bool(OUTLIER_POLICIES.index(outliers))
+                call = self._graph.call_function(ops.quantize_rows.default, (x, threshold, by_column))
+            self._quantized[key] = tuple(self._graph.call_function(operator.getitem, (call, i)) for i in range(5))
+            self.done.quantized += 1
+            self.done.quantized_by_inductor += by_inductor
+        return self._quantized[key]
+
+
+def quantize_without_outliers(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`quantize_rows` with threshold 0 in PyTorch operators, for Inductor to generate.
+
+    Args:
+        x: [..., K].
+        dtype: What the linear computes in: under autocast, which does not know this function, x may be of another.
+    """
+    return tuple(digits.quantize_rows(flattened(x.to(dtype)), 0.0, "row"))
+
+
+def _gated(nodes: Sequence[Node]) -> Iterator[tuple[Node, Node, Node, Node]]:
+    """Pairs (gate, up) of linears of one activation, with the silu and the product in `silu(gate) * up`."""
+    taken: set[Node] = set()
+    for gate in nodes:
+        silu = _only_user(gate, _SILU)
+        mul = None if silu is None else _only_user(silu, _MUL)
+        if mul is None or len(mul.args) != 2 or mul.kwargs:
+            continue
+        up: Any = mul.args[0] if mul.args[1] is silu else mul.args[1]
+        fits = up in nodes and up is not gate and len(up.users) == 1 and not {gate, up} & taken
+        if fits and traced(up).shape == traced(gate).shape and _alone(gate) and _alone(up):
+            taken |= {gate, up}
+            yield gate, up, silu, mul  # type: ignore[misc]
+
+
+def _alone(node: Node) -> bool:
+    """Whether no other call reads a linear's weight."""
+    weight = node.args[1]
+    assert isinstance(weight, Node)
+    return len(weight.users) == 1
+
+
+def _activation(node: Node) -> tuple[int, Node]:
+    """The activation function that alone reads a linear, and its node; NONE and the linear if there is none."""
+    for number, targets in ((digits.RELU, _RELU), (digits.SILU, _SILU), (digits.GELU, _GELU)):
+        user = _only_user(node, targets)
+        if user is None or user.args[1:]:
+            continue
+        if number == digits.GELU and user.kwargs.get("approximate", "none") == "tanh":
+            number = digits.GELU_TANH
+        return number, user
+    return digits.NONE, node
+
+
+def _only_user(node: Node, targets: Sequence[object]) -> Node | None:
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    same = meta_tensor(user) is not None and traced(user).dtype == traced(node).dtype
+    return user if user.target in targets and node in user.args and same else None

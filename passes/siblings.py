@@ -1,0 +1,51 @@
+"""Calls of one activation that can become one call: q, k and v, or gate and up."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch.fx import GraphModule, Node
+
+from int8compile.passes.static import written
+
+
+def siblings(module: GraphModule, target: object, weights: Collection[Node], limit: int) -> list[list[Node]]:
+    """Calls of one activation that can run at the place of the first of them, at most `limit` together.
+
+    Args:
+        module: The graph.
+        target: The operator; its arguments are x, weight, scale, bias and the policy.
+        weights: The nodes of the weights that may be joined.
+        limit: The longest group.
+
+    Returns:
+        All such calls in groups, those that stand alone too.
+    """
+    groups: list[list[Node]] = []
+    open_groups: dict[object, list[Node]] = {}
+    for node in module.graph.nodes:
+        if is_barrier(node):
+            open_groups.clear()
+        if node.target is not target or node.args[1] not in weights:
+            continue
+        x, qweight, _, bias, *policy = node.args
+        # A weight that others read too stays as they know it; a bias that is computed, or an attribute that is read
+        # later in the graph, may not be there yet.
+        if len(qweight.users) > 1 or (bias is not None and bias.op != "placeholder"):
+            groups.append([node])
+            continue
+        key = (x, bias is None, *policy)
+        group = open_groups.get(key)
+        if group is None or len(group) == limit:
+            group = open_groups[key] = []
+            groups.append(group)
+        group.append(node)
+    return groups
+
+
+def is_barrier(node: Node) -> bool:
+    """Whether a call must not pass this node: it writes to a tensor, or switches autocast or the like."""
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
+    name = getattr(node.target, "__name__", "")
+    return bool(written(node)) or name.startswith(("_enter_", "_exit_", "_set_", "_grad_", "_jvp_"))
