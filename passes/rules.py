@@ -117,8 +117,9 @@ def weight_only(site: LinearSite, config: Int8Config) -> bool:
     """
     if config.lm_head == "int8_weight" and site.is_lm_head:
         return True
-    device = None if site.parameter is None else site.parameter.device
-    return device is not None and device.type == "cuda" and hardware.weight_only(hardware.of(device).isa)
+    if site.parameter is None or site.parameter.device.type != "cuda" or site.roles is None or site.roles.batch:
+        return False
+    return hardware.weight_only(hardware.of(site.parameter.device).isa)
 
 
 def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:

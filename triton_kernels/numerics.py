@@ -16,8 +16,10 @@ import triton.language as tl
 # Indices of rows[4, M].
 SCALE = tl.constexpr(0)  # s_x: absmax of what is not an outlier, over 127
 UNIT = tl.constexpr(1)  # of the row's digits
-SPECIAL = tl.constexpr(2)  # 0; the number of Infs in the row; -1 if it has NaN
+SPECIAL = tl.constexpr(2)  # 0; the number of Infs in the row; HAS_NAN
 CUTOFF = tl.constexpr(3)  # row policy: the least magnitude that is an outlier, Inf if none is
+
+HAS_NAN = tl.constexpr(-0.5)  # no sum of signs is that, nor the opposite of one
 
 # What is done to the result before it is rounded; the same numbers as int8compile.ops.ACTIVATIONS.
 RELU = tl.constexpr(1)

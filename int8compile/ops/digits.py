@@ -21,6 +21,8 @@ from int8compile.ops import reference
 
 # Indices of the four numbers of a row, see `Activations`.
 SCALE, UNIT, SPECIAL, CUTOFF = range(4)
+# No sum of signs is that, nor the opposite of one.
+HAS_NAN = -0.5
 # The least exponent of `unit`'s power of two: smaller outliers are rounded to multiples of 2**-122.
 MIN_EXPONENT = -100
 # Rows that share a list of outlier columns, in the row policy. Tiles of rows divide it.
@@ -84,7 +86,7 @@ def fits_int32(k: int, threshold: float, digits: int) -> bool:
 def quantize_rows(x: Tensor, threshold: float, outliers: str) -> Activations:
     """Quantizes activations, with outliers as planes of digits: the definition of what kernels make.
 
-    `rows` are s_x, `unit`, what is special about the row (the number of its Infs, or -1 if it has NaN), and from which
+    `rows` are s_x, `unit`, what is special about the row (the number of its Infs, or HAS_NAN), and from which
     magnitude on its elements are outliers (row policy: the least magnitude of one, Inf if there is none). `q` of a
     special row holds the signs of its Infs and nothing else, its digits are 0.
 
@@ -96,7 +98,7 @@ def quantize_rows(x: Tensor, threshold: float, outliers: str) -> Activations:
     planes = result.digits.shape[0]
     x = x.to(torch.float32)
     q, scale, outlier = reference.quantize_rows(x, threshold, outliers)
-    special = x.isinf().sum(dim=-1).to(torch.float32).masked_fill(x.isnan().any(dim=-1), -1)
+    special = x.isinf().sum(dim=-1).to(torch.float32).masked_fill(x.isnan().any(dim=-1), HAS_NAN)
     signs = x.isposinf().to(torch.int8) - x.isneginf().to(torch.int8)
     q = torch.where((special != 0)[:, None], signs, q)
     if threshold == 0 or x.numel() == 0:
@@ -120,7 +122,8 @@ def quantize_rows(x: Tensor, threshold: float, outliers: str) -> Activations:
         d = (d + 128) >> 8
     cutoff = magnitude.masked_fill(magnitude == 0, torch.inf).amin(dim=-1)
     if by_column:
-        cutoff = torch.full_like(cutoff, threshold)
+        # Inf where float32 cannot hold it.
+        cutoff = torch.full_like(cutoff, threshold, dtype=torch.float64).to(torch.float32)
     return result._replace(q=q, digits=torch.stack(digits), rows=torch.stack([scale, unit, special, cutoff]))
 
 

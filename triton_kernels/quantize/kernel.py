@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import CUTOFF, SCALE, SPECIAL, UNIT, digit_of, round_to_int
+from int8compile.triton_kernels.numerics import CUTOFF, HAS_NAN, SCALE, SPECIAL, UNIT, digit_of, round_to_int
 
 
 @triton.jit
@@ -94,7 +94,8 @@ def quantize_rows(
         largest = tl.maximum(largest, tl.max(_finite(x)))
         infinities += tl.sum((tl.abs(x) == float("inf")).to(tl.int32))
         nans += tl.sum((x != x).to(tl.int32))
-    special = tl.where(nans > 0, -1, infinities)
+    special = infinities.to(tl.float32)
+    special = tl.where(nans > 0, special * 0 + HAS_NAN, special)
     biased = largest.to(tl.int32, bitcast=True) >> 23
 
     # The least magnitude that is an outlier.
@@ -151,7 +152,7 @@ def quantize_rows(
 
     tl.store(rows_ptr + SCALE * M + m, row_scale)
     tl.store(rows_ptr + UNIT * M + m, unit)
-    tl.store(rows_ptr + SPECIAL * M + m, special.to(tl.float32))
+    tl.store(rows_ptr + SPECIAL * M + m, special)
     tl.store(rows_ptr + CUTOFF * M + m, cutoff)
 
     for c in range(CHUNKS):
@@ -162,7 +163,7 @@ def quantize_rows(
         q = round_to_int(tl.where(outlier | (tl.abs(x) != a), 0.0, x) * inverse)
         # 0 < Inf, and neither holds for NaN.
         signs = (x == float("inf")).to(tl.int32) - (x == float("-inf")).to(tl.int32)
-        q = tl.where(special == 0, q, signs)
+        q = tl.where(infinities + nans == 0, q, signs)
         tl.store(q_ptr + m * K + at, q.to(tl.int8), mask=at < K)
         if LISTS:
             marked = outlier | (tl.abs(x) != a)
@@ -177,7 +178,7 @@ def quantize_rows(
             known = tl.load(to, mask=(at < words) & (word != 0), other=0)
             tl.atomic_or(to, word, mask=(at < words) & ((word & ~known) != 0), sem="relaxed")
         elif SPLIT:
-            d = round_to_int(tl.where(outlier & (special == 0), x, 0.0) * to_digits)
+            d = round_to_int(tl.where(outlier & (infinities + nans == 0), x, 0.0) * to_digits)
             for which in tl.static_range(DIGITS):
                 tl.store(digits_ptr + (which * M + m) * K + at, digit_of(d, which), mask=at < K)
 

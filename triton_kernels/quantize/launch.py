@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import torch
@@ -56,7 +57,7 @@ def _quantize_rows(x: Tensor, into: Activations, policy: Policy, flags: Tensor) 
             "square_of_threshold": struct.unpack("<q", struct.pack("<d", square))[0],
             "low": low,
             "high": high,
-            "threshold": min(policy.threshold, FLOAT32_MAX),
+            "threshold": ctypes.c_float(policy.threshold).value,  # Inf where float32 cannot hold it
         },
         {
             "SPLIT": policy.split,
