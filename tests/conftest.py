@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -17,13 +19,27 @@ else:
     hypothesis.settings.load_profile("int8compile")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+# Triton reads it when it is imported: in a process that interprets kernels none is compiled or runs on a GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what this process cannot run: GPU tests by name, the interpreter's tests as a whole."""
+    interpreted = [item for item in items if item.get_closest_marker("interpreted")]
+    if interpreted and not INTERPRETED:
+        config.hook.pytest_deselected(items=interpreted)
+        items[:] = [item for item in items if item not in set(interpreted)]
+    if torch.cuda.is_available() and not INTERPRETED:
         return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            # The name is part of the reason: pytest's summary folds equal reasons into one line.
-            item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} needs a CUDA GPU"))
+    why = "cannot run beside Triton's interpreter" if INTERPRETED else "needs a CUDA GPU"
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if INTERPRETED:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in set(gpu)]
+        return
+    for item in gpu:
+        # The name is part of the reason: pytest's summary folds equal reasons into one line.
+        item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} {why}"))
 
 
 @pytest.fixture(autouse=True)

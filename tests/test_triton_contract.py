@@ -23,14 +23,8 @@ from int8compile.triton_kernels.tables import ARCHITECTURES, Config
 from tests.triton_problems import Problem, assert_product
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="Triton's kernels need a GPU, or TRITON_INTERPRET=1 as `make test` sets it",
-    ),
-    # NumPy, which the interpreter computes with, warns of what silu does with -Inf.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+# NumPy, which the interpreter computes with, warns of what silu does with -Inf.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 ARCHES = [arch for arch in ARCHITECTURES.values() if arch.instruction]
 # Tiles so small that small problems have several of them.
@@ -45,10 +39,13 @@ ROWS = {"gemv": 1, "small_gemm": 9, "gemm": 131, "persistent_gemm": 131, "persis
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreted),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
 def device(request: pytest.FixtureRequest) -> str:
-    if (request.param == "cpu") != INTERPRETED:
-        pytest.skip("TRITON_INTERPRET=1 runs kernels on the CPU, nothing else does")
     return str(request.param)
 
 

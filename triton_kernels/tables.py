@@ -53,7 +53,7 @@ class Architecture:
     Attributes:
         name: Of the oldest member: "sm_80".
         shared_memory: Bytes that one program can have.
-        instruction: The int8 matrix instruction as it stands in compiled code; "" where Triton has none.
+        instruction: The int8 matrix instruction from 64 rows on, as compiled code has it; "" where Triton has none.
         planes_rows: Up to this many rows outliers are planes of digits, beyond that lists of columns.
         rows: Candidates by bucket, from large to small tiles.
         lists: The same where few rows have lists of outliers, as in the column policy.
@@ -134,7 +134,7 @@ _SM_90 = _cuda(
         1: _GEMV,
         2: _tiles("small_gemm", (16, 64, 256, 4, 4), (16, 32, 256, 4, 5), (16, 16, 512, 4, 4)),
         17: _tiles("small_gemm", (32, 64, 256, 4, 4), (32, 32, 256, 4, 5)),
-        33: _tiles("small_gemm", (64, 64, 256, 4, 3), (64, 32, 256, 4, 3)),
+        33: _tiles("small_gemm", (64, 64, 128, 4, 4), (64, 32, 256, 4, 3)),
         65: _tiles("gemm", (128, 128, 128, 8, 5), (64, 128, 256, 4, 3), (64, 64, 256, 4, 5)),
         129: _tiles("gemm", (128, 128, 128, 8, 5), (64, 128, 256, 4, 3), (64, 64, 256, 4, 5)),
         256: (
@@ -149,7 +149,7 @@ _SM_90 = _cuda(
     "wgmma",
 )
 
-# 227 KB. Its own matrix instruction takes no integers, so the older one runs.
+# 227 KB. From 64 rows on newer versions of Triton take its own matrix instruction, older ones mma.sync.
 _SM_100 = _cuda(
     "sm_100",
     227,

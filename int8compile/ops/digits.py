@@ -38,7 +38,7 @@ class Activations(NamedTuple):
             list, and the rest is not written.
         rows: [4, M] float32, see `quantize_rows`.
         columns: [lists, K] int32, the columns with outliers of LIST_ROWS rows (column policy: of all rows).
-        counts: [lists] int32, how many there are.
+        counts: [lists] int32, how many there are. There is one list more than is needed.
     """
 
     q: Tensor
@@ -51,7 +51,8 @@ class Activations(NamedTuple):
     def empty(x: Tensor, threshold: float, by_column: bool) -> Activations:
         """Allocates them for x [M, K]; their sizes follow from its size alone, in symbols too."""
         m, k = x.shape
-        lists = (m + LIST_ROWS - 1) // LIST_ROWS
+        # Never a single one: a graph that was traced with a size of 1 would not be used for others.
+        lists = lists_of(m) + 1
         planes = count(x.dtype, by_column)
         # Without a threshold nobody reads the outliers: they are NaN and Inf, which `rows` tells.
         outliers = (m, k, lists) if threshold > 0 else (0, 0, 0)
@@ -62,6 +63,11 @@ class Activations(NamedTuple):
             x.new_empty(outliers[2], outliers[1], dtype=torch.int32),
             x.new_empty(outliers[2], dtype=torch.int32),
         )
+
+
+def lists_of(m: int) -> int:
+    """How many lists M rows have in the row policy."""
+    return (m + LIST_ROWS - 1) // LIST_ROWS
 
 
 def count(dtype: torch.dtype, by_column: bool) -> int:
@@ -95,6 +101,8 @@ def quantize_rows(x: Tensor, threshold: float, outliers: str) -> Activations:
     """
     by_column = outliers == "column"
     result = Activations.empty(x, threshold, by_column)
+    result.columns.zero_()
+    result.counts.zero_()
     planes = result.digits.shape[0]
     x = x.to(torch.float32)
     q, scale, outlier = reference.quantize_rows(x, threshold, outliers)

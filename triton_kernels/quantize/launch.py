@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from int8compile.ops.digits import Activations
+from int8compile.ops.digits import Activations, lists_of
 from int8compile.triton_kernels.launch import Launch
 from int8compile.triton_kernels.policy import Policy
 from int8compile.triton_kernels.quantize.kernel import gather_digits, list_columns, quantize_rows
@@ -26,15 +26,12 @@ def launches(x: Tensor, into: Activations, policy: Policy) -> list[Launch]:
         x: [M, K], its rows contiguous.
     """
     k = x.shape[1]
-    if policy.lists and policy.split:
-        # Marks of columns, which only these kernels see.
-        flags = torch.zeros(into.counts.shape[0], -(-k // 32), dtype=torch.int32, device=x.device)
-    else:
-        flags = into.counts
-    calls = [_quantize_rows(x, into, policy, flags)]
-    if policy.lists and policy.split:
-        calls += [_list_columns(into, k, flags), _gather_digits(x, into, policy)]
-    return calls
+    if not (policy.lists and policy.split):
+        return [_quantize_rows(x, into, policy, into.counts)]
+    # Marks of columns, which only these kernels see.
+    lists = 1 if policy.by_column else lists_of(x.shape[0])
+    flags = torch.zeros(lists, -(-k // 32), dtype=torch.int32, device=x.device)
+    return [_quantize_rows(x, into, policy, flags), _list_columns(into, k, flags), _gather_digits(x, into, policy)]
 
 
 def _quantize_rows(x: Tensor, into: Activations, policy: Policy, flags: Tensor) -> Launch:
@@ -89,7 +86,7 @@ def _list_columns(into: Activations, k: int, flags: Tensor) -> Launch:
     together = min(triton.next_power_of_2(words), 128)
     return Launch(
         list_columns,
-        (into.counts.shape[0],),
+        (flags.shape[0],),
         {"flags_ptr": flags, "columns_ptr": into.columns, "counts_ptr": into.counts, "K": k},
         {"WORDS": together},
         num_warps=min(max(together // 16, 1), 8),

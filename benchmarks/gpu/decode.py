@@ -1,0 +1,133 @@
+"""A language model that writes a token at a time, compiled in bfloat16 and in int8."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from benchmarks.gpu import bars, ceilings
+from benchmarks.gpu.clock import Call, Clock, described_times
+from benchmarks.gpu.day import CaseResult, Stage
+from benchmarks.gpu.linear import Ceilings
+from benchmarks.gpu.llama import Llama
+from benchmarks.gpu.sizes import Sizes
+
+NAME = "decode"
+OURS = "int8"
+# An output with a smaller cosine to bfloat16's is another model's.
+SAME = 0.9
+
+
+class Decoders:
+    """The model and its compiled variants, made when they are needed first.
+
+    Args:
+        sizes: Of the model.
+        clock: Times it.
+        device: Where it runs.
+        measured: The ceilings, when they are known.
+    """
+
+    def __init__(self, sizes: Sizes, clock: Clock, device: torch.device, measured: Ceilings) -> None:
+        self._sizes, self._clock, self._device, self._measured = sizes, clock, device, measured
+        self._variants: dict[str, Any] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._model: Llama | None = None
+
+    def case(self, names: tuple[str, ...]) -> CaseResult:
+        """Compares int8 with some of the baselines, in turns.
+
+        Args:
+            names: Of the baselines.
+        """
+        calls: dict[str, list[Call]] = {name: self._steps(name) for name in (*names, OURS)}
+        measured = self._clock.times(calls, self._sizes.rounds, eager=tuple(calls))
+        times = measured.needed(*calls)
+        best = times.fastest(names)
+        outputs = {name: self._step(name).float().flatten() for name in calls}
+        similarity = float(torch.cosine_similarity(outputs[OURS], outputs[names[0]], dim=0))
+        return {
+            "sizes": vars(self._sizes.llama),
+            **described_times(measured, names),
+            "tokens_per_second": {name: round(1 / times.median(name), 2) for name in calls},
+            "roofline_share": self._roofline({name: times.median(name) for name in calls}),
+            "compiled": {name: self._facts[name] for name in calls},
+            "similarity": round(similarity, 5),
+            "bars": {
+                "times faster": bars.at_least(times.ratio(OURS, best), bars.DECODE),
+                "cosine to bfloat16": bars.at_least(similarity, SAME),
+            },
+        }
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._variants.clear()
+        self._model = None
+        torch._dynamo.reset()
+
+    def _steps(self, name: str) -> list[Call]:
+        if name not in self._variants:
+            self._compile(name)
+        return [lambda: self._step(name)] * self._sizes.steps
+
+    def _step(self, name: str) -> Tensor:
+        # Tells CUDA graphs that what the step before returned may be overwritten.
+        torch.compiler.cudagraph_mark_step_begin()
+        output: Tensor = self._variants[name](self._ids, self._positions)
+        return output
+
+    def _compile(self, name: str) -> None:
+        if self._model is None:
+            self._model = Llama(self._sizes.llama, self._device)
+            self._ids = torch.tensor([[self._sizes.llama.vocabulary // 2]], device=self._device)
+            self._positions = torch.tensor([self._sizes.llama.length // 2], device=self._device)
+        how = self._sizes.int8_decoder if name == OURS else self._sizes.decoders[name]
+        skipped, began = _skipped_graphs(), time.perf_counter()
+        self._variants[name] = torch.compile(self._model, fullgraph=True, dynamic=False, **how)
+        for _ in range(4):  # CUDA graphs are recorded at the second call, and replayed from the third on.
+            self._step(name)
+        self._clock.synchronize()
+        self._facts[name] = {
+            "seconds": round(time.perf_counter() - began, 1),
+            "skipped_cuda_graphs": _skipped_graphs() - skipped,
+        }
+
+    def _roofline(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """The share that reading the weights once would have of a token's time."""
+        assert self._model is not None
+        head = self._model.lm_head.weight.numel()
+        layers = sum(each.numel() for each in self._model.layers.parameters())
+        shares = {}
+        for name, taken in seconds.items():
+            kind, itemsize = ("int8", 1) if name == OURS else ("bf16", 2)
+            nbytes, operations = itemsize * layers + 2 * head, 2 * (layers + head)
+            least = ceilings.floor(self._measured(), nbytes, operations, kind)
+            if least is not None:
+                shares[name] = float(f"{least / taken:.3g}")
+        return shares
+
+
+def stage(sizes: Sizes, clock: Clock, device: torch.device, measured: Ceilings) -> Stage:
+    """Batch 1, one token: first against one baseline, then against all, which takes long to compile."""
+    decoders = Decoders(sizes, clock, device, measured)
+    first, *others = sizes.decoders
+    return Stage(
+        NAME,
+        f"Llama of {sizes.llama.layers} layers with random weights, batch 1, one token",
+        share=5,
+        cases={
+            first: lambda: decoders.case((first,)),
+            ", ".join([first, *others]): lambda: decoders.case((first, *others)),
+        },
+        limit=300,
+        close=decoders.close,
+    )
+
+
+def _skipped_graphs() -> int:
+    return int(counters["inductor"]["cudagraph_skips"])

@@ -1,0 +1,106 @@
+"""The facts without which a time means nothing, and nothing that names a person's machine or folders."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.interleaved import RESTRICTIONS
+from int8compile import hardware
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("bitsandbytes", "torchao", "transformers")
+# What changes the kernels that run, of either side.
+SETTINGS = (
+    *RESTRICTIONS,
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_VISIBLE_DEVICES",
+    "INT8COMPILE_AUTOTUNE",
+    "INT8COMPILE_TRITON",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCHINDUCTOR_MAX_AUTOTUNE",
+)
+# Folders of an absolute path: of "/opt/x/y.py", "/opt/x/".
+_FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:'\"<>()]+/)+")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device and the versions."""
+    facts: dict[str, Any] = {
+        "device": hardware.of(device).name,
+        "capability": None,
+        "driver": None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "environment": {name: scrubbed(os.environ[name]) for name in SETTINGS if name in os.environ},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": _driver(),
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+        }
+    return facts
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-changed" behind it if files differ; None where there is no history."""
+    head = _output("git", "log", "-1", "--format=%H")
+    if not head:
+        return None
+    # Without its locks: whoever works in the checkout meanwhile would find the index locked.
+    changed = _output("git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+    return head + ("-changed" if changed else "")
+
+
+def described(error: BaseException) -> str:
+    """An error in a few lines: compilers say at the end what is wrong, and others at the beginning."""
+    text = scrubbed(f"{type(error).__name__}: {error}".strip())
+    return text if len(text) <= 1500 else f"{text[:500]}\n...\n{text[-1000:]}"
+
+
+def scrubbed(text: str) -> str:
+    """A text without folders and without the machine's name."""
+    for folder, short in ((ROOT, "."), (Path.home(), "~"), (Path(sys.prefix), "python")):
+        text = text.replace(str(folder), short)
+    text = _FOLDERS.sub("", text)
+    name = platform.node()
+    return re.sub(rf"\b{re.escape(name)}\b", "<host>", text) if name else text
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _driver() -> str | None:
+    lines = (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").splitlines()
+    return lines[0] if lines else None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

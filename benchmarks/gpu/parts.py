@@ -1,0 +1,99 @@
+"""What outliers and quantization cost of a product, and what a call costs the host."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu import bars, inputs
+from benchmarks.gpu.clock import Call, Clock, described_times, host_seconds
+from benchmarks.gpu.day import CaseResult, Stage
+from benchmarks.gpu.linear import THRESHOLD, int8_call, product_call
+from benchmarks.gpu.sizes import Shape, Sizes
+from benchmarks.interleaved import Times
+from int8compile.ops import quantize_rows, quantize_weight
+
+OUTLIERS, LAUNCH = "outliers", "launch"
+WITH, WITHOUT, QUANTIZE, WHOLE = "product, outliers", "product", "quantize", "quantize and product"
+OURS = "quantize_rows, quantized_linear"
+
+
+def outliers_stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> Stage:
+    """The product with and without outliers, and the pass before it."""
+    return Stage(
+        OUTLIERS,
+        f"activations with {sizes.outlier_columns} outlier columns: quantized_linear with threshold 6 against "
+        "threshold 0, and the share of quantize_rows",
+        share=1.5,
+        cases={
+            f"M={m} {shape}": functools.partial(outliers_case, sizes, clock, device, l2_bytes, shape, m)
+            for m in sizes.outlier_rows
+            for shape in sizes.shapes
+        },
+    )
+
+
+def outliers_case(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int, shape: Shape, m: int) -> CaseResult:
+    """One shape with one number of rows."""
+    x = inputs.with_outlier_columns(m, shape.k, sizes.outlier_columns, device)
+    qweight, scale = quantize_weight(inputs.weight(shape.k, shape.n, device))
+    qweights = inputs.copies(qweight, l2_bytes)
+    split, plain = quantize_rows(x, THRESHOLD, False), quantize_rows(x, 0.0, False)
+    calls: dict[str, list[Call]] = {
+        WITH: [product_call(split, one, scale, THRESHOLD) for one in qweights],
+        WITHOUT: [product_call(plain, one, scale, 0.0) for one in qweights],
+        QUANTIZE: [lambda: quantize_rows(x, THRESHOLD, False)] * len(qweights),
+        WHOLE: [int8_call(x, one, scale) for one in qweights],
+    }
+    measured = clock.times(calls, sizes.rounds)
+    times = measured.needed(*calls)
+    return {
+        "shape": shape.name,
+        "k": shape.k,
+        "n": shape.n,
+        "m": m,
+        **described_times(measured, [WITHOUT]),
+        "bars": outlier_bars(times, m),
+    }
+
+
+def outlier_bars(times: Times, m: int) -> dict[str, dict[str, object]]:
+    """What outliers add to a product, and the share that quantization has of both."""
+    judged = {"outlier part": bars.at_most(times.median(WITH) / times.median(WITHOUT) - 1, bars.OUTLIER_PART)}
+    if m >= bars.QUANTIZE_ROWS:
+        judged["quantize share"] = bars.at_most(times.median(QUANTIZE) / times.median(WHOLE), bars.QUANTIZE_SHARE)
+    return judged
+
+
+def launch_stage(sizes: Sizes, clock: Clock, device: torch.device) -> Stage:
+    """A decode call outside of CUDA graphs."""
+    shape = next(shape for shape in sizes.shapes if shape.name == "o")
+    return Stage(
+        LAUNCH,
+        "host seconds of a call with M=1, outside of CUDA graphs",
+        share=0.3,
+        cases={f"M=1 {shape}": functools.partial(launch_case, sizes, clock, device, shape)},
+    )
+
+
+def launch_case(sizes: Sizes, clock: Clock, device: torch.device, shape: Shape) -> CaseResult:
+    """The host's part of each call; nothing waits for the device."""
+    x = inputs.activations(1, shape.k, device)
+    weight = inputs.weight(shape.k, shape.n, device)
+    qweight, scale = quantize_weight(weight)
+    quantized = quantize_rows(x, THRESHOLD, False)
+    calls: dict[str, Call] = {
+        OURS: int8_call(x, qweight, scale),
+        "quantize_rows": lambda: quantize_rows(x, THRESHOLD, False),
+        "quantized_linear": product_call(quantized, qweight, scale, THRESHOLD),
+        "linear": lambda: torch.ops.int8compile.linear(x, qweight, scale, None, THRESHOLD, "row"),
+        "bf16 F.linear": lambda: F.linear(x, weight),
+    }
+    seconds = {name: host_seconds(call, clock, sizes.launches, sizes.rounds) for name, call in calls.items()}
+    times = Times(seconds, None)
+    return {
+        "medians": {name: float(f"{times.median(name):.4g}") for name in calls},
+        "bars": {"host seconds": bars.at_most(times.median(OURS), bars.LAUNCH)},
+    }

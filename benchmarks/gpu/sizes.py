@@ -1,0 +1,179 @@
+"""What is measured. A dry run goes through the same with sizes that a CPU does at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from benchmarks.gpu.llama import LlamaConfig
+
+
+class Shape(NamedTuple):
+    """A weight.
+
+    Attributes:
+        name: Which linear of a Llama it is; those that read the same activations together.
+        k: Inputs.
+        n: Outputs.
+    """
+
+    name: str
+    k: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.k}x{self.n}"
+
+
+class Gate(NamedTuple):
+    """A product whose result must be the reference's.
+
+    Attributes:
+        m: Rows.
+        k: Inputs.
+        n: Outputs.
+        threshold: Of outliers; 0 for none.
+        outliers: The policy, "row" or "column".
+        special: Whether some rows hold Inf and NaN.
+    """
+
+    m: int
+    k: int
+    n: int
+    threshold: float = 6.0
+    outliers: str = "row"
+    special: bool = False
+
+    def __str__(self) -> str:
+        special = ", Inf and NaN" if self.special else ""
+        return f"M={self.m} {self.k}x{self.n}, threshold {self.threshold:g}, {self.outliers}{special}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of all stages.
+
+    Attributes:
+        dry_run: Whether this is only to show that everything runs.
+        tests: What pytest is given.
+        gates: The correctness gates.
+        shapes: Weights of the linear layers.
+        rows: All M.
+        first_rows: Those that come first.
+        outlier_rows: M of the stage on the parts of a product.
+        outlier_columns: How many columns of its activations have outliers.
+        candidate_rows: An M of each row of the kernels' table.
+        peer_rows: M of the comparison with other packages.
+        rounds: How often everything is timed.
+        steps: Tokens that a round of decoding makes.
+        copied: Bytes that the bandwidth is measured with.
+        square: M, K and N of the product that the peak is measured with.
+        launches: How many calls in a row the cost of a launch is taken from.
+        llama: The model.
+        compilers: Arguments of `torch.compile` for the baselines of a linear layer, by name.
+        decoders: The same for the model in bfloat16.
+        int8_decoder: The same for the model in int8.
+        peer_compiler: The same for packages that want to be compiled.
+    """
+
+    dry_run: bool
+    tests: tuple[str, ...]
+    gates: tuple[Gate, ...]
+    shapes: tuple[Shape, ...]
+    rows: tuple[int, ...]
+    first_rows: tuple[int, ...]
+    outlier_rows: tuple[int, ...]
+    outlier_columns: int
+    candidate_rows: tuple[int, ...]
+    peer_rows: tuple[int, ...]
+    rounds: int
+    steps: int
+    copied: int
+    square: int
+    launches: int
+    llama: LlamaConfig
+    compilers: Mapping[str, Mapping[str, Any]]
+    decoders: Mapping[str, Mapping[str, Any]]
+    int8_decoder: Mapping[str, Any]
+    peer_compiler: Mapping[str, Any]
+
+
+# Not "max-autotune": it would put graphs of its own into those that are captured here. The kernels are the same.
+_MAX_AUTOTUNE = {"mode": "max-autotune-no-cudagraphs"}
+
+
+def gpu(layers: int) -> Sizes:
+    """Llama-3.1-8B, or as many of its layers as asked for."""
+    return Sizes(
+        dry_run=False,
+        tests=("tests",),
+        gates=(
+            Gate(1, 4096, 4096),
+            Gate(16, 4096, 6144),
+            Gate(48, 14336, 512),
+            Gate(100, 4096, 1024),
+            Gate(300, 4096, 1024),
+            Gate(1024, 4096, 4096),
+            Gate(7, 100, 33),
+            Gate(150, 1000, 77),
+            Gate(1, 14336, 512, threshold=0.0),
+            Gate(513, 4096, 512, threshold=0.0),
+            Gate(40, 4096, 512, outliers="column"),
+            Gate(600, 4096, 512, outliers="column"),
+            Gate(5, 4096, 512, special=True),
+            Gate(520, 4096, 512, special=True),
+        ),
+        shapes=(
+            Shape("qkv", 4096, 6144),
+            Shape("o", 4096, 4096),
+            Shape("gate_up", 4096, 28672),
+            Shape("down", 14336, 4096),
+        ),
+        rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+        first_rows=(1, 16, 2048),
+        outlier_rows=(2048, 1, 16, 8192, 512, 64),
+        outlier_columns=32,
+        candidate_rows=(1, 2048, 16, 32, 64, 128, 192, 384, 8, 512, 8192),
+        peer_rows=(1, 32, 512, 2048),
+        rounds=30,
+        steps=16,
+        copied=2 * 2**30,
+        square=8192,
+        launches=100,
+        llama=LlamaConfig(layers=layers),
+        compilers={"Inductor": {}, "max-autotune": _MAX_AUTOTUNE},
+        decoders={"bf16 reduce-overhead": {"mode": "reduce-overhead"}, "bf16 max-autotune": {"mode": "max-autotune"}},
+        int8_decoder={"backend": "int8", "mode": "reduce-overhead"},
+        peer_compiler=_MAX_AUTOTUNE,
+    )
+
+
+def dry_run() -> Sizes:
+    """The same stages within seconds; nothing is compiled but the int8 model, which is what this project does."""
+    # Dynamo without a compiler.
+    eager = {"backend": "eager"}
+    return Sizes(
+        dry_run=True,
+        tests=("tests/test_config.py",),
+        gates=(Gate(3, 64, 48), Gate(5, 100, 33, threshold=0.0), Gate(4, 64, 48, special=True)),
+        shapes=(Shape("o", 64, 64), Shape("down", 192, 64)),
+        rows=(1, 2, 80),
+        first_rows=(1, 2),
+        outlier_rows=(64, 1),
+        outlier_columns=1,
+        candidate_rows=(1, 64),
+        peer_rows=(1,),
+        rounds=2,
+        steps=1,
+        copied=2**16,
+        square=64,
+        launches=5,
+        llama=LlamaConfig(
+            layers=1, hidden=64, heads=4, kv_heads=2, intermediate=96, vocabulary=128, length=16, theta=10000.0
+        ),
+        compilers={"Inductor": eager, "max-autotune": eager},
+        decoders={"bf16 reduce-overhead": eager, "bf16 max-autotune": eager},
+        int8_decoder={"backend": "int8", "mode": "reduce-overhead"},
+        peer_compiler=eager,
+    )

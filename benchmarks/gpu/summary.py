@@ -1,0 +1,164 @@
+"""The table at the end of a day, and its plots."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import bars, candidates, checks, decode, linear
+from benchmarks.gpu.day import GATES, CaseResult
+from benchmarks.gpu.facts import described
+
+SPEED_UPS, DECODING = "speedup.png", "decode.png"
+MISSED = " ✗"
+
+
+def in_words(result: CaseResult) -> str:
+    """A case's result."""
+    if "error" in result:
+        return str(result["error"]).strip().splitlines()[-1][:200]
+    if "passed" in result:
+        rest = result.get("summary", f"at most {result.get('max_ulp')} ulp")
+        return f"{'passed' if result['passed'] else 'FAILED'}, {rest}"
+    parts = [f"{name} {bars.shown(bar)}" for name, bar in result.get("bars", {}).items()]
+    if "lost" in result:
+        parts.append(f"best is {result['best']}, the table's {result['choice']} loses {result['lost']:.1%}")
+    parts += [f"{result[unit]:.4g} {unit}" for unit in ("bytes_per_second", "operations_per_second") if unit in result]
+    parts += [f"{name} failed" for name in result.get("errors", {})]
+    return ", ".join(parts) or "measured"
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """All results, shortly."""
+    facts = data["machine"]
+    marks = ["DRY RUN, these times mean nothing"] if data["dry_run"] else []
+    marks += [f"CORRECTNESS GATES FAILED: {'; '.join(failed)}"] if (failed := _failed_gates(data)) else []
+    lines = [f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {data['commit']}", *marks]
+    for name, stage in data["stages"].items():
+        cases = stage["cases"]
+        lines += ["", f"{name}: {stage['about']} ({len(cases)} cases, {stage['seconds']:.0f} s)"]
+        lines += [f"  note: {note}" for note in stage["notes"]]
+        if name == (linear.FIRST if linear.FIRST in data["stages"] else linear.REST):
+            lines += _grid(_measured(data, linear.FIRST, linear.REST), _linear_cell)
+        elif name == candidates.NAME:
+            lines += _grid(_measured(data, name), _candidate_cell)
+        if name in (linear.FIRST, linear.REST, candidates.NAME):
+            cases = {case: result for case, result in cases.items() if "error" in result or result.get("errors")}
+        lines += [f"  {case}: {in_words(result)}" for case, result in cases.items()]
+        if stage["left_out"]:
+            lines.append(f"  left out: {', '.join(stage['left_out'])}")
+    met = [bar["met"] for stage in data["stages"].values() for bar in _bars(stage)]
+    lines += ["", f"{sum(met)} of {len(met)} bars are met"]
+    return "\n".join(lines)
+
+
+def plot(data: Mapping[str, Any], folder: Path) -> str:
+    """Draws what there is to be drawn.
+
+    Returns:
+        Why nothing was drawn; "" if it was.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return "matplotlib is not installed: no plots were drawn"
+    try:
+        from matplotlib.figure import Figure
+
+        for file, draw in ((SPEED_UPS, _speed_ups), (DECODING, _decoding)):
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            if draw(data, figure.add_subplot()):
+                figure.savefig(folder / file, dpi=110)
+    except Exception as error:
+        # What is measured next matters more, and --report draws them at any time.
+        return f"the plots could not be drawn: {described(error)}"
+    return ""
+
+
+def _speed_ups(data: Mapping[str, Any], axes: Any) -> bool:
+    cases = _measured(data, linear.FIRST, linear.REST)
+    for shape in dict.fromkeys(case["shape"] for case in cases):
+        chosen = sorted((case for case in cases if case["shape"] == shape), key=lambda case: case["m"])
+        label = "{shape} {k}x{n}".format(**chosen[0])
+        line = _line(axes, chosen, linear.OURS, marker=".", label=label)
+        if any(linear.IN_COLUMNS in case["ratios"] for case in chosen):
+            _line(axes, chosen, linear.IN_COLUMNS, color=line.get_color(), linestyle="--", label=f"{label}, in columns")
+    ms = sorted({case["m"] for case in cases})
+    axes.plot(ms, [bars.linear(m) for m in ms], "k_", markersize=12, label="bar")
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rows M")
+    axes.set_ylabel("times faster than the fastest bf16 F.linear")
+    axes.set_title(_title("int8 linear", data), fontsize=10)
+    axes.legend(fontsize=6, ncols=2)
+    return bool(cases)
+
+
+def _line(axes: Any, cases: Sequence[CaseResult], name: str, **style: Any) -> Any:
+    """Ratios over M, with the quartiles of the rounds'."""
+    points = [(case["m"], case["ratios"][name]) for case in cases if name in case["ratios"]]
+    ratios = [found["ratio"] for _, found in points]
+    # A quartile of the rounds' ratios may lie on the other side of the ratio of the medians.
+    below = [max(0.0, found["ratio"] - found["quartiles"][0]) for _, found in points]
+    above = [max(0.0, found["quartiles"][1] - found["ratio"]) for _, found in points]
+    return axes.errorbar([m for m, _ in points], ratios, [below, above], capsize=2, **style).lines[0]
+
+
+def _decoding(data: Mapping[str, Any], axes: Any) -> bool:
+    cases = _measured(data, decode.NAME)
+    if not cases:
+        return False
+    rates = cases[-1]["tokens_per_second"]
+    drawn = axes.bar(list(rates), list(rates.values()), color=["C0" if name == decode.OURS else "C7" for name in rates])
+    axes.bar_label(drawn, fmt="%.1f")
+    best = max(rate for name, rate in rates.items() if name != decode.OURS)
+    axes.axhline(bars.DECODE * best, color="black", linestyle=":", linewidth=0.8, label=f"bar: {bars.DECODE:g} times")
+    axes.set_ylabel("tokens per second, batch 1")
+    axes.set_title(_title(f"Llama, {cases[-1]['sizes']['layers']} layers", data), fontsize=10)
+    axes.legend(fontsize=7)
+    return True
+
+
+def _title(what: str, data: Mapping[str, Any]) -> str:
+    return f"{'DRY RUN: ' if data['dry_run'] else ''}{what}, {data['machine']['device']}"
+
+
+def _measured(data: Mapping[str, Any], *stages: str) -> list[CaseResult]:
+    """The results of stages, without those that are errors."""
+    found = [data["stages"].get(stage, {"cases": {}})["cases"].values() for stage in stages]
+    return [case for cases in found for case in cases if "error" not in case]
+
+
+def _grid(cases: Sequence[CaseResult], cell: Callable[[CaseResult], str]) -> list[str]:
+    """A table of M by shape."""
+    if not cases:
+        return []
+    shapes = list(dict.fromkeys(case["shape"] for case in cases))
+    cells = {(case["m"], case["shape"]): cell(case) for case in cases}
+    ms = sorted({case["m"] for case in cases})
+    rows = [["M", *shapes], *([str(m), *(cells.get((m, shape), "") for shape in shapes)] for m in ms)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  " + "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _linear_cell(case: CaseResult) -> str:
+    return " / ".join(f"{bar['value']:.2f}{'' if bar['met'] else MISSED}" for bar in case["bars"].values())
+
+
+def _candidate_cell(case: CaseResult) -> str:
+    return "ok" if case["best"] == case["choice"] else f"{case['best']} ({case['lost']:+.1%})"
+
+
+def _bars(stage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [bar for case in stage["cases"].values() for bar in case.get("bars", {}).values()]
+
+
+def _failed_gates(data: Mapping[str, Any]) -> list[str]:
+    cases = data["stages"].get(GATES, {"cases": {}})["cases"]
+    return [name for name, result in cases.items() if not result.get("passed")]
+
+
+def passed(data: Mapping[str, Any]) -> bool:
+    """Whether no test and no gate failed."""
+    tests = data["stages"].get(checks.TESTS, {"cases": {}})["cases"].values()
+    return not _failed_gates(data) and all(result.get("passed", False) for result in tests)

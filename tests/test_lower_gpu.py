@@ -1,0 +1,313 @@
+"""The graph side of the GPU kernels, run on the CPU: there the same operators compute their definition."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from int8compile import backend, hardware, ops, triton_kernels
+from int8compile.ops import digits, quantize_weight, reference
+from int8compile.passes import lower_gpu
+from int8compile.passes.lower_gpu import Lowered
+from int8compile.weights import STORE
+
+ERROR = 0.03  # of int8, far above what any of the models here has
+
+
+class Seen:
+    """What the last graph was lowered to."""
+
+    lowered = Lowered()
+    graph: GraphModule
+    graphs = 0
+
+    def products(self) -> list[Node]:
+        return [node for node in self.graph.graph.nodes if node.target is ops.quantized_linear.default]
+
+    def activations(self) -> list[object]:
+        return [node.args[10] for node in self.products()]
+
+    def parts(self) -> list[tuple[object, ...]]:
+        return [node.args[11:13] for node in self.products()]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
+    """Has the backend take the CPU for a GPU."""
+    seen = Seen()
+
+    def lower(module: GraphModule, binder: object, parameters: object) -> Lowered:
+        seen.lowered = lower_gpu.lower_for_gpu(module, binder, parameters, lambda device: True)  # type: ignore[arg-type]
+        seen.graph = module
+        seen.graphs += 1
+        return seen.lowered
+
+    monkeypatch.setattr(backend, "lower_for_gpu", lower)
+    monkeypatch.setattr(backend, "_any_on_gpu", lambda parameters: True)
+    monkeypatch.setattr(backend, "_any_on_cpu", lambda parameters: False)
+    monkeypatch.setattr(triton_kernels, "load", lambda: True)
+    return seen
+
+
+def compiled(call: Callable[..., object], **options: object) -> Callable[..., object]:
+    return torch.compile(call, backend="int8", fullgraph=True, options=options)
+
+
+def by_operator(layer: nn.Linear, x: Tensor, threshold: float = 6.0) -> Tensor:
+    return reference.linear(x, *quantize_weight(layer.weight.detach()), layer.bias, threshold, "row")
+
+
+def near(actual: Tensor, expected: Tensor) -> bool:
+    """Equal but for float32's outliers, which digits round."""
+    return bool(((actual - expected).abs() <= 1e-5 * expected.abs().max()).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_q_k_and_v_are_one_product(bias: bool, seen: Seen) -> None:
+    parts = nn.ModuleList(nn.Linear(64, size, bias) for size in (32, 17, 40))
+    call = compiled(lambda x: [part(x) for part in parts])
+    x = torch.randn(2, 5, 64)
+    results = call(x)
+    assert seen.lowered == Lowered(products=1, quantized=1)
+    assert seen.parts() == [(32, 17)]
+    for part, result in zip(parts, results, strict=True):  # type: ignore[call-overload]
+        assert result.is_contiguous()
+        assert near(result, by_operator(part, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [2, 4, 5])
+def test_more_or_fewer_than_three(count: int, seen: Seen) -> None:
+    parts = nn.ModuleList(nn.Linear(64, 16 + i) for i in range(count))
+    x = torch.randn(3, 64)
+    results = compiled(lambda x: [part(x) for part in parts])(x)
+    assert seen.lowered == Lowered(products=-(-count // 3), quantized=1)
+    assert all(near(result, by_operator(part, x)) for part, result in zip(parts, results, strict=True))  # type: ignore[call-overload]
+
+
+class Gated(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(64, 48, bias), nn.Linear(64, 48, bias)
+        self.down = nn.Linear(48, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("order", ["gate first", "up first", "product reversed"])
+def test_gate_and_up_end_in_their_product(order: str, bias: bool, seen: Seen) -> None:
+    model = Gated(bias)
+
+    def forward(x: Tensor) -> Tensor:
+        if order == "up first":
+            up = model.up(x)
+            return model.down(F.silu(model.gate(x)) * up)
+        if order == "product reversed":
+            return model.down(model.up(x) * F.silu(model.gate(x)))
+        return model(x)
+
+    x = torch.randn(5, 64)
+    y = compiled(forward)(x)
+    assert seen.lowered == Lowered(products=2, quantized=2)
+    assert seen.activations() == [digits.SILU_MUL, digits.NONE]
+    hidden = F.silu(by_operator(model.gate, x)) * by_operator(model.up, x)
+    assert near(y, by_operator(model.down, hidden))  # type: ignore[arg-type]
+
+
+NOT_GATED: dict[str, Callable[[Gated, Tensor], object]] = {
+    "gate is read twice": lambda m, x: (F.silu(gate := m.gate(x)) * m.up(x), gate),
+    "up is read twice": lambda m, x: (F.silu(m.gate(x)) * (up := m.up(x)), up),
+    "silu is read twice": lambda m, x: ((silu := F.silu(m.gate(x))) * m.up(x), silu),
+    "up reads another tensor": lambda m, x: F.silu(m.gate(x)) * m.up(x + 1),
+    "up is no linear": lambda m, x: F.silu(m.gate(x)) * x[:, :48],
+    "another function": lambda m, x: F.gelu(m.gate(x)) * m.up(x),
+    "gate with itself": lambda m, x: F.silu(gate := m.gate(x)) * gate,
+    "the weight is used again": lambda m, x: F.silu(m.gate(x)) * m.up(x) + m.up(x * 2),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", NOT_GATED.values(), ids=NOT_GATED.keys())
+def test_what_is_not_a_gated_pair(call: Callable[[Gated, Tensor], object], seen: Seen) -> None:
+    model, x = Gated(), torch.randn(5, 64)
+    y = compiled(lambda x: call(model, x))(x)
+    assert digits.SILU_MUL not in seen.activations()
+    for actual, expected in zip(
+        *(each if isinstance(each, tuple) else (each,) for each in (y, call(model, x))), strict=True
+    ):
+        assert (actual - expected).norm() <= ERROR * expected.norm()
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "relu": (F.relu, digits.RELU),
+    "torch.relu": (torch.relu, digits.RELU),
+    "method": (lambda y: y.relu(), digits.RELU),
+    "module": (nn.ReLU(), digits.RELU),
+    "in place": (nn.ReLU(inplace=True), digits.RELU),
+    "silu": (nn.SiLU(), digits.SILU),
+    "gelu": (nn.GELU(), digits.GELU),
+    "gelu by tanh": (nn.GELU(approximate="tanh"), digits.GELU_TANH),
+    "tanh": (torch.tanh, digits.NONE),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("function", "number"), ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+def test_activation_functions(function: Callable[[Tensor], Tensor], number: int, seen: Seen) -> None:
+    layer, x = nn.Linear(64, 48), torch.randn(2, 5, 64)
+    y = compiled(lambda x: function(layer(x)) * 2)(x)
+    assert seen.activations() == [number]
+    assert near(y, function(by_operator(layer, x)) * 2)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_linear_that_others_read_keeps_its_value(seen: Seen) -> None:
+    layer, x = nn.Linear(64, 48), torch.randn(5, 64)
+    y = compiled(lambda x: F.relu(before := layer(x)) + before)(x)
+    assert seen.activations() == [digits.NONE]
+    assert near(y, F.relu(by_operator(layer, x)) + by_operator(layer, x))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_write_between_readers(seen: Seen) -> None:
+    """What is quantized before a write is not used after it."""
+    first, second = nn.Linear(64, 48), nn.Linear(64, 48)
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 1
+        before = first(x)
+        x.add_(1)
+        return before, second(x)
+
+    x = torch.randn(5, 64)
+    before, after = compiled(call)(x)  # type: ignore[misc]
+    assert seen.lowered == Lowered(products=2, quantized=2)
+    assert near(before, by_operator(first, x))
+    assert near(after, by_operator(second, x + 1))
+
+
+@torch.no_grad()
+def test_readers_that_are_not_one_product_share_the_quantization(seen: Seen) -> None:
+    """A weight that is used twice stays alone, and a linear without bias is not joined to one with it."""
+    first, second, third = nn.Linear(64, 48), nn.Linear(64, 48, bias=False), nn.Linear(64, 48)
+    x = torch.randn(5, 64)
+    compiled(lambda x: (first(x), second(x), third(x), third(x * 2)))(x)
+    assert seen.lowered == Lowered(products=4, quantized=2)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.RMSNorm(64), nn.Linear(64, 48), nn.Linear(48, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.norm(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_inductor_quantizes_what_it_makes(threshold: float, seen: Seen) -> None:
+    """Without outliers, and where it makes the activation: the second linear's comes from a kernel."""
+    model, x = Normed(), torch.randn(5, 64)
+    y = compiled(model, threshold=threshold)(x)
+    expected = by_operator(model.second, by_operator(model.first, model.norm(x), threshold), threshold)
+    assert near(y, expected)  # type: ignore[arg-type]
+    assert seen.lowered == Lowered(products=2, quantized=2, quantized_by_inductor=int(threshold == 0))
+    calls = Counter(node.target for node in seen.graph.graph.nodes)
+    assert calls[ops.quantize_rows.default] == (1 if threshold == 0 else 2)
+
+
+def test_the_rule_has_reasons() -> None:
+    graph = torch.fx.Graph()
+    given = graph.placeholder("x")
+    made = graph.call_function(torch.relu, (given,))
+    by_kernel = graph.call_function(ops.quantized_linear.default, ())
+    part = graph.call_method("view", (graph.call_method("narrow", (by_kernel, 0, 0, 1)), 1))
+    found = {
+        "outliers": lower_gpu.quantized_by_inductor(made, 6.0),
+        "given": lower_gpu.quantized_by_inductor(given, 0.0),
+        "kernel": lower_gpu.quantized_by_inductor(part, 0.0),
+        "made": lower_gpu.quantized_by_inductor(made, 0.0),
+    }
+    assert {name: decision for name, (decision, _) in found.items()} == {
+        "outliers": False, "given": False, "kernel": False, "made": True,
+    }  # fmt: skip
+    assert len({why for _, why in found.values()}) == 4
+    assert operator.getitem in lower_gpu._VIEWS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_any_number_of_rows_without_recompiling(threshold: float, seen: Seen) -> None:
+    model = Gated()
+    call = torch.compile(model, backend="int8", fullgraph=True, dynamic=True, options={"threshold": threshold})
+    for rows in (5, 2, 129, 600):
+        x = torch.randn(2, rows, 64)
+        assert (call(x) - model(x)).norm() <= ERROR * model(x).norm()
+    assert seen.graphs == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_autocast(dtype: torch.dtype, threshold: float, seen: Seen) -> None:
+    model, x = Normed(), torch.randn(5, 64)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return model(x)
+
+    y = compiled(call, threshold=threshold)(x)
+    assert y.dtype == dtype  # type: ignore[attr-defined]
+    assert (y - call(x)).float().norm() <= ERROR * call(x).float().norm()  # type: ignore[operator]
+    assert seen.lowered.products == 2
+
+
+def test_what_autograd_records_stays_one_operator(seen: Seen) -> None:
+    layer = nn.Linear(64, 48).requires_grad_(False)
+    x = torch.randn(5, 64, requires_grad=True)
+    y = compiled(layer)(x)
+    assert seen.lowered == Lowered()
+    y.sum().backward()  # type: ignore[attr-defined]
+    qweight, scale = quantize_weight(layer.weight)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, (qweight * scale[:, None]).sum(dim=0).expand(5, 64), atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_are_held_once_and_refreshed(seen: Seen) -> None:
+    """Also where their rows take turns, and where another graph takes one of them alone."""
+    model, x = Gated(), torch.randn(5, 64)
+    both, alone = compiled(model), torch.compile(model.gate, backend="int8", fullgraph=True)
+    both(x)
+    (gate,) = STORE.weights(model.gate.weight).values()
+    (up,) = STORE.weights(model.up.weight).values()
+    assert gate.qweight.untyped_storage().data_ptr() == up.qweight.untyped_storage().data_ptr()
+    assert gate.qweight.stride() == (128, 1)
+    assert near(alone(x), by_operator(model.gate, x))
+    model.gate.weight.mul_(-2)
+    assert near(alone(x), by_operator(model.gate, x))
+    hidden = F.silu(by_operator(model.gate, x)) * by_operator(model.up, x)
+    assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
+    # In turns for one graph, one behind the other for the next, and back.
+    other = torch.compile(lambda x: (model.gate(x), model.up(x)), backend="int8", fullgraph=True)
+    assert near(other(x)[1], by_operator(model.up, x))
+    assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("isa", "expected"), [("sm_75", False), ("sm_80", True), ("sm_90", True), ("gfx1100", False)])
+def test_which_gpus_have_int8_kernels(isa: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "of", lambda device: hardware.gpu("a GPU", isa))
+    assert lower_gpu.has_int8_kernels(torch.device("cuda")) == expected
+    assert not lower_gpu.has_int8_kernels(torch.device("cpu"))
