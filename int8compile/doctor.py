@@ -18,6 +18,7 @@ from int8compile import cpu, hardware, ops
 from int8compile.cache import cache_folder
 from int8compile.cpu import build
 from int8compile.errors import Int8CompileError, Int8Warning
+from int8compile.explain import kernel_of
 from int8compile.ops import reference
 from int8compile.report import readable
 
@@ -94,7 +95,8 @@ def _machine() -> dict[str, Any]:
     }
     for index in range(torch.cuda.device_count()):
         device = hardware.of(torch.device("cuda", index))
-        found[f"cuda_{index}"] = f"{device.name}, {device.isa}, {readable(torch.cuda.mem_get_info(index)[1])}"
+        memory = readable(torch.cuda.mem_get_info(index)[1])
+        found[f"cuda_{index}"] = f"{device.name}, {device.isa}, {memory}; {kernel_of(device)}"
     return found
 
 

@@ -110,11 +110,11 @@ def explain(
     for device in sorted(devices, key=str):
         facts = hardware.of(device)
         report.sites = [_with_speed(site, facts) for site in report.sites]
-        report.notes += (f"{facts.name}: {_kernel(facts)}",)
+        report.notes += (f"{facts.name}: {kernel_of(facts)}",)
     return report
 
 
-def _kernel(facts: hardware.Hardware) -> str:
+def kernel_of(facts: hardware.Hardware) -> str:
     """What multiplies on a device, for the report."""
     missing = "the PyTorch reference runs: it saves memory but is slower than float"
     if facts.kind == "cpu" and cpu.available():

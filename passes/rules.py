@@ -117,9 +117,13 @@ def weight_only(site: LinearSite, config: Int8Config) -> bool:
     """
     if config.lm_head == "int8_weight" and site.is_lm_head:
         return True
-    if site.parameter is None or site.parameter.device.type != "cuda" or site.roles is None or site.roles.batch:
+    if site.parameter is None or site.roles is None or site.roles.batch:
         return False
-    return hardware.weight_only(hardware.of(site.parameter.device).isa)
+    return _on_gpu_without_int8(site.parameter)
+
+
+def _on_gpu_without_int8(parameter: Tensor) -> bool:
+    return parameter.device.type == "cuda" and hardware.weight_only(hardware.of(parameter.device).isa)
 
 
 def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:

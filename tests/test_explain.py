@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
 import int8compile
-from int8compile import Int8Config, SkipReason, cpu, hardware, roofline
+from int8compile import Int8Config, SkipReason, cpu, hardware, roofline, triton_kernels
+from int8compile.explain import kernel_of
+from int8compile.passes import rules
 from int8compile.weights import STORE
 from tests.models import Block, CountingBackend, Stack
 
@@ -291,3 +293,27 @@ def test_longest_gpu_name_counts() -> None:
 def test_the_module_of_the_same_name_does_not_hide_the_function() -> None:
     program = "import int8compile, int8compile.explain; assert callable(int8compile.explain), int8compile.explain"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("isa", "expected"),
+    [
+        ("sm_90", "Triton kernels, table of sm_90"),
+        ("sm_89", "Triton kernels, table of sm_86"),
+        ("sm_75", "weights in int8, activations in 16 bit: Triton has no int8 matrix instructions for sm_75"),
+        ("sm_70", "no Triton kernels for sm_70; the PyTorch reference runs: it saves memory but is slower than float"),
+    ],
+)
+def test_what_multiplies_on_a_gpu(isa: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernels, "failure", lambda: "")
+    assert kernel_of(hardware.gpu("a GPU", isa)) == expected
+    monkeypatch.setattr(triton_kernels, "failure", lambda: "Triton is not installed")
+    assert kernel_of(hardware.gpu("a GPU", isa)).startswith("no Triton kernels (Triton is not installed); the PyTorch")
+
+
+def test_a_gpu_without_int8_instructions_gets_int8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the report says so, line by line: the CPU plays an sm_75."""
+    monkeypatch.setattr(rules, "_on_gpu_without_int8", lambda parameter: True)
+    report = int8compile.explain(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), torch.randn(2, 8))
+    assert [site.weight_only for site in report.sites] == [True]
+    assert "int8 weight" in str(report)
