@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import logging
 import warnings
@@ -21,7 +22,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from int8compile import cpu, triton_kernels
+from int8compile import cpu, hardware, triton_kernels
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning
 from int8compile.passes import EXACT_DIVISION, PlaceholderBinder, lower_for_cpu, lower_for_gpu, rewrite_graph
@@ -77,7 +78,7 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
         lower_for_cpu(module, binder, parameters)
         module.graph.lint()
     patches = config.inductor_patches()
-    if report.rewritten and _any_on_gpu(parameters) and triton_kernels.load():
+    if report.rewritten and _any_on_gpu(parameters) and _gpu_kernels(parameters):
         lowered = lower_for_gpu(module, binder, parameters)
         module.graph.lint()
         if lowered.quantized_by_inductor:
@@ -133,6 +134,25 @@ def _any_on_cpu(parameters: Mapping[Node, Tensor]) -> bool:
 
 def _any_on_gpu(parameters: Mapping[Node, Tensor]) -> bool:
     return any(parameter.device.type == "cuda" for parameter in parameters.values())
+
+
+def _gpu_kernels(parameters: Mapping[Node, Tensor]) -> bool:
+    """Whether there are kernels for the GPUs of a graph; where there are none, a warning says why."""
+    devices = {parameter.device for parameter in parameters.values() if parameter.device.type == "cuda"}
+    missing = [device for device in devices if not hardware.kernel_family(hardware.of(device).isa)]
+    loaded = triton_kernels.load()
+    if (missing or not loaded) and not triton_kernels.switched_off():
+        why = triton_kernels.failure() or f"Triton has none for {', '.join(map(str, missing))}"
+        _warn_once(
+            f"the int8 GPU kernels cannot be used: {why}. The int8 operators run through PyTorch instead: slower than "
+            "float, with the same results. INT8COMPILE_TRITON=0 leaves the kernels out without this warning"
+        )
+    return loaded
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, Int8Warning, stacklevel=2)
 
 
 def _compile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -311,3 +312,31 @@ def test_which_gpus_have_int8_kernels(isa: str, expected: bool, monkeypatch: pyt
     monkeypatch.setattr(hardware, "of", lambda device: hardware.gpu("a GPU", isa))
     assert lower_gpu.has_int8_kernels(torch.device("cuda")) == expected
     assert not lower_gpu.has_int8_kernels(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "isa", "message"),
+    [
+        ("Triton is not installed", "sm_90", "cannot be used: Triton is not installed"),
+        ("", "sm_60", "cannot be used: Triton has none for cuda:0"),
+        ("", "sm_90", ""),
+    ],
+)
+def test_a_gpu_without_kernels_is_warned_of(
+    failure: str, isa: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_kernels, "failure", lambda: failure)
+    monkeypatch.setattr(triton_kernels, "load", lambda: not failure)
+    monkeypatch.setattr(hardware, "of", lambda device: hardware.gpu("a GPU", isa))
+    backend._warn_once.cache_clear()
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    parameters: dict[Node, Tensor] = {torch.fx.Graph().placeholder("w"): OnGpu()}  # type: ignore[dict-item]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert backend._gpu_kernels(parameters) == (not failure)
+    assert len(caught) == bool(message)
+    assert all(message in str(warning.message) for warning in caught)

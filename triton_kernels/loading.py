@@ -13,16 +13,25 @@ from int8compile.errors import ConfigError
 MIN_VERSION = (3, 6)
 
 
-def failure() -> str:
-    """Why there are no Triton kernels on this machine; "" if there are.
+def switched_off() -> bool:
+    """Whether the environment says that no Triton kernel is to be used.
 
     Raises:
-        ConfigError: `INT8COMPILE_TRITON` has a value that is not allowed.
+        ConfigError: It says something that is not allowed.
     """
     value = os.environ.get("INT8COMPILE_TRITON", "1")
     if value not in ("0", "1"):
         raise ConfigError(f"INT8COMPILE_TRITON={value!r}: allowed are 1 (the default) and 0, for no Triton kernels")
-    return "INT8COMPILE_TRITON=0 turns them off" if value == "0" else _missing()
+    return value == "0"
+
+
+def failure() -> str:
+    """Why there are no Triton kernels on this machine; "" if there are.
+
+    Raises:
+        ConfigError: See `switched_off`.
+    """
+    return "INT8COMPILE_TRITON=0 turns them off" if switched_off() else _missing()
 
 
 def available() -> bool:

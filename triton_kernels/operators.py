@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from int8compile import hardware
-from int8compile.ops import OUTLIER_POLICIES, dequantize_weight
+from int8compile.ops import OUTLIER_POLICIES, dequantize_weight, reference
 from int8compile.ops.digits import NONE, Activations, quantize_rows
 from int8compile.ops.linear import check
 from int8compile.ops.quantized import (
@@ -155,6 +155,8 @@ def _batched_linear(
 
 def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     check("weight_only_linear", x, qweight, scale, bias, ())
+    if architecture(_index(x)) is None:
+        return reference.weight_only_linear(x, qweight, scale, bias)
     flat = flattened(x)
     m, n = flat.shape[0], qweight.shape[0]
     if m > MAX_ROWS or 0 in (*flat.shape, n):
