@@ -99,7 +99,7 @@ def launch(arch: Architecture, bucket: int, config: Config, *, by_column: bool, 
     qweight = torch.empty(N, K, dtype=torch.int8, device="meta")
     scale = torch.empty(N, device="meta")
     policy = Policy.of(bucket, K, activations.digits.shape[0], 6.0, by_column, arch)
-    y = empty_result(activations.q, qweight, digits.NONE, 0, torch.bfloat16)
+    y = empty_result(activations.planes, qweight, digits.NONE, 0, torch.bfloat16)
     product = Product(activations, qweight, scale, scale if bias else None, y, digits.NONE, 0, 0, policy)
     return launch_of(product, config, 132)
 

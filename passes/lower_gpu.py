@@ -198,7 +198,7 @@ class _Lowering:
         rows = [graph.call_method("size", (x, i)) for i in range(rank - 1)]
         if len(sizes) == 1:
             return [y if rank == 2 else graph.call_method("view", (y, *rows, sizes[0]))]
-        m = graph.call_method("size", (activations[0], 0))
+        m = graph.call_method("size", (activations[0], 1))
         results, begin = [], 0
         for size in sizes:
             length = graph.call_function(operator.mul, (m, size))
@@ -217,7 +217,7 @@ class _Lowering:
             else:
                 by_column = bool(OUTLIER_POLICIES.index(outliers))
                 call = self._graph.call_function(ops.quantize_rows.default, (x, threshold, by_column))
-            self._quantized[key] = tuple(self._graph.call_function(operator.getitem, (call, i)) for i in range(5))
+            self._quantized[key] = tuple(self._graph.call_function(operator.getitem, (call, i)) for i in range(2))
             self.done.quantized += 1
             self.done.quantized_by_inductor += by_inductor
         return self._quantized[key]

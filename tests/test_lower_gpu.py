@@ -33,10 +33,10 @@ class Seen:
         return [node for node in self.graph.graph.nodes if node.target is ops.quantized_linear.default]
 
     def activations(self) -> list[object]:
-        return [node.args[10] for node in self.products()]
+        return [node.args[7] for node in self.products()]
 
     def parts(self) -> list[tuple[object, ...]]:
-        return [node.args[11:13] for node in self.products()]
+        return [node.args[8:10] for node in self.products()]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from int8compile.ops import OUTLIER_POLICIES, digits, quantize_weight, reference
 from int8compile.ops.digits import MIN_EXPONENT, Activations
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
-NAMES = ("q", "digits", "rows", "columns", "counts")
+NAMES = ("planes", "info")
 
 
 def in_two_steps(
@@ -130,7 +130,8 @@ def test_shapes(shape: tuple[int, ...], threshold: float) -> None:
     made = Activations(*ops.quantize_rows(x, threshold, False))
     m = math.prod(shape[:-1])
     assert made.q.shape == (m, k)
-    assert made.digits.shape == ((3, m, k) if threshold else (3, 0, 0))
+    assert made.digits.shape == (3 if threshold else 0, m, k)
+    assert made.lists.shape == (digits.lists_of(m) if threshold else 0, 1 + k)
     y = ops.quantized_linear(
         *made, torch.ones(5, k, dtype=torch.int8), torch.ones(5), None, threshold, False, 0, 0, 0, x.dtype
     )
@@ -164,7 +165,7 @@ def test_activations_come_before_the_rounding(activation: int) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"qweight": torch.ones(5, 9, dtype=torch.int8)}, r"qweight is torch.int8 \[5, 9\] and x \[3, 8\]"),
+    ({"qweight": torch.ones(5, 9, dtype=torch.int8)}, r"qweight is torch.int8 \[5, 9\] and planes \[4, 3, 8\]"),
     ({"qweight": torch.ones(5, 8)}, "qweight is torch.float32"),
     ({"scale": torch.ones(4)}, r"scale is torch.float32 \[4\]; give float32 \[5\]"),
     ({"bias": torch.ones(4)}, r"bias is torch.float32 \[4\]; give \[5\]"),

@@ -154,8 +154,8 @@ def test_quantize(m: int, k: int, dtype: torch.dtype, by_column: bool, device: s
     for tile, begin in enumerate(range(0, m, together)):
         rows = slice(begin, begin + together)
         columns = outlier[rows].any(dim=0).nonzero().flatten()
-        count = int(actual.counts[tile])
-        assert torch.equal(actual.columns[tile, :count].cpu().long(), columns)
+        count = int(actual.lists[tile, 0])
+        assert torch.equal(actual.lists[tile, 1 : 1 + count].cpu().long(), columns)
         assert torch.equal(actual.digits[:, rows, :count].cpu(), expected.digits[:, rows, columns])
 
 

@@ -74,14 +74,16 @@ class Problem:
             return planes
         outlier = reference.quantize_rows(self.x.float(), self.threshold, self.outliers).outlier
         into = Activations.empty(self.x, self.threshold, self.by_column)
+        into.info.copy_(planes.info)
+        into.q.copy_(planes.q)
         together = policy.list_rows or len(outlier)
         for tile, begin in enumerate(range(0, len(outlier), together)):
             rows = slice(begin, begin + together)
             columns = outlier[rows].any(dim=0).nonzero().flatten()
-            into.counts[tile] = len(columns)
-            into.columns[tile, : len(columns)] = columns
+            into.lists[tile, 0] = len(columns)
+            into.lists[tile, 1 : 1 + len(columns)] = columns
             into.digits[:, rows, : len(columns)] = planes.digits[:, rows, columns]
-        return Activations(planes.q, into.digits, planes.rows, into.columns, into.counts)
+        return into
 
     def product(
         self,
@@ -98,7 +100,7 @@ class Problem:
         from int8compile.triton_kernels.operators import launch_of
 
         x = self.quantized(arch) if x is None else x
-        y = empty_result(x.q, self.qweight, activation, parts[0], dtype)
+        y = empty_result(x.planes, self.qweight, activation, parts[0], dtype)
         y.view(torch.int8).fill_(85)
         policy = self.policy(arch)
         product = Product(x, self.qweight, self.scale, self.bias, y, activation, *parts, policy)

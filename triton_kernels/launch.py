@@ -43,18 +43,26 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
 
-    def run(self) -> None:
-        """Starts the kernel on the current stream; nothing where the grid is empty."""
+    def run(self) -> Any:
+        """Starts the kernel on the current stream; nothing where the grid is empty.
+
+        Returns:
+            Triton's compiled kernel; None in its interpreter.
+        """
         if 0 in self.grid:
-            return
+            return None
         # Multiplications and additions are rounded one by one, as the reference does.
-        self.kernel[self.grid](
+        return self.kernel[self.grid](
             **self.args,
             **self.constants,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
             enable_fp_fusion=False,
         )
+
+    def prepare(self) -> Prepared:
+        """Runs, and returns how to run again with other tensors of the same sizes and alignment."""
+        return Prepared(self, self.run())
 
     def compile(self, target: GPUTarget) -> Any:
         """Compiles it for a GPU that need not be there; tensors may be on the meta device.
@@ -75,6 +83,37 @@ class Launch:
         source = ASTSource(self.kernel, signature, constants, attrs)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return triton.compile(source, target=target, options=options)
+
+
+class Prepared:
+    """A call that was made once: what is left to do is to hand over the tensors.
+
+    Triton looks at every argument of every call to find the compiled kernel for it, which takes as long as a small
+    kernel does. Here the caller knows that nothing but the tensors has changed.
+    """
+
+    def __init__(self, launch: Launch, compiled: Any) -> None:
+        """Takes a call and the compiled kernel that it ran."""
+        values = {**launch.args, **launch.constants}
+        names = launch.kernel.arg_names
+        # Constants are handed over too, as Triton does.
+        self._values = [values[name] for name in names]
+        self._tensors = [i for i, value in enumerate(self._values) if isinstance(value, Tensor)]
+        for i in self._tensors:  # They would be kept in memory.
+            self._values[i] = None
+        self._compiled = compiled
+        self._grid = (*launch.grid, 1, 1)[:3]
+
+    def run(self, *tensors: Tensor) -> None:
+        """Starts the kernel on the current stream.
+
+        Args:
+            *tensors: In the order of the kernel's arguments.
+        """
+        values = self._values.copy()
+        for i, tensor in zip(self._tensors, tensors, strict=True):
+            values[i] = tensor
+        self._compiled[self._grid](*values)
 
 
 def _type(value: Any) -> str:

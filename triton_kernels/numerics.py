@@ -1,6 +1,7 @@
 """What several kernels share: masks and digits of outliers, the epilogue, rows with NaN or Inf. Device code only.
 
-**Rows.** The quantize kernel writes four float32 numbers a row, `rows[4, M]`, indexed by the constants below.
+**Activations** are two tensors, see `int8compile.ops.digits.Activations`: planes, of which the first is q and the
+others digits; and info, which begins with four float32 numbers a row, `rows[4, M]`, indexed by the constants below.
 
 **Digits.** What an outlier adds must not depend on how many others are summed with it, in which order or in which tile,
 or a token's result would depend on the batch. So outliers are integers, `d = rne(x / unit)`, with `unit` a power of two
@@ -32,6 +33,12 @@ SILU_MUL = tl.constexpr(5)
 WHOLE = tl.constexpr(1)
 SCATTERED = tl.constexpr(2)
 TILED = tl.constexpr(3)
+
+
+@triton.jit
+def rows_of(info_ptr):
+    """Where the numbers of rows are."""
+    return info_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from int8compile.ops.quantized import (
     flattened,
 )
 from int8compile.triton_kernels import autotune, tables
-from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.launch import Launch, Prepared
 from int8compile.triton_kernels.policy import Policy
 from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.quantize.launch import launches
@@ -32,6 +33,10 @@ from int8compile.triton_kernels.weight_only.launch import MAX_ROWS
 from int8compile.triton_kernels.weight_only.launch import launch as weight_only_launch
 
 _library: torch.library.Library | None = None
+
+# Calls of a few rows, by all that they depend on but the tensors' values. Tensors begin at multiples of 16 bytes, as
+# all but parts of others do: kernels are compiled for that.
+_prepared: dict[Any, Prepared] = {}
 
 
 @functools.cache
@@ -68,39 +73,54 @@ def _index(x: Tensor) -> int:
     return torch.cuda.current_device() if x.device.index is None else x.device.index
 
 
-@contextlib.contextmanager
-def _on(device: int) -> Any:
+def _on(device: int) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    if device == torch.cuda.current_device():
-        yield
-    else:
-        with torch.cuda.device(device):
-            yield
+    return _HERE if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def _quantize_rows(x: Tensor, threshold: float, by_column: bool) -> tuple[Tensor, ...]:
+_HERE = contextlib.nullcontext()
+
+
+def _quantize_rows(x: Tensor, threshold: float, by_column: bool) -> tuple[Tensor, Tensor]:
+    index = _index(x)
+    key = None if x.data_ptr() % 16 else (index, x.shape, x.stride(), x.dtype, threshold, by_column)
+    prepared = _prepared.get(key)
+    if prepared is None:
+        return _quantize_rows_checked(x, threshold, by_column, key)
+    into = Activations.empty(x if x.dim() == 2 else flattened(x), threshold, by_column)
+    with _on(index):
+        # Marks are made in lists only.
+        prepared.run(x, *into, into.info)
+    return into
+
+
+def _quantize_rows_checked(x: Tensor, threshold: float, by_column: bool, key: Any) -> tuple[Tensor, Tensor]:
+    """What is looked at once for all calls of a kind."""
     check_quantize_rows(x, threshold, by_column)
+    index, given = _index(x), x
     x = flattened(x)
-    arch = architecture(_index(x))
+    arch = architecture(index)
     if arch is None or not arch.instruction or x.numel() == 0:
-        return tuple(quantize_rows(x, threshold, OUTLIER_POLICIES[by_column]))
+        return quantize_rows(x, threshold, OUTLIER_POLICIES[by_column])
     if x.stride(1) != 1:
         x = x.contiguous()
     into = Activations.empty(x, threshold, by_column)
     m, k = x.shape
-    policy = Policy.of(m, k, into.digits.shape[0], threshold, by_column, arch)
-    with _on(_index(x)):
-        for call in launches(x, into, policy):
-            call.run()
-    return tuple(into)
+    policy = Policy.of(m, k, len(into.planes) - 1, threshold, by_column, arch)
+    with _on(index):
+        calls = launches(x, into, policy)
+        # Of many rows the host's time does not matter, and there are many sizes.
+        if key and len(calls) == 1 and m <= arch.planes_rows and x.data_ptr() == given.data_ptr():
+            _prepared[key] = calls[0].prepare()
+        else:
+            for call in calls:
+                call.run()
+    return into
 
 
 def _quantized_linear(
-    q: Tensor,
-    digits: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    counts: Tensor,
+    planes: Tensor,
+    info: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -111,36 +131,73 @@ def _quantized_linear(
     n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    x = Activations(q, digits, rows, columns, counts)
+    index = _index(planes)
+    places = planes.data_ptr() | info.data_ptr() | qweight.data_ptr() | scale.data_ptr()
+    key = None
+    if not (places if bias is None else places | bias.data_ptr()) % 16:
+        with_bias = None if bias is None else (bias.shape, bias.dtype, bias.stride())
+        key = (
+            *(index, planes.shape, qweight.dtype, qweight.shape, qweight.stride(), scale.dtype, scale.shape),
+            *(scale.stride(), with_bias, threshold, by_column, activation, n0, n1, dtype),
+        )
+    prepared = _prepared.get(key)
+    x = Activations(planes, info)
+    if prepared is None:
+        return _quantized_linear_checked(x, qweight, scale, bias, threshold, by_column, activation, n0, n1, dtype, key)
+    y = empty_result(planes, qweight, activation, n0, dtype)
+    with _on(index):
+        if bias is None:
+            prepared.run(planes, info, qweight, scale, y)
+        else:
+            prepared.run(planes, info, qweight, scale, bias, y)
+    return y
+
+
+def _quantized_linear_checked(
+    x: Activations,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    by_column: bool,
+    activation: int,
+    n0: int,
+    n1: int,
+    dtype: torch.dtype,
+    key: Any,
+) -> Tensor:
+    """What is looked at once for all calls of a kind."""
     check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
-    (m, k), n = q.shape, qweight.shape[0]
-    index = _index(q)
+    (count, m, k), n = x.planes.shape, qweight.shape[0]
+    index = _index(x.planes)
     arch = architecture(index)
     if arch is None or not arch.instruction or 0 in (m, n, k):
         return by_definition(x, qweight, scale, bias, activation, n0, n1, dtype)
+    given = (qweight, scale, bias)
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
-    policy = Policy.of(m, k, digits.shape[0], threshold, by_column, arch)
-    bias = None if bias is None else bias.contiguous()
-    y = empty_result(q, qweight, activation, n0, dtype)
-    product = Product(x, qweight, scale.contiguous(), bias, y, activation, n0, n1, policy)
+    scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
+    policy = Policy.of(m, k, count - 1, threshold, by_column, arch)
+    y = empty_result(x.planes, qweight, activation, n0, dtype)
+    product = Product(x, qweight, scale, bias, y, activation, n0, n1, policy)
     configs = tables.candidates(arch, m, k, lists=policy.lists)
     if qweight.data_ptr() % 16 or qweight.stride(0) % 16:
         configs = tuple(config for config in configs if config.kernel != "persistent_gemm")
     sms = multiprocessors(index)
     with _on(index):
-        config = autotune.choose(product, configs, sms, launch_of)
-        launch_of(product, config, sms).run()
-    return product.y
+        call = launch_of(product, autotune.choose(product, configs, sms, launch_of), sms)
+        if key and m <= arch.planes_rows and not policy.lists and all(map(operator.is_, given, (qweight, scale, bias))):
+            _prepared[key] = call.prepare()
+        else:
+            call.run()
+    return y
 
 
 def _linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
     check("linear", x, qweight, scale, bias, (threshold, outliers))
     by_column = bool(OUTLIER_POLICIES.index(outliers))
-    q, digits, rows, columns, counts = _quantize_rows(x, threshold, by_column)
-    y = _quantized_linear(
-        q, digits, rows, columns, counts, qweight, scale, bias, threshold, by_column, NONE, 0, 0, x.dtype
-    )
+    planes, info = _quantize_rows(x, threshold, by_column)
+    y = _quantized_linear(planes, info, qweight, scale, bias, threshold, by_column, NONE, 0, 0, x.dtype)
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 

@@ -42,16 +42,13 @@ class Product:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """M, N and K."""
-        return self.x.q.shape[0], self.qweight.shape[0], self.qweight.shape[1]
+        return self.x.planes.shape[1], *self.qweight.shape
 
-    def pointers(self, *, lists: bool) -> dict[str, Any]:
+    def pointers(self) -> dict[str, Any]:
         """The tensors by the names of the kernels' arguments."""
-        listed = {"columns_ptr": self.x.columns, "counts_ptr": self.x.counts} if lists else {}
         return {
-            "q_ptr": self.x.q,
-            "digits_ptr": self.x.digits,
-            "rows_ptr": self.x.rows,
-            **listed,
+            "planes_ptr": self.x.planes,
+            "info_ptr": self.x.info,
             "weight_ptr": self.qweight,
             "scale_ptr": self.scale,
             "bias_ptr": self.bias,

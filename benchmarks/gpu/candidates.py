@@ -98,7 +98,7 @@ def _launches(
     from int8compile.triton_kernels.product import Product
 
     # All write to one result: a model's are in the L2 cache as well.
-    y = empty_result(x.q, qweights[0], NONE, 0, torch.bfloat16)
+    y = empty_result(x.planes, qweights[0], NONE, 0, torch.bfloat16)
     products = [
         Product(x=x, qweight=one, scale=scale, bias=None, y=y, activation=NONE, n0=0, n1=0, policy=policy)
         for one in qweights

@@ -11,7 +11,7 @@ result on the batch. Integers do not: `unit` is a power of two that depends on t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,39 +30,51 @@ LIST_ROWS = 128
 
 
 class Activations(NamedTuple):
-    """Activations that were quantized once, for every linear that reads them.
+    """Activations that were quantized once, for every linear that reads them; two tensors, which is quickly made.
 
     Shapes:
-        q: [M, K] int8.
-        digits: [2 or 3, M, K] int8. In planes, entry k belongs to column k; in lists, entry f to the f-th of the row's
-            list, and the rest is not written.
-        rows: [4, M] float32, see `quantize_rows`.
-        columns: [lists, K] int32, the columns with outliers of LIST_ROWS rows (column policy: of all rows).
-        counts: [lists] int32, how many there are. There is one list more than is needed.
+        planes: [1 + digits, M, K] int8: q, and the digits of outliers. In planes, entry k of a digit belongs to column
+            k; in lists, entry f to the f-th column of the row's list, and the rest is not written.
+        info: [4 * M + lists * (1 + K)] int32: the bits of the float32 numbers of rows, and the lists.
+
+    With threshold 0 there are no digits and no lists: outliers are NaN and Inf, of which the rows tell.
     """
 
-    q: Tensor
-    digits: Tensor
-    rows: Tensor
-    columns: Tensor
-    counts: Tensor
+    planes: Tensor
+    info: Tensor
 
     @staticmethod
     def empty(x: Tensor, threshold: float, by_column: bool) -> Activations:
         """Allocates them for x [M, K]; their sizes follow from its size alone, in symbols too."""
         m, k = x.shape
-        # Never a single one: a graph that was traced with a size of 1 would not be used for others.
-        lists = lists_of(m) + 1
-        planes = count(x.dtype, by_column)
-        # Without a threshold nobody reads the outliers: they are NaN and Inf, which `rows` tells.
-        outliers = (m, k, lists) if threshold > 0 else (0, 0, 0)
+        if threshold == 0:
+            return Activations(x.new_empty((1, m, k), dtype=torch.int8), x.new_empty(4 * m, dtype=torch.int32))
         return Activations(
-            x.new_empty(m, k, dtype=torch.int8),
-            x.new_empty(planes, *outliers[:2], dtype=torch.int8),
-            x.new_empty(4, m, dtype=torch.float32),
-            x.new_empty(outliers[2], outliers[1], dtype=torch.int32),
-            x.new_empty(outliers[2], dtype=torch.int32),
+            x.new_empty((1 + count(x.dtype, by_column), m, k), dtype=torch.int8),
+            x.new_empty(4 * m + lists_of(m) * (1 + k), dtype=torch.int32),
         )
+
+    @property
+    def q(self) -> Tensor:
+        """[M, K] int8."""
+        return self.planes[0]
+
+    @property
+    def digits(self) -> Tensor:
+        """[digits, M, K] int8."""
+        return self.planes[1:]
+
+    @property
+    def rows(self) -> Tensor:
+        """[4, M] float32, see `quantize_rows`."""
+        m = self.planes.shape[1]
+        return self.info[: 4 * m].view(torch.float32).view(4, m)
+
+    @property
+    def lists(self) -> Tensor:
+        """[lists, 1 + K] int32: how many columns hold outliers of LIST_ROWS rows (column policy: of all), and which."""
+        _, m, k = self.planes.shape
+        return self.info[4 * m :].view(-1, 1 + k)
 
 
 def lists_of(m: int) -> int:
@@ -100,10 +112,9 @@ def quantize_rows(x: Tensor, threshold: float, outliers: str) -> Activations:
         x: [M, K], float32, float16 or bfloat16.
     """
     by_column = outliers == "column"
-    result = Activations.empty(x, threshold, by_column)
-    result.columns.zero_()
-    result.counts.zero_()
-    planes = result.digits.shape[0]
+    by_column = outliers == "column"
+    made = Activations.empty(x, threshold, by_column)
+    made.info.zero_()
     x = x.to(torch.float32)
     q, scale, outlier = reference.quantize_rows(x, threshold, outliers)
     special = x.isinf().sum(dim=-1).to(torch.float32).masked_fill(x.isnan().any(dim=-1), HAS_NAN)
@@ -111,7 +122,8 @@ def quantize_rows(x: Tensor, threshold: float, outliers: str) -> Activations:
     q = torch.where((special != 0)[:, None], signs, q)
     if threshold == 0 or x.numel() == 0:
         never = torch.full_like(scale, torch.inf)
-        return result._replace(q=q, rows=torch.stack([scale, torch.ones_like(scale), special, never]))
+        rows = torch.stack([scale, torch.ones_like(scale), special, never])
+        return _assembled(made, [q, *made.planes[1:]], rows)
 
     value = x.masked_fill(~outlier, 0)
     if by_column:
@@ -122,17 +134,23 @@ def quantize_rows(x: Tensor, threshold: float, outliers: str) -> Activations:
     # All that digits hold is below it: outliers, or else the residuals of the column policy.
     bound = torch.where(largest > 0, largest, scale)
     exponent = torch.frexp(bound).exponent.masked_fill(bound == 0, MIN_EXPONENT).clamp(min=MIN_EXPONENT)
-    unit = ((127 - bits(planes) + exponent) << 23).to(torch.int32).view(torch.float32)
+    digits = len(made.planes) - 1
+    unit = ((127 - bits(digits) + exponent) << 23).to(torch.int32).view(torch.float32)
     d = (value.to(torch.float64) / unit[:, None].to(torch.float64)).round().to(torch.int32)
-    digits = []
-    for _ in range(planes):
-        digits.append((((d + 128) & 255) - 128).to(torch.int8))
+    planes = [q]
+    for _ in range(digits):
+        planes.append((((d + 128) & 255) - 128).to(torch.int8))
         d = (d + 128) >> 8
     cutoff = magnitude.masked_fill(magnitude == 0, torch.inf).amin(dim=-1)
     if by_column:
         # Inf where float32 cannot hold it.
         cutoff = torch.full_like(cutoff, threshold, dtype=torch.float64).to(torch.float32)
-    return result._replace(q=q, digits=torch.stack(digits), rows=torch.stack([scale, unit, special, cutoff]))
+    return _assembled(made, planes, torch.stack([scale, unit, special, cutoff]))
+
+
+def _assembled(made: Activations, planes: Sequence[Tensor], rows: Tensor) -> Activations:
+    lists = made.info[rows.numel() :]
+    return Activations(torch.stack(list(planes)), torch.cat([rows.flatten().view(torch.int32), lists]))
 
 
 def linear(x: Activations, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: int) -> Tensor:
@@ -142,14 +160,15 @@ def linear(x: Activations, qweight: Tensor, scale: Tensor, bias: Tensor | None, 
         qweight: [N, K] int8; scale: [N] float32; bias: [N]; result: [M, N] float32, or [M, N / 2] for SILU_MUL.
     """
     weight = qweight.to(torch.float64)
-    y = reference.int_matmul(x.q, qweight) * x.rows[SCALE, :, None]
-    if x.digits.numel():
-        powers = 256.0 ** torch.arange(x.digits.shape[0], dtype=torch.float64, device=x.q.device)
-        d = (x.digits * powers[:, None, None]).sum(dim=0)
+    q, digits, rows = x.q, x.digits, x.rows
+    y = reference.int_matmul(q, qweight) * rows[SCALE, :, None]
+    if digits.numel():
+        powers = 256.0 ** torch.arange(len(digits), dtype=torch.float64, device=q.device)
+        d = (digits * powers[:, None, None]).sum(dim=0)
         # Exact in float64, rounded once.
-        y = y + (d @ weight.mT * x.rows[UNIT, :, None]).to(torch.float32)
-    special = x.rows[SPECIAL, :, None]
-    signs = (x.q.to(torch.float64) @ weight.sign().mT).to(torch.float32)
+        y = y + (d @ weight.mT * rows[UNIT, :, None]).to(torch.float32)
+    special = rows[SPECIAL, :, None]
+    signs = (q.to(torch.float64) @ weight.sign().mT).to(torch.float32)
     infinite = torch.where(signs == special, torch.inf, torch.where(signs == -special, -torch.inf, torch.nan))
     y = torch.where(special == 0, y, infinite) * scale
     if bias is not None:

@@ -52,10 +52,10 @@ def check_quantized_linear(
     """Raises `InputError` where the parts do not fit each other."""
     name = "int8compile::quantized_linear"
     n, k = qweight.shape if qweight.dim() == 2 else (-1, -1)
-    if qweight.dtype != torch.int8 or x.q.dim() != 2 or k != x.q.shape[1]:
+    if qweight.dtype != torch.int8 or x.planes.dim() != 3 or k != x.planes.shape[2]:
         raise InputError(
-            f"{name}: qweight is {qweight.dtype} {list(qweight.shape)} and x {list(x.q.shape)}; give int8 [N, K] for "
-            "[M, K]"
+            f"{name}: qweight is {qweight.dtype} {list(qweight.shape)} and planes {list(x.planes.shape)}; give int8 "
+            "[N, K] for [1 + digits, M, K], as quantize_rows makes them"
         )
     if scale.dtype != torch.float32 or list(scale.shape) != [n]:
         raise InputError(f"{name}: scale is {scale.dtype} {list(scale.shape)}; give float32 [{n}]")
@@ -92,12 +92,12 @@ def parts(n0: int, n1: int, n: int) -> list[int]:
     return [size for size in (n0, n1, n - n0 - n1) if size]
 
 
-def empty_result(q: Tensor, qweight: Tensor, activation: int, n0: int, dtype: torch.dtype) -> Tensor:
+def empty_result(planes: Tensor, qweight: Tensor, activation: int, n0: int, dtype: torch.dtype) -> Tensor:
     """Allocates what `quantized_linear` returns: [M, N], or [M * N] of several parts."""
-    m, n = q.shape[0], qweight.shape[0]
+    m, n = planes.shape[1], qweight.shape[0]
     if n0:
-        return q.new_empty(m * n, dtype=dtype)
-    return q.new_empty(m, n // 2 if activation == SILU_MUL else n, dtype=dtype)
+        return planes.new_empty(m * n, dtype=dtype)
+    return planes.new_empty(m, n // 2 if activation == SILU_MUL else n, dtype=dtype)
 
 
 def flattened(x: Tensor) -> Tensor:
@@ -116,11 +116,8 @@ def _quantize_rows_fake(x: Tensor, threshold: float, by_column: bool) -> tuple[T
 
 
 def _quantized_linear(
-    q: Tensor,
-    digit: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    counts: Tensor,
+    planes: Tensor,
+    info: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -131,17 +128,14 @@ def _quantized_linear(
     n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    x = Activations(q, digit, rows, columns, counts)
+    x = Activations(planes, info)
     check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
     return by_definition(x, qweight, scale, bias, activation, n0, n1, dtype)
 
 
 def _quantized_linear_fake(
-    q: Tensor,
-    digit: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    counts: Tensor,
+    planes: Tensor,
+    info: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -152,23 +146,21 @@ def _quantized_linear_fake(
     n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    x = Activations(q, digit, rows, columns, counts)
+    x = Activations(planes, info)
     check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
-    return empty_result(q, qweight, activation, n0, dtype)
+    return empty_result(planes, qweight, activation, n0, dtype)
 
 
-_ACTIVATIONS = "Tensor q, Tensor digits, Tensor rows, Tensor columns, Tensor counts"
 quantize_rows = register_no_grad(
     "quantize_rows",
-    "(Tensor x, float threshold, bool by_column) -> (Tensor q, Tensor digits, Tensor rows, Tensor columns, "
-    "Tensor counts)",
+    "(Tensor x, float threshold, bool by_column) -> (Tensor planes, Tensor info)",
     _quantize_rows,
     _quantize_rows_fake,
 )
 quantized_linear = register_no_grad(
     "quantized_linear",
-    f"({_ACTIVATIONS}, Tensor qweight, Tensor scale, Tensor? bias, float threshold, bool by_column, int activation, "
-    "int n0, int n1, ScalarType dtype) -> Tensor",
+    "(Tensor planes, Tensor info, Tensor qweight, Tensor scale, Tensor? bias, float threshold, bool by_column, "
+    "int activation, int n0, int n1, ScalarType dtype) -> Tensor",
     _quantized_linear,
     _quantized_linear_fake,
 )

@@ -12,6 +12,7 @@ from int8compile.triton_kernels.numerics import (
     add_digits,
     finish,
     override_special,
+    rows_of,
     sign_of,
 )
 
@@ -32,8 +33,7 @@ def add_listed(
     y,
     digits_ptr,
     rows_ptr,
-    columns_ptr,
-    counts_ptr,
+    lists_ptr,
     weight_ptr,
     row,
     column,
@@ -56,8 +56,7 @@ def add_listed(
         y: [BM, BN] float32.
         digits_ptr: [DIGITS, M, K] int8.
         rows_ptr: [4, M] float32.
-        columns_ptr: [lists, K] int32.
-        counts_ptr: [lists] int32.
+        lists_ptr: [lists, 1 + K] int32.
         weight_ptr: [N, K] int8.
         row: [BM] numbers of the rows, all of one list.
         column: [BN] numbers of the outputs.
@@ -74,16 +73,15 @@ def add_listed(
     """
     if LIST_ROWS > 0:
         of_these = tl.min(row, axis=0).to(tl.int64) // LIST_ROWS
-        columns_ptr += of_these * K
-        counts_ptr += of_these
-    count = tl.load(counts_ptr)
+        lists_ptr += of_these * (K + 1)
+    count = tl.load(lists_ptr)
     unit = tl.load(rows_ptr + UNIT * M + row, mask=row < M, other=0.0)[:, None]
     total = tl.zeros((BM, BN), tl.int32)
     for which in tl.static_range(DIGITS - 1, -1, -1):
         digit_ptr = digits_ptr + (which * M + row.to(tl.int64)[:, None]) * K
         for begin in tl.range(0, count, BF, num_stages=1):
             at = begin + tl.arange(0, BF)
-            listed = tl.load(columns_ptr + at, mask=at < count, other=0)
+            listed = tl.load(lists_ptr + 1 + at, mask=at < count, other=0)
             d = tl.load(digit_ptr + at[None, :], mask=(row[:, None] < M) & (at[None, :] < count), other=0)
             w_at = column.to(tl.int64)[None, :] * stride_n + listed[:, None]
             w = tl.load(weight_ptr + w_at, mask=(column[None, :] < N) & (at[:, None] < count), other=0)
@@ -120,8 +118,7 @@ def epilogue(
     q_ptr,
     digits_ptr,
     rows_ptr,
-    columns_ptr,
-    counts_ptr,
+    lists_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
@@ -149,7 +146,7 @@ def epilogue(
     y = acc.to(tl.float32) * tl.load(rows_ptr + SCALE * M + row, mask=row < M, other=0.0)[:, None]
     if SPLIT:
         y = add_listed(
-            y, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, row, column, M, N, K,
+            y, digits_ptr, rows_ptr, lists_ptr, weight_ptr, row, column, M, N, K,
             stride_n, LIST_ROWS, DIGITS, JOIN, BM, BN, BF,
         )  # fmt: skip
     special = tl.load(rows_ptr + SPECIAL * M + row, mask=row < M, other=0.0)
@@ -161,11 +158,8 @@ def epilogue(
 
 @triton.jit(do_not_specialize=["M"])
 def gemm(
-    q_ptr,
-    digits_ptr,
-    rows_ptr,
-    columns_ptr,
-    counts_ptr,
+    planes_ptr,
+    info_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
@@ -192,11 +186,8 @@ def gemm(
     """A tile of BM rows and BN outputs a program.
 
     Args:
-        q_ptr: [M, K] int8.
-        digits_ptr: [DIGITS, M, K] int8, those of the listed columns.
-        rows_ptr: [4, M] float32.
-        columns_ptr: [lists, K] int32.
-        counts_ptr: [lists] int32.
+        planes_ptr: [1 + DIGITS, M, K] int8.
+        info_ptr: int32, the numbers of rows and the lists.
         weight_ptr: [N, K] int8, rows `stride_n` apart.
         scale_ptr: [N] float32.
         bias_ptr: [N], any float dtype.
@@ -220,6 +211,10 @@ def gemm(
         BF: Listed columns that are taken together.
         GROUP_M: Row tiles whose programs run together.
     """
+    q_ptr = planes_ptr
+    digits_ptr = planes_ptr + M.to(tl.int64) * K
+    rows_ptr = rows_of(info_ptr)
+    lists_ptr = info_ptr + 4 * M
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row = tile_m * BM + tl.arange(0, BM)
     column = tile_n * BN + tl.arange(0, BN)
@@ -233,6 +228,6 @@ def gemm(
         w = tl.load(w_ptr + at[:, None], mask=(column[None, :] < N) & (at[:, None] < K), other=0)
         acc = tl.dot(x, w, acc, out_dtype=tl.int32)
     epilogue(
-        acc, q_ptr, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
+        acc, q_ptr, digits_ptr, rows_ptr, lists_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
         row, column, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS, DIGITS, JOIN, BM, BN, BF,
     )  # fmt: skip

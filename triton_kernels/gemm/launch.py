@@ -16,7 +16,7 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     return Launch(
         gemm,
         (config.tiles(m, n),),
-        {**product.pointers(lists=True), "M": m, "N": n, "K": k, **product.strides()},
+        {**product.pointers(), "M": m, "N": n, "K": k, **product.strides()},
         constants(product, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

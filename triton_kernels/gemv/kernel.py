@@ -12,15 +12,15 @@ from int8compile.triton_kernels.numerics import (
     add_digits,
     finish,
     override_special,
+    rows_of,
     sign_of,
 )
 
 
 @triton.jit
 def gemv(
-    q_ptr,
-    digits_ptr,
-    rows_ptr,
+    planes_ptr,
+    info_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
@@ -42,9 +42,8 @@ def gemv(
     """BN outputs a program.
 
     Args:
-        q_ptr: [K] int8.
-        digits_ptr: [DIGITS, K] int8.
-        rows_ptr: [4] float32.
+        planes_ptr: [1 + DIGITS, K] int8.
+        info_ptr: [4] int32, the numbers of the row.
         weight_ptr: [N, K] int8, rows `stride_n` apart.
         scale_ptr: [N] float32.
         bias_ptr: [N], any float dtype.
@@ -63,6 +62,9 @@ def gemv(
         BN: Outputs a program computes.
         BK: Inputs it takes together.
     """
+    q_ptr = planes_ptr
+    digits_ptr = planes_ptr + K
+    rows_ptr = rows_of(info_ptr)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     weight_ptr += column.to(tl.int64)[:, None] * stride_n
     sums = tl.zeros((BN, BK), tl.int32)

@@ -16,7 +16,7 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     return Launch(
         gemv,
         (math.ceil(n / config.bn),),
-        {**product.pointers(lists=False), "N": n, "K": k, **product.strides()},
+        {**product.pointers(), "N": n, "K": k, **product.strides()},
         {**product.constants(config), "BN": config.bn, "BK": config.bk},
         num_warps=config.num_warps,
         num_stages=config.num_stages,

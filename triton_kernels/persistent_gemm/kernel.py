@@ -6,17 +6,15 @@ import triton
 import triton.language as tl
 
 from int8compile.triton_kernels.gemm.kernel import epilogue, tile_of
+from int8compile.triton_kernels.numerics import rows_of
 
 
 @triton.jit(do_not_specialize=["M"])
 def persistent_gemm(
     x_desc,
     weight_desc,
-    q_ptr,
-    digits_ptr,
-    rows_ptr,
-    columns_ptr,
-    counts_ptr,
+    planes_ptr,
+    info_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
@@ -45,6 +43,10 @@ def persistent_gemm(
     `x_desc` and `weight_desc` are tensor descriptors of q, in blocks [BM, BK], and of the weight, in blocks [BN, BK]:
     rows of both begin at multiples of 16 bytes. The other arguments are those of `gemm`.
     """
+    q_ptr = planes_ptr
+    digits_ptr = planes_ptr + M.to(tl.int64) * K
+    rows_ptr = rows_of(info_ptr)
+    lists_ptr = info_ptr + 4 * M
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, M, N, BM, BN, GROUP_M)
         acc = tl.zeros((BM, BN), tl.int32)
@@ -59,19 +61,19 @@ def persistent_gemm(
             left, right = tl.split(halves)
             column = tile_n * BN + tl.arange(0, BN // 2)
             epilogue(
-                left, q_ptr, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
+                left, q_ptr, digits_ptr, rows_ptr, lists_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
                 row, column, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS, DIGITS, JOIN,
                 BM, BN // 2, BF,
             )  # fmt: skip
             epilogue(
-                right, q_ptr, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
+                right, q_ptr, digits_ptr, rows_ptr, lists_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
                 row, column + BN // 2, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS,
                 DIGITS, JOIN, BM, BN // 2, BF,
             )  # fmt: skip
         else:
             column = tile_n * BN + tl.arange(0, BN)
             epilogue(
-                acc, q_ptr, digits_ptr, rows_ptr, columns_ptr, counts_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
+                acc, q_ptr, digits_ptr, rows_ptr, lists_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
                 row, column, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS, DIGITS, JOIN,
                 BM, BN, BF,
             )  # fmt: skip

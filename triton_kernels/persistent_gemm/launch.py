@@ -20,7 +20,7 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
         {
             "x_desc": TensorDescriptor.from_tensor(product.x.q, [config.bm, config.bk]),
             "weight_desc": TensorDescriptor.from_tensor(product.qweight, [config.bn, config.bk]),
-            **product.pointers(lists=True),
+            **product.pointers(),
             "M": m,
             "N": n,
             "K": k,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import CUTOFF, HAS_NAN, SCALE, SPECIAL, UNIT, digit_of, round_to_int
+from int8compile.triton_kernels.numerics import CUTOFF, HAS_NAN, SCALE, SPECIAL, UNIT, digit_of, round_to_int, rows_of
 
 
 @triton.jit
@@ -37,10 +37,9 @@ def _exact_squares(a, to_unit):
 @triton.jit(do_not_specialize=["M"])
 def quantize_rows(
     x_ptr,
-    q_ptr,
-    digits_ptr,
+    planes_ptr,
+    info_ptr,
     flags_ptr,
-    rows_ptr,
     stride_m,
     M,
     K,
@@ -63,10 +62,10 @@ def quantize_rows(
 
     Args:
         x_ptr: [M, K], any float dtype, rows `stride_m` apart.
-        q_ptr: [M, K] int8. In a row with Inf it holds their signs and nothing else.
-        digits_ptr: [DIGITS, M, K] int8; written if SPLIT, unless LISTS.
+        planes_ptr: [1 + DIGITS, M, K] int8. In a row with Inf q holds their signs and nothing else; digits are
+            written if SPLIT, unless LISTS.
+        info_ptr: int32; the numbers of rows are written.
         flags_ptr: [lists, ceil(K / 32)] int32, zeros: one bit a column; written if LISTS.
-        rows_ptr: [4, M] float32.
         stride_m: Elements from row to row.
         M: Rows.
         K: Columns.
@@ -82,6 +81,9 @@ def quantize_rows(
         CHUNKS: ceil(K / BK).
         BK: Columns that are looked at together.
     """
+    q_ptr = planes_ptr
+    digits_ptr = planes_ptr + M.to(tl.int64) * K
+    rows_ptr = rows_of(info_ptr)
     m = tl.program_id(0).to(tl.int64)
     x_ptr += m * stride_m
     whole = _load(x_ptr, 0, K, BK)
@@ -183,18 +185,19 @@ def quantize_rows(
                 tl.store(digits_ptr + (which * M + m) * K + at, digit_of(d, which), mask=at < K)
 
 
-@triton.jit
-def list_columns(flags_ptr, columns_ptr, counts_ptr, K, WORDS: tl.constexpr):
+@triton.jit(do_not_specialize=["M"])
+def list_columns(flags_ptr, info_ptr, M, K, WORDS: tl.constexpr):
     """Turns marks into lists, one a program.
 
     Args:
         flags_ptr: [lists, ceil(K / 32)] int32, one bit a column.
-        columns_ptr: [lists, K] int32: the numbers of the marked columns, ascending; the rest is not written.
-        counts_ptr: [lists] int32: how many there are.
+        info_ptr: int32; the lists are written: how many marked columns there are, and their numbers, ascending.
+        M: Rows.
         K: Columns.
         WORDS: Words that are looked at together.
     """
     tile = tl.program_id(0).to(tl.int64)
+    lists_ptr = info_ptr + 4 * M + tile * (K + 1)
     words = (K + 31) // 32
     count = 0
     for begin in range(0, words, WORDS):
@@ -203,19 +206,16 @@ def list_columns(flags_ptr, columns_ptr, counts_ptr, K, WORDS: tl.constexpr):
         marked = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, (WORDS * 32,))
         position = count + tl.cumsum(marked, axis=0) - 1
         column = begin * 32 + tl.arange(0, WORDS * 32)
-        tl.store(columns_ptr + tile * K + position, column, mask=marked != 0)
+        tl.store(lists_ptr + 1 + position, column, mask=marked != 0)
         count += tl.sum(marked)
-    tl.store(counts_ptr + tile, count)
+    tl.store(lists_ptr, count)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gather_digits(
     x_ptr,
-    q_ptr,
-    digits_ptr,
-    rows_ptr,
-    columns_ptr,
-    counts_ptr,
+    planes_ptr,
+    info_ptr,
     stride_m,
     M,
     K,
@@ -229,11 +229,8 @@ def gather_digits(
 
     Args:
         x_ptr: [M, K], any float dtype, rows `stride_m` apart.
-        q_ptr: [M, K] int8.
-        digits_ptr: [DIGITS, M, K] int8: in row m, entry f belongs to column f of its list.
-        rows_ptr: [4, M] float32.
-        columns_ptr: [lists, K] int32.
-        counts_ptr: [lists] int32.
+        planes_ptr: [1 + DIGITS, M, K] int8; digits are written: entry f belongs to column f of the row's list.
+        info_ptr: int32, the numbers of rows and the lists.
         stride_m: Elements from row to row.
         M: Rows.
         K: Columns.
@@ -244,11 +241,13 @@ def gather_digits(
         BF: Listed columns that are taken together.
     """
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    q_ptr = planes_ptr
+    digits_ptr = planes_ptr + M.to(tl.int64) * K
+    rows_ptr = rows_of(info_ptr)
+    lists_ptr = info_ptr + 4 * M
     if LIST_ROWS > 0:
-        of_these = tl.program_id(0).to(tl.int64) * BM // LIST_ROWS
-        columns_ptr += of_these * K
-        counts_ptr += of_these
-    count = tl.load(counts_ptr)
+        lists_ptr += tl.program_id(0).to(tl.int64) * BM // LIST_ROWS * (K + 1)
+    count = tl.load(lists_ptr)
     inside = row < M
     special = tl.load(rows_ptr + SPECIAL * M + row, mask=inside, other=0.0)
     unit = tl.load(rows_ptr + UNIT * M + row, mask=inside, other=1.0)
@@ -258,7 +257,7 @@ def gather_digits(
     cutoff = tl.load(rows_ptr + CUTOFF * M + row, mask=inside, other=float("inf"))
     for begin in range(0, count, BF):
         at = begin + tl.arange(0, BF)
-        column = tl.load(columns_ptr + at, mask=at < count, other=0)
+        column = tl.load(lists_ptr + 1 + at, mask=at < count, other=0)
         mask = inside[:, None] & (at < count)[None, :]
         x = tl.load(x_ptr + row[:, None] * stride_m + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if BY_COLUMN:

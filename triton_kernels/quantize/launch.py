@@ -27,11 +27,15 @@ def launches(x: Tensor, into: Activations, policy: Policy) -> list[Launch]:
     """
     k = x.shape[1]
     if not (policy.lists and policy.split):
-        return [_quantize_rows(x, into, policy, into.counts)]
+        return [_quantize_rows(x, into, policy, into.info)]
     # Marks of columns, which only these kernels see.
     lists = 1 if policy.by_column else lists_of(x.shape[0])
     flags = torch.zeros(lists, -(-k // 32), dtype=torch.int32, device=x.device)
-    return [_quantize_rows(x, into, policy, flags), _list_columns(into, k, flags), _gather_digits(x, into, policy)]
+    return [
+        _quantize_rows(x, into, policy, flags),
+        _list_columns(x, into, flags),
+        _gather_digits(x, into, policy),
+    ]
 
 
 def _quantize_rows(x: Tensor, into: Activations, policy: Policy, flags: Tensor) -> Launch:
@@ -44,10 +48,9 @@ def _quantize_rows(x: Tensor, into: Activations, policy: Policy, flags: Tensor) 
         (m,),
         {
             "x_ptr": x,
-            "q_ptr": into.q,
-            "digits_ptr": into.digits,
+            "planes_ptr": into.planes,
+            "info_ptr": into.info,
             "flags_ptr": flags,
-            "rows_ptr": into.rows,
             "stride_m": x.stride(0),
             "M": m,
             "K": k,
@@ -81,13 +84,14 @@ def limits(k: int, square: float) -> tuple[float, float]:
     return min(max(low, 0.0), FLOAT32_MAX), min(high, FLOAT32_MAX)
 
 
-def _list_columns(into: Activations, k: int, flags: Tensor) -> Launch:
+def _list_columns(x: Tensor, into: Activations, flags: Tensor) -> Launch:
+    m, k = x.shape
     words = -(-k // 32)
     together = min(triton.next_power_of_2(words), 128)
     return Launch(
         list_columns,
         (flags.shape[0],),
-        {"flags_ptr": flags, "columns_ptr": into.columns, "counts_ptr": into.counts, "K": k},
+        {"flags_ptr": flags, "info_ptr": into.info, "M": m, "K": k},
         {"WORDS": together},
         num_warps=min(max(together // 16, 1), 8),
     )
@@ -101,11 +105,8 @@ def _gather_digits(x: Tensor, into: Activations, policy: Policy) -> Launch:
         (-(-m // bm),),
         {
             "x_ptr": x,
-            "q_ptr": into.q,
-            "digits_ptr": into.digits,
-            "rows_ptr": into.rows,
-            "columns_ptr": into.columns,
-            "counts_ptr": into.counts,
+            "planes_ptr": into.planes,
+            "info_ptr": into.info,
             "stride_m": x.stride(0),
             "M": m,
             "K": k,

@@ -16,15 +16,15 @@ from int8compile.triton_kernels.numerics import (
     add_digits,
     finish,
     override_special,
+    rows_of,
     sign_of,
 )
 
 
 @triton.jit(do_not_specialize=["M"])
 def small_gemm(
-    q_ptr,
-    digits_ptr,
-    rows_ptr,
+    planes_ptr,
+    info_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
@@ -48,9 +48,8 @@ def small_gemm(
     """A tile of BM rows and BN outputs a program.
 
     Args:
-        q_ptr: [M, K] int8.
-        digits_ptr: [DIGITS, M, K] int8.
-        rows_ptr: [4, M] float32.
+        planes_ptr: [1 + DIGITS, M, K] int8.
+        info_ptr: int32, the numbers of rows.
         weight_ptr: [N, K] int8, rows `stride_n` apart.
         scale_ptr: [N] float32.
         bias_ptr: [N], any float dtype.
@@ -71,6 +70,9 @@ def small_gemm(
         BN: Outputs of a tile.
         BK: Inputs a step.
     """
+    q_ptr = planes_ptr
+    digits_ptr = planes_ptr + M.to(tl.int64) * K
+    rows_ptr = rows_of(info_ptr)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     # Read as [K, N]: 8-bit matrix instructions want both factors with K contiguous.

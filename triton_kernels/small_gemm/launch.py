@@ -16,7 +16,7 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     return Launch(
         small_gemm,
         (math.ceil(n / config.bn), math.ceil(m / config.bm)),
-        {**product.pointers(lists=False), "M": m, "N": n, "K": k, **product.strides()},
+        {**product.pointers(), "M": m, "N": n, "K": k, **product.strides()},
         {**product.constants(config), "BM": config.bm, "BN": config.bn, "BK": config.bk},
         num_warps=config.num_warps,
         num_stages=config.num_stages,

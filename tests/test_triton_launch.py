@@ -1,0 +1,144 @@
+"""How kernels are started, with a driver that keeps what it is given instead of a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from int8compile.ops import digits, quantize_weight
+from int8compile.triton_kernels import operators
+from int8compile.triton_kernels.tables import ARCHITECTURES
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 interprets, nothing is started"
+)
+
+
+class Driver:
+    """An sm_90 that runs nothing.
+
+    Attributes:
+        started: The kernels that were started: name, grid and arguments.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
+        driver = self
+
+        class Launcher:
+            def __init__(self, source: Any, metadata: Any) -> None:
+                self.name = source.fn.__name__
+
+            def __call__(self, *given: Any) -> None:
+                # Three sizes of the grid, six things about the launch, the arguments.
+                driver.started.append((self.name, given[:3], given[9:]))
+
+        self.launcher_cls = Launcher
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
+        return None, 0, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    driver = Driver()
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    monkeypatch.setattr(operators, "_index", lambda tensor: 0)
+    monkeypatch.setattr(operators, "_on", lambda device: operators._HERE)
+    monkeypatch.setattr(operators, "architecture", lambda device: ARCHITECTURES["sm_90"])
+    monkeypatch.setattr(operators, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(operators, "_prepared", {})
+    yield driver
+    triton.runtime.driver._active = before
+
+
+def called(driver: Driver, m: int, *, bias: bool = True, threshold: float = 6.0) -> list[Any]:
+    """What one linear starts, and with which tensors."""
+    driver.started.clear()
+    qweight, scale = quantize_weight(torch.randn(64, 128))
+    x = torch.randn(m, 128, dtype=torch.bfloat16)
+    planes, info = operators._quantize_rows(x, threshold, False)
+    addend = torch.randn(64) if bias else None
+    y = operators._quantized_linear(
+        planes, info, qweight, scale, addend, threshold, False, digits.NONE, 0, 0, torch.bfloat16
+    )
+    assert y.shape == (m, 64)
+    tensors = [x, planes, info, qweight, scale, y] + ([] if addend is None else [addend])
+    places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors)}
+    return [
+        (name, grid, [places.get(each.data_ptr(), each.shape) if isinstance(each, Tensor) else each for each in given])
+        for name, grid, given in driver.started
+    ]
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("m", "kernel"), [(1, "gemv"), (2, "small_gemm"), (20, "small_gemm"), (64, "small_gemm")])
+def test_a_prepared_call_is_what_triton_starts(
+    m: int, kernel: str, bias: bool, threshold: float, driver: Driver
+) -> None:
+    """The first call goes through Triton, the others past its look at every argument, with the same arguments."""
+    first = called(driver, m, bias=bias, threshold=threshold)
+    assert [name for name, _, _ in first] == ["quantize_rows", kernel]
+    assert len(operators._prepared) == 2
+    assert called(driver, m, bias=bias, threshold=threshold) == first
+    assert len(operators._prepared) == 2
+
+
+def test_what_a_call_depends_on_is_prepared_apart(driver: Driver) -> None:
+    kinds = [{"m": 1}, {"m": 2}, {"m": 1, "bias": False}, {"m": 1, "threshold": 5.0}]
+    # The quantization does not depend on the bias.
+    for made, kind in zip((2, 4, 5, 7), kinds, strict=True):
+        called(driver, **kind)  # type: ignore[arg-type]
+        assert len(operators._prepared) == made
+
+
+def test_many_rows_are_not_prepared(driver: Driver) -> None:
+    """There are too many sizes, and the host has time."""
+    names = [name for name, _, _ in called(driver, 300)]
+    assert names == ["quantize_rows", "list_columns", "gather_digits", "gemm"]
+    assert not operators._prepared
+
+
+def test_tensors_that_begin_anywhere_are_not_prepared(driver: Driver) -> None:
+    """Kernels are compiled for tensors that begin at multiples of 16 bytes."""
+    x = torch.randn(129, dtype=torch.bfloat16)[1:].view(1, 128)
+    assert x.data_ptr() % 16
+    for _ in range(2):
+        operators._quantize_rows(x, 6.0, False)
+    assert not operators._prepared
+    # And not mistaken for one that was prepared with another beginning.
+    operators._quantize_rows(torch.randn(1, 128, dtype=torch.bfloat16), 6.0, False)
+    assert len(operators._prepared) == 1
+    operators._quantize_rows(x, 6.0, False)
+    assert len(operators._prepared) == 1
+
+
+def test_a_prepared_call_keeps_no_tensor(driver: Driver) -> None:
+    called(driver, 1)
+    kept = [value for prepared in operators._prepared.values() for value in prepared._values]
+    assert not [value for value in kept if isinstance(value, Tensor)]
