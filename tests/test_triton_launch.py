@@ -55,8 +55,8 @@ class Driver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
-        return None, 0, 0, 0, 1024
+    def load_binary(self, *_: Any) -> tuple[str, int, int, int, int]:
+        return "module", 0, 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 * 1024}
