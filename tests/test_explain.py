@@ -314,6 +314,6 @@ def test_what_multiplies_on_a_gpu(isa: str, expected: str, monkeypatch: pytest.M
 def test_a_gpu_without_int8_instructions_gets_int8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the report says so, line by line: the CPU plays an sm_75."""
     monkeypatch.setattr(rules, "_on_gpu_without_int8", lambda parameter: True)
-    report = int8compile.explain(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), torch.randn(2, 8))
+    report = int8compile.explain(nn.Sequential(nn.Linear(32, 32), nn.ReLU()), torch.randn(2, 32))
     assert [site.weight_only for site in report.sites] == [True]
     assert "int8 weight" in str(report)

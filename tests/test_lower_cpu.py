@@ -667,7 +667,7 @@ PROGRAM = """
 import hashlib, torch
 from int8compile import cpu
 from int8compile.weights import STORE
-from tests.test_lower import Small
+from tests.test_lower_cpu import Small
 assert not cpu.available()
 torch.manual_seed(0)
 model, ids = Small(), torch.randint(80, (9,))

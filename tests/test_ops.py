@@ -188,13 +188,15 @@ def assert_bitwise(actual: Tensor, expected: Tensor) -> None:
 
 def test_every_operator_is_complete() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("int8compile::")}
-    assert names == {f"int8compile::{name}" for name in OPERATORS}
+    # test_quantized.py is about these.
+    in_two_steps = {"int8compile::quantize_rows", "int8compile::quantized_linear"}
+    assert names == {f"int8compile::{name}" for name in OPERATORS} | in_two_steps
     assert set(OPERATORS) == {*OPS, "pack_weight"}
     for name in names:
         keys = ["Meta", "CompositeExplicitAutograd"]
         if name != "int8compile::pack_weight":  # int8 in, int8 out: no gradient, nothing to cast
             keys += ["Autograd", "AutocastCPU", "AutocastCUDA"]
-        for key in [*keys, "CPU"] if VARIANTS else keys:
+        for key in [*keys, "CPU"] if VARIANTS and name not in in_two_steps else keys:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} has nothing for {key}"
 
 

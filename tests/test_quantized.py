@@ -195,6 +195,17 @@ def test_what_cannot_be_quantized(x: Tensor, threshold: float, message: str) -> 
         ops.quantize_rows(x, threshold, False)
 
 
+def test_schemas() -> None:
+    """Without strings and lists, so that C++ can call them."""
+    assert str(ops.quantize_rows.default._schema) == (
+        "int8compile::quantize_rows(Tensor x, float threshold, bool by_column) -> (Tensor planes, Tensor info)"
+    )
+    assert str(ops.quantized_linear.default._schema) == (
+        "int8compile::quantized_linear(Tensor planes, Tensor info, Tensor qweight, Tensor scale, Tensor? bias, "
+        "float threshold, bool by_column, int activation, int n0, int n1, ScalarType dtype) -> Tensor"
+    )
+
+
 @pytest.mark.parametrize("by_column", [False, True])
 def test_operators_are_registered_properly(by_column: bool) -> None:
     x = torch.randn(3, 8)

@@ -148,8 +148,15 @@ CASES = {
 
 
 # Llama 4 rotates with complex numbers, which Inductor leaves to eager.
+# What most people run; the others are slow tests.
+FIRST = {"llama", "llama, tied", "gpt2", "bert", "mixtral"}
+
+
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[] if name in FIRST else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_architecture(case: Case) -> None:
     model = case.build().eval()
     report = int8compile.explain(model, **case.inputs)
@@ -164,7 +171,7 @@ def test_architecture(case: Case) -> None:
     assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.999
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_generate(cache: str) -> None:
     """model.generate() with the forward pass in int8 and a KV cache gives what the compiled model gives without one."""
     model = llama().eval()

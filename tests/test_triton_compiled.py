@@ -24,7 +24,11 @@ pytestmark = pytest.mark.skipif(
 
 WITH_INT8 = [arch for arch in ARCHITECTURES.values() if arch.instruction]
 CASES = [
-    pytest.param(arch, bucket, config, by_column, id=f"{arch.name}-{bucket}-{config}{'-column' * by_column}")
+    pytest.param(
+        *(arch, bucket, config, by_column),
+        id=f"{arch.name}-{bucket}-{config}{'-column' * by_column}",
+        marks=pytest.mark.slow if by_column else [],
+    )
     for by_column in (False, True)
     for arch in WITH_INT8
     for bucket, config in compiled.cases(arch, by_column=by_column)
@@ -63,7 +67,7 @@ def test_compiles_to_what_it_is_meant_for(arch: Architecture, bucket: int, confi
     (2048, 28672, 6.0, False),
     (2048, 4096, 0.0, False),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_quantize_compiles(name: str, m: int, k: int, threshold: float, by_column: bool, dtype: torch.dtype) -> None:
     arch = ARCHITECTURES[name]
     x = torch.empty(m, k, dtype=dtype, device="meta")
@@ -77,8 +81,8 @@ def test_quantize_compiles(name: str, m: int, k: int, threshold: float, by_colum
         assert found["shared"] <= arch.shared_memory
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("m", [1, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.slow), 64])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_weight_only_compiles(name: str, m: int, dtype: torch.dtype) -> None:
     """For every GPU that Triton knows, those without int8 matrix instructions too."""

@@ -205,7 +205,7 @@ def test_every_bucket(arch: tables.Architecture, m: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("activation", range(1, len(digits.ACTIVATIONS)))
-@pytest.mark.parametrize("kernel", SMALL)
+@pytest.mark.parametrize("kernel", ["gemv", "small_gemm", "persistent_gemm, halves"])
 def test_activations(kernel: str, activation: int, device: str) -> None:
     """They and their derivatives are at most of the size of their arguments; a few roundings of float32 are allowed."""
     runs_on(kernel, device)

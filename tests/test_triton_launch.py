@@ -24,26 +24,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Driver:
-    """An sm_90 that runs nothing.
+# The kernels that were started: name, grid and arguments. One list, since Triton keeps what it has compiled, launchers
+# and all, for as long as the process lives.
+STARTED: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
 
-    Attributes:
-        started: The kernels that were started: name, grid and arguments.
-    """
+
+class Launcher:
+    """Notes what it is to start."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.name = source.fn.__name__
+
+    def __call__(self, *given: Any) -> None:
+        # Three sizes of the grid, six things about the launch, the arguments.
+        STARTED.append((self.name, given[:3], given[9:]))
+
+
+class Driver:
+    """An sm_90 that runs nothing."""
+
+    launcher_cls = Launcher
 
     def __init__(self) -> None:
-        self.started: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
-        driver = self
-
-        class Launcher:
-            def __init__(self, source: Any, metadata: Any) -> None:
-                self.name = source.fn.__name__
-
-            def __call__(self, *given: Any) -> None:
-                # Three sizes of the grid, six things about the launch, the arguments.
-                driver.started.append((self.name, given[:3], given[9:]))
-
-        self.launcher_cls = Launcher
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
@@ -63,7 +65,7 @@ class Driver:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     driver = Driver()
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
@@ -72,13 +74,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(operators, "architecture", lambda device: ARCHITECTURES["sm_90"])
     monkeypatch.setattr(operators, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(operators, "_prepared", {})
-    yield driver
+    yield
     triton.runtime.driver._active = before
 
 
-def called(driver: Driver, m: int, *, bias: bool = True, threshold: float = 6.0) -> list[Any]:
+def called(m: int, *, bias: bool = True, threshold: float = 6.0) -> list[Any]:
     """What one linear starts, and with which tensors."""
-    driver.started.clear()
+    STARTED.clear()
     qweight, scale = quantize_weight(torch.randn(64, 128))
     x = torch.randn(m, 128, dtype=torch.bfloat16)
     planes, info = operators._quantize_rows(x, threshold, False)
@@ -91,40 +93,38 @@ def called(driver: Driver, m: int, *, bias: bool = True, threshold: float = 6.0)
     places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors)}
     return [
         (name, grid, [places.get(each.data_ptr(), each.shape) if isinstance(each, Tensor) else each for each in given])
-        for name, grid, given in driver.started
+        for name, grid, given in STARTED
     ]
 
 
 @pytest.mark.parametrize("threshold", [6.0, 0.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("m", "kernel"), [(1, "gemv"), (2, "small_gemm"), (20, "small_gemm"), (64, "small_gemm")])
-def test_a_prepared_call_is_what_triton_starts(
-    m: int, kernel: str, bias: bool, threshold: float, driver: Driver
-) -> None:
+def test_a_prepared_call_is_what_triton_starts(m: int, kernel: str, bias: bool, threshold: float, driver: None) -> None:
     """The first call goes through Triton, the others past its look at every argument, with the same arguments."""
-    first = called(driver, m, bias=bias, threshold=threshold)
+    first = called(m, bias=bias, threshold=threshold)
     assert [name for name, _, _ in first] == ["quantize_rows", kernel]
     assert len(operators._prepared) == 2
-    assert called(driver, m, bias=bias, threshold=threshold) == first
+    assert called(m, bias=bias, threshold=threshold) == first
     assert len(operators._prepared) == 2
 
 
-def test_what_a_call_depends_on_is_prepared_apart(driver: Driver) -> None:
+def test_what_a_call_depends_on_is_prepared_apart(driver: None) -> None:
     kinds = [{"m": 1}, {"m": 2}, {"m": 1, "bias": False}, {"m": 1, "threshold": 5.0}]
     # The quantization does not depend on the bias.
     for made, kind in zip((2, 4, 5, 7), kinds, strict=True):
-        called(driver, **kind)  # type: ignore[arg-type]
+        called(**kind)  # type: ignore[arg-type]
         assert len(operators._prepared) == made
 
 
-def test_many_rows_are_not_prepared(driver: Driver) -> None:
+def test_many_rows_are_not_prepared(driver: None) -> None:
     """There are too many sizes, and the host has time."""
-    names = [name for name, _, _ in called(driver, 300)]
+    names = [name for name, _, _ in called(300)]
     assert names == ["quantize_rows", "list_columns", "gather_digits", "gemm"]
     assert not operators._prepared
 
 
-def test_tensors_that_begin_anywhere_are_not_prepared(driver: Driver) -> None:
+def test_tensors_that_begin_anywhere_are_not_prepared(driver: None) -> None:
     """Kernels are compiled for tensors that begin at multiples of 16 bytes."""
     x = torch.randn(129, dtype=torch.bfloat16)[1:].view(1, 128)
     assert x.data_ptr() % 16
@@ -138,7 +138,7 @@ def test_tensors_that_begin_anywhere_are_not_prepared(driver: Driver) -> None:
     assert len(operators._prepared) == 1
 
 
-def test_a_prepared_call_keeps_no_tensor(driver: Driver) -> None:
-    called(driver, 1)
+def test_a_prepared_call_keeps_no_tensor(driver: None) -> None:
+    called(1)
     kept = [value for prepared in operators._prepared.values() for value in prepared._values]
     assert not [value for value in kept if isinstance(value, Tensor)]

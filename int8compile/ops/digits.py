@@ -95,8 +95,9 @@ def bits(digits: int) -> int:
 def fits_int32(k: int, threshold: float, digits: int) -> bool:
     """Whether the sum of a row's outliers, `sum(d * qweight)`, fits int32 and so is rounded to float32 only once.
 
-    A row has at most K / threshold**2 outliers (their squares sum up to at most K * rms**2), each at most 2**14, and
-    weights are at most 127: 2**14 * 127 * 1024 < 2**31. Elsewhere each digit's sum is rounded by itself.
+    A row has at most K / threshold**2 outliers (their squares sum up to at most K * rms**2), weights are at most 127,
+    and `|256 * d1| + |d0|` is at most 2**14 + 2**7: with 1024 outliers every partial sum, too, is below 2**31.
+    Elsewhere each digit's sum is rounded by itself.
     """
     return digits == 2 and k <= 1024 * threshold * threshold
 
