@@ -2,7 +2,7 @@
 
     python -m benchmarks.compiled                          # the table of every configuration of every architecture
     python -m benchmarks.compiled --arch sm_90 --column    # with the column policy's three digits
-    python -m benchmarks.compiled --json compiled.json     # as data, too
+    python -m benchmarks.compiled --out benchmarks/results/triton-compiled.md
 
 It needs Triton, whose wheel brings NVIDIA's assembler and disassembler.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -42,6 +41,12 @@ N, K = 4096, 4096
 # Matrix instructions by how they are called in PTX, SASS and AMD's assembly.
 _MATRIX = re.compile(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*|v_mfma_\w+)")
 _SASS_MATRIX = re.compile(r"\b(IGMMA|IMMA|UTCIMMA)\b")
+_ABOUT = """# The Triton kernels, compiled
+
+Policy "{policy}", bfloat16 activations, weight 4096 x 4096, Triton {version}; made by `python -m benchmarks.compiled`
+without a GPU. Registers are a thread's; "spilled" are the bytes of a thread that do not fit into them, "in loops" the
+instructions of the innermost loops with matrix instructions that move such bytes; "load" is the widest load from memory.
+"""
 _SASS_SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
@@ -195,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = [name for name, arch in tables.ARCHITECTURES.items() if arch.instruction]
     parser.add_argument("--arch", action="append", choices=known, help="only this one; may be given again")
     parser.add_argument("--column", action="store_true", help="the column policy, whose outliers have three digits")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the same as data")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the table, instead of printing it")
     given = parser.parse_args(arguments)
     tasks = [
         (name, bucket, config, given.column)
@@ -214,10 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows
     ]  # fmt: skip
     head = ("arch", "M from", "kernel and tile", "instruction", "registers", "spilled", "in loops", "shared", "load")
-    print(tabulate(shown, head, tablefmt="github"))
-    if given.json:
-        data = {"triton": triton.__version__, "n": N, "k": K, "kernels": [dataclasses.asdict(row) for row in rows]}
-        given.json.write_text(json.dumps(data, indent=1) + "\n")
+    table = tabulate(shown, head, tablefmt="github")
+    if given.out is None:
+        print(table)
+    else:
+        given.out.write_text(f"{_ABOUT.format(policy=rows[0].policy, version=triton.__version__)}\n{table}\n")
     return 0
 
 

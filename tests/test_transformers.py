@@ -147,11 +147,11 @@ CASES = {
 }
 
 
-# Llama 4 rotates with complex numbers, which Inductor leaves to eager.
 # What most people run; the others are slow tests.
 FIRST = {"llama", "llama, tied", "gpt2", "bert", "mixtral"}
 
 
+# Llama 4 rotates with complex numbers, which Inductor leaves to eager.
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
 @pytest.mark.parametrize(
     "case",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 
 import pytest
 import torch
@@ -131,3 +132,16 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr(compiled, "cases", lambda arch, by_column: [(1, arch.rows[1][0])])
     assert compiled.main(["--arch", "sm_80"]) == 0
     assert "| sm_80  |        1 | gemv 1x8x512 4w 1s |" in capsys.readouterr().out
+
+
+def test_the_committed_table_has_every_configuration() -> None:
+    """If not: python -m benchmarks.compiled --out benchmarks/results/triton-compiled.md."""
+    committed = (pathlib.Path(compiled.__file__).parent / "results" / "triton-compiled.md").read_text()
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:4]) for line in committed.splitlines()}
+    expected = {
+        (arch.name, str(bucket), str(config))
+        for arch in WITH_INT8
+        for bucket, config in compiled.cases(arch, by_column=False)
+    }
+    assert expected <= rows
+    assert len(rows - expected) < 10  # the heading
