@@ -45,7 +45,7 @@ _ABOUT = """# The Triton kernels, compiled
 
 Policy "{policy}", bfloat16 activations, weight 4096 x 4096, Triton {version}; made by `python -m benchmarks.compiled`
 without a GPU. Registers are a thread's; "spilled" are the bytes of a thread that do not fit into them, "in loops" the
-instructions of the innermost loops with matrix instructions that move such bytes; "load" is the widest load from memory.
+instructions of the innermost loops with matrix instructions that move them; "load" is the widest load from memory.
 """
 _SASS_SPILL = re.compile(r"\b(STL|LDL)\b")
 
