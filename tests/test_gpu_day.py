@@ -450,8 +450,10 @@ def test_the_roofline_is_the_longer_of_bytes_and_operations() -> None:
     assert ceilings.floor(cases, 20, 400, "int8") is None
 
 
-def test_texts_lose_folders_and_the_machine() -> None:
+def test_texts_lose_folders_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     host = platform.node()
+    # As `make test` has it.
+    monkeypatch.setattr(sys, "prefix", str(facts.ROOT / ".venv"))
     text = f'File "/opt/venv/lib/python3.12/x.py", line 3: {Path.home()} -I{sys.prefix}/include 4096/6144, tests/a.py'
     found = facts.scrubbed(f"{text} {host}")
     assert found.startswith('File "x.py", line 3: ~ -Ipython/include 4096/6144, tests/a.py')

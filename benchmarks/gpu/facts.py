@@ -80,8 +80,9 @@ def described(error: BaseException) -> str:
 
 def scrubbed(text: str) -> str:
     """A text without folders and without the machine's name."""
-    for folder, short in ((ROOT, "."), (Path.home(), "~"), (Path(sys.prefix), "python")):
-        text = text.replace(str(folder), short)
+    names = {str(ROOT): ".", str(Path.home()): "~", sys.prefix: "python"}
+    for folder in sorted(names, key=len, reverse=True):  # One may be inside another.
+        text = text.replace(folder, names[folder])
     text = _FOLDERS.sub("", text)
     name = platform.node()
     return re.sub(rf"\b{re.escape(name)}\b", "<host>", text) if name else text
