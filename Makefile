@@ -27,6 +27,7 @@ test: lint ## lint, types, import rules, and every test that is not slow
 
 test-slow: $(STAMP) ## the tests that run a real language model, and others that take minutes
 	$(BIN)/python -m pytest -m slow -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_contract.py -m slow -n 2
 
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check .

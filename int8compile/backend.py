@@ -189,7 +189,7 @@ def _compile(
         chosen = [args[position] for position in kept]
         for parts, slot in weights:
             found = [STORE.get(args[position], view, path, packed=slot.packed) for position, view, path in parts]
-            weight = found[0] if len(found) == 1 else STORE.fused(found, interleaved=slot.interleaved)
+            weight = STORE.alone(found[0]) if len(found) == 1 else STORE.fused(found, interleaved=slot.interleaved)
             chosen += (weight.qweight, weight.scale)
         return chosen
 

@@ -132,6 +132,7 @@ class WeightStore:
         """The int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
 
         A changed parameter is quantized into the same int8 tensors, so their addresses stay valid in CUDA graphs.
+        (Graphs that join the same weights in different ways move them, see `fused` and `alone`.)
 
         Args:
             parameter: The parameter, as the compiled graph received it.
@@ -156,10 +157,20 @@ class WeightStore:
             interleaved: Whether their rows take turns; they are of one shape then.
         """
         fused = weights[0].fused
-        if fused is None or fused.interleaved != interleaved or fused.members != tuple(map(weakref.ref, weights)):
+        layout = (interleaved, tuple(map(weakref.ref, weights)))
+        # One of them may have been taken out since, see `alone`.
+        if fused is None or (fused.interleaved, fused.members) != layout or any(w.fused is not fused for w in weights):
             with self._lock, _plain_tensors():
                 fused = _fuse(weights, interleaved)
         return fused
+
+    def alone(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """A weight whose rows lie one behind the other, as compiled graphs that take it alone expect."""
+        if not weight.qweight.is_contiguous():
+            with self._lock, _plain_tensors():
+                weight.qweight, weight.scale = weight.qweight.contiguous(), weight.scale.contiguous()
+                weight.fused = None
+        return weight
 
     def weights(self, parameter: Tensor) -> dict[Key, QuantizedWeight]:
         """What a parameter's views are in int8; empty for one that was never quantized."""

@@ -7,6 +7,7 @@ weights' rows in turns, whose end computes it; and an activation function that a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +80,8 @@ def lower_for_gpu(
     }
     lowering = _Lowering(module, binder, slots)
     for group in siblings(module, ops.linear.default, slots, limit=len(module.graph.nodes)):
-        lowering.lower([node for node in group if not node.meta[NEEDS_GRAD]])
+        lowering.plan([node for node in group if not node.meta[NEEDS_GRAD]])
+    lowering.emit()
     return lowering.done
 
 
@@ -92,15 +94,16 @@ def has_int8_kernels(device: torch.device) -> bool:
 def quantized_by_inductor(x: Node, threshold: float) -> tuple[bool, str]:
     """Whether Inductor generates the quantization of an activation, and why.
 
-    What it generates it fuses with what makes the activation, usually a norm, which then is never written to memory.
+    What it generates it fuses with what makes the activation, usually a norm, which then is never written to memory,
+    nor rounded to 16 bit before it is quantized.
     """
     if threshold > 0:
         return False, "lists of outliers and the exact sums that decide on them need a kernel of their own"
-    if x.op not in ("call_function", "call_method"):
-        return False, "the activation comes from outside of the graph, there is nothing to fuse with"
     made_by: Any = x
     while getattr(made_by, "target", None) in _VIEWS:
         made_by = made_by.args[0]
+    if not isinstance(made_by, Node) or made_by.op not in ("call_function", "call_method"):
+        return False, "the activation comes from outside of the graph, there is nothing to fuse with"
     if getattr(getattr(made_by, "target", None), "namespace", "") == "int8compile":
         return False, "a kernel makes the activation, with which Inductor does not fuse"
     return True, "without outliers it is a maximum and a rounding, which Inductor fuses with what makes the activation"
@@ -112,6 +115,7 @@ class _Lowering:
         self._graph = module.graph
         self._binder = binder
         self._slots = slots
+        self._planned: list[tuple[Node, Callable[[], None]]] = []
         self._quantized: dict[tuple[Node, float, str, torch.dtype, int], tuple[Node, ...]] = {}
         # What lies between two barriers may share what is computed there.
         self._stretch: dict[Node, int] = {}
@@ -120,28 +124,37 @@ class _Lowering:
             stretch += is_barrier(node)
             self._stretch[node] = stretch
 
-    def lower(self, nodes: Sequence[Node]) -> None:
-        """Lowers linears of one activation."""
+    def plan(self, nodes: Sequence[Node]) -> None:
+        """Plans the products of linears of one activation, which can run at the place of the first of them."""
         rest = list(nodes)
-        for gate, up, silu, mul in _gated(nodes):
-            rest.remove(gate)
-            rest.remove(up)
-            first = gate if nodes.index(gate) < nodes.index(up) else up
-            slots = self._slots_of([gate, up])
-            slot = self._binder.join(slots, interleaved=True)
-            bias = None
-            with self._graph.inserting_before(first):
-                if gate.args[3] is not None:
-                    stacked = self._graph.call_function(torch.stack, ([gate.args[3], up.args[3]], 1))
-                    bias = self._graph.call_method("flatten", (stacked,))
-                (y,) = self._product(first, slot, bias, digits.SILU_MUL, [slot.members[0].view.shape[0]])
-            y.meta.update(mul.meta)
-            mul.replace_all_uses_with(y)
-            for node in (mul, silu, gate, up):
-                self._graph.erase_node(node)
-            self._binder.drop(slots)
+        for pair in _gated(nodes):
+            rest = [node for node in rest if node not in pair]
+            first = next(node for node in nodes if node in pair)
+            self._planned.append((first, functools.partial(self._lower_gated, first, *pair)))
         for begin in range(0, len(rest), _PARTS):
-            self._lower_parts(rest[begin : begin + _PARTS])
+            part = rest[begin : begin + _PARTS]
+            self._planned.append((part[0], functools.partial(self._lower_parts, part)))
+
+    def emit(self) -> None:
+        """Makes the products in the order of the graph: what the first quantizes is there for the others."""
+        order = {node: position for position, node in enumerate(self._graph.nodes)}
+        for _, lower in sorted(self._planned, key=lambda planned: order[planned[0]]):
+            lower()
+
+    def _lower_gated(self, first: Node, gate: Node, up: Node, silu: Node, mul: Node) -> None:
+        slots = self._slots_of([gate, up])
+        slot = self._binder.join(slots, interleaved=True)
+        bias = None
+        with self._graph.inserting_before(first):
+            if gate.args[3] is not None:
+                stacked = self._graph.call_function(torch.stack, ([gate.args[3], up.args[3]], 1))
+                bias = self._graph.call_method("flatten", (stacked,))
+            (y,) = self._product(first, slot, bias, digits.SILU_MUL, [slot.members[0].view.shape[0]])
+        y.meta.update(mul.meta)
+        mul.replace_all_uses_with(y)
+        for node in (mul, silu, gate, up):
+            self._graph.erase_node(node)
+        self._binder.drop(slots)
 
     def _lower_parts(self, nodes: Sequence[Node]) -> None:
         """One product for up to three linears of one activation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch.fx import GraphModule, Node
 
 from int8compile.passes.static import written
@@ -47,5 +48,7 @@ def is_barrier(node: Node) -> bool:
     """Whether a call must not pass this node: it writes to a tensor, or switches autocast or the like."""
     if node.op not in ("call_function", "call_method"):
         return node.op == "call_module"
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True  # A Triton kernel of the user's, a region with a graph of its own: either may write.
     name = getattr(node.target, "__name__", "")
     return bool(written(node)) or name.startswith(("_enter_", "_exit_", "_set_", "_grad_", "_jvp_"))

@@ -180,10 +180,16 @@ def changed_in_graph(weight: StaticWeight) -> bool:
 
 def written(call: Node) -> set[Node]:
     """The arguments that a call changes in place."""
-    if isinstance(call.target, torch._ops.OpOverload):
-        schema = call.target._schema.arguments
-        given = dict(zip((argument.name for argument in schema), call.args, strict=False)) | dict(call.kwargs)
-        changed = [given.get(argument.name) for argument in schema if argument.is_write]
+    if isinstance(call.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        # Dynamo leaves `torch.ops.library.name(...)` as it is written; which overload it means its arguments decide.
+        overloads: list[Any] = [call.target]
+        if isinstance(call.target, torch._ops.OpOverloadPacket):
+            overloads = [getattr(call.target, name) for name in call.target.overloads()]
+        changed: list[Any] = []
+        for overload in overloads:
+            schema = overload._schema.arguments
+            given = dict(zip((argument.name for argument in schema), call.args, strict=False)) | dict(call.kwargs)
+            changed += [given.get(argument.name) for argument in schema if argument.is_write]
     else:
         name = str(call.target) if call.op == "call_method" else getattr(call.target, "__name__", "")
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE

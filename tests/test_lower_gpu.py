@@ -207,6 +207,70 @@ def test_readers_that_are_not_one_product_share_the_quantization(seen: Seen) -> 
     assert seen.lowered == Lowered(products=4, quantized=2)
 
 
+EARLIER: dict[str, Callable[[Gated, nn.Linear, Tensor], list[Tensor]]] = {
+    "another linear first": lambda m, other, x: [other(x), F.silu(m.gate(x)) * m.up(x)],
+    "another linear between": lambda m, other, x: [F.silu(m.gate(x)) * m.up(x), other(x)],
+    "up, another, gate": lambda m, other, x: [(up := m.up(x)), other(x), F.silu(m.gate(x)) * up][1:],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", EARLIER.values(), ids=EARLIER.keys())
+def test_what_shares_an_activation_with_a_gated_pair(
+    call: Callable[[Gated, nn.Linear, Tensor], list[Tensor]], seen: Seen
+) -> None:
+    """As in blocks whose attention and MLP read one norm: quantized before the first of them."""
+    model, other, x = Gated(), nn.Linear(64, 32), torch.randn(5, 64)
+    results = compiled(lambda x: call(model, other, x))(x)
+    assert seen.lowered == Lowered(products=2, quantized=1)
+    by = {"gate": by_operator(model.gate, x), "up": by_operator(model.up, x), "other": by_operator(other, x)}
+    hidden = F.silu(by["gate"]) * by["up"]
+    for result in results:  # type: ignore[attr-defined]
+        assert near(result, by["other"] if result.shape[-1] == 32 else hidden)
+
+
+@torch.no_grad()
+def test_two_gated_pairs_of_one_activation(seen: Seen) -> None:
+    first, second, x = Gated(), Gated(), torch.randn(5, 64)
+
+    def call(x: Tensor) -> list[Tensor]:
+        late_up = second.up(x)
+        one = F.silu(first.gate(x)) * first.up(x)
+        return [one, F.silu(second.gate(x)) * late_up]
+
+    results = compiled(call)(x)
+    assert seen.lowered == Lowered(products=2, quantized=1)
+    for model, result in zip((first, second), results, strict=True):  # type: ignore[call-overload]
+        assert near(result, F.silu(by_operator(model.gate, x)) * by_operator(model.up, x))
+
+
+def add_one(x: Tensor) -> None:
+    x.add_(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("written_as", ["packet", "overload"])
+def test_an_operator_that_writes_is_a_barrier(written_as: str, seen: Seen) -> None:
+    """Dynamo leaves a packet of overloads, whose schema says that it writes and whose name does not."""
+    with torch.library._scoped_library("int8compile_test", "FRAGMENT") as library:
+        library.define("bump(Tensor(a!) x) -> ()")
+        library.impl("bump", add_one, "CompositeExplicitAutograd")
+        torch.library.register_fake("int8compile_test::bump", lambda x: None, lib=library)
+        bump = torch.ops.int8compile_test.bump
+        first, second, x = nn.Linear(64, 48), nn.Linear(64, 48), torch.randn(5, 64)
+
+        def call(x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x * 1
+            before = first(x)
+            (bump if written_as == "packet" else bump.default)(x)
+            return before, second(x)
+
+        before, after = compiled(call)(x)  # type: ignore[misc]
+    assert seen.lowered == Lowered(products=2, quantized=2)
+    assert near(before, by_operator(first, x))
+    assert near(after, by_operator(second, x + 1))
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -297,14 +361,46 @@ def test_weights_are_held_once_and_refreshed(seen: Seen) -> None:
     assert gate.qweight.untyped_storage().data_ptr() == up.qweight.untyped_storage().data_ptr()
     assert gate.qweight.stride() == (128, 1)
     assert near(alone(x), by_operator(model.gate, x))
+    assert gate.qweight.stride() == (64, 1)
     model.gate.weight.mul_(-2)
     assert near(alone(x), by_operator(model.gate, x))
     hidden = F.silu(by_operator(model.gate, x)) * by_operator(model.up, x)
     assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
+    # What was compiled for a weight alone still finds it as it was, whichever graph came between.
+    assert near(alone(x), by_operator(model.gate, x))
+    assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
     # In turns for one graph, one behind the other for the next, and back.
     other = torch.compile(lambda x: (model.gate(x), model.up(x)), backend="int8", fullgraph=True)
-    assert near(other(x)[1], by_operator(model.up, x))
-    assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
+    for _ in range(2):
+        assert near(other(x)[1], by_operator(model.up, x))
+        assert near(alone(x), by_operator(model.gate, x))
+        assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_weight_taken_alone_before_it_is_interleaved(seen: Seen) -> None:
+    """The first graph was compiled for rows one behind the other, and gets them so."""
+    model, x = Gated(), torch.randn(5, 64)
+    alone = torch.compile(model.gate, backend="int8", fullgraph=True)
+    both = compiled(model)
+    hidden = F.silu(by_operator(model.gate, x)) * by_operator(model.up, x)
+    for _ in range(2):
+        assert near(alone(x), by_operator(model.gate, x))
+        assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
+
+
+def test_with_and_without_gradients_in_turns(seen: Seen) -> None:
+    """Training adapters on a frozen base: its own graph takes gate and up apart."""
+    model, x = Gated().requires_grad_(False), torch.randn(5, 64)
+    call = compiled(model)
+    hidden = F.silu(by_operator(model.gate, x)) * by_operator(model.up, x)
+    expected = by_operator(model.down, hidden)  # type: ignore[arg-type]
+    for _ in range(2):
+        y = call(x.clone().requires_grad_())
+        y.sum().backward()  # type: ignore[attr-defined]
+        assert near(y.detach(), expected)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            assert near(call(x), expected)
 
 
 @pytest.mark.parametrize(("isa", "expected"), [("sm_75", False), ("sm_80", True), ("sm_90", True), ("gfx1100", False)])

@@ -189,7 +189,14 @@ def test_unusual_thresholds(threshold: float, by_column: bool, device: str) -> N
 
 
 @pytest.mark.parametrize("m", [*tables.BUCKETS, *[bucket + 1 for bucket in tables.BUCKETS]])
-@pytest.mark.parametrize("arch", ARCHES, ids=lambda arch: arch.name)
+@pytest.mark.parametrize(
+    "arch",
+    # In the interpreter the tables differ in the sizes of tiles only; on a GPU its own counts.
+    [
+        pytest.param(arch, id=arch.name, marks=[] if arch.name in ("sm_80", "sm_90") else pytest.mark.slow)
+        for arch in ARCHES
+    ],
+)
 def test_every_bucket(arch: tables.Architecture, m: int, device: str) -> None:
     """What the table gives for M at the edges of its ranges, in both policies."""
     if device == "cuda" and arch is not architecture(device):

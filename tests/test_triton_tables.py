@@ -151,7 +151,7 @@ def test_autotune_without_a_place_to_write(tmp_path: Path, caplog: pytest.LogCap
 def test_autotune_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = ARCHITECTURES["sm_90"].rows[17]
     monkeypatch.delenv("INT8COMPILE_AUTOTUNE", raising=False)
-    monkeypatch.setattr(autotune, "_cache", lambda: pytest.fail("nobody asked for measurements"))
+    monkeypatch.setattr(autotune, "_cache", lambda device: pytest.fail("nobody asked for measurements"))
     assert autotune.choose(product(), configs, 1, launch_of) == configs[0]  # type: ignore[arg-type]
     monkeypatch.setenv("INT8COMPILE_AUTOTUNE", "yes")
     with pytest.raises(ConfigError, match=r"INT8COMPILE_AUTOTUNE='yes': allowed are 0 .* and 1"):

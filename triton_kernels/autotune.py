@@ -46,7 +46,7 @@ def choose(product: Product, configs: tuple[Config, ...], multiprocessors: int, 
     m, n, _ = product.sizes
     if not enabled() or len(configs) == 1:
         return tables.choose(configs, m, n, multiprocessors)
-    return _cache().choose(product, configs, multiprocessors, launch_of)
+    return _cache(product.y.device.index).choose(product, configs, multiprocessors, launch_of)
 
 
 class Cache:
@@ -120,8 +120,8 @@ def path_for(device: str) -> Path:
 
 
 @functools.cache
-def _cache() -> Cache:
+def _cache(device: int | None) -> Cache:
     def measure(call: Callable[[], None]) -> float:
         return float(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median"))
 
-    return Cache(path_for(torch.cuda.get_device_name()), measure)
+    return Cache(path_for(torch.cuda.get_device_name(device)), measure)

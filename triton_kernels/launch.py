@@ -60,9 +60,14 @@ class Launch:
             enable_fp_fusion=False,
         )
 
-    def prepare(self) -> Prepared:
-        """Runs, and returns how to run again with other tensors of the same sizes and alignment."""
-        return Prepared(self, self.run())
+    def prepare(self) -> Prepared | None:
+        """Runs, and returns how to run again with other tensors of the same sizes and alignment.
+
+        Returns:
+            None where nothing was compiled: in Triton's interpreter.
+        """
+        compiled = self.run()
+        return None if compiled is None else Prepared(self, compiled)
 
     def compile(self, target: GPUTarget) -> Any:
         """Compiles it for a GPU that need not be there; tensors may be on the meta device.

@@ -55,7 +55,10 @@ def load() -> bool:
 def _missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    triton = importlib.import_module("triton")
+    try:
+        triton = importlib.import_module("triton")
+    except Exception as error:  # A broken installation may raise anything.
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < MIN_VERSION:
         return f"Triton is {triton.__version__}, and {'.'.join(map(str, MIN_VERSION))} is the oldest that will do"

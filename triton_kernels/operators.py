@@ -69,6 +69,14 @@ def launch_of(product: Product, config: Config, multiprocessors: int) -> Launch:
     return made
 
 
+def _prepare(key: Any, call: Launch) -> None:
+    """Runs a call and keeps it, unless it is only a makeshift."""
+    prepared = call.prepare()
+    # What is captured cannot be measured; the first call outside of a graph is.
+    if prepared is not None and not (autotune.enabled() and torch.cuda.is_current_stream_capturing()):
+        _prepared[key] = prepared
+
+
 def _index(x: Tensor) -> int:
     return torch.cuda.current_device() if x.device.index is None else x.device.index
 
@@ -111,7 +119,7 @@ def _quantize_rows_checked(x: Tensor, threshold: float, by_column: bool, key: An
         calls = launches(x, into, policy)
         # Of many rows the host's time does not matter, and there are many sizes.
         if key and len(calls) == 1 and m <= arch.planes_rows and x.data_ptr() == given.data_ptr():
-            _prepared[key] = calls[0].prepare()
+            _prepare(key, calls[0])
         else:
             for call in calls:
                 call.run()
@@ -135,11 +143,11 @@ def _quantized_linear(
     places = planes.data_ptr() | info.data_ptr() | qweight.data_ptr() | scale.data_ptr()
     key = None
     if not (places if bias is None else places | bias.data_ptr()) % 16:
-        with_bias = None if bias is None else (bias.shape, bias.dtype, bias.stride())
-        key = (
-            *(index, planes.shape, qweight.dtype, qweight.shape, qweight.stride(), scale.dtype, scale.shape),
-            *(scale.stride(), with_bias, threshold, by_column, activation, n0, n1, dtype),
-        )
+        with_bias = None if bias is None else (bias.device, bias.shape, bias.dtype, bias.stride())
+        how = (threshold, by_column, activation, n0, n1, dtype)
+        weight = (qweight.device, qweight.dtype, qweight.shape, qweight.stride())
+        with_scale = (scale.device, scale.dtype, scale.shape, scale.stride())
+        key = (planes.device, planes.shape, info.shape, weight, with_scale, with_bias, how)
     prepared = _prepared.get(key)
     x = Activations(planes, info)
     if prepared is None:
@@ -167,7 +175,7 @@ def _quantized_linear_checked(
     key: Any,
 ) -> Tensor:
     """What is looked at once for all calls of a kind."""
-    check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
+    check_quantized_linear(x, qweight, scale, bias, threshold, activation, n0, n1, dtype)
     (count, m, k), n = x.planes.shape, qweight.shape[0]
     index = _index(x.planes)
     arch = architecture(index)
@@ -181,13 +189,13 @@ def _quantized_linear_checked(
     y = empty_result(x.planes, qweight, activation, n0, dtype)
     product = Product(x, qweight, scale, bias, y, activation, n0, n1, policy)
     configs = tables.candidates(arch, m, k, lists=policy.lists)
-    if qweight.data_ptr() % 16 or qweight.stride(0) % 16:
+    if (qweight.data_ptr() | x.planes.data_ptr() | qweight.stride(0)) % 16:
         configs = tuple(config for config in configs if config.kernel != "persistent_gemm")
     sms = multiprocessors(index)
     with _on(index):
         call = launch_of(product, autotune.choose(product, configs, sms, launch_of), sms)
         if key and m <= arch.planes_rows and not policy.lists and all(map(operator.is_, given, (qweight, scale, bias))):
-            _prepared[key] = call.prepare()
+            _prepare(key, call)
         else:
             call.run()
     return y

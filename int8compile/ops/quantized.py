@@ -16,7 +16,7 @@ from torch import Tensor
 
 from int8compile.errors import InputError
 from int8compile.ops import digits
-from int8compile.ops.digits import ACTIVATIONS, SILU_MUL, Activations
+from int8compile.ops.digits import ACTIVATIONS, SILU_MUL, Activations, lists_of
 from int8compile.ops.linear import OUTLIER_POLICIES, SUPPORTED_DTYPES, register_no_grad
 from int8compile.ops.reference import MAX_K
 
@@ -44,6 +44,7 @@ def check_quantized_linear(
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    threshold: float,
     activation: int,
     n0: int,
     n1: int,
@@ -51,11 +52,24 @@ def check_quantized_linear(
 ) -> None:
     """Raises `InputError` where the parts do not fit each other."""
     name = "int8compile::quantized_linear"
+    for given in (x.info, qweight, scale, bias):
+        if given is not None and given.device != x.planes.device:
+            raise InputError(f"{name}: tensors are on {x.planes.device} and {given.device}; give all on one device")
     n, k = qweight.shape if qweight.dim() == 2 else (-1, -1)
     if qweight.dtype != torch.int8 or x.planes.dim() != 3 or k != x.planes.shape[2]:
         raise InputError(
             f"{name}: qweight is {qweight.dtype} {list(qweight.shape)} and planes {list(x.planes.shape)}; give int8 "
             "[N, K] for [1 + digits, M, K], as quantize_rows makes them"
+        )
+    # Kernels read as far as that.
+    planes, m, _ = x.planes.shape
+    size = 4 * m + (lists_of(m) * (1 + k) if threshold > 0 else 0)
+    fits = planes in (3, 4) if threshold > 0 else planes >= 1
+    dtypes = (x.planes.dtype, x.info.dtype) == (torch.int8, torch.int32)
+    if not (fits and dtypes and x.info.dim() == 1 and x.info.shape[0] >= size):
+        raise InputError(
+            f"{name}: planes are {x.planes.dtype} {list(x.planes.shape)} and info is {x.info.dtype} "
+            f"{list(x.info.shape)}; give what quantize_rows made with the threshold {threshold}"
         )
     if scale.dtype != torch.float32 or list(scale.shape) != [n]:
         raise InputError(f"{name}: scale is {scale.dtype} {list(scale.shape)}; give float32 [{n}]")
@@ -129,7 +143,7 @@ def _quantized_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     x = Activations(planes, info)
-    check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
+    check_quantized_linear(x, qweight, scale, bias, threshold, activation, n0, n1, dtype)
     return by_definition(x, qweight, scale, bias, activation, n0, n1, dtype)
 
 
@@ -147,7 +161,7 @@ def _quantized_linear_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     x = Activations(planes, info)
-    check_quantized_linear(x, qweight, scale, bias, activation, n0, n1, dtype)
+    check_quantized_linear(x, qweight, scale, bias, threshold, activation, n0, n1, dtype)
     return empty_result(planes, qweight, activation, n0, dtype)
 
 
