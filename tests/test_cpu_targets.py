@@ -20,7 +20,8 @@ import pytest
 
 from int8compile.cpu import build
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+# Compiles every variant with two compilers: about a minute.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
 CHECK = build.Unit("check/check.cpp")
 # zig wants names of CPUs where others take architectures.

@@ -126,6 +126,7 @@ def test_a_compiled_model_is_explained_as_what_it_was_made_from() -> None:
     assert backend.graphs == 1
 
 
+@pytest.mark.slow
 def test_as_often_as_one_likes() -> None:
     """Dynamo gives up on code that was compiled 256 times; then nothing would be captured."""
     model, x = nn.Linear(32, 32), torch.randn(2, 32)

@@ -679,6 +679,7 @@ print("bits", hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_without_the_kernel_the_numbers_are_the_same() -> None:
     """INT8COMPILE_CPU_KERNEL=0: weights are not packed, and the definition runs."""
     torch.manual_seed(0)

