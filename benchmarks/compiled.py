@@ -97,7 +97,7 @@ def target_of(arch: Architecture) -> GPUTarget:
     return GPUTarget("cuda", int(arch.name.removeprefix("sm_")), 32)
 
 
-def launch(arch: Architecture, bucket: int, config: Config, *, by_column: bool, bias: bool = True) -> Launch:
+def launch(arch: Architecture, bucket: int, config: Config, *, by_column: bool) -> Launch:
     """The call of a product of bfloat16 activations, with tensors that have no data."""
     x = torch.empty(bucket, K, dtype=torch.bfloat16, device="meta")
     activations = Activations.empty(x, 6.0, by_column)
@@ -105,7 +105,7 @@ def launch(arch: Architecture, bucket: int, config: Config, *, by_column: bool, 
     scale = torch.empty(N, device="meta")
     policy = Policy.of(bucket, K, activations.digits.shape[0], 6.0, by_column, arch)
     y = empty_result(activations.planes, qweight, digits.NONE, 0, torch.bfloat16)
-    product = Product(activations, qweight, scale, scale if bias else None, y, digits.NONE, 0, 0, policy)
+    product = Product(activations, qweight, scale, scale, y, digits.NONE, 0, 0, policy)
     return launch_of(product, config, 132)
 
 

@@ -74,11 +74,11 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     module = copy_graph(gm)
     binder, report = rewrite_captured(module, example_inputs, config)
     parameters = captured_parameters(module, example_inputs)
-    if report.rewritten and _any_on_cpu(parameters) and cpu.available():
+    if report.rewritten and _any_on("cpu", parameters) and cpu.available():
         lower_for_cpu(module, binder, parameters)
         module.graph.lint()
     patches = config.inductor_patches()
-    if report.rewritten and _any_on_gpu(parameters) and _gpu_kernels(parameters):
+    if report.rewritten and _any_on("cuda", parameters) and _gpu_kernels(parameters):
         lowered = lower_for_gpu(module, binder, parameters)
         module.graph.lint()
         if lowered.quantized_by_inductor:
@@ -128,12 +128,8 @@ def captured_parameters(module: GraphModule, example_inputs: Sequence[Any]) -> d
     }
 
 
-def _any_on_cpu(parameters: Mapping[Node, Tensor]) -> bool:
-    return any(parameter.device.type == "cpu" for parameter in parameters.values())
-
-
-def _any_on_gpu(parameters: Mapping[Node, Tensor]) -> bool:
-    return any(parameter.device.type == "cuda" for parameter in parameters.values())
+def _any_on(kind: str, parameters: Mapping[Node, Tensor]) -> bool:
+    return any(parameter.device.type == kind for parameter in parameters.values())
 
 
 def _gpu_kernels(parameters: Mapping[Node, Tensor]) -> bool:

@@ -32,13 +32,12 @@ log = logging.getLogger(__name__)
 EXACT_DIVISION = {"eager_numerics.division_rounding": True}
 
 _PARTS = 3
-# By module names, since torch.nn.functional's gelu is torch._C._nn's.
 _RELU = (F.relu, torch.relu, "relu")
 _SILU = (F.silu,)
 _GELU = (F.gelu,)
+_MUL = (operator.mul, torch.mul, "mul")
 # Between a kernel and what reads it.
 _VIEWS = (operator.getitem, "narrow", "view", "reshape", "flatten", "unflatten")
-_MUL = (operator.mul, torch.mul, "mul")
 
 
 @dataclasses.dataclass

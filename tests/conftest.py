@@ -24,22 +24,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what this process cannot run: GPU tests by name, the interpreter's tests as a whole."""
-    interpreted = [item for item in items if item.get_closest_marker("interpreted")]
-    if interpreted and not INTERPRETED:
-        config.hook.pytest_deselected(items=interpreted)
-        items[:] = [item for item in items if item not in set(interpreted)]
-    if torch.cuda.is_available() and not INTERPRETED:
+    """Leaves out what this process cannot run; where there is no GPU, its tests are skipped by name."""
+    left_out = [item for item in items if item.get_closest_marker("gpu" if INTERPRETED else "interpreted")]
+    config.hook.pytest_deselected(items=left_out)
+    apart = set(left_out)
+    items[:] = [item for item in items if item not in apart]
+    if torch.cuda.is_available():
         return
-    why = "cannot run beside Triton's interpreter" if INTERPRETED else "needs a CUDA GPU"
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if INTERPRETED:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in set(gpu)]
-        return
-    for item in gpu:
-        # The name is part of the reason: pytest's summary folds equal reasons into one line.
-        item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} {why}"))
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            # The name is part of the reason: pytest's summary folds equal reasons into one line.
+            item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)

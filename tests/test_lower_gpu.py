@@ -51,8 +51,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         return seen.lowered
 
     monkeypatch.setattr(backend, "lower_for_gpu", lower)
-    monkeypatch.setattr(backend, "_any_on_gpu", lambda parameters: True)
-    monkeypatch.setattr(backend, "_any_on_cpu", lambda parameters: False)
+    monkeypatch.setattr(backend, "_any_on", lambda kind, parameters: kind == "cuda")
     monkeypatch.setattr(triton_kernels, "load", lambda: True)
     return seen
 

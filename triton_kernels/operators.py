@@ -180,7 +180,7 @@ def _quantized_linear_checked(
     index = _index(x.planes)
     arch = architecture(index)
     if arch is None or not arch.instruction or 0 in (m, n, k):
-        return by_definition(x, qweight, scale, bias, activation, n0, n1, dtype)
+        return by_definition(*x, qweight, scale, bias, threshold, by_column, activation, n0, n1, dtype)
     given = (qweight, scale, bias)
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()

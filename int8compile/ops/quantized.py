@@ -86,21 +86,6 @@ def check_quantized_linear(
         raise InputError(f"{name}: dtype is {dtype}; allowed are {', '.join(str(each) for each in SUPPORTED_DTYPES)}")
 
 
-def by_definition(
-    x: Activations,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    activation: int,
-    n0: int,
-    n1: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`quantized_linear` in PyTorch."""
-    y = digits.linear(x, qweight, scale, bias, activation).to(dtype)
-    return torch.cat([part.flatten() for part in y.split(parts(n0, n1, y.shape[1]), dim=1)]) if n0 else y
-
-
 def parts(n0: int, n1: int, n: int) -> list[int]:
     """The outputs of each part, of one, two or three."""
     return [size for size in (n0, n1, n - n0 - n1) if size]
@@ -129,7 +114,7 @@ def _quantize_rows_fake(x: Tensor, threshold: float, by_column: bool) -> tuple[T
     return tuple(Activations.empty(flattened(x), threshold, by_column))
 
 
-def _quantized_linear(
+def by_definition(
     planes: Tensor,
     info: Tensor,
     qweight: Tensor,
@@ -142,9 +127,11 @@ def _quantized_linear(
     n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    """`quantized_linear` in PyTorch."""
     x = Activations(planes, info)
     check_quantized_linear(x, qweight, scale, bias, threshold, activation, n0, n1, dtype)
-    return by_definition(x, qweight, scale, bias, activation, n0, n1, dtype)
+    y = digits.linear(x, qweight, scale, bias, activation).to(dtype)
+    return torch.cat([part.flatten() for part in y.split(parts(n0, n1, y.shape[1]), dim=1)]) if n0 else y
 
 
 def _quantized_linear_fake(
@@ -175,6 +162,6 @@ quantized_linear = register_no_grad(
     "quantized_linear",
     "(Tensor planes, Tensor info, Tensor qweight, Tensor scale, Tensor? bias, float threshold, bool by_column, "
     "int activation, int n0, int n1, ScalarType dtype) -> Tensor",
-    _quantized_linear,
+    by_definition,
     _quantized_linear_fake,
 )
