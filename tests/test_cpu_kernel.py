@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import int8compile
 from int8compile import cpu
 from int8compile.ops import MAX_K, SUPPORTED_DTYPES, dequantize_weight, pack_weight, packing, quantize_weight, reference
 from int8compile.ops.reference import TINY, fixed_point_rows
@@ -264,6 +265,45 @@ def test_every_number_of_outputs(by: str) -> None:
             assert_bitwise(y, linear[:, :N])
             y = run("packed_weight_only_linear_no_grad", by, x, packed, scale[:N], bias[:N])
             assert_bitwise(y, weight_only[:, :N])
+
+
+@every_variant
+@every_dtype
+def test_quantize_weight(by: str, dtype: torch.dtype) -> None:
+    """The definition's bits, for rows of every kind and length; NaN and Inf leave a scale that tells."""
+    for shape in ((0, 5), (4, 0), (5,), (3, 1), (17, 15), (9, 64), (2, 3, 130), (300, 1041)):
+        weight = batch(math.prod(shape[:-1]), shape[-1], dtype).view(shape)
+        q, scale = operator("quantize_weight", by)(weight)
+        expected_q, expected = reference.quantize_weight(weight)
+        finite = weight.isfinite().all(-1)
+        assert torch.equal(scale.isfinite(), finite)
+        assert torch.equal(scale[finite], expected[finite])
+        assert torch.equal(q[finite], expected_q[finite])
+    transposed = torch.randn(40, 70, dtype=dtype).T
+    assert all(map(torch.equal, operator("quantize_weight", by)(transposed), reference.quantize_weight(transposed)))
+
+
+@every_implementation
+def test_quantize_weight_refuses(by: str) -> None:
+    for weight in (torch.ones(3, 4, dtype=torch.int8), torch.tensor(1.0), torch.ones(3, 4, dtype=torch.float64)):
+        with pytest.raises((int8compile.InputError, RuntimeError), match="quantize_weight"):
+            operator("quantize_weight", by)(weight)
+
+
+@every_variant
+def test_weight_that_is_not_packed(by: str) -> None:
+    """The kernel packs it as it goes: rows of every length, cut-off panels, and more panels than it packs at a time."""
+    sizes = [(N, K) for N in (1, 15, 16, 17, 50) for K in (1, 3, 4, 63, 64, 65, 127, 128, 130, 200)]
+    for N, K in [*sizes, (200, 5000)]:
+        (qweight, scale), bias = weights(N, K), torch.randn(N)
+        packed = pack_weight(qweight)
+        for M in (1, 3, 40):
+            x = batch(M, K, torch.bfloat16, ("outliers",))
+            for policy in ((2.5, False), (2.5, True)):
+                y = run("linear_no_grad", by, x, qweight, scale, bias, *policy)
+                assert_bitwise(y, run("packed_linear_no_grad", by, x, packed, scale, bias, *policy))
+            y = run("weight_only_linear_no_grad", by, x, qweight, scale, bias)
+            assert_bitwise(y, run("packed_weight_only_linear_no_grad", by, x, packed, scale, bias))
 
 
 def test_many_rows() -> None:
@@ -694,6 +734,7 @@ def test_torch_says_how_many_threads() -> None:
     """In a fresh process: one thread makes none, three make two more, which PyTorch's own loops use as well."""
     program = """
 import os, torch
+import int8compile
 from int8compile import cpu, ops
 assert cpu.available()
 x, packed, scale = torch.randn(64, 4096), ops.pack_weight(torch.ones(4096, 4096, dtype=torch.int8)), torch.ones(4096)

@@ -25,6 +25,7 @@ from int8compile.ops import (
     batched_linear,
     dequantize_weight,
     linear,
+    linear_no_grad,
     packed_batched_linear,
     packed_linear,
     packed_linear_no_grad,
@@ -37,6 +38,7 @@ from int8compile.ops import (
     reference,
     unpack_weight,
     weight_only_linear,
+    weight_only_linear_no_grad,
 )
 from tests.implementations import DEFINITION, VARIANTS, every_implementation, needs_kernel, operator
 from tests.models import threads
@@ -72,9 +74,11 @@ def unpacked(define: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def by_flag(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, by_column: bool) -> Tensor:
-    """`linear` of a packed weight, the policy given as a flag."""
-    return unpacked(reference.linear)(x, packed, scale, bias, threshold, "column" if by_column else "row")
+def with_flag(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, by_column: bool
+) -> Tensor:
+    """`linear`, the policy given as a flag."""
+    return reference.linear(x, qweight, scale, bias, threshold, "column" if by_column else "row")
 
 
 def each(count: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -85,7 +89,7 @@ def each(count: int) -> Callable[..., tuple[Tensor, ...]]:
         biases = [None] * count if bias is None else bias.split(sizes)
         panels = packed.split([-(-size // 16) for size in sizes])
         parts = zip(panels, scale.split(sizes), biases, strict=True)
-        return tuple(by_flag(x, *part, *rest[count - 1 :]) for part in parts)
+        return tuple(unpacked(with_flag)(x, *part, *rest[count - 1 :]) for part in parts)
 
     return run
 
@@ -97,11 +101,14 @@ OPERATORS: dict[str, Operator] = {
     "linear": Operator(reference.linear, FLOATS.format("qweight", POLICY)),
     "batched_linear": Operator(reference.batched_linear, FLOATS.format("qweight", POLICY)),
     "weight_only_linear": Operator(reference.weight_only_linear, FLOATS.format("qweight", "")),
+    "quantize_weight": Operator(reference.quantize_weight, "(Tensor weight) -> (Tensor, Tensor)"),
     "pack_weight": Operator(packing.pack_weight, "(Tensor qweight) -> Tensor"),
     "packed_linear": Operator(unpacked(reference.linear), FLOATS.format("packed", POLICY)),
     "packed_batched_linear": Operator(unpacked(reference.batched_linear), FLOATS.format("packed", POLICY)),
     "packed_weight_only_linear": Operator(unpacked(reference.weight_only_linear), FLOATS.format("packed", "")),
-    "packed_linear_no_grad": Operator(by_flag, FLOATS.format("packed", FLAG)),
+    "linear_no_grad": Operator(with_flag, FLOATS.format("qweight", FLAG)),
+    "weight_only_linear_no_grad": Operator(reference.weight_only_linear, FLOATS.format("qweight", "")),
+    "packed_linear_no_grad": Operator(unpacked(with_flag), FLOATS.format("packed", FLAG)),
     "packed_linear_pair_no_grad": Operator(
         each(2), FLOATS.format("packed", ", int n0" + FLAG).replace("-> Tensor", "-> (Tensor, Tensor)")
     ),
@@ -118,11 +125,15 @@ OPS: dict[str, Callable[..., Any]] = {
     "packed_linear": packed_linear,
     "packed_batched_linear": packed_batched_linear,
     "packed_weight_only_linear": packed_weight_only_linear,
+    "linear_no_grad": linear_no_grad,
+    "weight_only_linear_no_grad": weight_only_linear_no_grad,
     "packed_linear_no_grad": packed_linear_no_grad,
     "packed_linear_pair_no_grad": packed_linear_pair_no_grad,
     "packed_linear_triple_no_grad": packed_linear_triple_no_grad,
     "packed_weight_only_linear_no_grad": packed_weight_only_linear_no_grad,
 }
+# Those that take a weight alone.
+WEIGHTS = ("quantize_weight", "pack_weight")
 DIFFERENTIABLE = [name for name in OPS if not name.endswith("no_grad")]
 
 every_dtype = pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
@@ -188,15 +199,17 @@ def assert_bitwise(actual: Tensor, expected: Tensor) -> None:
 
 def test_every_operator_is_complete() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("int8compile::")}
-    # test_quantized.py is about these.
-    in_two_steps = {"int8compile::quantize_rows", "int8compile::quantized_linear"}
-    assert names == {f"int8compile::{name}" for name in OPERATORS} | in_two_steps
-    assert set(OPERATORS) == {*OPS, "pack_weight"}
+    # test_quantized.py is about the first two, test_modules.py about the others.
+    others = ("quantize_rows", "quantized_linear", "grouped_linear", "grouped_linear_backward")
+    others = {f"int8compile::{name}" for name in others}
+    assert names == {f"int8compile::{name}" for name in OPERATORS} | others
+    assert set(OPERATORS) == {*OPS, *WEIGHTS}
     for name in names:
         keys = ["Meta", "CompositeExplicitAutograd"]
-        if name != "int8compile::pack_weight":  # int8 in, int8 out: no gradient, nothing to cast
+        # Weights need no gradient, nor are they cast. A backward pass is outside of autocast.
+        if name.removeprefix("int8compile::") not in (*WEIGHTS, "grouped_linear_backward"):
             keys += ["Autograd", "AutocastCPU", "AutocastCUDA"]
-        for key in [*keys, "CPU"] if VARIANTS and name not in in_two_steps else keys:
+        for key in [*keys, "CPU"] if VARIANTS and name not in others else keys:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} has nothing for {key}"
 
 
@@ -612,7 +625,7 @@ def test_float32_is_not_cut_to_the_range_of_float16(outliers: str, threshold: fl
     linear = operator("linear", by)
     weight = torch.randn(6, 40, dtype=torch.float64)
     x = torch.randn(3, 40, dtype=torch.float64) * size
-    y = linear(x.float(), *quantize_weight(weight), None, threshold, outliers)
+    y = linear(x.float(), *reference.quantize_weight(weight), None, threshold, outliers)
     # x and the weight are each off by half a step: the bound of tests/test_textbook.py, with its 1e-4.
     half_x, half_w = x.abs().amax(1, keepdim=True) / 254, weight.abs().amax(1, keepdim=True) / 254
     bound = x.abs() @ half_w.expand(6, 40).T + half_x.expand(3, 40) @ weight.abs().T + 40 * half_x * half_w.T

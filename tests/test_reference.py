@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from int8compile.ops import MAX_K, dequantize_weight, linear, quantize_weight
+from int8compile.ops import MAX_K, dequantize_weight, linear
 from int8compile.ops.reference import (
     QuantizedRows,
     fixed_point_squares,
@@ -22,6 +22,7 @@ from int8compile.ops.reference import (
     outlier_mask,
     outlier_product,
     quantize_rows,
+    quantize_weight,
 )
 from tests.models import threads
 

@@ -4,7 +4,9 @@ from int8compile.ops.linear import (
     OUTLIER_POLICIES,
     SUPPORTED_DTYPES,
     batched_linear,
+    grouped_linear,
     linear,
+    linear_no_grad,
     pack_weight,
     packed_batched_linear,
     packed_linear,
@@ -13,19 +15,24 @@ from int8compile.ops.linear import (
     packed_linear_triple_no_grad,
     packed_weight_only_linear,
     packed_weight_only_linear_no_grad,
+    quantize_weight,
     weight_only_linear,
+    weight_only_linear_no_grad,
 )
 from int8compile.ops.packing import packed_shape, unpack_weight
 from int8compile.ops.quantized import quantize_rows, quantized_linear
-from int8compile.ops.reference import MAX_K, dequantize_weight, quantize_weight
+from int8compile.ops.reference import MAX_K, QMAX, dequantize_weight
 
 __all__ = [
     "MAX_K",
     "OUTLIER_POLICIES",
+    "QMAX",
     "SUPPORTED_DTYPES",
     "batched_linear",
     "dequantize_weight",
+    "grouped_linear",
     "linear",
+    "linear_no_grad",
     "pack_weight",
     "packed_batched_linear",
     "packed_linear",
@@ -40,4 +47,5 @@ __all__ = [
     "quantized_linear",
     "unpack_weight",
     "weight_only_linear",
+    "weight_only_linear_no_grad",
 ]

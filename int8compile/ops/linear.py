@@ -4,15 +4,17 @@
 |---|---|---|
 | `linear`, `batched_linear` | [N, K], [B, N, K] int8 | `reference.linear`: all in int8, but outliers |
 | `weight_only_linear` | [N, K] int8 | `reference.weight_only_linear`: weights in int8, activations in float |
+| `grouped_linear` | [E, N, K] int8 | `linear` of each row with the weight of its expert |
+| `quantize_weight` | [..., N, K] float | `reference.quantize_weight` |
 | `pack_weight` | [..., N, K] int8 | the layout of `packing` |
 | `packed_...` | as `packing.pack_weight` makes it | the same |
-| `packed_..._no_grad` | the same | the same, without a formula for gradients: what compiled inference calls |
+| `..._no_grad` | as without | the same, without a formula for gradients: what compiled inference calls |
 | `packed_linear_pair_no_grad`, `..._triple_no_grad` | several, one behind the other | `linear` of one x with each |
 | `quantize_rows`, `quantized_linear` | [N, K] int8 | `linear` in two steps (`quantized.py`), for GPUs |
 
 Each is defined once here: schema, fake, implementation in PyTorch (`reference.py`), autograd, autocast. CPU kernels
-(`int8compile.cpu`) implement the packed ones for the dispatch key CPU and so take the place of the PyTorch
-implementation once they are loaded.
+(`int8compile.cpu`) implement those that are not in two steps or grouped for the dispatch key CPU, and so take the place
+of the PyTorch implementation once they are loaded.
 
 `define` + `impl` rather than `torch.library.custom_op`: a call costs 6 us instead of 31. The no_grad operators are
 there because `torch.library.register_autograd` costs 8 us a call even when no gradient is asked for; and their schemas
@@ -22,7 +24,7 @@ hold no strings and no lists, so that Inductor's C++ wrapper calls them without 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -176,7 +178,7 @@ def _register_autocast(name: str, op: Callable[..., Any]) -> None:
 
 
 def register_no_grad(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Defines an operator for packed weights that autograd does not see; only for graphs that need no gradients."""
+    """Defines an operator that autograd does not see; only for graphs that need no gradients."""
 
     def unseen(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -249,6 +251,33 @@ _LIBRARY.impl("pack_weight", packing.pack_weight, "CompositeExplicitAutograd")
 torch.library.register_fake("int8compile::pack_weight", packing.pack_weight, lib=_LIBRARY)
 pack_weight = torch.ops.int8compile.pack_weight
 
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dtype not in SUPPORTED_DTYPES or weight.dim() < 1:
+        allowed = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
+        raise InputError(
+            f"int8compile::quantize_weight: weight is {weight.dtype} {list(weight.shape)}; give [..., N, K] of "
+            f"{allowed}"
+        )
+
+
+def _quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    _check_weight(weight)
+    return reference.quantize_weight(weight)
+
+
+def _quantize_weight_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
+    _check_weight(weight)
+    scale = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
+    return weight.new_empty(weight.shape, dtype=torch.int8), scale
+
+
+_LIBRARY.define("quantize_weight(Tensor weight) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("quantize_weight", _quantize_weight, "CompositeExplicitAutograd")
+_LIBRARY.impl("quantize_weight", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("int8compile::quantize_weight", _quantize_weight_fake, lib=_LIBRARY)
+quantize_weight = torch.ops.int8compile.quantize_weight
+
 linear = _register("linear", reference.linear)
 batched_linear = _register("batched_linear", reference.batched_linear, batch_dims=1)
 weight_only_linear = _register("weight_only_linear", reference.weight_only_linear, weight_only=True)
@@ -258,16 +287,106 @@ packed_weight_only_linear = _register(
     "packed_weight_only_linear", reference.weight_only_linear, packed=True, weight_only=True
 )
 
-_WEIGHT = "(Tensor x, Tensor packed, Tensor scale, Tensor? bias"
+
+def grouped_parts(ends: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, and their rows. Reads `ends`, so a GPU is waited for."""
+    begin = 0
+    for expert, end in enumerate(ends.tolist()):
+        if not begin <= end <= rows:
+            raise InputError(f"int8compile::grouped_linear: ends must ascend and be at most {rows}, x's rows")
+        if end > begin:
+            yield expert, slice(begin, end)
+        begin = end
+
+
+def _check_grouped(x: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, threshold: float, outliers: str) -> None:
+    if x.dim() != 2 or qweight.dim() != 3 or scale.dim() != 2 or ends.shape != qweight.shape[:1]:
+        raise InputError(
+            f"int8compile::grouped_linear: x is {list(x.shape)}, qweight {list(qweight.shape)}, scale "
+            f"{list(scale.shape)} and ends {list(ends.shape)}; give [S, K], [E, N, K], [E, N] and [E]"
+        )
+    check("grouped_linear", x, qweight[0], scale[0], None, (threshold, outliers))
+
+
+def _grouped_linear(x: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, threshold: float, outliers: str) -> Tensor:
+    _check_grouped(x, qweight, scale, ends, threshold, outliers)
+    y = x.new_zeros(x.shape[0], scale.shape[1])
+    for expert, part in grouped_parts(ends, x.shape[0]):
+        y[part] = linear(x[part], qweight[expert], scale[expert], None, threshold, outliers)
+    return y
+
+
+def _grouped_linear_fake(
+    x: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, threshold: float, outliers: str
+) -> Tensor:
+    _check_grouped(x, qweight, scale, ends, threshold, outliers)
+    return x.new_empty(x.shape[0], scale.shape[1])
+
+
+def _grouped_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # An operator of its own, because what it does depends on the values of `ends`.
+    grad_x = torch.ops.int8compile.grouped_linear_backward(grad, *ctx.saved_tensors)
+    return grad_x, None, None, None, None, None
+
+
+def _grouped_grad_x(grad: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+    grad_x = grad.new_zeros(grad.shape[0], qweight.shape[-1])
+    for expert, part in grouped_parts(ends, grad.shape[0]):
+        grad_x[part] = grad[part] @ reference.dequantize_weight(qweight[expert], scale[expert], grad.dtype)
+    return grad_x
+
+
+def _grouped_grad_x_fake(grad: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], qweight.shape[-1])
+
+
+_LIBRARY.define(
+    "grouped_linear_backward(Tensor grad, Tensor qweight, Tensor scale, Tensor ends) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("grouped_linear_backward", _grouped_grad_x, "CompositeExplicitAutograd")
+torch.library.register_fake("int8compile::grouped_linear_backward", _grouped_grad_x_fake, lib=_LIBRARY)
+_LIBRARY.define(
+    "grouped_linear(Tensor x, Tensor qweight, Tensor scale, Tensor ends, float threshold, str outliers) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("int8compile::grouped_linear", _grouped_linear_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "int8compile::grouped_linear", _grouped_backward, setup_context=_grouped_setup_context, lib=_LIBRARY
+)
+grouped_linear = torch.ops.int8compile.grouped_linear
+_register_autocast("grouped_linear", grouped_linear)
+
+
+def _weight(name: str) -> str:
+    return f"(Tensor x, Tensor {name}, Tensor scale, Tensor? bias"
+
+
+_POLICY = ", float threshold, bool by_column"
+linear_no_grad = register_no_grad(
+    "linear_no_grad",
+    f"{_weight('qweight')}{_POLICY}) -> Tensor",
+    *(_with_flag(run) for run in _calls("linear_no_grad", reference.linear)),
+)
+weight_only_linear_no_grad = register_no_grad(
+    "weight_only_linear_no_grad",
+    f"{_weight('qweight')}) -> Tensor",
+    *_calls("weight_only_linear_no_grad", reference.weight_only_linear),
+)
 packed_linear_no_grad = register_no_grad(
     "packed_linear_no_grad",
-    _WEIGHT + ", float threshold, bool by_column) -> Tensor",
+    f"{_weight('packed')}{_POLICY}) -> Tensor",
     *(_with_flag(run) for run in _calls("packed_linear_no_grad", reference.linear, packed=True)),
 )
 packed_linear_pair_no_grad = _register_several("packed_linear_pair_no_grad", 2)
 packed_linear_triple_no_grad = _register_several("packed_linear_triple_no_grad", 3)
 packed_weight_only_linear_no_grad = register_no_grad(
     "packed_weight_only_linear_no_grad",
-    _WEIGHT + ") -> Tensor",
+    f"{_weight('packed')}) -> Tensor",
     *_calls("packed_weight_only_linear_no_grad", reference.weight_only_linear, packed=True),
 )

@@ -43,7 +43,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: [..., N, K], any float dtype; computed in float32.
 
     Returns:
-        `qweight` [..., N, K] int8 in [-127, 127] and `scale` [..., N] float32. A zero row gives zeros and scale 0.
+        `qweight` [..., N, K] int8 in [-127, 127] and `scale` [..., N] float32. A zero row gives zeros and scale 0; one
+        with NaN or Inf a scale that is not finite, and any values.
     """
     weight = weight.to(torch.float32)
     return _quantize(weight)

@@ -72,6 +72,8 @@ struct Weight {
   const float* scale;  // [N]
   const float* bias;   // [N] or null
   int64_t n;
+  // [N][K], not packed; null where it is. linear.cpp packs it as it goes: what a variant gets is packed.
+  const int8_t* rows = nullptr;
 };
 
 // The output: rows * stride elements of dtype.

@@ -56,6 +56,7 @@ struct RowScratch {
   Buffer<float> x;
   Buffer<int32_t> outlier_k;
   Buffer<float> outlier_value, outlier_rest;
+  Buffer<uint8_t> packed;
 };
 
 thread_local Workspace workspace;
@@ -265,6 +266,89 @@ void over_tiles(const Weight* weights, int64_t count, int64_t m, int64_t row_byt
   });
 }
 
+// GROUP inputs of four outputs; arithmetic on these is that of any CPU.
+typedef uint32_t Groups __attribute__((vector_size(16)));
+constexpr Groups SIGNS = {0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u};
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Groups{__VA_ARGS__})
+#endif
+
+// How far ahead the rows of a weight are asked for: a panel reads LANES of them in turns, more than CPUs notice.
+constexpr int64_t ROW_PREFETCH_BYTES = 512;
+
+// Four rows by four groups, transposed.
+inline void pack_block(const int8_t* from, int64_t k, uint8_t* to) {
+  Groups row[4];
+  for (int r = 0; r < 4; ++r) {
+    std::memcpy(&row[r], from + r * k, sizeof(Groups));
+    row[r] ^= SIGNS;
+  }
+  const Groups low01 = SHUFFLE(row[0], row[1], 0, 4, 1, 5), low23 = SHUFFLE(row[2], row[3], 0, 4, 1, 5);
+  const Groups high01 = SHUFFLE(row[0], row[1], 2, 6, 3, 7), high23 = SHUFFLE(row[2], row[3], 2, 6, 3, 7);
+  const Groups group[4] = {SHUFFLE(low01, low23, 0, 1, 4, 5), SHUFFLE(low01, low23, 2, 3, 6, 7),
+                           SHUFFLE(high01, high23, 0, 1, 4, 5), SHUFFLE(high01, high23, 2, 3, 6, 7)};
+  for (int g = 0; g < 4; ++g) std::memcpy(to + g * LANES * GROUP, &group[g], sizeof(Groups));
+}
+
+// LANES rows of `k` inputs, a whole panel.
+void pack_whole_panel(const int8_t* from, int64_t k, uint8_t* to) {
+  const int64_t whole = k / K_STEP * K_STEP;
+  for (int64_t i = 0; i < whole; i += K_STEP) {
+    for (int64_t lane = 0; lane < LANES; lane += 4) {
+      const int8_t* rows = from + lane * k + i;
+      for (int r = 0; r < 4; ++r) __builtin_prefetch(rows + r * k + ROW_PREFETCH_BYTES);
+      for (int64_t j = 0; j < K_STEP; j += 4 * GROUP) pack_block(rows + j, k, to + (i + j) * LANES + lane * GROUP);
+    }
+  }
+  if (whole == k) return;
+  std::memset(to + whole * LANES, 0x80, K_STEP * LANES);
+  for (int64_t lane = 0; lane < LANES; ++lane) {
+    for (int64_t i = whole; i < k; ++i) {
+      to[i / GROUP * (LANES * GROUP) + lane * GROUP + i % GROUP] = uint8_t(from[lane * k + i]) ^ 0x80;
+    }
+  }
+}
+
+// Panels [begin, end) of a weight [n][k].
+void pack_panels(const int8_t* qweight, int64_t n, int64_t k, int64_t begin, int64_t end, uint8_t* packed) {
+  const int64_t panel_bytes = LANES * padded(k);
+  std::vector<int8_t> last;
+  for (int64_t panel = begin; panel < end; ++panel, packed += panel_bytes) {
+    const int8_t* rows = qweight + panel * LANES * k;
+    if (const int64_t count = n - panel * LANES; count < LANES) {
+      last.assign(LANES * k, 0);
+      std::copy(rows, rows + count * k, last.begin());
+      rows = last.data();
+    }
+    pack_whole_panel(rows, k, packed);
+  }
+}
+
+// What a thread packs before it multiplies by it; with the activations it stays in the second-level cache.
+constexpr int64_t PACKED_BYTES = 1 << 18;
+
+// body(weight, panel_begin, panel_end, y) for the panels of a weight: once where it is packed, else for as many as fit
+// into the cache at a time, packed here.
+template <typename F>
+void over_packed(const Weight& weight, int64_t k, int64_t panel_tile, int64_t panel_begin, int64_t panel_end, Output y,
+                 const F& body) {
+  if (!weight.rows) return body(weight, panel_begin, panel_end, y);
+  const int64_t panel_bytes = LANES * padded(k);
+  const int64_t step = std::max<int64_t>(PACKED_BYTES / std::max<int64_t>(panel_bytes * panel_tile, 1), 1) * panel_tile;
+  for (int64_t panel = panel_begin; panel < panel_end; panel += step) {
+    const int64_t count = std::min(step, panel_end - panel), first = panel * LANES;
+    uint8_t* packed = row_scratch.packed.get(count * panel_bytes);
+    pack_panels(weight.rows, weight.n, k, panel, panel + count, packed);
+    const Weight part = {packed, weight.scale + first, weight.bias ? weight.bias + first : nullptr, weight.n - first};
+    Output columns = y;
+    columns.data = static_cast<char*>(y.data) + first * size_of(y.dtype);
+    body(part, int64_t(0), count, columns);
+  }
+}
+
 }  // namespace
 
 void linear(const Variant& variant, const Activations& x, Split split, const Weight* weights, const Output* y,
@@ -278,7 +362,10 @@ void linear(const Variant& variant, const Activations& x, Split split, const Wei
     const Rows rows = quantize_rows(variant, x, first, m, split, parallel_for);
     over_tiles(weights, count, m, row_bytes, k_padded, variant.panel_tile, parallel_for,
                [&](int64_t weight, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-      variant.multiply(rows, row_begin, row_end, weights[weight], panel_begin, panel_end, from_row(y[weight], first));
+      over_packed(weights[weight], x.k, variant.panel_tile, panel_begin, panel_end, from_row(y[weight], first),
+                  [&](const Weight& packed, int64_t begin, int64_t end, const Output& to) {
+        variant.multiply(rows, row_begin, row_end, packed, begin, end, to);
+      });
     });
   }
 }
@@ -302,22 +389,40 @@ void weight_only_linear(const Variant& variant, const Activations& x, const Weig
     const FixedPointRows rows = {q, unit, sum, k_padded, stride};
     over_tiles(&weight, 1, m, row_bytes, k_padded, variant.panel_tile, parallel_for,
                [&](int64_t, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-      variant.multiply_digits(rows, row_begin, row_end, weight, panel_begin, panel_end, from_row(y, first));
+      over_packed(weight, x.k, variant.panel_tile, panel_begin, panel_end, from_row(y, first),
+                  [&](const Weight& packed, int64_t begin, int64_t end, const Output& to) {
+        variant.multiply_digits(rows, row_begin, row_end, packed, begin, end, to);
+      });
     });
   }
 }
 
-void pack(const int8_t* qweight, int64_t n, int64_t k, uint8_t* packed, ParallelFor parallel_for) {
-  const int64_t k_padded = padded(k), panel_bytes = LANES * k_padded;
-  const int64_t panels = panels_for(n);
-  const int64_t grain = GRAIN_BYTES / std::max<int64_t>(panel_bytes, 1) + 1;
-  in_parallel(parallel_for, panels, grain, [&](int64_t begin, int64_t end) {
-    std::memset(packed + begin * panel_bytes, 0x80, (end - begin) * panel_bytes);
-    for (int64_t row = begin * LANES; row < std::min(n, end * LANES); ++row) {
-      const int8_t* from = qweight + row * k;
-      uint8_t* to = packed + row / LANES * panel_bytes + row % LANES * GROUP;
-      for (int64_t i = 0; i < k; ++i) to[i / GROUP * (LANES * GROUP) + i % GROUP] = uint8_t(from[i]) ^ 0x80;
+void quantize_weight(const Variant& variant, const Activations& weight, int8_t* q, float* scale,
+                     ParallelFor parallel_for) {
+  const int64_t k = weight.k, k_padded = padded(k);
+  in_parallel(parallel_for, weight.m, GRAIN_BYTES / std::max<int64_t>(k * 4, 1) + 1, [&](int64_t begin, int64_t end) {
+    void* row_q = row_scratch.packed.get(k_padded * variant.q_bytes);
+    int32_t* outlier_k = row_scratch.outlier_k.get(k);
+    float* outlier_value = row_scratch.outlier_value.get(k);
+    for (int64_t row = begin; row < end; ++row) {
+      // Activations without a threshold are quantized as weights are; their outliers are NaN and Inf.
+      const RowStatistics statistics = variant.quantize(float_row(variant, weight, row), k, k_padded,
+                                                        {Policy::row, 0}, row_q, outlier_k, outlier_value);
+      if (variant.q_bytes == 1) {
+        std::memcpy(q + row * k, row_q, k);
+      } else {
+        std::copy_n(static_cast<const int16_t*>(row_q), k, q + row * k);
+      }
+      scale[row] = statistics.outliers ? std::nanf("") : statistics.scale;
     }
+  });
+}
+
+void pack(const int8_t* qweight, int64_t n, int64_t k, uint8_t* packed, ParallelFor parallel_for) {
+  const int64_t panel_bytes = LANES * padded(k);
+  const int64_t grain = GRAIN_BYTES / std::max<int64_t>(panel_bytes, 1) + 1;
+  in_parallel(parallel_for, panels_for(n), grain, [&](int64_t begin, int64_t end) {
+    pack_panels(qweight, n, k, begin, end, packed + begin * panel_bytes);
   });
 }
 

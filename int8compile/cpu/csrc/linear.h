@@ -28,6 +28,10 @@ void linear(const Variant& variant, const Activations& x, Split split, const Wei
 void weight_only_linear(const Variant& variant, const Activations& x, const Weight& weight, const Output& y,
                         ParallelFor parallel_for);
 
+// Quantizes the rows of a weight: q [m][k] and scale [m], which is NaN where a row has NaN or Inf.
+void quantize_weight(const Variant& variant, const Activations& weight, int8_t* q, float* scale,
+                     ParallelFor parallel_for);
+
 // A weight [n][k] in the layout of kernel.h.
 void pack(const int8_t* qweight, int64_t n, int64_t k, uint8_t* packed, ParallelFor parallel_for);
 

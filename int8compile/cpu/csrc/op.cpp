@@ -70,6 +70,13 @@ Tensor new_output(const Tensor& x, int64_t n) {
 
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+template <typename Sizes>
+std::string text(const Sizes& sizes) {
+  std::string result;
+  for (const int64_t size : sizes) result += (result.empty() ? "[" : ", ") + std::to_string(size);
+  return result.empty() ? "[]" : result + "]";
+}
+
 bool same_shape(const Tensor& a, const Tensor& b) {
   return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
 }
@@ -112,6 +119,29 @@ struct Affine {
   Weight weight(const uint8_t* packed, int64_t first, int64_t n) const {
     return {packed, static_cast<const float*>(scale.const_data_ptr()) + first,
             bias ? static_cast<const float*>(bias->const_data_ptr()) + first : nullptr, n};
+  }
+
+  // The same of one that is not packed, whose first output's inputs are `rows`.
+  Weight unpacked(const int8_t* rows, int64_t first, int64_t n) const {
+    Weight result = weight(nullptr, first, n);
+    result.rows = rows;
+    return result;
+  }
+};
+
+// A weight [..., N, K] that is not packed, checked and kept alive.
+struct PlainWeight {
+  Tensor qweight;
+  const int8_t* data;
+
+  PlainWeight(const char* op, const Tensor& x, const Tensor& qweight_, const Tensor& scale, int64_t dims)
+      : qweight(dense(qweight_)) {
+    bool fits = qweight.scalar_type() == ScalarType::Char && qweight.dim() == dims && scale.dim() == dims - 1 &&
+                x.dim() >= dims - 1 && x.size(-1) == qweight.size(dims - 1);
+    for (int64_t i = 0; fits && i + 1 < dims; ++i) fits = scale.size(i) == qweight.size(i);
+    STD_TORCH_CHECK(fits, op, ": x is ", text(x.sizes()), ", qweight ", text(qweight.sizes()), " and scale ",
+                    text(scale.sizes()), "; give x [..., K], int8 [..., N, K] and [..., N]");
+    data = static_cast<const int8_t*>(qweight.const_data_ptr());
   }
 };
 
@@ -195,21 +225,44 @@ std::tuple<Tensor, Tensor, Tensor> packed_linear_triple_no_grad(const Tensor& x,
   return {y[0], y[1], y[2]};
 }
 
-// x [B, M, K], packed [B, ...], scale and bias [B, N].
-Tensor run_batched(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
-                   const std::optional<Tensor>& bias, Split split) {
+// The same with one weight that is not packed.
+Tensor run_unpacked(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& scale,
+                    const std::optional<Tensor>& bias, Split split) {
   const Input input(op, x);
   const Affine affine(op, scale, bias);
-  STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && packed.dim() == 5 && x.size(0) == scale.size(0) &&
-                      x.size(0) == packed.size(0),
-                  op, ": give x [B, M, K], packed [B, ...] and scale [B, N]");
+  const PlainWeight rows(op, x, qweight, scale, 2);
+  const int64_t n = scale.size(0);
+  const Weight weight = affine.unpacked(rows.data, 0, n);
+  const Tensor y = new_output(input.x, n);
+  const Output output = {y.mutable_data_ptr(), n, input.rows.dtype};
+  linear(variant(), input.rows, split, &weight, &output, 1, parallel_for);
+  return y;
+}
+
+Tensor unpacked_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
+                       double threshold, const std::string& outliers) {
+  constexpr const char* op = "int8compile::linear";
+  return run_unpacked(op, x, qweight, scale, bias, split_of(op, threshold, outliers));
+}
+
+Tensor linear_no_grad(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
+                      double threshold, bool by_column) {
+  constexpr const char* op = "int8compile::linear_no_grad";
+  return run_unpacked(op, x, qweight, scale, bias, split_of(op, threshold, by_column));
+}
+
+// x [B, M, K], scale and bias [B, N]; `weight_of(b)` is the weight of a batch.
+template <typename F>
+Tensor run_batched(const char* op, const Tensor& x, const Tensor& scale, Split split, const F& weight_of) {
+  const Input input(op, x);
+  STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && x.size(0) == scale.size(0), op,
+                  ": give x [B, M, K] and scale [B, N]");
   const int64_t m = x.size(1), k = x.size(2), n = scale.size(1);
-  const uint8_t* bytes = packed_bytes(op, packed, 1, panels_for(n), k);
   const Tensor y = new_output(input.x, n);
   const int64_t element = size_of(input.rows.dtype);
   for (int64_t b = 0; b < x.size(0); ++b) {
     const Activations rows = {static_cast<const char*>(input.rows.data) + b * m * k * element, input.rows.dtype, m, k};
-    const Weight weight = affine.weight(bytes + b * panels_for(n) * LANES * padded(k), b * n, n);
+    const Weight weight = weight_of(b);
     const Output output = {static_cast<char*>(y.mutable_data_ptr()) + b * m * n * element, n, input.rows.dtype};
     linear(variant(), rows, split, &weight, &output, 1, parallel_for);
   }
@@ -219,29 +272,77 @@ Tensor run_batched(const char* op, const Tensor& x, const Tensor& packed, const 
 Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                              const std::optional<Tensor>& bias, double threshold, const std::string& outliers) {
   constexpr const char* op = "int8compile::packed_batched_linear";
-  return run_batched(op, x, packed, scale, bias, split_of(op, threshold, outliers));
+  const Affine affine(op, scale, bias);
+  STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && packed.dim() == 5 && packed.size(0) == scale.size(0), op,
+                  ": give x [B, M, K], packed [B, ...] and scale [B, N]");
+  const int64_t k = x.size(2), n = scale.size(1);
+  const uint8_t* bytes = packed_bytes(op, packed, 1, panels_for(n), k);
+  return run_batched(op, x, scale, split_of(op, threshold, outliers), [&](int64_t b) {
+    return affine.weight(bytes + b * panels_for(n) * LANES * padded(k), b * n, n);
+  });
 }
 
-Tensor run_weight_only(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
-                       const std::optional<Tensor>& bias) {
-  const Input input(op, x);
+Tensor batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
+                      double threshold, const std::string& outliers) {
+  constexpr const char* op = "int8compile::batched_linear";
   const Affine affine(op, scale, bias);
-  STD_TORCH_CHECK(scale.dim() == 1, op, ": scale must be [N]");
-  const int64_t n = scale.size(0);
-  const Weight weight = affine.weight(packed_bytes(op, packed, 0, panels_for(n), input.rows.k), 0, n);
-  const Tensor y = new_output(input.x, n);
-  weight_only_linear(variant(), input.rows, weight, {y.mutable_data_ptr(), n, input.rows.dtype}, parallel_for);
+  const PlainWeight rows(op, x, qweight, scale, 3);
+  const int64_t k = x.size(-1), n = scale.size(1);
+  return run_batched(op, x, scale, split_of(op, threshold, outliers),
+                     [&](int64_t b) { return affine.unpacked(rows.data + b * n * k, b * n, n); });
+}
+
+Tensor run_weight_only(const char* op, const Tensor& x, const Weight& weight) {
+  const Input input(op, x);
+  const Tensor y = new_output(input.x, weight.n);
+  weight_only_linear(variant(), input.rows, weight, {y.mutable_data_ptr(), weight.n, input.rows.dtype}, parallel_for);
   return y;
+}
+
+Tensor run_packed_weight_only(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                              const std::optional<Tensor>& bias) {
+  const Affine affine(op, scale, bias);
+  STD_TORCH_CHECK(scale.dim() == 1 && x.dim() >= 1, op, ": give x [..., K] and scale [N]");
+  const int64_t n = scale.size(0);
+  return run_weight_only(op, x, affine.weight(packed_bytes(op, packed, 0, panels_for(n), x.size(-1)), 0, n));
 }
 
 Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                                  const std::optional<Tensor>& bias) {
-  return run_weight_only("int8compile::packed_weight_only_linear", x, packed, scale, bias);
+  return run_packed_weight_only("int8compile::packed_weight_only_linear", x, packed, scale, bias);
 }
 
 Tensor packed_weight_only_linear_no_grad(const Tensor& x, const Tensor& packed, const Tensor& scale,
                                          const std::optional<Tensor>& bias) {
-  return run_weight_only("int8compile::packed_weight_only_linear_no_grad", x, packed, scale, bias);
+  return run_packed_weight_only("int8compile::packed_weight_only_linear_no_grad", x, packed, scale, bias);
+}
+
+Tensor run_unpacked_weight_only(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& scale,
+                                const std::optional<Tensor>& bias) {
+  const Affine affine(op, scale, bias);
+  const PlainWeight rows(op, x, qweight, scale, 2);
+  return run_weight_only(op, x, affine.unpacked(rows.data, 0, scale.size(0)));
+}
+
+Tensor unpacked_weight_only_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale,
+                                   const std::optional<Tensor>& bias) {
+  return run_unpacked_weight_only("int8compile::weight_only_linear", x, qweight, scale, bias);
+}
+
+Tensor weight_only_linear_no_grad(const Tensor& x, const Tensor& qweight, const Tensor& scale,
+                                  const std::optional<Tensor>& bias) {
+  return run_unpacked_weight_only("int8compile::weight_only_linear_no_grad", x, qweight, scale, bias);
+}
+
+std::tuple<Tensor, Tensor> quantized_weight(const Tensor& weight_) {
+  const Input weight("int8compile::quantize_weight", weight_);
+  std::vector<int64_t> sizes(weight.x.sizes().begin(), weight.x.sizes().end());
+  const Tensor q = torch::stable::new_empty(weight.x, sizes, ScalarType::Char);
+  sizes.pop_back();
+  const Tensor scale = torch::stable::new_empty(weight.x, sizes, ScalarType::Float);
+  quantize_weight(variant(), weight.rows, static_cast<int8_t*>(q.mutable_data_ptr()),
+                  static_cast<float*>(scale.mutable_data_ptr()), parallel_for);
+  return {q, scale};
 }
 
 Tensor pack_weight(const Tensor& qweight_) {
@@ -262,40 +363,13 @@ Tensor pack_weight(const Tensor& qweight_) {
   return packed;
 }
 
-// A weight that is not packed, packed for one call. Its sizes are compared here: once packed, K and N are rounded up.
-Tensor packed_for(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& scale) {
-  const int64_t dims = qweight.dim();
-  bool fits = qweight.scalar_type() == ScalarType::Char && dims >= 2 && scale.dim() == dims - 1 && x.dim() >= 1 &&
-              x.size(-1) == qweight.size(dims - 1);
-  for (int64_t i = 0; fits && i + 1 < dims; ++i) fits = scale.size(i) == qweight.size(i);
-  STD_TORCH_CHECK(fits, op, ": qweight must be int8 [..., N, K] for x [..., K] and scale [..., N]");
-  return pack_weight(qweight);
-}
-
-Tensor linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
-                       double threshold, const std::string& outliers) {
-  constexpr const char* op = "int8compile::linear";
-  return run<1>(op, x, packed_for(op, x, qweight, scale), scale, bias, {}, split_of(op, threshold, outliers))[0];
-}
-
-Tensor batched_linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale,
-                               const std::optional<Tensor>& bias, double threshold, const std::string& outliers) {
-  constexpr const char* op = "int8compile::batched_linear";
-  return run_batched(op, x, packed_for(op, x, qweight, scale), scale, bias, split_of(op, threshold, outliers));
-}
-
-Tensor weight_only_linear_unpacked(const Tensor& x, const Tensor& qweight, const Tensor& scale,
-                                   const std::optional<Tensor>& bias) {
-  constexpr const char* op = "int8compile::weight_only_linear";
-  return run_weight_only(op, x, packed_for(op, x, qweight, scale), scale, bias);
-}
-
 }  // namespace
 }  // namespace int8compile
 
 STABLE_TORCH_LIBRARY_IMPL(int8compile, CPU, m) {
   using namespace int8compile;
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("quantize_weight", TORCH_BOX(&quantized_weight));
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("packed_linear_no_grad", TORCH_BOX(&packed_linear_no_grad));
   m.impl("packed_linear_pair_no_grad", TORCH_BOX(&packed_linear_pair_no_grad));
@@ -303,9 +377,11 @@ STABLE_TORCH_LIBRARY_IMPL(int8compile, CPU, m) {
   m.impl("packed_batched_linear", TORCH_BOX(&packed_batched_linear));
   m.impl("packed_weight_only_linear", TORCH_BOX(&packed_weight_only_linear));
   m.impl("packed_weight_only_linear_no_grad", TORCH_BOX(&packed_weight_only_linear_no_grad));
-  m.impl("linear", TORCH_BOX(&linear_unpacked));
-  m.impl("batched_linear", TORCH_BOX(&batched_linear_unpacked));
-  m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear_unpacked));
+  m.impl("linear", TORCH_BOX(&unpacked_linear));
+  m.impl("linear_no_grad", TORCH_BOX(&linear_no_grad));
+  m.impl("batched_linear", TORCH_BOX(&batched_linear));
+  m.impl("weight_only_linear", TORCH_BOX(&unpacked_weight_only_linear));
+  m.impl("weight_only_linear_no_grad", TORCH_BOX(&weight_only_linear_no_grad));
 }
 
 #define EXPORTED __attribute__((visibility("default")))
