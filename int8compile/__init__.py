@@ -4,18 +4,23 @@ The backend is found by its name; importing this package is needed only for what
 """
 
 from int8compile.backend import register as _register
+from int8compile.checkpoint import load, save
 from int8compile.config import Int8Config
+from int8compile.convert import dequantize_, memory_footprint, quantize_
 from int8compile.errors import (
     BadWeightError,
+    CheckpointError,
     ConfigError,
     FreedWeightError,
     InputError,
     Int8CompileError,
     Int8Warning,
+    Int8WeightError,
     KernelBuildError,
     ModelError,
 )
 from int8compile.explain import explain
+from int8compile.modules import Int8Embedding, Int8Experts, Int8Linear
 from int8compile.report import Report, Site, SkipReason
 from int8compile.weights import refresh
 
@@ -25,17 +30,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BadWeightError",
+    "CheckpointError",
     "ConfigError",
     "FreedWeightError",
     "InputError",
     "Int8CompileError",
     "Int8Config",
+    "Int8Embedding",
+    "Int8Experts",
+    "Int8Linear",
     "Int8Warning",
+    "Int8WeightError",
     "KernelBuildError",
     "ModelError",
     "Report",
     "Site",
     "SkipReason",
+    "dequantize_",
     "explain",
+    "load",
+    "memory_footprint",
+    "quantize_",
     "refresh",
+    "save",
 ]

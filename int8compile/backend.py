@@ -25,11 +25,18 @@ from torch.fx import GraphModule, Node
 from int8compile import cpu, hardware, triton_kernels
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning
-from int8compile.passes import EXACT_DIVISION, PlaceholderBinder, lower_for_cpu, lower_for_gpu, rewrite_graph
+from int8compile.passes import (
+    EXACT_DIVISION,
+    PlaceholderBinder,
+    holds_int8,
+    lower_for_cpu,
+    lower_for_gpu,
+    rewrite_graph,
+)
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.names import parameter_name
 from int8compile.report import Report
-from int8compile.weights import STORE, FreedWeight, free
+from int8compile.weights import FREED, STORE, FreedWeight, free
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +79,8 @@ def register() -> None:
 
 def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) -> Compiled:
     module = copy_graph(gm)
-    binder, report = rewrite_captured(module, example_inputs, config)
     parameters = captured_parameters(module, example_inputs)
+    binder, report = rewrite_captured(module, example_inputs, config)
     if report.rewritten and _any_on("cpu", parameters) and cpu.available():
         lower_for_cpu(module, binder, parameters)
         module.graph.lint()
@@ -121,10 +128,16 @@ def rewrite_captured(
 
 
 def captured_parameters(module: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, Tensor]:
-    """The parameters of a Dynamo graph by their placeholders, which are the first of a rewritten one."""
+    """The parameters of a Dynamo graph by their placeholders, which are the first of a rewritten one.
+
+    The int8 weights of modules that `quantize_` made are among them.
+    """
     placeholders = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
+    held = {node.args[1] for node in module.graph.nodes if holds_int8(node)}
     return {
-        node: value for node, value in zip(placeholders, example_inputs, strict=True) if isinstance(value, nn.Parameter)
+        node: value
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, nn.Parameter) or node in held
     }
 
 
@@ -165,26 +178,40 @@ def _compile(
     """
     captured = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
     positions = {node: position for position, node in enumerate(captured)}
-    members = [[(positions[source], view, path) for source, view, path in slot.members] for slot in slots]
+    members = [
+        [
+            (positions[source], view, path, None if scale is None else positions[scale])
+            for source, view, path, scale in slot.members
+        ]
+        for slot in slots
+    ]
     weights = list(zip(members, slots, strict=True))
     # A float weight that nothing reads any more is no argument of the compiled graph.
-    sources = {member.source for slot in slots for member in slot.members}
+    sources = {node for slot in slots for member in slot.members for node in (member.source, member.scale) if node}
     unread = sorted(positions[source] for source in sources if not source.users)
+    # Scales are few, and what is int8 already may be asked for by other graphs.
+    freed = [
+        position for position in unread if captured[position] in {m.source for slot in slots for m in slot.members}
+    ]
     for position in unread:
         module.graph.erase_node(captured[position])
     module.recompile()
     kept = [position for position in range(len(captured)) if position not in unread]
     for position in kept:
-        if isinstance(example_inputs[position], FreedWeight):
+        if isinstance(example_inputs[position], FREED):
+            form = "in float" if isinstance(example_inputs[position], FreedWeight) else "unpacked"
             raise FreedWeightError(
-                f"{parameter_name(captured[position])} is needed in float here, but free_weights=True has given its "
+                f"{parameter_name(captured[position])} is needed {form} here, but free_weights=True has given its "
                 "memory back. Compile every use of it to int8, or compile without free_weights"
             )
 
     def arguments(args: Sequence[Any]) -> list[Any]:
         chosen = [args[position] for position in kept]
         for parts, slot in weights:
-            found = [STORE.get(args[position], view, path, packed=slot.packed) for position, view, path in parts]
+            found = [
+                STORE.get(args[position], view, path, packed=slot.packed, scale=None if scale is None else args[scale])
+                for position, view, path, scale in parts
+            ]
             weight = STORE.alone(found[0]) if len(found) == 1 else STORE.fused(found, interleaved=slot.interleaved)
             chosen += (weight.qweight, weight.scale)
         return chosen
@@ -199,7 +226,7 @@ def _compile(
         chosen = arguments(args)
         if config.free_weights:
             # Not before: Dynamo's guards, made after the backend returns, must hold for the modules still to come.
-            for position in unread:
+            for position in freed:
                 free(args[position])
         return compiled(*chosen)
 

@@ -19,12 +19,20 @@ class FreedWeightError(Int8CompileError, RuntimeError):
     """A float weight was used after `free_weights=True` gave its memory back."""
 
 
+class CheckpointError(Int8CompileError, ValueError):
+    """A checkpoint is damaged, of another version, or does not fit the model."""
+
+
+class Int8WeightError(Int8CompileError, RuntimeError):
+    """The float weight of an int8 module was used, which is not there."""
+
+
 class InputError(Int8CompileError, ValueError):
     """An operator was called with a dtype, shape or argument it does not take."""
 
 
 class ModelError(Int8CompileError, ValueError):
-    """The command line cannot find or load a model, or make up inputs for it."""
+    """A model cannot be found, loaded or converted, or no inputs can be made up for it."""
 
 
 class KernelBuildError(Int8CompileError, RuntimeError):

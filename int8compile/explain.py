@@ -104,7 +104,7 @@ def explain(
     report.sites += [
         _not_captured(name, owner, parameter)
         for name, parameter in parameters.items()
-        if id(parameter) not in used and _multiplies(owner := modules[name.rpartition(".")[0]], parameter)
+        if id(parameter) not in used and multiplies(owner := modules[name.rpartition(".")[0]], parameter)
     ]
     report.unused_patterns = tuple(pattern for pattern in config.skip_modules if pattern not in matched)
     for device in sorted(devices, key=str):
@@ -145,7 +145,7 @@ def _prefix(given: Iterable[tuple[str, Any]], qualified: Mapping[int, str]) -> s
     return ""
 
 
-def _multiplies(owner: nn.Module, parameter: Tensor) -> bool:
+def multiplies(owner: nn.Module, parameter: Tensor) -> bool:
     """Whether a parameter is a matmul's weight for certain: a matrix of a PyTorch layer, or a kernel of size 1."""
     layers = nn.Linear | nn.Bilinear | nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | nn.modules.conv._ConvNd
     return isinstance(owner, layers) and parameter.dim() > 1 and all(size == 1 for size in parameter.shape[2:])

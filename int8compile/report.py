@@ -14,7 +14,8 @@ class SkipReason(enum.Enum):
     NAME = "its module path matches skip_modules"
     LM_HEAD = "it is the lm_head, which stays in float for accuracy; lm_head='int8_weight' or 'int8' rewrites it"
     TIED = (
-        "its weight is also the embedding table; lm_head='int8_weight' or 'int8' rewrites it (the table stays in float)"
+        "its weight is also the embedding table; lm_head='int8_weight' or 'int8' makes it int8 (and the table "
+        "with quantize_; torch.compile leaves that in float)"
     )
     NOT_STATIC = "its weight is no parameter but a buffer, an input, or made from one; only parameters are quantized"
     COMPUTED = "its weight is computed from parameters at every call; fold the computation into a parameter first"
@@ -24,6 +25,14 @@ class SkipReason(enum.Enum):
         "call it under torch.no_grad(), or freeze it with requires_grad_(False)"
     )
     SUBCLASS = "its weight is a tensor subclass (sharded, or quantized already); give a plain parameter"
+    MODULE = (
+        "the code around it reads its weight, so no module can take its place; "
+        "torch.compile(backend='int8') can rewrite it"
+    )
+    HOOKED = (
+        "it has hooks, which are lost when another module takes its place; quantize before they are added (with a "
+        "device map: while loading, by quantization_config=)"
+    )
     SMALL = "it has fewer features than min_features, so quantizing its input costs as much as its matmul"
     LARGE = "its reduction is too long for exact int32 sums (over 131071 inputs); split the layer"
     DTYPE = "its dtype is not float32, float16 or bfloat16; convert the model, e.g. model.to(torch.bfloat16)"
@@ -171,9 +180,11 @@ class Report:
         totals = self.totals()
         line = (
             f"{totals['rewritten']} of {totals['sites']} linears in int8, weights "
-            f"{readable(totals['bytes_before'])} -> {readable(totals['bytes_after'])}, "
-            f"{totals['activation_matmuls']} matmuls of two activations left alone, {totals['graphs']} graph"
+            f"{readable(totals['bytes_before'])} -> {readable(totals['bytes_after'])}"
         )
+        if not totals["graphs"]:
+            return line  # Nothing was captured: modules were replaced.
+        line += f", {totals['activation_matmuls']} matmuls of two activations left alone, {totals['graphs']} graph"
         return line if totals["graphs"] == 1 else line + "s"
 
     def __str__(self) -> str:

@@ -67,24 +67,35 @@ class FusedWeight:
     members: tuple[weakref.ref[QuantizedWeight], ...]
 
 
-class FreedWeight(nn.Parameter):
-    """A parameter whose memory was given back. Anything but asking for its metadata raises `FreedWeightError`."""
+class _Freed:
+    """A weight whose memory was given back. Anything but asking for its metadata raises `FreedWeightError`."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # While Dynamo traces for our backend the call only ends up in a graph, and the backend sees to it that nothing
         # reads the data. Other backends would read memory that is gone.
-        if func in _METADATA or _traced_for_int8():
+        if func in METADATA or _traced_for_int8():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise FreedWeightError(
-            f"{torch.overrides.resolve_name(func) or func} was called on a float weight whose memory free_weights=True "
+            f"{torch.overrides.resolve_name(func) or func} was called on a weight whose memory free_weights=True "
             "has given back. Use the compiled model, or load the weights again with "
             "load_state_dict(state, assign=True), or compile without free_weights"
         )
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"FreedWeight(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+    def __repr__(self: Any) -> str:
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+
+class FreedWeight(_Freed, nn.Parameter):  # type: ignore[misc]
+    """A float weight of the model."""
+
+
+class FreedBuffer(_Freed, Tensor):  # type: ignore[misc]
+    """An int8 weight of a module that `quantize_` made."""
+
+
+FREED = (FreedWeight, FreedBuffer)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -107,7 +118,8 @@ _ATTRIBUTES = (
     *("_version", "device", "dtype", "grad", "grad_fn", "is_cuda", "is_leaf", "is_meta", "layout", "ndim"),
     *("requires_grad", "shape"),
 )
-_METADATA = {
+# What may be asked of a tensor without its data.
+METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(Tensor.__hash__, Tensor.dim, Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel),
     *(Tensor.requires_grad_, Tensor.size, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage),
@@ -128,7 +140,9 @@ class WeightStore:
         self._parameters: dict[int, tuple[weakref.ref[Tensor], dict[Key, QuantizedWeight]]] = {}
         self._lock = threading.Lock()
 
-    def get(self, parameter: Tensor, view: WeightView, path: str, *, packed: bool = False) -> QuantizedWeight:
+    def get(
+        self, parameter: Tensor, view: WeightView, path: str, *, packed: bool = False, scale: Tensor | None = None
+    ) -> QuantizedWeight:
         """The int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
 
         A changed parameter is quantized into the same int8 tensors, so their addresses stay valid in CUDA graphs.
@@ -139,15 +153,16 @@ class WeightStore:
             view: The weight as a view of it.
             path: Module path, for messages.
             packed: Whether the graph takes it packed.
+            scale: The scales of a parameter that is int8 already.
 
         Raises:
             BadWeightError: The weight has NaN or Inf, or no data.
         """
         weight = self.weights(parameter).get((view, packed))
-        if weight is not None and (type(parameter) is FreedWeight or weight.stamp == _stamp(parameter)):
+        if weight is not None and (type(parameter) in FREED or weight.stamp == _stamp(parameter)):
             return weight
         with self._lock:
-            return self._refresh(parameter, (view, packed), path)
+            return self._refresh(parameter, (view, packed), path, scale)
 
     def fused(self, weights: Sequence[QuantizedWeight], *, interleaved: bool = False) -> FusedWeight:
         """Weights as slices of one tensor, copied there if they are not yet: memory holds them once.
@@ -187,19 +202,22 @@ class WeightStore:
         weights = [weight for _, views in list(self._parameters.values()) for weight in views.values()]
         return sum(weight.qweight.nbytes + weight.scale.nbytes for weight in weights)
 
-    def _refresh(self, parameter: Tensor, key: Key, path: str) -> QuantizedWeight:
+    def _refresh(self, parameter: Tensor, key: Key, path: str, given: Tensor | None) -> QuantizedWeight:
         view, packed = key
         known = self.weights(parameter).get(key)
         stamp = _stamp(parameter)
         if known is not None and known.stamp == stamp:
             return known  # Another thread was faster.
-        if isinstance(parameter, FreedWeight):
-            raise FreedWeightError(f"{path}: its float weight was freed before this view of it was quantized")
-        qweight, scale = quantize_checked(parameter, view, path)
+        if isinstance(parameter, FREED):
+            raise FreedWeightError(f"{path}: its weight was freed before this view of it was taken")
+        if given is None:
+            qweight, scale = quantize_checked(parameter, view, path)
+            self.quantized += 1
+        else:
+            qweight, scale = view.of(parameter), given.detach()
         if packed:
             with _plain_tensors():
                 qweight = pack_weight(qweight)
-        self.quantized += 1
         if parameter.is_inference():
             warnings.warn(
                 f"{path}: its weight was made in inference mode and has no version counter, so in-place updates of it "
@@ -264,13 +282,15 @@ def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Te
         )
     with _plain_tensors():
         weight = view.of(parameter)
-        bad = weight.numel() - int(weight.isfinite().sum())
-        if bad:
+        qweight, scale = quantize_weight(weight)
+        # The largest element of a row with NaN or Inf is that, and so is its scale.
+        if not scale.isfinite().all():
+            bad = weight.numel() - int(weight.isfinite().sum())
             raise BadWeightError(
                 f"{path}: its weight {list(parameter.shape)} has {bad} NaN or Inf of {weight.numel()} entries, which "
                 f"have no int8 value. Repair the checkpoint, or leave it in float with skip_modules=[{path!r}]"
             )
-        return quantize_weight(weight)
+        return qweight, scale
 
 
 @contextlib.contextmanager
@@ -280,16 +300,16 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
-def free(parameter: nn.Parameter) -> None:
-    """Gives a parameter's memory back; using it afterwards raises `FreedWeightError`."""
-    if isinstance(parameter, FreedWeight):
+def free(parameter: Tensor) -> None:
+    """Gives the memory of a parameter or buffer back; using it afterwards raises `FreedWeightError`."""
+    if isinstance(parameter, FREED):
         return
     # The parameter keeps its sizes and strides, which Dynamo's guards compare, over a storage of its own without
     # memory: its old storage may be shared with others (a file mapped as a whole).
     empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
     empty.untyped_storage().resize_(0)
     # The class first: torch reads a tensor without memory unchecked, a subclass is asked before every operation.
-    parameter.__class__ = FreedWeight
+    parameter.__class__ = FreedWeight if isinstance(parameter, nn.Parameter) else FreedBuffer
     with torch._C.DisableTorchFunctionSubclass():
         parameter.data = empty
 

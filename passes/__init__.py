@@ -9,7 +9,7 @@ if __name__ != "int8compile.passes":
 from int8compile.passes.binding import AttributeBinder, Binder, PlaceholderBinder
 from int8compile.passes.lower_cpu import lower_for_cpu
 from int8compile.passes.lower_gpu import EXACT_DIVISION, lower_for_gpu
-from int8compile.passes.pipeline import rewrite_graph
+from int8compile.passes.pipeline import holds_int8, rewrite_graph
 from int8compile.passes.rules import RULES, finite, matches
 from int8compile.passes.static import WeightView
 
@@ -21,6 +21,7 @@ __all__ = [
     "PlaceholderBinder",
     "WeightView",
     "finite",
+    "holds_int8",
     "lower_for_cpu",
     "lower_for_gpu",
     "matches",

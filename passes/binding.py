@@ -29,13 +29,14 @@ class QuantizedNodes(NamedTuple):
 class Binder(Protocol):
     """Gives the rewritten graph access to a quantized weight."""
 
-    def bind(self, source: Node, view: WeightView, path: str) -> QuantizedNodes:
+    def bind(self, source: Node, view: WeightView, path: str, scale: Node | None = None) -> QuantizedNodes:
         """Makes the nodes that hold the weight, once per (source, view).
 
         Args:
             source: The parameter's node.
             view: The weight as a view of the parameter.
             path: Module path of the site, for messages.
+            scale: The node of the scales, where the parameter is int8 already.
         """
         ...
 
@@ -47,11 +48,13 @@ class Member(NamedTuple):
         source: Placeholder of the parameter in the graph as captured; its position is the argument's.
         view: The weight as a view of the parameter.
         path: Module path of the first site that uses it.
+        scale: Placeholder of the scales, where the parameter is int8 already.
     """
 
     source: Node
     view: WeightView
     path: str
+    scale: Node | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,11 +87,11 @@ class PlaceholderBinder:
         self._numbers = itertools.count()
         self._graph = module.graph
 
-    def bind(self, source: Node, view: WeightView, path: str) -> QuantizedNodes:
+    def bind(self, source: Node, view: WeightView, path: str, scale: Node | None = None) -> QuantizedNodes:
         """See `Binder`."""
         key = (source, view)
         if key not in self._bound:
-            self._bound[key] = self._add((Member(source, view, path),))
+            self._bound[key] = self._add((Member(source, view, path, scale),))
         return self._bound[key].nodes
 
     def fuse(self, slots: Sequence[WeightSlot]) -> WeightSlot:
@@ -141,18 +144,18 @@ class AttributeBinder:
         self._parameters = parameters
         self._quantize = quantize
 
-    def bind(self, source: Node, view: WeightView, path: str) -> QuantizedNodes:
+    def bind(self, source: Node, view: WeightView, path: str, scale: Node | None = None) -> QuantizedNodes:
         """See `Binder`."""
+        if scale is not None:
+            return QuantizedNodes(source, scale)  # It is stored as a buffer of the module already.
         key = (source, view)
         if key not in self.bound:
-            qweight, scale = self._quantize(self._parameters[source], view, path)
             stem = f"int8_{len(self.bound)}"
             self.bound[key] = (f"{stem}_qweight", f"{stem}_scale")
-            self._module.register_buffer(self.bound[key][0], qweight)
-            self._module.register_buffer(self.bound[key][1], scale)
-        qweight_name, scale_name = self.bound[key]
+            for name, tensor in zip(self.bound[key], self._quantize(self._parameters[source], view, path), strict=True):
+                self._module.register_buffer(name, tensor)
         graph = self._module.graph
-        return QuantizedNodes(graph.get_attr(qweight_name), graph.get_attr(scale_name))
+        return QuantizedNodes(*map(graph.get_attr, self.bound[key]))
 
 
 class Quantize(Protocol):

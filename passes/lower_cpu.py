@@ -1,6 +1,7 @@
 """Lowers a rewritten Dynamo graph to CPU kernels: packed weights, and one operator for linears of the same activation.
 
-q, k and v, or gate and up, read one tensor: together they quantize it once and cost one call.
+q, k and v, or gate and up, read one tensor: together they quantize it once and cost one call. Weights that modules hold
+in int8 stay as they are, so that memory holds them once: the kernel packs them as it goes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,20 @@ from int8compile.ops import OUTLIER_POLICIES
 from int8compile.passes.binding import PlaceholderBinder, QuantizedNodes, WeightSlot
 from int8compile.passes.rewrite import NEEDS_GRAD
 from int8compile.passes.siblings import siblings
+from int8compile.passes.static import meta_tensor
 
 # Each operator with its form for packed weights.
 _PACKED: dict[object, Callable[..., object]] = {
     ops.linear.default: ops.packed_linear.default,
     ops.batched_linear.default: ops.packed_batched_linear.default,
     ops.weight_only_linear.default: ops.packed_weight_only_linear.default,
+}
+# And with its form without gradients.
+_NO_GRAD: dict[object, Callable[..., object]] = {
+    ops.linear.default: ops.linear_no_grad.default,
+    ops.weight_only_linear.default: ops.weight_only_linear_no_grad.default,
+    ops.packed_linear.default: ops.packed_linear_no_grad.default,
+    ops.packed_weight_only_linear.default: ops.packed_weight_only_linear_no_grad.default,
 }
 _FUSED = {2: ops.packed_linear_pair_no_grad.default, 3: ops.packed_linear_triple_no_grad.default}
 
@@ -37,9 +46,15 @@ def lower_for_cpu(module: GraphModule, binder: PlaceholderBinder, parameters: Ma
     """
     slots = {slot.nodes.qweight: slot for slot in binder.slots if _on_cpu(slot, parameters)}
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in _PACKED and node.args[1] in slots:
-            slots[node.args[1]].packed = True
-            _pack(node)
+        if node.op != "call_function" or node.target not in _PACKED:
+            continue
+        weight = node.args[1]
+        if weight in slots:
+            slots[weight].packed = True
+            node.target = _PACKED[node.target]
+        held = meta_tensor(weight)  # None for a slot's.
+        if weight in slots or (held is not None and held.device.type == "cpu"):
+            _without_gradients(node)
     for group in siblings(module, ops.packed_linear_no_grad.default, slots, max(_FUSED)):
         if len(group) > 1:
             _fuse(module, binder, group, [slots[node.args[1]] for node in group])  # type: ignore[index]
@@ -49,16 +64,14 @@ def _on_cpu(slot: WeightSlot, parameters: Mapping[Node, Tensor]) -> bool:
     return all(parameters[member.source].device.type == "cpu" for member in slot.members)
 
 
-def _pack(node: Node) -> None:
-    node.target = _PACKED[node.target]
-    if node.meta[NEEDS_GRAD]:
+def _without_gradients(node: Node) -> None:
+    """Registering a formula for gradients costs 8 us a call, whether they are asked for or not."""
+    if node.meta[NEEDS_GRAD] or node.target not in _NO_GRAD:
         return
-    if node.target is ops.packed_linear.default:
+    if node.target in (ops.linear.default, ops.packed_linear.default):
         *tensors, threshold, outliers = node.args
-        node.target = ops.packed_linear_no_grad.default
         node.args = (*tensors, threshold, bool(OUTLIER_POLICIES.index(outliers)))
-    elif node.target is ops.packed_weight_only_linear.default:
-        node.target = ops.packed_weight_only_linear_no_grad.default
+    node.target = _NO_GRAD[node.target]
 
 
 def _fuse(module: GraphModule, binder: PlaceholderBinder, nodes: Sequence[Node], slots: Sequence[WeightSlot]) -> None:

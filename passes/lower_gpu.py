@@ -21,10 +21,10 @@ from torch.fx import GraphModule, Node
 from int8compile import hardware, ops
 from int8compile.ops import OUTLIER_POLICIES, digits
 from int8compile.ops.quantized import flattened
-from int8compile.passes.binding import PlaceholderBinder, WeightSlot
+from int8compile.passes.binding import Member, PlaceholderBinder, QuantizedNodes, WeightSlot
 from int8compile.passes.rewrite import NEEDS_GRAD
 from int8compile.passes.siblings import is_barrier, siblings
-from int8compile.passes.static import meta_tensor, traced
+from int8compile.passes.static import meta_tensor, traced, weight_view
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,32 @@ def lower_for_gpu(
         for slot in binder.slots
         if all(is_gpu(parameters[member.source].device) for member in slot.members)
     }
-    lowering = _Lowering(module, binder, slots)
-    for group in siblings(module, ops.linear.default, slots, limit=len(module.graph.nodes)):
-        lowering.plan([node for node in group if not node.meta[NEEDS_GRAD]])
+    held = _held(module, slots, is_gpu)
+    lowering = _Lowering(module, binder, slots | held)
+    for group in siblings(module, ops.linear.default, slots | held, limit=len(module.graph.nodes)):
+        nodes = [node for node in group if not node.meta[NEEDS_GRAD]]
+        lowering.plan([node for node in nodes if node.args[1] in slots])
+        for node in nodes:
+            if node.args[1] in held:
+                lowering.plan([node])
     lowering.emit()
     return lowering.done
+
+
+def _held(
+    module: GraphModule, slots: Mapping[Node, WeightSlot], is_gpu: Callable[[torch.device], bool]
+) -> dict[Node, WeightSlot]:
+    """The weights that modules hold in int8: they are not joined, since memory would hold them twice."""
+    held = {}
+    for node in module.graph.nodes:
+        if node.target is not ops.linear.default:
+            continue
+        _, qweight, scale, *_ = node.args
+        weight = meta_tensor(qweight)  # None for a slot's.
+        if qweight not in slots and weight is not None and is_gpu(weight.device):
+            view = weight_view(weight, [0, 1], tuple(weight.shape))
+            held[qweight] = WeightSlot((Member(qweight, view, "", scale),), QuantizedNodes(qweight, scale))
+    return held
 
 
 def has_int8_kernels(device: torch.device) -> bool:

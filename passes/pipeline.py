@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from int8compile import ops
 from int8compile.config import Int8Config
 from int8compile.passes import names, vocabulary
 from int8compile.passes.binding import Binder
 from int8compile.passes.composites import open_composites
 from int8compile.passes.contraction import Contraction, Labels, roles
 from int8compile.passes.regions import Region
-from int8compile.passes.rewrite import emit
+from int8compile.passes.rewrite import NEEDS_GRAD, emit
 from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, weight_only
 from int8compile.passes.static import (
     WeightView,
@@ -23,6 +24,7 @@ from int8compile.passes.static import (
     reads_parameter,
     static_weight,
     traced,
+    weight_view,
 )
 from int8compile.report import Report, Site, SkipReason
 
@@ -71,6 +73,9 @@ def _rewrite_linears(
     for node in list(module.graph.nodes):
         region.pass_by(node)
         report.sites.extend(_hidden_sites(module, node, parameters))
+        if holds_int8(node):
+            report.sites.append(_held_row(node, parameters, config, binder))
+            continue
         call = vocabulary.contraction(node)
         if call is None:
             report.activation_matmuls += vocabulary.is_attention(node)
@@ -118,6 +123,49 @@ def _site(
         constant=not call.weight_role and not depends_on_inputs(call.operands[position], parameters),
         grad_mode=region.grad_mode,
         transformed=region.transforms > 0,
+    )
+
+
+def holds_int8(node: Node) -> bool:
+    """Whether a node is a linear of a module that `quantize_` made: its weight is int8 already."""
+    return node.op == "call_function" and node.target in _HELD and all(w.op in _STORED for w in node.args[1:3])  # type: ignore[union-attr]
+
+
+# The operators that modules call, and what their weights are in a graph.
+_HELD = {
+    ops.linear.default,
+    ops.batched_linear.default,
+    ops.grouped_linear.default,
+    ops.weight_only_linear.default,
+}
+_STORED = ("placeholder", "get_attr")
+
+
+def _held_row(node: Node, parameters: Mapping[Node, Tensor], config: Int8Config, binder: Binder) -> Site:
+    """The row of a site that is int8 already; takes its weight over where the module is to give it up."""
+    x, qweight, scale = node.args[:3]
+    assert isinstance(x, Node)
+    assert isinstance(qweight, Node)
+    assert isinstance(scale, Node)
+    weight = traced(qweight)
+    path = names.module_path(node)
+    node.meta[NEEDS_GRAD] = traced(node).requires_grad
+    if config.free_weights and node.target is not ops.grouped_linear.default:
+        view = weight_view(weight, list(range(weight.dim())), tuple(weight.shape))
+        bound = binder.bind(qweight, view, path, scale)
+        node.args = (x, *bound, *node.args[3:])
+    size = weight.numel() + 4 * traced(scale).numel()
+    rows = math.prod(traced(x).shape[:-1])
+    return Site(
+        path=path,
+        op=node.target._opname,  # type: ignore[union-attr]
+        source=names.source_line(node),
+        shape=tuple(map(str, (*weight.shape[:-2], rows, weight.shape[-1], weight.shape[-2]))),
+        weight=names.parameter_name(qweight),
+        weight_bytes=size,
+        bytes_before=size,
+        bytes_after=size,
+        weight_only=node.target is ops.weight_only_linear.default,
     )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from int8compile import backend, hardware, ops, triton_kernels
+from int8compile import backend, hardware, memory_footprint, ops, quantize_, triton_kernels
 from int8compile.ops import digits, quantize_weight, reference
 from int8compile.passes import lower_gpu
 from int8compile.passes.lower_gpu import Lowered
@@ -435,3 +435,35 @@ def test_a_gpu_without_kernels_is_warned_of(
             assert backend._gpu_kernels(parameters) == (not failure)
     assert len(caught) == bool(message)
     assert all(message in str(warning.message) for warning in caught)
+
+
+@torch.no_grad()
+def test_weights_of_int8_modules_are_not_joined(seen: Seen) -> None:
+    """Memory would hold them twice. The activation is quantized once, all the same."""
+    parts, model = nn.ModuleList(nn.Linear(64, size) for size in (32, 17, 40)), Gated(bias=True)
+    x = torch.randn(2, 5, 64)
+    expected = [*(by_operator(part, x) for part in parts), *(by_operator(part, x) for part in (model.gate, model.up))]  # type: ignore[arg-type]
+    everything = nn.ModuleList([*parts, model])
+    quantize_(everything, progress=False)
+    parts = everything[:3]
+    held, before = dict(everything.named_buffers()), STORE.quantized
+    results = compiled(lambda x: [*(part(x) for part in parts), model.gate(x), model.up(x), model(x)])(x)
+    assert seen.lowered == Lowered(products=8, quantized=2)
+    assert seen.parts() == [(0, 0)] * 8
+    assert STORE.quantized == before
+    assert not any(STORE.weights(buffer) for buffer in held.values())
+    assert all(map(near, results, expected))
+    assert near(results[-1], model(x))
+
+
+@torch.no_grad()
+def test_weights_that_int8_modules_give_up_are_joined(seen: Seen) -> None:
+    model, x = nn.Sequential(Gated(bias=True)), torch.randn(2, 5, 64)
+    quantize_(model, progress=False)
+    expected, before = model(x), memory_footprint(model)
+    call = compiled(model, free_weights=True)
+    for _ in range(2):
+        assert near(call(x), expected)
+    assert seen.lowered == Lowered(products=2, quantized=2)
+    assert seen.activations() == [digits.SILU_MUL, digits.NONE]
+    assert memory_footprint(model) == before + 4 * 2 * 48  # The joined scales.

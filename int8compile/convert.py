@@ -1,0 +1,572 @@
+"""`quantize_()` and `dequantize_()`: a model's linears become modules that hold int8, and linears again."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import itertools
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from int8compile import ops
+from int8compile.config import Int8Config
+from int8compile.errors import CheckpointError, ConfigError, Int8Warning, ModelError
+from int8compile.explain import multiplies
+from int8compile.modules import Int8Embedding, Int8Experts, Int8Linear, Int8Module, Source
+from int8compile.passes.rules import matches
+from int8compile.passes.static import WeightView
+from int8compile.report import Report, Site, SkipReason
+from int8compile.weights import STORE, quantize_checked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A weight of a model that is a matmul's, or tied to one.
+
+    Attributes:
+        path: The module's, or for experts the parameter's.
+        module: The module that holds the weight.
+        source: What it is.
+        weight: The weight, in float or in int8; it may be on the meta device.
+        weight_only: Whether activations will stay in float.
+        reason: Why it stays in float, None where it becomes int8.
+        detail: What the reason found.
+    """
+
+    path: str
+    module: nn.Module
+    source: Source
+    weight: Tensor
+    weight_only: bool = False
+    reason: SkipReason | None = None
+    detail: str = ""
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the state dict of the float model."""
+        return self.path if self.source == "experts" else f"{self.path}.weight"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the float weight is [..., K, N]."""
+        return self.source == "conv1d" or (self.source == "experts" and bool(getattr(self.module, "is_transposed", 0)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N and K, behind the number of experts."""
+        *batch, n, k = self.weight.shape
+        # What is int8 already is not transposed any more.
+        return (*batch, k, n) if self.transposed and self.weight.is_floating_point() else (*batch, n, k)
+
+
+def quantize_(
+    model: nn.Module, config: Int8Config | Mapping[str, Any] | None = None, *, progress: bool = True
+) -> Report:
+    """Makes a model's linear layers int8 in memory, in place.
+
+    nn.Linear, transformers' Conv1D and its fused experts become `Int8Linear` and `Int8Experts`. Each float weight is
+    given up before the next is read. The model runs as it is, and under torch.compile with backend "int8" or any other.
+    Calling it again changes nothing.
+
+    Args:
+        model: The model. On the meta device it becomes a skeleton, to load int8 weights into.
+        config: `threshold`, `outliers`, `skip_modules`, `lm_head` and `min_features`; the other fields are for
+            torch.compile. With `lm_head` other than "native" a tied embedding shares the output projection's weight.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What became int8, and what did not and why.
+
+    Raises:
+        BadWeightError: A weight has NaN or Inf. What comes before it has been converted.
+        ConfigError: An option is unknown or has a value that is not allowed.
+    """
+    if not isinstance(config, Int8Config):
+        config = Int8Config.from_options(config)
+    targets = plan(model, config)
+    chosen = [target for target in targets if target.reason is None and not isinstance(target.module, Int8Module)]
+    found = _report(targets, config)  # Before the weights are gone.
+    convert = Converter(model, config)
+    names = {target.name for target in chosen}
+    weights = collections.Counter(id(target.weight) for target in chosen)
+    del targets
+    with tqdm(total=len(chosen), desc="Quantizing", disable=not progress or not chosen, leave=False) as bar:
+        chosen.reverse()
+        while chosen:
+            target = chosen.pop()  # Not iterated over: the list would hold every float weight to the end.
+            bar.set_postfix_str(target.path, refresh=False)
+            convert(target, shared=weights[id(target.weight)] > 1)
+            bar.update()
+    attach(model, names)
+    warn_if_all_float(found, "quantize_()")
+    return found
+
+
+def report(model: nn.Module, config: Int8Config) -> Report:
+    """What is int8 in a model, and why the rest is not under a config."""
+    return _report(plan(model, config), config)
+
+
+def _report(targets: list[Target], config: Int8Config) -> Report:
+    unused = [pattern for pattern in config.skip_modules if not any(matches(pattern, t.path) for t in targets)]
+    return Report(sites=[_row(target) for target in targets], unused_patterns=tuple(unused))
+
+
+def warn_if_all_float(found: Report, what: str) -> None:
+    """Warns where a model has linears and none of them is int8."""
+    if found.sites and not found.rewritten:
+        reasons = "; ".join(f"{site.path}: {site.why()}" for site in found.sites[:3])
+        warnings.warn(f"{what} left all {len(found.sites)} linears in float. {reasons}", Int8Warning, stacklevel=3)
+
+
+def plan(model: nn.Module, config: Int8Config) -> list[Target]:
+    """Every weight that `quantize_` may convert, with its verdict."""
+    modules = dict(model.named_modules())
+    owners: dict[int, list[nn.Module]] = collections.defaultdict(list)
+    for module in modules.values():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(module)
+    head = output_projection(model)
+    targets = []
+    for path, module in modules.items():
+        for target in _targets(path, module):
+            sharing = owners[id(target.weight)]
+            tied = any(isinstance(owner, nn.Embedding) for owner in sharing)
+            is_head = tied or module is head or matches("lm_head", path)
+            reason, detail = _verdict(target, config, is_head, sharing)
+            if reason is None and isinstance(module, Int8Linear):
+                weight_only = module.weight_only
+            else:
+                weight_only = is_head and config.lm_head == "int8_weight"
+            targets.append(dataclasses.replace(target, reason=reason, detail=detail, weight_only=weight_only))
+    targets = _experts_together(targets)
+    # Embeddings that are tied to a projection which becomes int8.
+    converted = {id(target.weight) for target in targets if target.reason is None}
+    targets += [
+        Target(path=path, module=module, source="embedding", weight=module.weight)
+        for path, module in modules.items()
+        if isinstance(module, nn.Embedding) and id(module.weight) in converted
+    ]
+    return targets
+
+
+def _experts_together(targets: list[Target]) -> list[Target]:
+    """The weights of one module of experts are int8 all or none: one forward pass reads them."""
+    kept = {id(target.module): target for target in targets if target.source == "experts" and target.reason}
+
+    def with_others(target: Target) -> Target:
+        other = kept.get(id(target.module))
+        if target.source != "experts" or target.reason or other is None:
+            return target
+        return dataclasses.replace(target, reason=other.reason, detail=f"{other.path}: {other.detail}")
+
+    return [with_others(target) for target in targets]
+
+
+def output_projection(model: nn.Module) -> nn.Module | None:
+    """What a transformers model calls its output embeddings."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        return get() if get is not None else None
+    except (AttributeError, NotImplementedError):  # Models without one.
+        return None
+
+
+def conv1d() -> type[Any] | None:
+    """Transformers' Conv1D, if anybody has imported it."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def _targets(path: str, module: nn.Module) -> Iterator[Target]:
+    if isinstance(module, Int8Module):
+        if module.source != "embedding":
+            yield Target(path=path, module=module, source=module.source, weight=module.qweight)
+        return
+    kind = conv1d()
+    if kind is not None and type(module) is kind:
+        weight: Any = module.weight
+        yield Target(path=path, module=module, source="conv1d", weight=weight)
+        return
+    experts = _expert_weights(module)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if name in experts:
+            yield Target(path=f"{path}.{name}".lstrip("."), module=module, source="experts", weight=parameter)
+        elif multiplies(module, parameter) or _looks_fused(module, parameter):
+            plain = isinstance(module, nn.Linear) and name == "weight"
+            yield Target(
+                path=path if plain else f"{path}.{name}".lstrip("."), module=module, source="linear", weight=parameter
+            )
+
+
+def _expert_weights(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that follows transformers' interface for experts (`use_experts_implementation`)."""
+    if not hasattr(module, "has_gate") or not hasattr(getattr(module, "config", None), "_experts_implementation"):
+        return ()
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def _looks_fused(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter may be several matrices in one, as experts of modules that follow no interface are."""
+    return parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _verdict(
+    target: Target, config: Int8Config, is_head: bool, sharing: list[nn.Module]
+) -> tuple[SkipReason | None, str]:
+    module, weight = target.module, target.weight
+    if isinstance(module, Int8Module):
+        return None, ""
+    matched = [pattern for pattern in config.skip_modules if matches(pattern, target.path)]
+    if matched:
+        return SkipReason.NAME, f"pattern {matched[0]!r}"
+    if is_head and config.lm_head == "native":
+        return (SkipReason.TIED if len(sharing) > 1 else SkipReason.LM_HEAD), ""
+    if not target.path:
+        return SkipReason.MODULE, "it is the model itself; quantize a module that holds it"
+    if target.source == "linear" and not _is_plain_linear(module):
+        return SkipReason.MODULE, type(module).__name__
+    if any(not _is_replaceable(owner) for owner in sharing):
+        return SkipReason.MODULE, "it is shared with " + ", ".join(sorted({type(owner).__name__ for owner in sharing}))
+    if _is_hooked(module):
+        return SkipReason.HOOKED, ""
+    if type(weight) is not nn.Parameter:
+        return SkipReason.SUBCLASS, type(weight).__name__
+    if weight.dtype not in ops.SUPPORTED_DTYPES:
+        return SkipReason.DTYPE, f"it is {weight.dtype}"
+    *_, n, k = target.shape
+    if k > ops.MAX_K:
+        return SkipReason.LARGE, f"K={k}"
+    if min(k, n) < config.min_features:
+        return SkipReason.SMALL, f"K={k}, N={n}, min_features={config.min_features}"
+    return None, ""
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is nn.Linear itself: subclasses may compute more, or have others read their weight."""
+    return type(module) is nn.Linear
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (
+        *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
+        *(module._state_dict_hooks, module._state_dict_pre_hooks),
+        *(module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks),
+    )
+    return "forward" in vars(module) or any(hooks)  # accelerate's take the place of forward.
+
+
+def _is_replaceable(module: nn.Module) -> bool:
+    kind = conv1d()
+    return (
+        _is_plain_linear(module)
+        or (type(module) is nn.Embedding and module.max_norm is None)
+        or (kind is not None and type(module) is kind)
+        or bool(_expert_weights(module))
+    )
+
+
+def _row(target: Target) -> Site:
+    *batch, n, k = target.shape
+    numel = target.weight.numel()
+    after = numel + 4 * (numel // k if k else 0)
+    dtype = target.module.dtype if isinstance(target.module, Int8Module) else target.weight.dtype
+    before = numel * dtype.itemsize
+    return Site(
+        path=target.path,
+        op=type(target.module).__name__,
+        source="",
+        shape=tuple(map(str, (*batch, "M", k, n))),
+        # Tied: one weight, whatever reads it.
+        weight=str(id(target.weight)),
+        weight_bytes=before,
+        bytes_before=before,
+        bytes_after=before if target.reason else after,
+        reason=target.reason,
+        detail=target.detail,
+        weight_only=target.weight_only or target.source == "embedding",
+    )
+
+
+class Converter:
+    """Puts int8 modules in the place of targets, one at a time.
+
+    Args:
+        model: The model that holds them.
+        config: The options.
+    """
+
+    def __init__(self, model: nn.Module, config: Int8Config) -> None:
+        self._config = config
+        self._places = _places(model)
+        # int8 weights of parameters that several modules share.
+        self._shared: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, target: Target, *, shared: bool = False) -> None:
+        """Quantizes a target's weight, on its device, and replaces its module (or, for experts, its parameter).
+
+        Args:
+            target: What to convert.
+            shared: Whether other targets have the same weight.
+
+        Raises:
+            BadWeightError: The weight has NaN or Inf.
+        """
+        key = id(target.weight)
+        pair = self._shared.get(key) or quantized(target)
+        if shared:
+            self._shared[key] = pair
+        self.put(target, *pair)
+
+    def put(self, target: Target, qweight: Tensor, scale: Tensor) -> Int8Module:
+        """Puts a weight that is quantized already in the place of a target's."""
+        module = target.module
+        options: dict[str, Any] = {"dtype": target.weight.dtype}
+        if target.source == "embedding":
+            assert isinstance(module, nn.Embedding)
+            return self._replace(module, Int8Embedding(qweight, scale, padding_idx=module.padding_idx, **options))
+        options |= {"threshold": self._config.threshold, "outliers": self._config.outliers}
+        if target.source == "experts":
+            name = target.path.rpartition(".")[2]
+            new: Int8Module = Int8Experts(qweight, scale, transposed=target.transposed, **options)
+            delattr(module, name)
+            module.add_module(name, new.train(module.training))
+            use_int8_experts(module)
+            return new
+        options |= {"weight_only": target.weight_only, "source": target.source}
+        bias = module._parameters.get("bias")
+        return self._replace(module, Int8Linear(qweight, scale, bias, **options))
+
+    def holds(self, target: Target) -> bool:
+        """Whether a target is still to be converted."""
+        if target.source == "experts":
+            return target.path.rpartition(".")[2] in target.module._parameters
+        return id(target.module) in self._places
+
+    def _replace(self, old: nn.Module, new: Int8Module) -> Int8Module:
+        new.train(old.training)
+        replace(self._places.pop(id(old)), new)
+        return new
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What it takes to make the int8 modules of a model again, besides their tensors, by their paths."""
+    return {path: _description(module) for path, module in model.named_modules() if isinstance(module, Int8Module)}
+
+
+# The attributes of int8 modules that a description lists; each class has some of them.
+_OPTIONS = ("threshold", "outliers", "weight_only", "transposed", "padding_idx")
+
+
+def _description(module: Int8Module) -> dict[str, Any]:
+    options = {name: getattr(module, name) for name in _OPTIONS if hasattr(module, name)}
+    return {"source": module.source, "dtype": str(module.dtype).removeprefix("torch."), **options}
+
+
+def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], advice: str) -> list[Target]:
+    """Puts int8 modules without data where a description has them.
+
+    Args:
+        model: The float model.
+        described: What `describe` made of the model that is to be loaded.
+        advice: What to do where the two do not fit, for messages.
+
+    Returns:
+        What was replaced.
+
+    Raises:
+        CheckpointError: The description is damaged or of another model.
+    """
+    modules = dict(model.named_modules())
+    # What could be int8 at all; which of them are, the description says.
+    targets = {target.path: target for target in plan(model, Int8Config(lm_head="int8", min_features=1))}
+    converters: dict[tuple[float, str], Converter] = {}
+    put = []
+    for path, options in described.items():
+        source, dtype = options.get("source"), getattr(torch, str(options.get("dtype")), None)
+        if source not in get_args(Source) or dtype not in ops.SUPPORTED_DTYPES:
+            raise CheckpointError(
+                f"{path}: source={source!r}, dtype={options.get('dtype')!r} describe no int8 module. {advice}"
+            )
+        if source == "embedding" and type(embedding := modules.get(path)) is nn.Embedding:
+            # Not tied to a projection yet; it is once both have the checkpoint's tensor.
+            targets[path] = Target(path=path, module=embedding, source="embedding", weight=embedding.weight)
+        if (target := targets.get(path)) is None or target.source != source:
+            found = target.source if target else type(modules[path]).__name__ if path in modules else "nothing"
+            raise CheckpointError(f"{path} is an int8 {source} in the checkpoint, in the model {found}. {advice}")
+        if target.reason is not None:
+            why = f"{target.reason.value} {f'({target.detail})' if target.detail else ''}".strip()
+            raise CheckpointError(f"{path} is int8 in the checkpoint, but cannot be in the model: {why}. {advice}")
+        given = {name: options[name] for name in ("threshold", "outliers") if name in options}
+        try:
+            config = Int8Config(**given)
+        except ConfigError as error:
+            raise CheckpointError(f"{path} has an option that is not allowed: {error}. {advice}") from error
+        key = (config.threshold, config.outliers)
+        if key not in converters:
+            converters[key] = Converter(model, config)
+        target = dataclasses.replace(target, weight_only=options.get("weight_only") is True)
+        new = converters[key].put(target, *without_data(target))
+        # What was cast before it was saved comes back so, whatever the model is made of.
+        new.dtype = dtype
+        if (made := _description(new)) != options:
+            raise CheckpointError(f"{path}: the checkpoint was saved with {options}, the model has {made}. {advice}")
+        put.append(target)
+    return put
+
+
+def quantized(target: Target) -> tuple[Tensor, Tensor]:
+    """A target's weight in int8; without data where the weight has none.
+
+    Raises:
+        BadWeightError: The weight has NaN or Inf.
+    """
+    if target.weight.is_meta:
+        return without_data(target)
+    weight = target.weight.mT if target.transposed else target.weight
+    return quantize_checked(
+        target.weight, WeightView(tuple(weight.shape), weight.stride(), 0, target.shape), target.path
+    )
+
+
+def _integration(model: nn.Module) -> Any:
+    """What tells transformers that a model of its is int8, so that `save_pretrained` writes what loads again."""
+    pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if pretrained is None or not isinstance(model, pretrained):
+        return None
+    from int8compile.integrations import transformers
+
+    return transformers
+
+
+def attach(model: nn.Module, names: set[str]) -> None:
+    """Has a model of transformers save and load as int8; nothing for other models.
+
+    Args:
+        model: A model with int8 modules.
+        names: The names that the weights had in float.
+    """
+    if names and (integration := _integration(model)) is not None:
+        integration.attach(model, names)
+
+
+def without_data(target: Target) -> tuple[Tensor, Tensor]:
+    """Tensors on the meta device like those of a target in int8."""
+    # With dtypes: while transformers loads a model, the default is the model's.
+    scale = torch.empty(target.shape[:-1], dtype=torch.float32, device="meta")
+    return torch.empty(target.shape, dtype=torch.int8, device="meta"), scale
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module of a model is: a module may have several parents."""
+    places: dict[int, list[tuple[nn.Module, str]]] = collections.defaultdict(list)
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                places[id(child)].append((module, name))
+    return places
+
+
+def replace(places: list[tuple[nn.Module, str]], new: nn.Module) -> None:
+    """Puts a module in all places where another was."""
+    for parent, name in places:
+        parent._modules[name] = new
+
+
+def use_int8_experts(module: Any) -> None:
+    """Has a module of experts run int8 weights; the others of its model, and the model's config, stay as they are."""
+    from int8compile.integrations import experts
+
+    if module.config._experts_implementation != experts.NAME:
+        config = copy.copy(module.config)
+        config._experts_implementation = experts.NAME
+        config._float_experts = module.config
+        module.config = config
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Makes the int8 modules of a model ordinary ones again, in place, with the values that int8 stands for.
+
+    Ties are kept, and a model of transformers saves and loads as a float one again.
+
+    Args:
+        model: A model that `quantize_` converted, or that was loaded in int8.
+        dtype: Of the float weights; None takes that of the model before it was quantized, or of a `.to(dtype)` since.
+
+    Raises:
+        ModelError: Parts of the model are offloaded, so their weights are not in memory. Nothing is changed then.
+    """
+    int8 = {path: module for path, module in model.named_modules() if isinstance(module, Int8Module)}
+    for path, module in int8.items():
+        if module.qweight.is_meta and "forward" in vars(module):
+            raise ModelError(f"{path} is offloaded, so its weight is not here. Load the model without offloading first")
+    places = _places(model)
+    weights: dict[int, nn.Parameter] = {}
+    for module in int8.values():
+        key = id(module.qweight)
+        if key not in weights:
+            weight = ops.dequantize_weight(module.qweight, module.scale, dtype or module.dtype)
+            transposed = module.source == "conv1d" or (isinstance(module, Int8Experts) and module.transposed)
+            weights[key] = nn.Parameter(weight.mT.contiguous() if transposed else weight)
+        if isinstance(module, Int8Experts):
+            for parent, name in places[id(module)]:
+                delattr(parent, name)
+                parent.register_parameter(name, weights[key])
+                parent.config = getattr(parent.config, "_float_experts", parent.config)
+        else:
+            replace(places[id(module)], _float_module(module, weights[key]))
+    if int8 and (integration := _integration(model)) is not None:
+        integration.detach(model)
+
+
+def _float_module(module: Any, weight: nn.Parameter) -> nn.Module:
+    """The module that an int8 module was made from, with a weight given."""
+    new: nn.Module
+    with torch.device("meta"):  # Nothing to initialize.
+        if isinstance(module, Int8Embedding):
+            new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
+        elif module.source == "conv1d":
+            from transformers.pytorch_utils import Conv1D
+
+            new = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
+        else:
+            new = nn.Linear(module.in_features, module.out_features)
+    new.weight = weight
+    if "bias" in module._parameters:
+        new.register_parameter("bias", module.bias)
+    return new.train(module.training)
+
+
+def memory_footprint(model: nn.Module) -> int:
+    """Bytes that a model's parameters and buffers take, and the int8 weights that compiled graphs keep of them.
+
+    What is shared counts once, a float weight that was freed not at all; tensors on the meta device count as if they
+    had data.
+    """
+    sizes: dict[int, int] = collections.defaultdict(int)
+    limits: dict[int, int] = {}
+    seen = set()
+
+    def add(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        limits[storage._cdata] = storage.nbytes()
+        view = (storage._cdata, tensor.storage_offset(), tensor.shape)
+        if view not in seen:
+            seen.add(view)
+            sizes[storage._cdata] += tensor.numel() * tensor.element_size()
+
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        add(tensor)
+        for weight in STORE.weights(tensor).values():
+            add(weight.qweight)
+            add(weight.scale)
+    return sum(min(size, limits[storage]) for storage, size in sizes.items())

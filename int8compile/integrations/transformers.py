@@ -1,0 +1,570 @@
+"""int8 models in transformers: import this module, then pass an `Int8CompileConfig` to `from_pretrained`.
+
+Weights are read one after the other and quantized on the device that they are for; the float model is never in memory
+as a whole. What `save_pretrained` writes loads again without a config, as long as this module was imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import difflib
+import functools
+import logging
+import mmap
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from int8compile.config import Int8Config, LmHead, OutlierPolicy
+from int8compile.convert import (
+    Converter,
+    Target,
+    dequantize_,
+    describe,
+    plan,
+    put_described,
+    quantized,
+    report,
+    warn_if_all_float,
+    without_data,
+)
+from int8compile.errors import CheckpointError, ConfigError
+from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout
+
+log = logging.getLogger(__name__)
+
+METHOD = "int8compile"
+FIELDS = ("threshold", "outliers", "skip_modules", "lm_head", "min_features")
+# Names that users know from bitsandbytes, and ours.
+_RENAMED = {"llm_int8_threshold": "threshold", "llm_int8_skip_modules": "skip_modules"}
+# Those that have no counterpart, with the values that ask for nothing.
+_WITHOUT_EFFECT = {
+    "load_in_8bit": (True,),
+    "load_in_4bit": (False,),
+    "llm_int8_enable_fp32_cpu_offload": (False, True),  # What is offloaded stays int8.
+    "llm_int8_has_fp16_weight": (False,),
+}
+
+
+@register_quantization_config(METHOD)
+class Int8CompileConfig(QuantizationConfigMixin):
+    """The options of `int8compile.quantize_`, for `from_pretrained(quantization_config=...)`.
+
+    Args:
+        threshold: See `int8compile.Int8Config`, as for the next four.
+        outliers: "row", or "column" as in bitsandbytes.
+        skip_modules: Patterns of modules that stay in float.
+        lm_head: "native", "int8_weight" or "int8".
+        min_features: The least number of inputs and outputs.
+        checkpoint_format: "int8compile", or "bitsandbytes" for checkpoints that it saved, see `bitsandbytes_config`.
+        modules: What a checkpoint has in int8, by path, as `int8compile.convert.describe` has it; not for users. Where
+            it is given it decides, and the options above do not count.
+        **options: `llm_int8_threshold`, `llm_int8_skip_modules` and `load_in_8bit` of bitsandbytes are understood.
+
+    Raises:
+        ConfigError: A name is unknown, or a value is not allowed.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 6.0,
+        outliers: OutlierPolicy = "row",
+        skip_modules: Iterable[str] | None = None,
+        lm_head: LmHead = "native",
+        min_features: int = 16,
+        checkpoint_format: str = METHOD,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        given: dict[str, Any] = {
+            "threshold": threshold,
+            "outliers": outliers,
+            "skip_modules": skip_modules or (),
+            "lm_head": lm_head,
+        }
+        given |= {"min_features": min_features}
+        options.pop("quant_method", None)
+        given |= _from_bitsandbytes(options)
+        # Checked by the one who knows.
+        config = Int8Config(**given)
+        self.threshold = config.threshold
+        self.outliers = config.outliers
+        self.skip_modules = list(config.skip_modules)
+        self.lm_head = config.lm_head
+        self.min_features = config.min_features
+        if checkpoint_format not in (METHOD, "bitsandbytes"):
+            raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are {METHOD!r} and 'bitsandbytes'")
+        self.checkpoint_format = checkpoint_format
+        self.modules = dict(modules or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says: of a model that is int8, what is in it, and not the options that led to it."""
+        shown = super().to_dict()
+        if not self.modules:
+            del shown["modules"]
+            return dict(shown)
+        return {name: shown[name] for name in ("quant_method", "checkpoint_format", "modules")}
+
+    def config(self) -> Int8Config:
+        """The same as int8compile's own config."""
+        return Int8Config(**{name: getattr(self, name) for name in FIELDS})
+
+    @classmethod
+    def of(cls, config: Int8Config) -> Int8CompileConfig:
+        """The fields of int8compile's own config that say how a model is quantized."""
+        return cls(**{name: getattr(config, name) for name in FIELDS})
+
+    def describe(self, model: Any) -> None:
+        """Takes down what is int8 in a model.
+
+        A dtype only where it is not the model's: it may be loaded in another.
+        """
+        own = str(model.dtype).removeprefix("torch.")
+        self.modules = {
+            path: {name: value for name, value in options.items() if (name, value) != ("dtype", own)}
+            for path, options in describe(model).items()
+        }
+
+
+def _from_bitsandbytes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that have names of bitsandbytes, under ours."""
+    found = {}
+    known = [*FIELDS, "checkpoint_format", *_RENAMED, *_WITHOUT_EFFECT]
+    for name, value in options.items():
+        if name in _RENAMED and value is not None:
+            found[_RENAMED[name]] = value
+            note = "; with outliers='column' it means what it means in bitsandbytes" if "threshold" in name else ""
+            log.warning("%s of bitsandbytes is taken as %s%s", name, _RENAMED[name], note)
+        elif name in _WITHOUT_EFFECT:
+            if value not in _WITHOUT_EFFECT[name]:
+                raise ConfigError(f"{name}={value!r} has no counterpart in int8compile, which is 8 bit inference only")
+            log.warning("%s of bitsandbytes has no effect here: int8 is what Int8CompileConfig asks for", name)
+        elif name not in _RENAMED:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"unknown option {name!r} of Int8CompileConfig{hint}. Allowed: {', '.join(known)}")
+    return found
+
+
+@register_quantizer(METHOD)
+class Int8CompileQuantizer(HfQuantizer):
+    """What transformers calls while it loads, saves and dequantizes a model."""
+
+    quantization_config: Int8CompileConfig
+
+    def __init__(self, quantization_config: Int8CompileConfig, **kwargs: Any) -> None:
+        # A copy: what is added to it is for this model, and the user may have others to load.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        # By the names of the float weights; a tied weight has several.
+        self.targets: dict[str, list[Target]] = {}
+        self.converter: Converter | None = None
+        self.mapped = _MappedFiles(())
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of an int8 weight, for device maps."""
+        return 1
+
+    @property
+    def is_trainable(self) -> bool:
+        """int8 weights get no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The modules have no graph break."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        files = [str(file) for file in checkpoint_files or ()]
+        self.mapped = _MappedFiles(files)
+        if self.pre_quantized and config.modules:
+            targets = put_described(model, _fitted(config.modules, model), _ADVICE)
+        else:
+            targets = self._plan(model)
+        if self.pre_quantized:
+            _check_checkpoint(model, files)
+            for module in model.modules():
+                if isinstance(module, Int8Module):
+                    _as_parameters(module)
+        _rename_ties(model, {target.name for target in targets})
+        if config.checkpoint_format != METHOD:
+            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = ignored | {r"\.weight_format$"}
+
+    def _plan(self, model: Any) -> list[Target]:
+        """Finds what becomes int8, by the options.
+
+        A checkpoint that is int8 already, and does not say in what, is one of bitsandbytes: there it is put.
+        """
+        config = self.quantization_config
+        if not self.pre_quantized:
+            # What the model's authors keep in float32 when the rest is in 16 bit overflows there, or loses accuracy.
+            kept = list(model._keep_in_fp32_modules_strict or [])
+            if model.dtype == torch.float16:
+                kept += model._keep_in_fp32_modules or []
+            config.skip_modules += [name for name in kept if name not in config.skip_modules]
+        if config.lm_head != "native":
+            _tie(model)  # So that the plan sees it.
+        self.converter = Converter(model, config.config())
+        found = plan(model, config.config())
+        targets = [target for target in found if target.reason is None]
+        for target in targets:
+            self.targets.setdefault(target.name, []).extend(t for t in targets if t.weight is target.weight)
+            if self.pre_quantized:
+                self.converter.put(target, *without_data(target))
+        if found and not targets:
+            warn_if_all_float(report(model, config.config()), "Int8CompileConfig")
+        return targets
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a float weight of the checkpoint becomes int8."""
+        return param_name in self.targets
+
+    def get_quantize_ops(self) -> Quantize:
+        """What quantizes a weight."""
+        return Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightRenaming]:
+        """How names of a checkpoint are changed: those of bitsandbytes into ours."""
+        if self.quantization_config.checkpoint_format != "bitsandbytes":
+            return []
+        paths = "|".join(re.escape(target.path) for targets in self.targets.values() for target in targets)
+        return [
+            WeightRenaming(rf"^({paths})\.weight$", r"\1.qweight"),
+            WeightRenaming(rf"^({paths})\.SCB$", r"\1.scale"),
+        ]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        missing = []
+        plain: dict[int, Tensor] = {}
+        for path, module in model.named_modules():
+            if not isinstance(module, Int8Module):
+                continue
+            if not getattr(getattr(module, "_hf_hook", None), "offload", False):
+                missing += [f"{path}.{name}" for name in BUFFERS if not _is_loaded(getattr(module, name))]
+                _as_buffers(module, plain)
+        if missing:
+            raise CheckpointError(f"the checkpoint lacks {_listed(missing)}. {_ADVICE}")
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            _rescale(model)
+            self.quantization_config.checkpoint_format = METHOD
+        self.quantization_config.describe(model)
+        # Saved under the names that the modules have, not those of the float checkpoint, which may split experts.
+        model._weight_conversions = []
+        self.targets.clear()
+        self.converter = None
+        self.mapped = _MappedFiles(())
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """What transformers asks for before it saves a model, whose modules may have changed since it was loaded."""
+        self.quantization_config.describe(model)
+        return None, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # A string, after `save_pretrained` has made one of the config's.
+        dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return model
+
+
+class Quantize(ConversionOps):
+    """Quantizes a weight as it is loaded, and puts an int8 module where it is for."""
+
+    def __init__(self, quantizer: Int8CompileQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """See `ConversionOps.convert`.
+
+        A weight with NaN or Inf raises `BadWeightError`, of which transformers makes a RuntimeError after logging it.
+        """
+        (given,) = input_dict.values()
+        weight = given[0] if isinstance(given, list) else given
+        targets = self.quantizer.targets[full_layer_name]
+        qweight, scale = quantized(dataclasses.replace(targets[0], weight=weight))
+        self.quantizer.mapped.was_read(weight.nbytes)
+        result: dict[str, Tensor] = {}
+        for target in targets:
+            self._place(target)
+            (missing_keys or set()).discard(target.name)
+            result |= {f"{target.path}.qweight": qweight, f"{target.path}.scale": scale}
+        return result
+
+    def _place(self, target: Target) -> None:
+        """Puts a module without data in place, once; transformers fills it, or writes the data to a disk."""
+        converter = self.quantizer.converter
+        assert converter is not None
+        if converter.holds(target):
+            module = converter.put(target, *without_data(target))
+            _as_parameters(module)
+            # What would initialize the weights of this module does not know it.
+            target.module._is_hf_initialized = module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+class _MappedFiles:
+    """The mapped files of a checkpoint, of which what was read can leave memory again.
+
+    transformers keeps all of them mapped until it has loaded everything, so what was read would stay.
+
+    Args:
+        files: Their paths.
+    """
+
+    # Read in between: often enough for memory, seldom enough for time.
+    STEP = 32 * 2**20
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self._files = {os.path.realpath(file) for file in files}
+        self._ranges: list[tuple[int, int]] | None = None
+        self._read = 0
+
+    def was_read(self, size: int) -> None:
+        """Counts bytes that were read and, now and then, takes all that was read out of memory.
+
+        The files can still be read; what was written to a private mapping of one would be lost, but while a model is
+        loaded nobody writes. With them goes what the C library keeps of casts and the like that were freed.
+        """
+        self._read += size
+        if self._read < self.STEP:
+            return
+        self._read = 0
+        if self._ranges is None:
+            self._ranges = list(self._mapped())
+        for low, high in self._ranges:
+            _libc().madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), mmap.MADV_DONTNEED)
+        trim = getattr(_libc(), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
+
+    def _mapped(self) -> Iterator[tuple[int, int]]:
+        """The addresses of the files; none on systems that do not say."""
+        with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
+            for line in maps:
+                addresses, _, _, _, _, *path = line.split(maxsplit=5)
+                if path and path[0].strip() in self._files:
+                    low, high = addresses.split("-")
+                    yield int(low, 16), int(high, 16)
+
+
+def _as_parameters(module: nn.Module) -> None:
+    """Registers int8 weights as parameters while a model is loaded.
+
+    accelerate offloads parameters, but keeps buffers on the device unless it is told otherwise.
+    """
+    for name in BUFFERS:
+        tensor = module._buffers.pop(name)
+        assert tensor is not None
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _as_buffers(module: nn.Module, known: dict[int, Tensor]) -> None:
+    """Registers int8 weights as the buffers that they are, the same parameter always as the same one."""
+    for name in BUFFERS:
+        parameter = module._parameters.pop(name)
+        assert parameter is not None
+        module._buffers[name] = known.setdefault(id(parameter), parameter.data)
+
+
+def _is_loaded(tensor: Tensor) -> bool:
+    """Whether transformers has given a tensor the data of a checkpoint."""
+    return not tensor.is_meta and bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def _tie(model: Any) -> None:
+    """Ties the weights of a model without data; while it is being loaded, its own `tie_weights` does nothing."""
+    for name, source in model.all_tied_weights_keys.items():
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, model.get_parameter(source))
+
+
+# Of tensors in safetensors files, by the end of their names.
+_STORED_AS = {"qweight": "I8", "scale": "F32"}
+_ADVICE = "Copy the checkpoint again, or quantize the float model again"
+
+
+def _fitted(modules: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, dict[str, Any]]:
+    """The int8 modules of a checkpoint that a model has, under its names, and with its dtype where none is given.
+
+    A model without the head that was saved, or with another one, has names with a part less or more.
+    """
+    known = {path for path, _ in model.named_modules()}
+    dtype = str(model.dtype).removeprefix("torch.")
+    fitted = {}
+    for path, options in modules.items():
+        parent = path.rpartition(".")[0] if options.get("source") == "experts" else path
+        names = _spellings(parent, model)
+        found = next((name for name in names if name in known), None)
+        if found is not None:
+            fitted[found + path.removeprefix(parent)] = {"dtype": dtype, **options}
+    return fitted
+
+
+def _spellings(path: str, model: Any) -> tuple[str, str, str]:
+    prefix = f"{model.base_model_prefix}."
+    return path, path.removeprefix(prefix), prefix + path
+
+
+def _check_checkpoint(model: Any, files: Iterable[str]) -> None:
+    """Compares what is int8 in a checkpoint with what is in the model.
+
+    transformers reports what is missing in a checkpoint, initializes it at random, and goes on.
+
+    Raises:
+        CheckpointError: A layer is int8 in the one and float in the other, or its tensors have other dtypes or a layout
+            that is not known.
+    """
+    modules = dict(model.named_modules())
+    files = [file for file in files if file.endswith(".safetensors")]
+    found = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  it is no dictionary
+                path, _, name = key.rpartition(".")
+                path = next((spelling for spelling in _spellings(path, model) if spelling in modules), path)
+                module = modules.get(path)
+                found.add(f"{path}.{name}")
+                if name == "qweight" and module is not None and not isinstance(module, Int8Module):
+                    raise CheckpointError(
+                        f"{key} of the checkpoint is int8, but by its config.json {path} is float. {_ADVICE}"
+                    )
+                if isinstance(module, Int8Module) and name in _STORED_AS:
+                    dtype = tensors.get_slice(key).get_dtype()
+                    if dtype != _STORED_AS[name]:
+                        raise CheckpointError(
+                            f"{key} of the checkpoint is {dtype}; it must be {_STORED_AS[name]}. {_ADVICE}"
+                        )
+                if name == "weight_format":
+                    check_layout(path, tensors.get_tensor(key))
+    # bitsandbytes' names are changed into ours while its checkpoints are loaded.
+    renamed = {
+        f"{path}.{name}"
+        for path, _, last in (name.rpartition(".") for name in found)
+        if last == "SCB"
+        for name in BUFFERS
+    }
+    missing = [
+        f"{path}.{name}" for path, module in modules.items() if isinstance(module, Int8Module) for name in BUFFERS
+    ]
+    missing = [name for name in missing if name not in found | renamed]
+    tied = {name.removesuffix("weight") for name in model.all_tied_weights_keys}
+    missing = [name for name in missing if name.rpartition(".")[0] + "." not in tied]
+    if files and missing:
+        raise CheckpointError(f"the checkpoint lacks {_listed(missing)}. {_ADVICE}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _rename_ties(model: Any, converted: set[str]) -> None:
+    """Tells transformers that tied weights, given by their names in the float model, are tied under other names."""
+
+    def renamed(ties: Mapping[str, str]) -> dict[str, str]:
+        result = {}
+        for name, source in ties.items():
+            if {name, source} <= converted:
+                for buffer in BUFFERS:
+                    result[name.removesuffix("weight") + buffer] = source.removesuffix("weight") + buffer
+            else:
+                result[name] = source
+        return result
+
+    model.all_tied_weights_keys = renamed(model.all_tied_weights_keys)
+    if isinstance(model._tied_weights_keys, dict):
+        model._tied_weights_keys = renamed(model._tied_weights_keys)
+
+
+def _rescale(model: nn.Module) -> None:
+    """Bitsandbytes stores the largest element of a row, 127 times its scale."""
+    done = set()
+    for path, module in model.named_modules():
+        if isinstance(module, Int8Module) and id(module.scale) not in done:
+            module.scale.copy_(bitsandbytes_weight(path, module.qweight, module.scale)[1])
+            done.add(id(module.scale))
+
+
+def attach(model: Any, converted: set[str]) -> None:
+    """Has a model whose modules were made int8 without transformers save and load as one that it quantized.
+
+    Args:
+        model: The model.
+        converted: The names that the weights had.
+    """
+    _rename_ties(model, converted)
+    quantizer = Int8CompileQuantizer(Int8CompileConfig(), pre_quantized=True)
+    quantizer.quantization_config.describe(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model.config.quantization_config = quantizer.quantization_config
+    model._weight_conversions = []
+
+
+def detach(model: Any) -> None:
+    """Undoes `attach`, and what loading does: the model saves and loads as a float one."""
+    for name in ("_tied_weights_keys", "_weight_conversions"):
+        vars(model).pop(name, None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, Int8CompileQuantizer):
+        quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+
+
+def bitsandbytes_config(name: str, **kwargs: Any) -> Any:
+    """The config of a checkpoint that bitsandbytes saved in 8 bit, changed so that it loads as int8compile's.
+
+    `AutoModelForCausalLM.from_pretrained(name, config=bitsandbytes_config(name))` needs no bitsandbytes, and takes the
+    int8 values as they are. Saved again, it is a checkpoint of int8compile.
+
+    Args:
+        name: A folder or a hub name.
+        **kwargs: What else `AutoConfig.from_pretrained` takes.
+
+    Raises:
+        CheckpointError: It is no 8 bit checkpoint of bitsandbytes.
+    """
+    config = AutoConfig.from_pretrained(name, **kwargs)
+    theirs = getattr(config, "quantization_config", None) or {}
+    if not theirs.get("load_in_8bit"):
+        found = f"has the quantization_config {theirs}" if theirs else "has no quantization_config"
+        raise CheckpointError(f"{name} was not saved in 8 bit by bitsandbytes: its config.json {found}")
+    config.quantization_config = Int8CompileConfig(
+        threshold=theirs.get("llm_int8_threshold", 6.0),
+        outliers="column",
+        skip_modules=theirs.get("llm_int8_skip_modules"),
+        checkpoint_format="bitsandbytes",
+    ).to_dict()
+    return config

@@ -1,0 +1,316 @@
+"""Modules that hold their weight in int8: what `quantize_` puts in the place of linears, embeddings and experts.
+
+Each has the buffers `qweight` (int8) and `scale` (float32) and no parameter called `weight`, so that no loader takes
+integers for floats.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from int8compile import cpu, ops, triton_kernels
+from int8compile.errors import CheckpointError, Int8WeightError
+from int8compile.weights import METADATA
+
+
+class WeightMetadata(Tensor):
+    """What is known of a float weight that is not there; using its values raises `Int8WeightError`."""
+
+    # What transformers asks before it initializes a weight.
+    _is_hf_initialized = True
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise Int8WeightError(
+            f"{torch.overrides.resolve_name(func) or func} was called on the weight of an int8 module, which has none "
+            "in float. module.dequantize() makes a copy of it in float, int8compile.dequantize_(model) a float model; "
+            "skip_modules leaves a module in float"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"WeightMetadata(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+
+# What a module was made from, and what `dequantize` makes of it again.
+Source = Literal["linear", "conv1d", "embedding", "experts"]
+
+BUFFERS = ("qweight", "scale")
+
+
+@functools.cache
+def _load_kernels() -> None:
+    """The operators run through PyTorch until the kernels are loaded; both loaders warn where there are none."""
+    cpu.load()
+    if torch.cuda.is_available():
+        triton_kernels.load()
+
+
+class Int8Module(nn.Module):
+    """What the modules have in common.
+
+    Attributes:
+        qweight: [..., N, K] int8.
+        scale: [..., N] float32; `qweight * scale` is the weight.
+        dtype: What the weight is dequantized to; `.to(dtype)` of the module changes it, `scale` stays float32.
+        source: What kind of module it was made from.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+
+    def __init__(self, qweight: Tensor, scale: Tensor, dtype: torch.dtype, source: Source) -> None:
+        super().__init__()
+        _load_kernels()
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scale", scale)
+        self.dtype = dtype
+        self.source = source
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _load_kernels()
+
+    def dequantize(self) -> Tensor:
+        """The weight in float, a copy.
+
+        Shapes:
+            [..., N, K] of `dtype`.
+        """
+        return ops.dequantize_weight(self.qweight, self.scale, self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device of the float weight, for code that looks at them beside the forward pass.
+
+        Anything else raises `Int8WeightError`: what is written to a float weight would be lost, what is computed with
+        it would not be int8.
+        """
+        if torch.compiler.is_compiling():
+            return self.dequantize()  # Which is not computed where only its metadata is asked for.
+        alike = torch.empty((), dtype=self.dtype, device=self.qweight.device).expand(self.qweight.shape)
+        return alike.as_subclass(WeightMetadata)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
+        held = {name: self._buffers.pop(name) for name in BUFFERS if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in held.items():
+            assert tensor is not None
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype:
+                # Only where they are may change: a scale in 16 bits would change every result.
+                moved = tensor.to(moved.device)
+            # In place, as nn.Module does with parameters, and so with ties; that is not possible with the meta device.
+            if torch._has_compatible_shallow_copy_type(tensor, moved):
+                tensor.data = moved
+                moved = tensor
+            self._buffers[name] = moved
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if prefix + "SCB" in state_dict:
+            state_dict = _from_bitsandbytes(state_dict, prefix)
+        # PyTorch would convert: floats to int8 without a scale, and scales to whatever is there.
+        given = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
+        for name, tensor in given.items():
+            if tensor.dtype != (expected := getattr(self, name).dtype):
+                error_msgs.append(f"{prefix}{name} is {tensor.dtype}; it must be {expected}")
+        if "qweight" not in given and prefix + "weight" in state_dict:
+            error_msgs.append(
+                f"{prefix}weight is {state_dict[prefix + 'weight'].dtype}, but this layer is int8 and takes "
+                f"{prefix}qweight and {prefix}scale. Load float weights before quantize_(model)"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _from_bitsandbytes(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A state dict in which the tensors of one layer that bitsandbytes saved have our names."""
+    path = prefix.removesuffix(".")
+    if f"{prefix}weight_format" in state_dict:
+        check_layout(path, state_dict[f"{prefix}weight_format"])
+    qweight, scale = bitsandbytes_weight(path, state_dict.get(f"{prefix}weight"), state_dict[f"{prefix}SCB"])
+    theirs = {f"{prefix}{name}" for name in ("weight", "SCB", "weight_format")}
+    rest = {key: value for key, value in state_dict.items() if key not in theirs}
+    return {**rest, f"{prefix}qweight": qweight, f"{prefix}scale": scale}
+
+
+def bitsandbytes_weight(path: str, weight: Tensor | None, absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """The int8 weight and its scales of tensors as bitsandbytes saves them (`Linear8bitLt._save_to_state_dict`).
+
+    Args:
+        path: The module's, for messages.
+        weight: [N, K] int8.
+        absmax: `SCB`, [N]: the largest element of each row, 127 times the scale.
+
+    Raises:
+        CheckpointError: They are of another dtype or shape.
+    """
+    if weight is None or weight.dtype != torch.int8 or absmax.shape != weight.shape[:1]:
+        raise CheckpointError(
+            f"{path}.weight and {path}.SCB are no 8 bit layer of bitsandbytes, which has int8 [N, K] and float32 [N]"
+        )
+    return weight, absmax.to(torch.float32) / ops.QMAX
+
+
+def check_layout(path: str, layout: Tensor) -> None:
+    """Checks bitsandbytes' `weight_format`: 0 stands for rows.
+
+    Raises:
+        CheckpointError: It is a layout for Turing or Ampere, which older versions wrote.
+    """
+    if int(layout) != 0:
+        raise CheckpointError(
+            f"{path}.weight_format is {int(layout)}, a layout of older versions of bitsandbytes. Save the model with "
+            "bitsandbytes 0.45 or newer, which writes rows"
+        )
+
+
+class Int8Linear(Int8Module):
+    """A linear layer in int8, its outliers in float: `int8compile::linear`.
+
+    Args:
+        qweight: [N, K] int8.
+        scale: [N] float32.
+        bias: [N] of a float dtype, or None.
+        threshold: See `Int8Config`.
+        outliers: See `Int8Config`.
+        weight_only: Whether activations stay in float: `int8compile::weight_only_linear`.
+        dtype: What `dequantize` gives.
+        source: "linear", or "conv1d" for transformers' Conv1D.
+    """
+
+    def __init__(
+        self,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: nn.Parameter | None = None,
+        *,
+        threshold: float = 6.0,
+        outliers: str = "row",
+        weight_only: bool = False,
+        dtype: torch.dtype = torch.float32,
+        source: Source = "linear",
+    ) -> None:
+        super().__init__(qweight, scale, dtype, source)
+        self.out_features, self.in_features = qweight.shape
+        self.register_parameter("bias", bias)
+        self.threshold = threshold
+        self.outliers = outliers
+        self.weight_only = weight_only
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ weight.T + bias`.
+
+        Shapes:
+            x: [..., K] float32, float16 or bfloat16; result: [..., N] of the same dtype.
+
+        Raises:
+            InputError: x has another dtype or another K; the CPU kernel raises RuntimeError.
+        """
+        if self.weight_only:
+            result: Tensor = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
+        else:
+            result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
+        return result
+
+    def extra_repr(self) -> str:
+        """The format, for `print(model)`."""
+        policy = "weight only" if self.weight_only else f"outliers={self.outliers!r}, threshold={self.threshold:g}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"int8, {policy}"
+        )
+
+
+class Int8Embedding(Int8Module):
+    """An embedding whose table is the int8 weight of the output projection that it is tied to.
+
+    Args:
+        qweight: [V, D] int8.
+        scale: [V] float32.
+        padding_idx: As in nn.Embedding.
+        dtype: What the vectors are made of.
+    """
+
+    def __init__(
+        self, qweight: Tensor, scale: Tensor, *, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(qweight, scale, dtype, "embedding")
+        self.num_embeddings, self.embedding_dim = qweight.shape
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The vectors of some tokens.
+
+        Shapes:
+            ids: [...] integers; result: [..., D] of `dtype`.
+        """
+        return (F.embedding(ids, self.qweight) * F.embedding(ids, self.scale.unsqueeze(-1))).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        """The format, for `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, int8"
+
+
+class Int8Experts(Int8Module):
+    """The weights of a mixture's experts, which stand in one tensor.
+
+    Args:
+        qweight: [E, N, K] int8.
+        scale: [E, N] float32.
+        threshold: See `Int8Config`.
+        outliers: See `Int8Config`.
+        transposed: Whether the float weight was [E, K, N].
+        dtype: What `dequantize` gives.
+    """
+
+    def __init__(
+        self,
+        qweight: Tensor,
+        scale: Tensor,
+        *,
+        threshold: float = 6.0,
+        outliers: str = "row",
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(qweight, scale, dtype, "experts")
+        self.threshold = threshold
+        self.outliers = outliers
+        self.transposed = transposed
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Each row by its expert's weight, `int8compile::grouped_linear`.
+
+        Shapes:
+            x: [S, K], the rows of the first expert, then those of the second, and so on; ends: [E] int32, where each
+            expert's rows end; result: [S, N], zeros behind the last end.
+        """
+        result: Tensor = ops.grouped_linear.default(x, self.qweight, self.scale, ends, self.threshold, self.outliers)
+        return result
+
+    def extra_repr(self) -> str:
+        """The format, for `print(model)`."""
+        experts, n, k = self.qweight.shape
+        return f"{experts} experts, in_features={k}, out_features={n}, int8, outliers={self.outliers!r}"

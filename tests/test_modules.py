@@ -1,0 +1,426 @@
+"""Modules that hold int8: what they compute, eagerly and compiled, and that nothing loads or casts them wrong."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import int8compile
+from int8compile import FreedWeightError, Int8Embedding, Int8Experts, Int8Linear, backend, ops
+from int8compile.errors import CheckpointError, InputError, Int8WeightError
+from int8compile.ops import reference
+from tests.implementations import VARIANTS, needs_kernel, profiled
+
+
+def int8_linear(k: int = 40, n: int = 24, *, bias: bool = True, **options: Any) -> Int8Linear:
+    qweight, scale = ops.quantize_weight(torch.randn(n, k))
+    return Int8Linear(qweight, scale, nn.Parameter(torch.randn(n)) if bias else None, **options)
+
+
+def int8_experts(count: int = 3, k: int = 40, n: int = 24, **options: Any) -> Int8Experts:
+    return Int8Experts(*ops.quantize_weight(torch.randn(count, n, k)), **options)
+
+
+def int8_embedding(**options: Any) -> Int8Embedding:
+    return Int8Embedding(*ops.quantize_weight(torch.randn(50, 16)), **options)
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "linear": int8_linear,
+    "experts": int8_experts,
+    "embedding": int8_embedding,
+}
+every_module = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in MODULES.items()])
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(shape)
+    x[..., 3] = 30  # An outlier in both policies.
+    return x.to(dtype)
+
+
+def expected(module: Int8Linear, x: Tensor) -> Tensor:
+    if module.weight_only:
+        return reference.weight_only_linear(x, module.qweight, module.scale, module.bias)
+    return reference.linear(x, module.qweight, module.scale, module.bias, module.threshold, module.outliers)
+
+
+# What they compute
+
+
+@pytest.mark.parametrize("dtype", ops.SUPPORTED_DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_only": True}, {"threshold": 0.0}, {"outliers": "column", "threshold": 4.0}],
+    ids=["default", "weight only", "no outliers", "column"],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_the_reference(dtype: torch.dtype, options: dict[str, Any], bias: bool) -> None:
+    module = int8_linear(bias=bias, **options)
+    for shape in ((40,), (5, 40), (2, 3, 40), (0, 40)):
+        x = activations(*shape, dtype=dtype) if 0 not in shape else torch.empty(shape, dtype=dtype)
+        y = module(x)
+        assert y.dtype == dtype
+        if options.get("outliers") == "column" and VARIANTS:
+            # The kernel adds a column's outliers in double, the definition by a matmul in float32.
+            torch.testing.assert_close(y, expected(module, x), rtol=2**-7, atol=1e-4)
+        else:
+            assert torch.equal(y, expected(module, x))
+
+
+def test_linear_keeps_outliers() -> None:
+    """Without the split, one large element of a row costs the others their bits."""
+    module, plain = int8_linear(512, 64, bias=False), int8_linear(512, 64, bias=False, threshold=0.0)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(8, 512)
+    x[:, 7] = 300
+    exact = x @ module.dequantize().T
+    assert (module(x) - exact).norm() < 0.05 * (plain(x) - exact).norm()
+
+
+def test_linear_refuses_what_is_no_row() -> None:
+    with pytest.raises((InputError, RuntimeError), match=r"x is \[2, 39\]"):
+        int8_linear()(torch.randn(2, 39))
+    with pytest.raises((InputError, RuntimeError), match=r"x (is torch.int64|must be float32)"):
+        int8_linear()(torch.ones(2, 40, dtype=torch.int64))
+
+
+def test_gradients_reach_the_input_and_the_bias() -> None:
+    module = int8_linear()
+    x = torch.randn(5, 40, requires_grad=True)
+    module(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(5, 24) @ module.dequantize())
+    assert torch.equal(module.bias.grad, torch.full((24,), 5.0))
+    assert not module.qweight.requires_grad
+
+
+def test_embedding() -> None:
+    module, ids = int8_embedding(dtype=torch.bfloat16), torch.tensor([[3, 0], [49, 3]])
+    assert torch.equal(module(ids), nn.functional.embedding(ids, module.dequantize()))
+    assert module(ids).dtype == torch.bfloat16
+
+
+def grouped(module: Int8Experts, x: Tensor, ends: list[int]) -> Tensor:
+    y, begin = torch.zeros(x.shape[0], module.scale.shape[1], dtype=x.dtype), 0
+    for expert, end in enumerate(ends):
+        policy = module.threshold, module.outliers
+        part = slice(begin, end)
+        y[part] = reference.linear(x[part], module.qweight[expert], module.scale[expert], None, *policy)
+        begin = end
+    return y
+
+
+@pytest.mark.parametrize("ends", [[2, 5, 9], [0, 0, 9], [9, 9, 9], [0, 4, 6], [0, 0, 0]])
+def test_experts(ends: list[int]) -> None:
+    """Each row by its expert; experts without rows, and rows of no expert, which give zeros."""
+    module, x = int8_experts(), activations(9, 40)
+    assert torch.equal(module(x, torch.tensor(ends, dtype=torch.int32)), grouped(module, x, ends))
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"), [([2, 1, 9], "must ascend"), ([2, 3, 10], "at most 9"), ([2, 9], r"ends \[2\]")]
+)
+def test_experts_refuse_ends(ends: list[int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        int8_experts()(torch.randn(9, 40), torch.tensor(ends, dtype=torch.int32))
+
+
+def test_experts_pass_gradients_on() -> None:
+    module, x = int8_experts(), torch.randn(9, 40, requires_grad=True)
+    module(x, torch.tensor([2, 5, 8], dtype=torch.int32)).sum().backward()
+    weights = module.dequantize()[torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])]
+    torch.testing.assert_close(x.grad[:8], torch.einsum("sn,snk->sk", torch.ones(8, 24), weights))
+    assert torch.equal(x.grad[8], torch.zeros(40))
+
+
+def test_grouped_linear_is_a_complete_operator() -> None:
+    module = int8_experts()
+    x, ends = torch.randn(9, 40, requires_grad=True), torch.tensor([2, 5, 9], dtype=torch.int32)
+    torch.library.opcheck(ops.grouped_linear.default, (x, module.qweight, module.scale, ends, 6.0, "row"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x, ends).dtype == torch.bfloat16
+
+
+# Compiled
+
+
+class Gated(nn.Module):
+    """Linears that a graph could join: two of one activation, and one of what they make."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.gate, self.up = int8_linear(64, 128, **options), int8_linear(64, 128, **options)
+        self.down = int8_linear(128, 64, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def called(graph: torch.fx.GraphModule) -> list[str]:
+    return [node.target._opname for node in graph.graph.nodes if "int8compile" in str(node.target)]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The graphs that the backend hands to Inductor."""
+    found: list[torch.fx.GraphModule] = []
+    compile_graph = backend._compile
+
+    def spy(module: torch.fx.GraphModule, *args: Any) -> Any:
+        found.append(copy.deepcopy(module))
+        return compile_graph(module, *args)
+
+    monkeypatch.setattr(backend, "_compile", spy)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_compiled_gives_the_bits_of_eager(graphs: list[torch.fx.GraphModule], weight_only: bool) -> None:
+    # One linear alone: Inductor's exp differs from eager's by a bit.
+    model, x = nn.Sequential(int8_linear(weight_only=weight_only)), activations(5, 40)
+    y = model(x)
+    assert torch.equal(torch.compile(model, backend="int8", fullgraph=True)(x), y)
+    name = "weight_only_linear" if weight_only else "linear"
+    assert called(graphs[0]) == [f"{name}_no_grad" if VARIANTS else name]
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True)(x), y)
+    assert len(graphs) == 1, "plain Inductor needs no backend of ours"
+
+
+@needs_kernel
+@torch.no_grad()
+def test_weights_that_are_given_up_are_packed_and_joined(graphs: list[torch.fx.GraphModule]) -> None:
+    model, x = Gated(), torch.randn(5, 64)
+    kept, y = copy.deepcopy(model), model(x)
+    before = int8compile.memory_footprint(model)
+    compiled = torch.compile(model, backend="int8", fullgraph=True, options={"free_weights": True})
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), y)
+    assert called(graphs[0]) == ["packed_linear_pair_no_grad", "packed_linear_no_grad"]
+    # Each weight is there once, packed, in sizes that need no padding here; of the scales that are joined, modules keep
+    # theirs.
+    assert int8compile.memory_footprint(model) == before + 4 * (128 + 128)
+    with pytest.raises(FreedWeightError, match="free_weights=True"):
+        model(x)
+    with pytest.raises(FreedWeightError, match="free_weights=True"):
+        torch.save(model.state_dict(), io.BytesIO())
+    # A model that keeps its weights is served by the same code, and is not touched.
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(kept, backend="int8", fullgraph=True)(x), y)
+    assert called(graphs[-1]) == ["linear_no_grad"] * 3
+    assert int8compile.memory_footprint(kept) == before
+    assert torch.equal(kept(x), y)
+
+
+@torch.no_grad()
+def test_one_graph_serves_many_modules(graphs: list[torch.fx.GraphModule]) -> None:
+    for options in ({}, {"free_weights": True}):
+        torch._dynamo.reset()
+        graphs.clear()
+        layers, x = [Gated() for _ in range(3)], torch.randn(5, 64)
+        results = [layer(x) for layer in layers]
+        for layer in layers:
+            layer.compile(backend="int8", fullgraph=True, options=options)
+        for _ in range(2):
+            for layer, result in zip(layers, results, strict=True):
+                torch.testing.assert_close(layer(x), result)
+        # Newer versions of Dynamo compile again, once, when they see that a weight is gone.
+        assert len(graphs) <= (2 if options else 1)
+
+
+def test_compiled_with_gradients(graphs: list[torch.fx.GraphModule]) -> None:
+    module, x = int8_linear(), torch.randn(5, 40, requires_grad=True)
+    torch.compile(module, backend="int8", fullgraph=True)(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(5, 24) @ module.dequantize())
+    torch.testing.assert_close(module.bias.grad, torch.full((24,), 5.0))
+    assert called(graphs[0]) == ["linear"]
+
+
+@torch.no_grad()
+def test_changed_weights_are_noticed_when_they_are_packed() -> None:
+    model, x = nn.Sequential(int8_linear()), torch.randn(5, 40)
+    other = nn.Sequential(int8_linear())
+    other.load_state_dict(other.state_dict() | {"0.qweight": model[0].qweight + 1, "0.scale": model[0].scale})
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    compiled(x)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(compiled(x), other(x))
+
+
+@torch.no_grad()
+def test_explain_lists_them() -> None:
+    model = nn.Sequential(int8_linear(64, 96), int8_linear(96, 64, weight_only=True), nn.Linear(64, 64))
+    report = int8compile.explain(model, torch.randn(5, 64), config={"skip_modules": ["2"]})
+    assert [(site.path, site.runs_in) for site in report.sites] == [("0", "int8"), ("1", "int8 weight"), ("2", "float")]
+    assert [site.shape for site in report.rewritten] == [("5", "64", "96"), ("5", "96", "64")]
+    assert [site.bytes_after for site in report.rewritten] == [64 * 96 + 4 * 96, 64 * 96 + 4 * 64]
+
+
+@needs_kernel
+def test_eager_runs_the_kernel() -> None:
+    """The definition is made of PyTorch operators; the kernel calls none."""
+    module, x = int8_linear(), torch.randn(5, 40)
+    with torch.no_grad():
+        names = profiled(lambda: module(x))
+    assert names["int8compile::linear"] == 1
+    assert not any("mm" in name for name in names), names
+
+
+# Copied, moved, cast
+
+
+@every_module
+def test_weight_tells_what_it_would_be_and_nothing_else(make: Callable[[], nn.Module]) -> None:
+    """PEFT adds to `weight.data` when it merges: into a copy that would be lost in silence."""
+    weight = make().weight
+    assert (weight.shape, weight.dtype) == (make().qweight.shape, torch.float32)
+    assert (weight.device, weight.ndim, weight.numel()) == (torch.device("cpu"), weight.dim(), make().qweight.numel())
+    assert isinstance(weight, Tensor)
+    for use in (
+        lambda: weight.data,
+        lambda: weight + 1,
+        weight.zero_,
+        lambda: nn.init.normal_(weight),
+        lambda: nn.functional.linear(torch.ones(weight.shape[-1]), weight),
+        weight.clone,
+        lambda: torch.equal(weight, weight),
+    ):
+        with pytest.raises(Int8WeightError, match=r"which has none in float\. module\.dequantize\(\) makes a copy"):
+            use()
+    assert "WeightMetadata" in repr(weight)
+
+
+def test_weight_of_a_compiled_module() -> None:
+    """There its dtype is a constant, and where its values are asked for they are there."""
+    module, x = int8_linear(), torch.randn(5, 40)
+
+    def cast(x: Tensor) -> Tensor:
+        return module(x.to(module.weight.dtype))
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(cast, fullgraph=True)(x.double()), module(x))
+
+
+@every_module
+def test_names(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    assert {"qweight", "scale"} == dict(module.named_buffers()).keys()
+    assert "weight" not in dict(module.named_parameters())
+    assert not [name for name in module.state_dict() if name.endswith("weight") and name != "qweight"]
+    assert "int8" in repr(module)
+
+
+@every_module
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.bfloat16(),
+        lambda module: module.type(torch.bfloat16),
+        lambda module: module.to("cpu", torch.bfloat16),
+    ],
+    ids=["to", "bfloat16", "type", "to device and dtype"],
+)
+def test_casts_leave_int8_and_scales_alone(make: Callable[[], nn.Module], cast: Any) -> None:
+    module = make()
+    before = {name: tensor.clone() for name, tensor in module.named_buffers()}
+    module = cast(module)
+    assert module.dtype == torch.bfloat16
+    assert module.weight.dtype == torch.bfloat16
+    for name, tensor in module.named_buffers():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
+@every_module
+def test_a_tensor_stays_the_same_object(make: Callable[[], nn.Module]) -> None:
+    """A tie is one, and moving the one module moves the other's."""
+    module = make()
+    before = {name: (tensor, tensor.data_ptr()) for name, tensor in module.named_buffers()}
+    module._apply(torch.clone)  # A move to another device is that.
+    for name, (tensor, address) in before.items():
+        assert getattr(module, name) is tensor
+        assert tensor.data_ptr() != address
+
+
+@every_module
+def test_moves(make: Callable[[], nn.Module]) -> None:
+    module = make().to("meta")
+    assert {tensor.device.type for tensor in module.buffers()} == {"meta"}
+    assert [tensor.dtype for tensor in module.buffers()] == [torch.int8, torch.float32]
+    empty = module.to_empty(device="cpu")
+    assert {tensor.device.type for tensor in empty.buffers()} == {"cpu"}
+
+
+@every_module
+def test_copies(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+        assert repr(copied) == repr(module)
+        assert copied.dtype == module.dtype
+        for name, tensor in copied.state_dict().items():
+            assert torch.equal(tensor, module.state_dict()[name])
+            assert tensor.data_ptr() != module.state_dict()[name].data_ptr()
+
+
+# Loading
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_float_state_dict_is_refused(strict: bool, assign: bool) -> None:
+    """PyTorch would report it as missing, and with strict=False say nothing."""
+    model = nn.Sequential(int8_linear())
+    with pytest.raises(RuntimeError, match=r"0\.weight is torch\.float32, but this layer is int8"):
+        model.load_state_dict(nn.Sequential(nn.Linear(40, 24)).state_dict(), strict=strict, assign=assign)
+
+
+def test_an_int8_state_dict_is_refused_by_a_float_layer() -> None:
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.weight".*\n.*"0.qweight", "0.scale"'):
+        nn.Sequential(nn.Linear(40, 24)).load_state_dict(nn.Sequential(int8_linear()).state_dict())
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("0.qweight", lambda t: t.float(), "0.qweight is torch.float32; it must be torch.int8"),
+        ("0.scale", lambda t: t.bfloat16(), "0.scale is torch.bfloat16; it must be torch.float32"),
+        ("0.qweight", lambda t: t[:, :-1], "size mismatch for 0.qweight"),
+        ("0.scale", lambda t: t[:-1], "size mismatch for 0.scale"),
+        ("0.scale", None, 'Missing key.*"0.scale"'),
+    ],
+)
+def test_wrong_tensors_are_refused(name: str, change: Any, message: str, assign: bool) -> None:
+    model = nn.Sequential(int8_linear())
+    state = dict(nn.Sequential(int8_linear()).state_dict())
+    if change is None:
+        del state[name]
+    else:
+        state[name] = change(state[name])
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, assign=assign)
+
+
+def test_tensors_of_bitsandbytes() -> None:
+    model, absmax = nn.Sequential(int8_linear()), torch.rand(24) + 1
+    qweight = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
+    state = {"0.weight": qweight, "0.SCB": absmax, "0.weight_format": torch.tensor(0), "0.bias": torch.randn(24)}
+    model.load_state_dict(state)
+    assert torch.equal(model[0].qweight, qweight)
+    assert torch.equal(model[0].scale, absmax / 127)
+    with pytest.raises(CheckpointError, match=r"0\.weight_format is 2"):
+        model.load_state_dict({**state, "0.weight_format": torch.tensor(2)})
+    with pytest.raises(CheckpointError, match=r"0\.weight and 0\.SCB are no 8 bit layer"):
+        model.load_state_dict({**state, "0.weight": qweight.float()})
