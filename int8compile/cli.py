@@ -1,4 +1,4 @@
-"""The command `int8compile`: `demo`, `explain` and `doctor`."""
+"""The command `int8compile`: `demo`, `explain`, `quantize` and `doctor`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import sys
+from pathlib import Path
 from typing import NoReturn, get_args
 
 from int8compile.config import Int8Config, LmHead, OutlierPolicy
@@ -14,6 +15,8 @@ from int8compile.errors import Int8CompileError
 # What argparse itself exits with.
 USAGE_ERROR = 2
 NO_KERNEL = 1
+# As in int8compile.models, which takes long to import.
+SMOLLM2 = "smollm2"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -32,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             args.parser.refuse(unknown[0])
-        return {"demo": _demo, "explain": _explain, "doctor": _doctor}[args.command](args)
+        run = {"demo": _demo, "explain": _explain, "quantize": _quantize, "doctor": _doctor}[args.command]
+        return run(args)
     except Int8CompileError as error:
         print(f"int8compile: error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -59,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="int8compile", description='torch.compile(model, backend="int8") from the command line.')
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_explain, _add_doctor):
+    for add in (_add_demo, _add_explain, _add_quantize, _add_doctor):
         command = add(commands)
         command.set_defaults(parser=command)
     return parser
@@ -68,6 +72,13 @@ def _parser() -> _Parser:
 def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
     about = "compile a small language model to int8: what was rewritten, how fast, how exact"
     demo = commands.add_parser("demo", help=about, description=about, allow_abbrev=False)
+    demo.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=SMOLLM2,
+        help="a folder or hub name of a Llama-like language model, in float or in int8 (default %(default)s)",
+    )
     demo.add_argument("--tokens", type=_count, default=32, metavar="N", help="tokens to generate (default %(default)s)")
     demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model instead of the built-in question")
     demo.add_argument("--no-eval", action="store_true", help="skip the accuracy part")
@@ -77,13 +88,41 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
 def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
     about = "list every linear of a model: int8 or float, and why"
     explain = commands.add_parser("explain", help=about, description=about, allow_abbrev=False)
-    explain.add_argument(
+    _add_model(explain)
+    _add_options(explain)
+    inputs = explain.add_argument_group("the model and the inputs it is run on")
+    inputs.add_argument("--batch", type=_count, default=1, metavar="N", help="rows (default %(default)s)")
+    inputs.add_argument("--sequence", type=_count, default=8, metavar="N", help="tokens (default %(default)s)")
+    inputs.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="load the weights as this (default %(default)s)"
+    )
+    explain.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
+    return explain
+
+
+def _add_quantize(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "write a model in int8 to a folder that transformers can load"
+    quantize = commands.add_parser("quantize", help=about, description=about, allow_abbrev=False)
+    _add_model(quantize)
+    quantize.add_argument("out", metavar="OUT", type=Path, help="the folder; it must not exist, or be empty")
+    _add_options(quantize)
+    quantize.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="what stays in float is stored as this (default %(default)s)"
+    )
+    return quantize
+
+
+def _add_model(command: _Parser) -> None:
+    command.add_argument(
         "model",
         metavar="MODEL",
-        help="a folder or hub name that transformers can load, a .gguf file, or 'smollm2', the model of the demo",
+        help=f"a folder or hub name that transformers can load, a .gguf file, or {SMOLLM2!r}, the model of the demo",
     )
+
+
+def _add_options(command: _Parser) -> None:
     default = Int8Config()
-    options = explain.add_argument_group("options of the backend")
+    options = command.add_argument_group("what becomes int8, and how")
     options.add_argument(
         "--threshold",
         type=float,
@@ -118,14 +157,16 @@ def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
         metavar="N",
         help="leave weights with fewer inputs or outputs in float (default %(default)s)",
     )
-    inputs = explain.add_argument_group("the model and the inputs it is run on")
-    inputs.add_argument("--batch", type=_count, default=1, metavar="N", help="rows (default %(default)s)")
-    inputs.add_argument("--sequence", type=_count, default=8, metavar="N", help="tokens (default %(default)s)")
-    inputs.add_argument(
-        "--dtype", choices=DTYPES, default=DTYPES[0], help="load the weights as this (default %(default)s)"
+
+
+def _config(args: argparse.Namespace) -> Int8Config:
+    return Int8Config(
+        threshold=args.threshold,
+        outliers=args.outliers,
+        skip_modules=tuple(args.skip),
+        lm_head=args.lm_head,
+        min_features=args.min_features,
     )
-    explain.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
-    return explain
 
 
 def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
@@ -144,19 +185,13 @@ def _count(text: str) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from int8compile import demo
 
-    demo.run(print, tokens=args.tokens, prompt=args.prompt, accuracy=not args.no_eval)
+    demo.run(print, args.model, tokens=args.tokens, prompt=args.prompt, accuracy=not args.no_eval)
     return 0
 
 
 def _explain(args: argparse.Namespace) -> int:
     # Before the model is loaded, which takes long: a wrong option is reported at once.
-    config = Int8Config(
-        threshold=args.threshold,
-        outliers=args.outliers,
-        skip_modules=tuple(args.skip),
-        lm_head=args.lm_head,
-        min_features=args.min_features,
-    )
+    config = _config(args)
     import torch
 
     from int8compile import explain, models
@@ -166,6 +201,21 @@ def _explain(args: argparse.Namespace) -> int:
     models.check_runs(model, inputs)
     report = explain(model, config=config, **inputs)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    config = _config(args)
+    import torch
+
+    from int8compile import models
+    from int8compile.demo import describe
+
+    report = models.quantize(args.model, args.out, config, getattr(torch, args.dtype))
+    print(describe(report))
+    if models.load_processor(str(args.out)) is None:
+        print("\nThe model has no tokenizer or processor that could be loaded; the folder has none either.")
+    print(f"\nWritten to {args.out}. In Python, import int8compile.integrations.transformers before from_pretrained.")
     return 0
 
 

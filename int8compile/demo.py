@@ -24,7 +24,10 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 from int8compile import models
+from int8compile.convert import dequantize_, memory_footprint
+from int8compile.errors import ModelError
 from int8compile.explain import explain
+from int8compile.modules import Int8Module
 from int8compile.report import Report, readable
 from int8compile.weights import STORE
 
@@ -296,54 +299,60 @@ def compiled_graphs() -> int:
 
 # All decoders compile the code of a layer: two graphs each, and two more for accuracy. Dynamo gives up at 8.
 @torch._dynamo.config.patch(recompile_limit=32)  # type: ignore[untyped-decorator]
-def run(write: Write, *, tokens: int = 32, prompt: str | None = None, accuracy: bool = True) -> None:
+def run(
+    write: Write, name: str = models.SMOLLM2, *, tokens: int = 32, prompt: str | None = None, accuracy: bool = True
+) -> None:
     """Runs the whole demo.
 
     Args:
         write: Takes each piece of the output, as `print` does.
+        name: The model, see `models.load`. One that was saved in int8 is compared with the floats it stands for.
         tokens: How many tokens to generate.
         prompt: What to ask the model; None asks the built-in question.
         accuracy: Whether to compare with the float model on text.
 
     Raises:
-        ModelError: The model's package, or transformers, is not installed.
+        ModelError: The model cannot be loaded, is not like Llama, or its package or transformers is not installed.
     """
-    file = models.smollm2_file()
+    models.gguf_file(name)  # Where it is not installed that is said before anything is written.
     clock = _Clock(write)
-    with clock.part("Loading SmolLM2-135M-Instruct"):
-        model: Any = models.load_gguf(file)
-        tokenizer = models.load_tokenizer(file)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        write(f"{parameters / 1e6:.0f} million parameters in float32, CPU with {torch.get_num_threads()} threads.")
+    with clock.part(f"Loading {'SmolLM2-135M-Instruct' if name == models.SMOLLM2 else name}"):
+        model: Any = models.load(name)
+        tokenizer = models.load_processor(name)
+        _check_like_llama(name, model, tokenizer)
+        stored = any(isinstance(module, Int8Module) for module in model.modules())
+        full = copy.deepcopy(model) if stored else model
+        dequantize_(full)
+        parameters = sum(parameter.numel() for parameter in full.parameters())
+        kept = f"{readable(memory_footprint(model))} in memory with its linears in int8" if stored else "float32"
+        write(f"{parameters / 1e6:.0f} million parameters, {kept}; CPU with {torch.get_num_threads()} threads.")
     with clock.part('What torch.compile(model, backend="int8") rewrites'):
         report = explain(model, **models.example_inputs(model))
         write(describe(report))
-        write("")
-        write(sizes(model, report))
+        if not stored:
+            write("")
+            write(sizes(model, report))
     with clock.part("Compiling layer by layer, and generating"):
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": QUESTION if prompt is None else prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=False,
-        )
+        ids = _tokens(tokenizer, QUESTION if prompt is None else prompt)
         length = ids.shape[1] + tokens
-        half = copy.deepcopy(model).to(torch.bfloat16)
+        half = copy.deepcopy(full).to(torch.bfloat16)
+        int8_half = copy.deepcopy(model).to(torch.bfloat16) if stored else half
         decoders = {
-            "float32": Decoder(model, length, {}),
+            "float32": Decoder(full, length, {}),
             "bfloat16": Decoder(half, length, {}),
             "int8": Decoder(model, length, {"backend": "int8"}),
-            "int8, rest in bfloat16": Decoder(half, length, {"backend": "int8"}),
+            "int8, rest in bfloat16": Decoder(int8_half, length, {"backend": "int8"}),
         }
         quantized = STORE.quantized
         timings = compare_speed(decoders, ids, tokens, tokenizer.eos_token_id, progress=True)
         write(speeds(timings, ids.shape[1]))
         for note in report.notes:
             write(_wrapped(f"{note}."))
+        made = f"; {STORE.quantized - quantized} weights were quantized, once each for each of the two int8 models"
         write(
             _wrapped(
-                f"One graph for the prompt and one for a single token serve all {len(model.model.layers)} layers; "
-                f"{STORE.quantized - quantized} weights were quantized, once each for each of the two int8 models."
+                f"One graph for the prompt and one for a single token serve all {len(model.model.layers)} layers"
+                f"{'' if stored else made}."
             )
         )
         texts = {name: timings[name] for name in ("float32", "int8")}
@@ -354,13 +363,34 @@ def run(write: Write, *, tokens: int = 32, prompt: str | None = None, accuracy: 
     if accuracy:
         with clock.part("Accuracy"):
             chunks = text_chunks(tokenizer)
+            # What is stored in int8 brings its policy along.
+            policies = {"as stored": {}} if stored else {f'outliers="{p}"': {"outliers": p} for p in ("row", "column")}
             candidates = {
-                policy: Decoder(model, chunks[0].shape[1], {"backend": "int8", "options": {"outliers": policy}})
-                for policy in ("row", "column")
+                policy: Decoder(model, chunks[0].shape[1], {"backend": "int8", "options": options})
+                for policy, options in policies.items()
             }
-            found = evaluate(lambda chunk: model(chunk, use_cache=False).logits, candidates, chunks, progress=True)
+            found = evaluate(lambda chunk: full(chunk, use_cache=False).logits, candidates, chunks, progress=True)
             write(accuracies(found))
     clock.summary()
+
+
+def _check_like_llama(name: str, model: Any, tokenizer: Any) -> None:
+    parts = ("layers", "embed_tokens", "norm", "rotary_emb")
+    inner = getattr(model, "model", None)
+    if tokenizer is None or not hasattr(model, "lm_head") or not all(hasattr(inner, part) for part in parts):
+        found = type(model).__name__ + (" without a tokenizer" if tokenizer is None else "")
+        raise ModelError(f"{name!r} is {found}; the demo needs a Llama-like language model that has its tokenizer")
+
+
+def _tokens(tokenizer: Any, text: str) -> Tensor:
+    ids: Tensor
+    if getattr(tokenizer, "chat_template", "") is None:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+    else:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+    return ids
 
 
 def describe(report: Report) -> str:
@@ -439,14 +469,18 @@ def agreement(timings: Mapping[str, Timing]) -> str:
 
 
 def accuracies(found: Mapping[str, Accuracy]) -> str:
-    """A table of accuracies by outlier policy, with what was measured."""
-    rows = [(f'outliers="{name}"', f"{one.kl:.4f}", f"{one.top1:.1%}") for name, one in found.items()]
+    """A table of accuracies, by name, with what was measured."""
+    rows = [(name, f"{one.kl:.4f}", f"{one.top1:.1%}") for name, one in found.items()]
     positions = next(iter(found.values())).positions
+    if "as stored" in found:
+        note = "float32 has the weights that the stored int8 stands for: compared is how activations are quantized."
+    else:
+        note = 'outliers="row" is the default; "column" is LLM.int8() as bitsandbytes computes it.'
     return (
         f"int8 against float32 on {positions} tokens of English, the running text of the chapters "
         f"{', '.join(TOPICS)}\nof the language reference that comes with Python:\n\n"
         + tabulate(rows, headers=("", "KL divergence [nats]", "same most likely token"), disable_numparse=True)
-        + '\n"row" is the default; "column" is LLM.int8() as bitsandbytes computes it.'
+        + f"\n{note}"
     )
 
 

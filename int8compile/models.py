@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int8compile.atomic import sync, temporary_folder
+from int8compile.config import Int8Config
+from int8compile.convert import quantize_, report
 from int8compile.errors import ModelError
+from int8compile.report import Report
 
 SMOLLM2 = "smollm2"
 
 _HOW = f"give a folder with a config.json, a .gguf file, a name on the Hugging Face hub, or {SMOLLM2!r}"
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Loads a transformers model, with the head that it was saved with.
+def load(name: str, dtype: torch.dtype = torch.float32, config: Int8Config | None = None) -> nn.Module:
+    """Loads a transformers model, with the head that it was saved with; in int8, if it was saved so.
 
     Args:
         name: A folder, a .gguf file, a name on the Hugging Face hub, or "smollm2" for the model of the demo.
         dtype: What the weights are converted to.
+        config: How to quantize its weights while they are loaded; None leaves them as they are.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -31,26 +37,98 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     Raises:
         ModelError: It does not exist, transformers cannot load it, or transformers is missing.
     """
-    if name == SMOLLM2:
-        return load_gguf(smollm2_file(), dtype)
+    file = gguf_file(name)
+    if file is not None:
+        model = load_gguf(file, dtype)
+        if config is not None:
+            quantize_(model, config)
+        return model
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return load_gguf(path, dtype)
+    if (path / "int8compile.json").is_file():
+        raise ModelError(
+            f"{name!r} is a checkpoint of int8compile.save(), which does not say what model it is of. Load it from "
+            "Python: int8compile.load(folder, model_factory)"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{name!r} is a folder without a config.json; {_HOW}")
     # A hub name is "name" or "owner/name"; anything else can only have been meant as a path.
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
         raise ModelError(f"{name!r} does not exist; {_HOW}")
     transformers = _transformers()
+    # Registers what int8 checkpoints name in their config.json.
+    from int8compile.integrations.transformers import Int8CompileConfig
+
     source = str(path) if path.is_dir() else name
+    options = {} if config is None else {"quantization_config": Int8CompileConfig.of(config)}
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        about = transformers.AutoConfig.from_pretrained(source)
+        if config is not None and getattr(about, "quantization_config", None):
+            raise ModelError(f"{name!r} is quantized already: {about.quantization_config}")
         # The class that it was saved as, because the Auto classes for bare models leave the head out.
-        saved_as = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-        model: nn.Module = saved_as.from_pretrained(source, dtype=dtype)
+        saved_as = getattr(transformers, (about.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        model = saved_as.from_pretrained(source, dtype=dtype, **options)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{name!r} could not be loaded: {_first_line(error)}; {_HOW}") from error
-    return model.eval()
+    result: nn.Module = model.eval()
+    return result
+
+
+def quantize(name: str, folder: Path, config: Int8Config, dtype: torch.dtype = torch.float32) -> Report:
+    """Quantizes a model into a folder that transformers can load, with what makes its inputs (tokenizer, ...).
+
+    The folder is there when it is complete, and not before.
+
+    Args:
+        name: As for `load`.
+        folder: Where to; it must not exist, or be empty.
+        config: How.
+        dtype: What stays in float is stored as this.
+
+    Returns:
+        What became int8, and what did not and why.
+
+    Raises:
+        ModelError: The model cannot be loaded, is quantized already, or the folder cannot be used.
+    """
+    folder = folder.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{str(folder)!r} exists and is not an empty folder; name another")
+    model: Any = load(name, dtype, config)
+    processor = load_processor(name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as made:
+            model.save_pretrained(made)
+            if processor is not None:
+                processor.save_pretrained(made)
+            for file in made.iterdir():
+                sync(file)
+            os.rename(made, folder)  # Fails if by now there is something in it.
+    except OSError as error:
+        raise ModelError(f"{str(folder)!r} cannot be written: {error}") from error
+    return report(model, model.hf_quantizer.quantization_config.config())
+
+
+def load_processor(name: str) -> Any:
+    """What makes a model's inputs: its tokenizer, image processor or both; None if it was saved without."""
+    file = gguf_file(name)
+    if file is not None:
+        return load_tokenizer(file)
+    path = Path(name).expanduser()
+    try:
+        return _transformers().AutoProcessor.from_pretrained(str(path) if path.is_dir() else name)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        return None
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a model's name stands for, if it is one."""
+    if name == SMOLLM2:
+        return smollm2_file()
+    path = Path(name).expanduser()
+    return path if path.suffix == ".gguf" else None
 
 
 def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import int8compile
 from int8compile import Int8Config, ModelError, cli, demo, models
 
 transformers = pytest.importorskip("transformers")
@@ -211,17 +212,17 @@ def test_a_model_that_does_not_run_on_its_inputs(saved):
 
 def test_demo_passes_its_options(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(demo, "run", lambda write, **options: calls.append(options))
-    assert run(capsys, "demo", "--tokens", 5, "--prompt", "Why?", "--no-eval")[0] == 0
+    monkeypatch.setattr(demo, "run", lambda write, name, **options: calls.append({"name": name, **options}))
+    assert run(capsys, "demo", "folder", "--tokens", 5, "--prompt", "Why?", "--no-eval")[0] == 0
     assert run(capsys, "demo")[0] == 0
     assert calls == [
-        {"tokens": 5, "prompt": "Why?", "accuracy": False},
-        {"tokens": 32, "prompt": None, "accuracy": True},
+        {"name": "folder", "tokens": 5, "prompt": "Why?", "accuracy": False},
+        {"name": "smollm2", "tokens": 32, "prompt": None, "accuracy": True},
     ]
 
 
 def test_help_of_every_command(capsys):
-    for argv in (["--help"], ["demo", "--help"], ["explain", "--help"]):
+    for argv in (["--help"], ["demo", "--help"], ["explain", "--help"], ["quantize", "--help"]):
         code, out, _ = run(capsys, *argv)
         assert code == 0
         assert out.startswith("usage: int8compile")
@@ -237,3 +238,54 @@ def test_the_exit_code_reaches_the_shell(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_module("int8compile", run_name="__main__")
     assert end.value.code == 2
+
+
+def test_quantize_writes_a_folder_that_loads(capsys, saved, tmp_path):
+    out = tmp_path / "new" / "int8"
+    code, text, _ = run(capsys, "quantize", saved / "llama", out, "--skip", "o_proj", "--threshold", 5)
+    assert code == 0
+    assert "12 of 15 linears in int8" in text
+    assert "o_proj stays in float: its module path matches skip_modules (pattern 'o_proj')" in text
+    assert f"Written to {out}" in text
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert [file.name for file in out.parent.iterdir()] == ["int8"]
+    model = models.load(str(out))
+    assert model.model.layers[0].mlp.up_proj.threshold == 5.0
+    expected = models.load(str(saved / "llama"), config=Int8Config(threshold=5.0, skip_modules=("o_proj",)))
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+    # And explain works on it.
+    sites = explained(capsys, out, "--skip", "o_proj")["sites"]
+    kept = [site["path"].rpartition(".")[2] for site in sites if not site["rewritten"]]
+    assert kept == ["o_proj", "o_proj", "lm_head"]
+
+
+def test_quantize_stores_what_stays_in_float_as_asked(capsys, saved, tmp_path):
+    assert run(capsys, "quantize", saved / "llama", tmp_path / "int8", "--dtype", "bfloat16")[0] == 0
+    model = models.load(str(tmp_path / "int8"), torch.bfloat16)
+    assert model.model.norm.weight.dtype == model.model.layers[0].mlp.up_proj.dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.up_proj.scale.dtype == torch.float32
+
+
+def test_quantize_refuses(capsys, saved, tmp_path):
+    full, file, int8 = tmp_path / "full", tmp_path / "file", tmp_path / "int8"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    file.write_text("mine")
+    for out in (full, file):
+        assert "exists and is not an empty folder; name another" in refused(capsys, "quantize", saved / "llama", out)
+    assert (full / "mine.txt").read_text() == file.read_text() == "mine"
+    assert run(capsys, "quantize", saved / "llama", int8)[0] == 0
+    assert "is quantized already" in refused(capsys, "quantize", int8, tmp_path / "again")
+    assert "does not exist" in refused(capsys, "quantize", tmp_path / "none", tmp_path / "again")
+    assert "threshold=-1.0" in refused(capsys, "quantize", saved / "llama", tmp_path / "again", "--threshold", "-1")
+    assert not (tmp_path / "again").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "int8"]
+
+
+def test_a_checkpoint_of_save_is_named(capsys, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    int8compile.quantize_(model, progress=False)
+    int8compile.save(model, tmp_path / "own", progress=False)
+    assert "is a checkpoint of int8compile.save()" in refused(capsys, "explain", tmp_path / "own")

@@ -1,5 +1,6 @@
 """The demo's parts: on a random model of two layers, and (slow) on the model that the demo shows."""
 
+import copy
 import functools
 import importlib.util
 import math
@@ -8,7 +9,7 @@ import types
 import pytest
 import torch
 
-from int8compile import demo, explain, models
+from int8compile import ModelError, demo, explain, models, quantize_
 from int8compile.weights import STORE
 
 transformers = pytest.importorskip("transformers")
@@ -164,9 +165,8 @@ class Letters:
 
 
 def test_run_writes_every_part(monkeypatch, model):
-    monkeypatch.setattr(models, "smollm2_file", lambda: None)
-    monkeypatch.setattr(models, "load_gguf", lambda path: model)
-    monkeypatch.setattr(models, "load_tokenizer", lambda path: Letters())
+    monkeypatch.setattr(models, "load", lambda name: model)
+    monkeypatch.setattr(models, "load_processor", lambda name: Letters())
     monkeypatch.setattr(demo, "text_chunks", functools.partial(demo.text_chunks, length=64))
     written = []
     demo.run(written.append, tokens=3, prompt="Why is the sky blue?")
@@ -178,6 +178,35 @@ def test_run_writes_every_part(monkeypatch, model):
     assert all(note in words for note in explain(model, **models.example_inputs(model)).notes)
     assert 'outliers="column"' in text
     assert text.splitlines()[-1].startswith("Total")
+
+
+def test_run_with_a_model_that_was_saved_in_int8(monkeypatch, tmp_path, model):
+    """It is compared with the floats that it stands for, and brings its own policy."""
+    stored = copy.deepcopy(model)
+    quantize_(stored, {"outliers": "column", "threshold": 4.0}, progress=False)
+    stored.save_pretrained(tmp_path)
+    monkeypatch.setattr(models, "load_processor", lambda name: Letters())
+    monkeypatch.setattr(demo, "text_chunks", functools.partial(demo.text_chunks, length=64))
+    written = []
+    before = STORE.quantized
+    demo.run(written.append, str(tmp_path), tokens=3, prompt="Why is the sky blue?")
+    text = "\n".join(written)
+    assert STORE.quantized == before, "nothing was left to be quantized"
+    assert "14 of 15 linears in int8" in text
+    assert "in memory with its linears in int8" in text
+    assert "as stored" in text
+    assert 'outliers="row" is' not in text
+
+
+def test_run_refuses_what_is_not_like_llama(monkeypatch, tmp_path, model):
+    monkeypatch.setattr(models, "load", lambda name: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(models, "load_processor", lambda name: Letters())
+    with pytest.raises(ModelError, match="'x' is Linear; the demo needs a Llama-like language model"):
+        demo.run(print, "x")
+    monkeypatch.setattr(models, "load", lambda name: model)
+    monkeypatch.setattr(models, "load_processor", lambda name: None)
+    with pytest.raises(ModelError, match="'x' is LlamaForCausalLM without a tokenizer; the demo needs"):
+        demo.run(print, "x")
 
 
 @pytest.fixture(scope="module")
