@@ -31,8 +31,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from int8compile.atomic import put_in_place, remove_leftovers, sync, temporary_folder
+from int8compile.config import Int8Config
 from int8compile.convert import attach, describe, put_described
-from int8compile.errors import CheckpointError, ConfigError
+from int8compile.errors import CheckpointError, ConfigError, listed
 from int8compile.modules import BUFFERS, Int8Module
 from int8compile.weights import FREED
 
@@ -156,7 +157,7 @@ def load(
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"model_factory returned {type(model).__name__}. It must return the float model")
     if done := list(describe(model)):
-        raise CheckpointError(f"model_factory returned a model with int8 modules: {_listed(done)}. Return it in float")
+        raise CheckpointError(f"model_factory returned a model with int8 modules: {listed(done)}. Return it in float")
     targets = put_described(model, index.modules, f"{_CONFIG}. If it does: {_AGAIN[0].lower()}{_AGAIN[1:]}")
     places = _places(model)
     _check_names(index, places)
@@ -177,7 +178,7 @@ def load(
                 f"{name} has no data: it is not in the checkpoint, and model_factory made it on the meta device or "
                 "from a parameter. Compute it from other values in model_factory, or make it persistent and save again"
             )
-    attach(model, {target.name for target in targets})
+    attach(model, {target.name for target in targets}, Int8Config())
     return model if device is None else model.to(device)  # Buffers that are not saved are not there yet.
 
 
@@ -208,7 +209,7 @@ def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     odd = sorted(places.keys() ^ model.state_dict(keep_vars=True).keys())
     if odd:
         raise CheckpointError(
-            f"{_listed(odd)}: a hook of state_dict() adds or removes names, and load() could not tell where they "
+            f"{listed(odd)}: a hook of state_dict() adds or removes names, and load() could not tell where they "
             "belong. Remove the hook while saving"
         )
     tensors: dict[str, Tensor] = {}
@@ -326,7 +327,7 @@ def _check_replaceable(folder: Path) -> None:
     others = sorted(file.name for file in folder.iterdir() if not _is_ours(file.name)) if folder.exists() else []
     if others:
         raise CheckpointError(
-            f"{folder} holds files that are no int8 checkpoint's: {_listed(others)}. Saving replaces the whole folder; "
+            f"{folder} holds files that are no int8 checkpoint's: {listed(others)}. Saving replaces the whole folder; "
             "save to a new folder, or move them away"
         )
 
@@ -398,7 +399,7 @@ def _what_is_there(folder: Path) -> str:
     floats = [file for file in files if file.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
     if floats:
         return (
-            f"{folder} has no {INDEX}, so {_listed(floats)} is no int8 checkpoint. Load the float model as usual (e.g. "
+            f"{folder} has no {INDEX}, so {listed(floats)} is no int8 checkpoint. Load the float model as usual (e.g. "
             "from_pretrained) and call int8compile.quantize_(model)"
         )
     return f"{folder} has no {INDEX} and is no int8 checkpoint. Name the folder that int8compile.save() wrote"
@@ -429,23 +430,23 @@ def _check_shards(folder: Path, index: _Index) -> None:
     files = sorted(file.name for file in folder.iterdir())
     extra = [file for file in files if _SHARD.fullmatch(file) and file not in index.shards]
     if extra:
-        raise CheckpointError(f"{folder} has shards that {INDEX} does not name: {_listed(extra)}. {_AGAIN}")
+        raise CheckpointError(f"{folder} has shards that {INDEX} does not name: {listed(extra)}. {_AGAIN}")
     for shard, size in index.shards.items():
         file = folder / shard
         expected = [name for name, entry in index.tensors.items() if entry.shard == shard]
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing; it holds {_listed(expected)}. {_AGAIN}")
+            raise CheckpointError(f"{file} is missing; it holds {listed(expected)}. {_AGAIN}")
         if (found := file.stat().st_size) != size:
             raise CheckpointError(
                 f"{file} has {found} bytes, {INDEX} says {size}: it is cut off or was changed. It holds "
-                f"{_listed(expected)}. {_AGAIN}"
+                f"{listed(expected)}. {_AGAIN}"
             )
         with _opened(file, expected) as opened:
             names = set(opened.keys())
         if lacking := [name for name in expected if name not in names]:
-            raise CheckpointError(f"{file} lacks {_listed(lacking)}, which {INDEX} says is in it. {_AGAIN}")
+            raise CheckpointError(f"{file} lacks {listed(lacking)}, which {INDEX} says is in it. {_AGAIN}")
         if more := sorted(names.difference(expected)):
-            raise CheckpointError(f"{file} holds {_listed(more)}, which {INDEX} does not name there. {_AGAIN}")
+            raise CheckpointError(f"{file} holds {listed(more)}, which {INDEX} does not name there. {_AGAIN}")
 
 
 @contextlib.contextmanager
@@ -454,7 +455,7 @@ def _opened(file: Path, names: list[str]) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged ({error}). It holds {_listed(names)}. {_AGAIN}") from error
+        raise CheckpointError(f"{file} is damaged ({error}). It holds {listed(names)}. {_AGAIN}") from error
 
 
 class _OnMeta(threading.local):
@@ -535,9 +536,9 @@ def _check_names(index: _Index, places: dict[str, _Place]) -> None:
                 f" {_AGAIN}"
             )
     if missing := [name for name in places if name not in saved]:
-        raise CheckpointError(f"the checkpoint lacks {_listed(missing)}, which the model has. {_CONFIG}")
+        raise CheckpointError(f"the checkpoint lacks {listed(missing)}, which the model has. {_CONFIG}")
     if unexpected := [name for name in saved if name not in places]:
-        raise CheckpointError(f"the checkpoint has {_listed(unexpected)}, which the model does not have. {_CONFIG}")
+        raise CheckpointError(f"the checkpoint has {listed(unexpected)}, which the model does not have. {_CONFIG}")
 
 
 def _check_fits(name: str, entry: _Entry, place: _Place) -> None:
@@ -590,9 +591,3 @@ def _assign(tensor: Tensor, places: Iterable[_Place]) -> None:
             if parameter is None:
                 parameter = nn.Parameter(tensor, requires_grad=getattr(module, name).requires_grad)
             module._parameters[name] = parameter
-
-
-def _listed(names: Iterable[str]) -> str:
-    """A few of some names, and how many there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more ({len(names)} in all)" if len(names) > 3 else "")

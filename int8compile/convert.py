@@ -104,7 +104,7 @@ def quantize_(
             bar.set_postfix_str(target.path, refresh=False)
             convert(target, shared=weights[id(target.weight)] > 1)
             bar.update()
-    attach(model, names)
+    attach(model, names, config)
     warn_if_all_float(found, "quantize_()")
     return found
 
@@ -448,15 +448,16 @@ def _integration(model: nn.Module) -> Any:
     return transformers
 
 
-def attach(model: nn.Module, names: set[str]) -> None:
+def attach(model: nn.Module, names: set[str], config: Int8Config) -> None:
     """Has a model of transformers save and load as int8; nothing for other models.
 
     Args:
         model: A model with int8 modules.
         names: The names that the weights had in float.
+        config: What led to it.
     """
     if names and (integration := _integration(model)) is not None:
-        integration.attach(model, names)
+        integration.attach(model, names, config)
 
 
 def without_data(target: Target) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+
+def listed(names: Iterable[str]) -> str:
+    """A few of some names, and how many there are, for messages."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more ({len(names)} in all)" if len(names) > 3 else "")
+
 
 class Int8CompileError(Exception):
     """Base class: `except int8compile.Int8CompileError` catches everything this package raises on purpose."""

@@ -289,3 +289,25 @@ def test_a_checkpoint_of_save_is_named(capsys, tmp_path):
     int8compile.quantize_(model, progress=False)
     int8compile.save(model, tmp_path / "own", progress=False)
     assert "is a checkpoint of int8compile.save()" in refused(capsys, "explain", tmp_path / "own")
+
+
+def test_quantize_keeps_what_the_models_authors_keep(capsys, saved, tmp_path):
+    """In float16 T5 overflows in one of its linears."""
+    code, text, _ = run(capsys, "quantize", saved / "t5", tmp_path / "int8", "--dtype", "float16")
+    assert code == 0
+    assert "wo stays in float: its module path matches skip_modules (pattern 'wo')" in text
+    model = models.load(str(tmp_path / "int8"), torch.float16)
+    kept = {type(module) for path, module in model.named_modules() if path.endswith(".wo")}
+    assert kept == {torch.nn.Linear}
+
+
+def test_quantize_of_a_model_that_transformers_does_not_stream(monkeypatch, capsys, saved, tmp_path):
+    """A GGUF file is loaded in float first; the report is the same."""
+    file = tmp_path / "model.gguf"
+    monkeypatch.setattr(models, "load_gguf", lambda path, dtype: models.load(str(saved / "llama"), dtype))
+    monkeypatch.setattr(models, "load_tokenizer", lambda path: None)
+    code, text, _ = run(capsys, "quantize", file, tmp_path / "int8", "--skip", "o_proj")
+    assert code == 0
+    assert "12 of 15 linears in int8" in text
+    assert "o_proj stays in float: its module path matches skip_modules (pattern 'o_proj')" in text
+    assert "has no tokenizer or processor" in text

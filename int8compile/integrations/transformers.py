@@ -41,7 +41,7 @@ from int8compile.convert import (
     warn_if_all_float,
     without_data,
 )
-from int8compile.errors import CheckpointError, ConfigError
+from int8compile.errors import CheckpointError, ConfigError, listed
 from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout
 
 log = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ class Int8CompileQuantizer(HfQuantizer):
                 missing += [f"{path}.{name}" for name in BUFFERS if not _is_loaded(getattr(module, name))]
                 _as_buffers(module, plain)
         if missing:
-            raise CheckpointError(f"the checkpoint lacks {_listed(missing)}. {_ADVICE}")
+            raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {_ADVICE}")
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             _rescale(model)
             self.quantization_config.checkpoint_format = METHOD
@@ -482,11 +482,7 @@ def _check_checkpoint(model: Any, files: Iterable[str]) -> None:
     tied = {name.removesuffix("weight") for name in model.all_tied_weights_keys}
     missing = [name for name in missing if name.rpartition(".")[0] + "." not in tied]
     if files and missing:
-        raise CheckpointError(f"the checkpoint lacks {_listed(missing)}. {_ADVICE}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {_ADVICE}")
 
 
 def _rename_ties(model: Any, converted: set[str]) -> None:
@@ -516,15 +512,16 @@ def _rescale(model: nn.Module) -> None:
             done.add(id(module.scale))
 
 
-def attach(model: Any, converted: set[str]) -> None:
+def attach(model: Any, converted: set[str], config: Int8Config) -> None:
     """Has a model whose modules were made int8 without transformers save and load as one that it quantized.
 
     Args:
         model: The model.
         converted: The names that the weights had.
+        config: What led to it.
     """
     _rename_ties(model, converted)
-    quantizer = Int8CompileQuantizer(Int8CompileConfig(), pre_quantized=True)
+    quantizer = Int8CompileQuantizer(Int8CompileConfig.of(config), pre_quantized=True)
     quantizer.quantization_config.describe(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
