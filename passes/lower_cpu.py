@@ -66,7 +66,8 @@ def _on_cpu(slot: WeightSlot, parameters: Mapping[Node, Tensor]) -> bool:
 
 def _without_gradients(node: Node) -> None:
     """Registering a formula for gradients costs 8 us a call, whether they are asked for or not."""
-    if node.meta[NEEDS_GRAD] or node.target not in _NO_GRAD:
+    # What is not marked the user has called, with a weight that is no site's.
+    if node.meta.get(NEEDS_GRAD, True) or node.target not in _NO_GRAD:
         return
     if node.target in (ops.linear.default, ops.packed_linear.default):
         *tensors, threshold, outliers = node.args

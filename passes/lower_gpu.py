@@ -80,7 +80,7 @@ def lower_for_gpu(
     held = _held(module, slots, is_gpu)
     lowering = _Lowering(module, binder, slots | held)
     for group in siblings(module, ops.linear.default, slots | held, limit=len(module.graph.nodes)):
-        nodes = [node for node in group if not node.meta[NEEDS_GRAD]]
+        nodes = [node for node in group if not node.meta.get(NEEDS_GRAD, True)]
         lowering.plan([node for node in nodes if node.args[1] in slots])
         for node in nodes:
             if node.args[1] in held:

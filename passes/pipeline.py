@@ -74,7 +74,7 @@ def _rewrite_linears(
         region.pass_by(node)
         report.sites.extend(_hidden_sites(module, node, parameters))
         if holds_int8(node):
-            report.sites.append(_held_row(node, parameters, config, binder))
+            report.sites.append(_held_row(node, config, binder))
             continue
         call = vocabulary.contraction(node)
         if call is None:
@@ -128,20 +128,26 @@ def _site(
 
 def holds_int8(node: Node) -> bool:
     """Whether a node is a linear of a module that `quantize_` made: its weight is int8 already."""
-    return node.op == "call_function" and node.target in _HELD and all(w.op in _STORED for w in node.args[1:3])  # type: ignore[union-attr]
+    if node.op != "call_function" or node.target not in _HELD:
+        return False
+    return all(isinstance(weight, Node) and _is_stored(weight) for weight in node.args[1:3])
 
 
-# The operators that modules call, and what their weights are in a graph.
+def _is_stored(weight: Node) -> bool:
+    """Whether a tensor is the model's; others are inputs of the call, or computed."""
+    return weight.op == "get_attr" or "_dynamo_static_input_type" in weight.meta.get("tensor_dict", {})
+
+
+# The operators that modules call.
 _HELD = {
     ops.linear.default,
     ops.batched_linear.default,
     ops.grouped_linear.default,
     ops.weight_only_linear.default,
 }
-_STORED = ("placeholder", "get_attr")
 
 
-def _held_row(node: Node, parameters: Mapping[Node, Tensor], config: Int8Config, binder: Binder) -> Site:
+def _held_row(node: Node, config: Int8Config, binder: Binder) -> Site:
     """The row of a site that is int8 already; takes its weight over where the module is to give it up."""
     x, qweight, scale = node.args[:3]
     assert isinstance(x, Node)

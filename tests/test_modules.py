@@ -16,6 +16,7 @@ from int8compile import FreedWeightError, Int8Embedding, Int8Experts, Int8Linear
 from int8compile.errors import CheckpointError, InputError, Int8WeightError
 from int8compile.ops import reference
 from tests.implementations import VARIANTS, needs_kernel, profiled
+from tests.models import INT8_ERROR, relative_error
 
 
 def int8_linear(k: int = 40, n: int = 24, *, bias: bool = True, **options: Any) -> Int8Linear:
@@ -233,6 +234,25 @@ def test_one_graph_serves_many_modules(graphs: list[torch.fx.GraphModule]) -> No
                 torch.testing.assert_close(layer(x), result)
         # Newer versions of Dynamo compile again, once, when they see that a weight is gone.
         assert len(graphs) <= (2 if options else 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"free_weights": True}])
+def test_operators_that_the_user_calls_are_left_alone(graphs: list[torch.fx.GraphModule], options: Any) -> None:
+    """Their weights are inputs, or computed: nobody's to take over, nor to give up."""
+    module, x, scale = int8_linear(), torch.randn(5, 40), torch.rand(24)
+    qweight, head = module.qweight.clone(), nn.Linear(24, 24)
+
+    def call(x: Tensor, qweight: Tensor, scale: Tensor) -> Tensor:
+        y = ops.linear.default(x, qweight, scale, None, 6.0, "row")
+        return head(y + ops.linear.default(x, qweight.roll(1, 0), scale, None, 6.0, "row"))
+
+    expected = call(x, qweight, scale)
+    compiled = torch.compile(call, backend="int8", fullgraph=True, options=options)
+    for _ in range(2):
+        assert relative_error(compiled(x, qweight, scale), expected) < INT8_ERROR
+    assert called(graphs[0])[:2] == ["linear", "linear"]
+    assert type(qweight) is Tensor
 
 
 def test_compiled_with_gradients(graphs: list[torch.fx.GraphModule]) -> None:
