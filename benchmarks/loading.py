@@ -55,7 +55,19 @@ def report(folder: Path, rounds: int) -> str:
             output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
             found[name].append({"cached": cached, **json.loads(output.splitlines()[-1])})
             bar.update()
-    return "\n\n".join([sizes(folder), memory(cases, found), times(cases, found)])
+    return "\n\n".join([heading(rounds), sizes(folder), memory(cases, found), times(cases, found)])
+
+
+def heading(rounds: int) -> str:
+    """What was measured, and on what."""
+    import torch
+    import transformers
+
+    from int8compile import hardware
+
+    machine = f"{hardware.of(torch.device('cpu')).name}, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"SmolLM2-135M on {machine}; {versions}; medians of {rounds} loads of each kind. ✗: not within its bar."
 
 
 def _forget_files(folder: Path) -> None:
