@@ -186,13 +186,12 @@ def _compile(
         for slot in slots
     ]
     weights = list(zip(members, slots, strict=True))
-    # A float weight that nothing reads any more is no argument of the compiled graph.
-    sources = {node for slot in slots for member in slot.members for node in (member.source, member.scale) if node}
-    unread = sorted(positions[source] for source in sources if not source.users)
-    # Scales are few, and what is int8 already may be asked for by other graphs.
-    freed = [
-        position for position in unread if captured[position] in {m.source for slot in slots for m in slot.members}
-    ]
+    # A weight that nothing reads any more is no argument of the compiled graph, nor are its scales; but those stay with
+    # the module, where other graphs ask for them.
+    sources = {member.source for slot in slots for member in slot.members}
+    scales = {member.scale for slot in slots for member in slot.members if member.scale is not None}
+    freed = sorted(positions[source] for source in sources if not source.users)
+    unread = sorted([*freed, *(positions[scale] for scale in scales if not scale.users)])
     for position in unread:
         module.graph.erase_node(captured[position])
     module.recompile()
@@ -252,10 +251,9 @@ def _static_fakes(inputs: Sequence[Any]) -> list[Any]:
 
 def _warn_if_nothing_rewritten(report: Report) -> None:
     if report.sites and not report.rewritten:
-        reasons = "; ".join(f"{site.path}: {site.why()}" for site in report.sites[:3])
         warnings.warn(
             f"backend 'int8' rewrote none of the {len(report.sites)} linears of this graph, it runs in float. "
-            f"{reasons}. int8compile.explain(model, *inputs) lists all of them",
+            f"{report.first_reasons()}. int8compile.explain(model, *inputs) lists all of them",
             Int8Warning,
             stacklevel=2,
         )

@@ -213,8 +213,8 @@ def _quantize(args: argparse.Namespace) -> int:
 
     report = models.quantize(args.model, args.out, config, getattr(torch, args.dtype))
     print(describe(report))
-    if models.load_processor(str(args.out)) is None:
-        print("\nThe model has no tokenizer or processor that could be loaded; the folder has none either.")
+    for note in report.notes:
+        print(f"\n{note}")
     print(f"\nWritten to {args.out}. In Python, import int8compile.integrations.transformers before from_pretrained.")
     return 0
 

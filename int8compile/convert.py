@@ -20,7 +20,7 @@ from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError, ConfigError, Int8Warning, ModelError
 from int8compile.explain import multiplies
 from int8compile.modules import Int8Embedding, Int8Experts, Int8Linear, Int8Module, Source
-from int8compile.passes.rules import matches
+from int8compile.passes.rules import by_name, by_size, matches
 from int8compile.passes.static import WeightView
 from int8compile.report import Report, Site, SkipReason
 from int8compile.weights import STORE, quantize_checked
@@ -122,8 +122,8 @@ def _report(targets: list[Target], config: Int8Config) -> Report:
 def warn_if_all_float(found: Report, what: str) -> None:
     """Warns where a model has linears and none of them is int8."""
     if found.sites and not found.rewritten:
-        reasons = "; ".join(f"{site.path}: {site.why()}" for site in found.sites[:3])
-        warnings.warn(f"{what} left all {len(found.sites)} linears in float. {reasons}", Int8Warning, stacklevel=3)
+        message = f"{what} left all {len(found.sites)} linears in float. {found.first_reasons()}"
+        warnings.warn(message, Int8Warning, stacklevel=3)
 
 
 def plan(model: nn.Module, config: Int8Config) -> list[Target]:
@@ -226,9 +226,8 @@ def _verdict(
     module, weight = target.module, target.weight
     if isinstance(module, Int8Module):
         return None, ""
-    matched = [pattern for pattern in config.skip_modules if matches(pattern, target.path)]
-    if matched:
-        return SkipReason.NAME, f"pattern {matched[0]!r}"
+    if named := by_name(target.path, config):
+        return named
     if is_head and config.lm_head == "native":
         return (SkipReason.TIED if len(sharing) > 1 else SkipReason.LM_HEAD), ""
     if not target.path:
@@ -244,11 +243,7 @@ def _verdict(
     if weight.dtype not in ops.SUPPORTED_DTYPES:
         return SkipReason.DTYPE, f"it is {weight.dtype}"
     *_, n, k = target.shape
-    if k > ops.MAX_K:
-        return SkipReason.LARGE, f"K={k}"
-    if min(k, n) < config.min_features:
-        return SkipReason.SMALL, f"K={k}, N={n}, min_features={config.min_features}"
-    return None, ""
+    return by_size(k, n, config) or (None, "")
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

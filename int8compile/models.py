@@ -108,7 +108,10 @@ def quantize(name: str, folder: Path, config: Int8Config, dtype: torch.dtype = t
             os.rename(made, folder)  # Fails if by now there is something in it.
     except OSError as error:
         raise ModelError(f"{str(folder)!r} cannot be written: {error}") from error
-    return report(model, model.hf_quantizer.quantization_config.config())
+    found = report(model, model.hf_quantizer.quantization_config.config())
+    if processor is None:
+        found.notes += ("The model has no tokenizer or processor that could be loaded; the folder has none either.",)
+    return found
 
 
 def load_processor(name: str) -> Any:

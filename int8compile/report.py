@@ -187,6 +187,10 @@ class Report:
         line += f", {totals['activation_matmuls']} matmuls of two activations left alone, {totals['graphs']} graph"
         return line if totals["graphs"] == 1 else line + "s"
 
+    def first_reasons(self) -> str:
+        """The first sites with their reasons, for warnings."""
+        return "; ".join(f"{site.path}: {site.why()}" for site in self.sites[:3])
+
     def __str__(self) -> str:
         from tabulate import tabulate
 

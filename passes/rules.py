@@ -99,7 +99,12 @@ def matches(pattern: str, path: str) -> bool:
 
 def skipped_by_name(site: LinearSite, config: Int8Config) -> Verdict:
     """`skip_modules`."""
-    matched = [pattern for pattern in config.skip_modules if matches(pattern, site.path)]
+    return by_name(site.path, config)
+
+
+def by_name(path: str, config: Int8Config) -> Verdict:
+    """The verdict of `skip_modules` on a module path."""
+    matched = [pattern for pattern in config.skip_modules if matches(pattern, path)]
     return (SkipReason.NAME, f"pattern {matched[0]!r}") if matched else None
 
 
@@ -194,7 +199,11 @@ def size(site: LinearSite, config: Int8Config) -> Verdict:
     """K must be exact in int32, and K and N large enough to pay."""
     assert site.roles is not None
     sizes = site.sizes()
-    k, n = merged_size(sizes, site.roles.summed), merged_size(sizes, site.roles.outputs)
+    return by_size(merged_size(sizes, site.roles.summed), merged_size(sizes, site.roles.outputs), config)
+
+
+def by_size(k: int, n: int, config: Int8Config) -> Verdict:
+    """The verdict on a weight of K inputs and N outputs."""
     if k > MAX_K:
         return SkipReason.LARGE, f"K={k}"
     if min(k, n) < config.min_features:
