@@ -11,6 +11,7 @@ from int8compile.errors import (
     BadWeightError,
     CheckpointError,
     ConfigError,
+    ExportError,
     FreedWeightError,
     InputError,
     Int8CompileError,
@@ -18,9 +19,12 @@ from int8compile.errors import (
     Int8WeightError,
     KernelBuildError,
     ModelError,
+    PackageError,
 )
 from int8compile.explain import explain
+from int8compile.export import export
 from int8compile.modules import Int8Embedding, Int8Experts, Int8Linear
+from int8compile.package import inspect
 from int8compile.report import Report, Site, SkipReason
 from int8compile.weights import refresh
 
@@ -32,6 +36,7 @@ __all__ = [
     "BadWeightError",
     "CheckpointError",
     "ConfigError",
+    "ExportError",
     "FreedWeightError",
     "InputError",
     "Int8CompileError",
@@ -43,11 +48,14 @@ __all__ = [
     "Int8WeightError",
     "KernelBuildError",
     "ModelError",
+    "PackageError",
     "Report",
     "Site",
     "SkipReason",
     "dequantize_",
     "explain",
+    "export",
+    "inspect",
     "load",
     "memory_footprint",
     "quantize_",

@@ -11,6 +11,12 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more ({len(names)} in all)" if len(names) > 3 else "")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for messages that go on; the name of its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
 class Int8CompileError(Exception):
     """Base class: `except int8compile.Int8CompileError` catches everything this package raises on purpose."""
 
@@ -33,6 +39,14 @@ class CheckpointError(Int8CompileError, ValueError):
 
 class Int8WeightError(Int8CompileError, RuntimeError):
     """The float weight of an int8 module was used, which is not there."""
+
+
+class ExportError(Int8CompileError, RuntimeError):
+    """A model cannot be exported, or not all of it to int8."""
+
+
+class PackageError(Int8CompileError, ValueError):
+    """A file that was to be an exported model is none, or is damaged, edited or too new."""
 
 
 class InputError(Int8CompileError, ValueError):

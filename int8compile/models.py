@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from int8compile.atomic import sync, temporary_folder
 from int8compile.config import Int8Config
 from int8compile.convert import quantize_, report
-from int8compile.errors import ModelError
+from int8compile.errors import ModelError, first_line
 from int8compile.report import Report
 
 SMOLLM2 = "smollm2"
@@ -70,7 +70,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, config: Int8Config | Non
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{name!r} could not be loaded: {_first_line(error)}; {_HOW}") from error
+        raise ModelError(f"{name!r} could not be loaded: {first_line(error)}; {_HOW}") from error
     result: nn.Module = model.eval()
     return result
 
@@ -151,7 +151,7 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
             str(path.parent), gguf_file=path.name, dtype=dtype, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{str(path)!r} could not be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{str(path)!r} could not be loaded: {first_line(error)}") from error
     return model.eval()
 
 
@@ -225,7 +225,7 @@ def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
         raise ModelError(
             f"{type(model).__name__} does not run on made-up inputs {shapes}: {type(error).__name__}: "
-            f"{_first_line(error)}; call int8compile.explain(model, **inputs) from Python with inputs of yours"
+            f"{first_line(error)}; call int8compile.explain(model, **inputs) from Python with inputs of yours"
         ) from error
 
 
@@ -282,8 +282,3 @@ def _transformers(*also: str) -> Any:
     import transformers
 
     return transformers
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

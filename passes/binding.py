@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,29 +27,14 @@ class QuantizedNodes(NamedTuple):
     scale: Node
 
 
-class Binder(Protocol):
-    """Gives the rewritten graph access to a quantized weight."""
-
-    def bind(self, source: Node, view: WeightView, path: str, scale: Node | None = None) -> QuantizedNodes:
-        """Makes the nodes that hold the weight, once per (source, view).
-
-        Args:
-            source: The parameter's node.
-            view: The weight as a view of the parameter.
-            path: Module path of the site, for messages.
-            scale: The node of the scales, where the parameter is int8 already.
-        """
-        ...
-
-
 class Member(NamedTuple):
     """A view of a parameter.
 
     Attributes:
-        source: Placeholder of the parameter in the graph as captured; its position is the argument's.
+        source: The parameter's node: a placeholder of the graph as captured, or a get_attr.
         view: The weight as a view of the parameter.
         path: Module path of the first site that uses it.
-        scale: Placeholder of the scales, where the parameter is int8 already.
+        scale: The node of the scales, where the parameter is int8 already.
     """
 
     source: Node
@@ -59,11 +45,11 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class WeightSlot:
-    """One weight that a rewritten Dynamo graph takes.
+    """One weight that a rewritten graph takes.
 
     Attributes:
         members: What it is made of: one view of a parameter, or several, one behind the other.
-        nodes: The placeholders of the int8 weight.
+        nodes: The nodes of the int8 weight.
         packed: Whether `nodes.qweight` is laid out as `int8compile.ops.pack_weight` does.
         interleaved: Whether the rows of its two members take turns, instead of lying one behind the other.
     """
@@ -74,12 +60,15 @@ class WeightSlot:
     interleaved: bool = False
 
 
-class PlaceholderBinder:
-    """Adds two placeholders per weight to a Dynamo graph; the backend fills them at every call.
+class Binder(abc.ABC):
+    """Gives a graph nodes for its int8 weights, which are made elsewhere.
 
     Attributes:
         slots: What was bound, in order.
     """
+
+    # Of the names of its nodes.
+    PREFIX = "int8_"
 
     def __init__(self, module: GraphModule) -> None:
         self.slots: list[WeightSlot] = []
@@ -88,7 +77,14 @@ class PlaceholderBinder:
         self._graph = module.graph
 
     def bind(self, source: Node, view: WeightView, path: str, scale: Node | None = None) -> QuantizedNodes:
-        """See `Binder`."""
+        """Makes the nodes that hold the weight, once per (source, view).
+
+        Args:
+            source: The parameter's node.
+            view: The weight as a view of the parameter.
+            path: Module path of the site, for messages.
+            scale: The node of the scales, where the parameter is int8 already.
+        """
         key = (source, view)
         if key not in self._bound:
             self._bound[key] = self._add((Member(source, view, path, scale),))
@@ -114,16 +110,25 @@ class PlaceholderBinder:
                 self._graph.erase_node(node)
 
     def _add(self, members: tuple[Member, ...]) -> WeightSlot:
-        stem = f"int8_{next(self._numbers)}"
-        nodes = QuantizedNodes(self._placeholder(f"{stem}_qweight"), self._placeholder(f"{stem}_scale"))
+        stem = f"{self.PREFIX}{next(self._numbers)}"
+        nodes = QuantizedNodes(self._node(f"{stem}_qweight"), self._node(f"{stem}_scale"))
+        for node in nodes:
+            node.meta[QUANTIZED] = True
         self.slots.append(WeightSlot(members, nodes))
         return self.slots[-1]
 
-    def _placeholder(self, name: str) -> Node:
+    @abc.abstractmethod
+    def _node(self, name: str) -> Node:
+        """Makes a node for a tensor, before all that computes."""
+
+
+class PlaceholderBinder(Binder):
+    """Adds two placeholders per weight to a Dynamo graph; the backend fills them at every call."""
+
+    def _node(self, name: str) -> Node:
         # There is one at least, the parameter's own.
         with self._graph.inserting_after(self._graph.find_nodes(op="placeholder")[-1]):
             node = self._graph.placeholder(name)
-        node.meta[QUANTIZED] = True
         # AOTAutograd asks each placeholder for the Dynamo source of its tensor; these have none. "unguarded" marks a
         # tensor whose address does not change between calls, which CUDA graphs need.
         node._dynamo_source = None
@@ -131,36 +136,32 @@ class PlaceholderBinder:
         return node
 
 
-class AttributeBinder:
-    """Stores int8 weights as buffers of an exported module, and reads them with get_attr.
+class AttributeBinder(Binder):
+    """Reads two buffers per weight in an exported graph; they are empty until `fill`, when all passes have run."""
 
-    Attributes:
-        bound: What was bound, with the names of the two buffers.
-    """
-
-    def __init__(self, module: GraphModule, parameters: dict[Node, Tensor], quantize: Quantize) -> None:
-        self.bound: dict[tuple[Node, WeightView], tuple[str, str]] = {}
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
         self._module = module
-        self._parameters = parameters
-        self._quantize = quantize
 
-    def bind(self, source: Node, view: WeightView, path: str, scale: Node | None = None) -> QuantizedNodes:
+    def fill(self, make: Callable[[WeightSlot], tuple[Tensor, Tensor]]) -> None:
+        """Gives the buffers their values.
+
+        Args:
+            make: Makes what a slot holds, in int8 (packed if the slot is), and its scales.
+        """
+        for slot in self.slots:
+            for node, tensor in zip(slot.nodes, make(slot), strict=True):
+                setattr(self._module, str(node.target), tensor)
+
+    def drop(self, slots: Sequence[WeightSlot]) -> None:
         """See `Binder`."""
-        if scale is not None:
-            return QuantizedNodes(source, scale)  # It is stored as a buffer of the module already.
-        key = (source, view)
-        if key not in self.bound:
-            stem = f"int8_{len(self.bound)}"
-            self.bound[key] = (f"{stem}_qweight", f"{stem}_scale")
-            for name, tensor in zip(self.bound[key], self._quantize(self._parameters[source], view, path), strict=True):
-                self._module.register_buffer(name, tensor)
-        graph = self._module.graph
-        return QuantizedNodes(*map(graph.get_attr, self.bound[key]))
+        super().drop(slots)
+        for slot in slots:
+            for node in slot.nodes:
+                delattr(self._module, str(node.target))
 
-
-class Quantize(Protocol):
-    """Quantizes a parameter's view; the weight store does."""
-
-    def __call__(self, parameter: Tensor, view: WeightView, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns int8 values and float32 scales."""
-        ...
+    def _node(self, name: str) -> Node:
+        self._module.register_buffer(name, torch.empty(0))
+        first = next(node for node in self._graph.nodes if node.op != "placeholder")
+        with self._graph.inserting_before(first):
+            return self._graph.get_attr(name)

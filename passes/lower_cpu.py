@@ -1,4 +1,4 @@
-"""Lowers a rewritten Dynamo graph to CPU kernels: packed weights, and one operator for linears of the same activation.
+"""Lowers a rewritten graph to CPU kernels: packed weights, and one operator for linears of the same activation.
 
 q, k and v, or gate and up, read one tensor: together they quantize it once and cost one call. Weights that modules hold
 in int8 stay as they are, so that memory holds them once: the kernel packs them as it goes.
@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from int8compile import ops
 from int8compile.ops import OUTLIER_POLICIES
-from int8compile.passes.binding import PlaceholderBinder, QuantizedNodes, WeightSlot
+from int8compile.passes.binding import Binder, QuantizedNodes, WeightSlot
 from int8compile.passes.rewrite import NEEDS_GRAD
 from int8compile.passes.siblings import siblings
 from int8compile.passes.static import meta_tensor
@@ -36,11 +36,11 @@ _NO_GRAD: dict[object, Callable[..., object]] = {
 _FUSED = {2: ops.packed_linear_pair_no_grad.default, 3: ops.packed_linear_triple_no_grad.default}
 
 
-def lower_for_cpu(module: GraphModule, binder: PlaceholderBinder, parameters: Mapping[Node, Tensor]) -> None:
+def lower_for_cpu(module: GraphModule, binder: Binder, parameters: Mapping[Node, Tensor]) -> None:
     """Has the operators whose weight is on a CPU take it packed, in place.
 
     Args:
-        module: A rewritten Dynamo graph.
+        module: A rewritten graph.
         binder: What its int8 weights were bound with.
         parameters: The graph's parameters by their nodes.
     """
@@ -75,7 +75,7 @@ def _without_gradients(node: Node) -> None:
     node.target = _NO_GRAD[node.target]
 
 
-def _fuse(module: GraphModule, binder: PlaceholderBinder, nodes: Sequence[Node], slots: Sequence[WeightSlot]) -> None:
+def _fuse(module: GraphModule, binder: Binder, nodes: Sequence[Node], slots: Sequence[WeightSlot]) -> None:
     graph = module.graph
     first = nodes[0]
     x, _, _, bias, *policy = first.args

@@ -1,4 +1,4 @@
-"""Lowers a rewritten Dynamo graph to GPU kernels: quantize once per activation, then products.
+"""Lowers a rewritten graph to GPU kernels: quantize once per activation, then products.
 
 q, k and v become one product with the three weights one behind the other; `silu(gate) * up` one product with the two
 weights' rows in turns, whose end computes it; and an activation function that alone reads a linear, that linear's end.
@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from int8compile import hardware, ops
 from int8compile.ops import OUTLIER_POLICIES, digits
 from int8compile.ops.quantized import flattened
-from int8compile.passes.binding import Member, PlaceholderBinder, QuantizedNodes, WeightSlot
+from int8compile.passes.binding import Binder, Member, QuantizedNodes, WeightSlot
 from int8compile.passes.rewrite import NEEDS_GRAD
 from int8compile.passes.siblings import is_barrier, siblings
 from int8compile.passes.static import meta_tensor, traced, weight_view
@@ -57,7 +57,7 @@ class Lowered:
 
 def lower_for_gpu(
     module: GraphModule,
-    binder: PlaceholderBinder,
+    binder: Binder,
     parameters: Mapping[Node, Tensor],
     is_gpu: Callable[[torch.device], bool] | None = None,
 ) -> Lowered:
@@ -66,7 +66,7 @@ def lower_for_gpu(
     Operators that autograd records stay as they are.
 
     Args:
-        module: A rewritten Dynamo graph.
+        module: A rewritten graph.
         binder: What its int8 weights were bound with.
         parameters: The graph's parameters by their nodes.
         is_gpu: Which devices are meant; by default GPUs with int8 kernels.
@@ -130,7 +130,7 @@ def quantized_by_inductor(x: Node, threshold: float) -> tuple[bool, str]:
 
 
 class _Lowering:
-    def __init__(self, module: GraphModule, binder: PlaceholderBinder, slots: Mapping[Node, WeightSlot]) -> None:
+    def __init__(self, module: GraphModule, binder: Binder, slots: Mapping[Node, WeightSlot]) -> None:
         self.done = Lowered()
         self._graph = module.graph
         self._binder = binder

@@ -24,20 +24,21 @@ def siblings(module: GraphModule, target: object, weights: Collection[Node], lim
     """
     groups: list[list[Node]] = []
     open_groups: dict[object, list[Node]] = {}
+    order = {node: position for position, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
         if is_barrier(node):
             open_groups.clear()
         if node.target is not target or node.args[1] not in weights:
             continue
         x, qweight, _, bias, *policy = node.args
-        # A weight that others read too stays as they know it; a bias that is computed, or an attribute that is read
-        # later in the graph, may not be there yet.
-        if len(qweight.users) > 1 or (bias is not None and bias.op != "placeholder"):
+        if len(qweight.users) > 1:  # A weight that others read too stays as they know it.
             groups.append([node])
             continue
         key = (x, bias is None, *policy)
         group = open_groups.get(key)
-        if group is None or len(group) == limit:
+        # Where the first one stands, a bias that is computed may not be there yet.
+        late = group is not None and bias is not None and order[bias] > order[group[0]]
+        if group is None or len(group) == limit or late:
             group = open_groups[key] = []
             groups.append(group)
         group.append(node)

@@ -16,6 +16,9 @@ aten = torch.ops.aten
 # Key in the meta of a node that holds an int8 weight, which is as constant as the parameter it was made from.
 QUANTIZED = "int8compile_quantized"
 
+# Key in the meta of a get_attr that reads a buffer of an exported model: no constant. Dynamo makes it an input.
+BUFFER = "int8compile_buffer"
+
 
 class WeightView(NamedTuple):
     """A weight as a view of a parameter: `param.as_strided(size, stride, offset).reshape(shape)`.
@@ -153,7 +156,7 @@ def depends_on_inputs(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
         current = pending.pop()
         if current in parameters:
             continue
-        if current.op == "placeholder" and current.meta.get(QUANTIZED) is None:
+        if (current.op == "placeholder" and QUANTIZED not in current.meta) or BUFFER in current.meta:
             return True
         new = [arg for arg in current.all_input_nodes if arg not in seen]
         seen.update(new)

@@ -39,7 +39,7 @@ def compiled(command: Sequence[str], units: Sequence[build.Unit], folder: Path) 
     made = build.compile_units(command, units, folder, written.append)
     assert made.left_out == {}
     assert not [text for text in written if "warning" in text]
-    return made.paths
+    return made.of("library")
 
 
 def for_zig(units: Sequence[build.Unit]) -> list[build.Unit]:
@@ -62,7 +62,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str]:
     """What the check program says, compiled by g++ for this machine."""
     folder = tmp_path_factory.mktemp("native")
     units = [*build.units(build.architecture(), torch=False), CHECK]
-    objects = build.compile_units(["g++"], units, folder).paths
+    objects = build.compile_units(["g++"], units, folder).of("library")
     subprocess.run(["g++", *objects, "-o", str(folder / "check")], check=True)
     return run_check(str(folder / "check"))
 

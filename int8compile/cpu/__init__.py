@@ -39,7 +39,7 @@ class Library:
         torch.ops.load_library(built.path)
         self.built = built
         self._functions = ctypes.CDLL(str(built.path))
-        for name in ("int8compile_variants", "int8compile_variant"):
+        for name in ("int8compile_variants", "int8compile_variant", "int8compile_features"):
             getattr(self._functions, name).restype = ctypes.c_char_p
         self._functions.int8compile_use_variant.argtypes = [ctypes.c_char_p]
         self.variants = tuple(self._functions.int8compile_variants().decode().split())
@@ -48,6 +48,11 @@ class Library:
     def path(self) -> Path:
         """The library's file."""
         return self.built.path
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The compiler macros of what code may use of a CPU and a package checks; whether this one has it or not."""
+        return tuple(self._functions.int8compile_features().decode().split())
 
     @property
     def variant(self) -> str:

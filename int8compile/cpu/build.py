@@ -1,8 +1,9 @@
-"""Compiles the CPU kernel's C++ sources into one shared library, once, in the user's cache folder.
+"""Compiles the CPU kernel's C++ sources, once, in the user's cache folder.
 
-`UNITS` says what is compiled and how. The library of each set of sources, flags, compiler and torch has a folder of its
-own in the cache: `library.so`, `build.json` (what was built, with the library's hash), `build.log` (the compiler's
-words) and `lock`.
+`UNITS` says what is compiled and how. They become a shared library, which this process loads, and an archive, which is
+linked into exported models. Each set of sources, flags, compiler and torch has a folder of its own in the cache:
+`library.so`, `libint8compile.a`, `build.json` (what was built, with hashes), `build.log` (the compiler's words) and
+`lock`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ FLAGS = (
 )
 # The stable ABI of torch 2.11: the library then works with every later one.
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", "{torch}/include")
+# The library and the archive.
+FILES = ("library.so", "libint8compile.a")
 LINK_FLAGS = ("-shared", "-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (
@@ -72,6 +75,7 @@ class Unit:
         needs: A small program that shows whether a compiler is new enough for the variant. One that cannot compile it
             leaves the variant out.
         torch: Whether it needs torch.
+        part: The only thing that it is in, "library" or "archive", "" for both.
     """
 
     source: str
@@ -80,12 +84,16 @@ class Unit:
     variant: str = ""
     needs: str = ""
     torch: bool = False
+    part: str = ""
 
 
 _X86 = "#include <immintrin.h>\n"
 UNITS = (
-    Unit("op.cpp", flags=TORCH_FLAGS, torch=True),  # the longest first
+    Unit("operators.cpp", flags=TORCH_FLAGS, torch=True),  # the longest first
+    Unit("op.cpp", flags=TORCH_FLAGS, torch=True, part="library"),
+    Unit("package.cpp", flags=TORCH_FLAGS, torch=True, part="archive"),
     Unit("linear.cpp"),
+    Unit("features.cpp"),
     Unit("portable.cpp", variant="portable"),
     Unit("cpuid.cpp", "x86_64"),
     Unit(
@@ -163,10 +171,11 @@ class Compiler:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A library in the cache.
+    """What is in the cache.
 
     Attributes:
         path: The library.
+        archive: What exported models carry of it, for the linker.
         compiler: The first line of its version.
         variants: Kernel variants that are in it.
         left_out: Variants that the compiler is too old for, with what it says.
@@ -175,6 +184,7 @@ class Built:
     """
 
     path: Path
+    archive: Path
     compiler: str
     variants: tuple[str, ...]
     left_out: dict[str, str]
@@ -255,13 +265,15 @@ def _key(compiler: Compiler) -> str:
 
 def _cached(folder: Path) -> Built | None:
     """What `_build` left in a folder, if it is whole: loading half a library ends the process by SIGBUS."""
-    path = folder / "library.so"
+    library, archive = (folder / name for name in FILES)
     try:
         made = json.loads((folder / "build.json").read_text())
-        if hashlib.sha256(path.read_bytes()).hexdigest() != made["sha256"]:
-            log.warning("%s is damaged and will be compiled again", path)
-            return None
-        return Built(path, made["compiler"], tuple(made["variants"]), made["left_out"], made["seconds"], cached=True)
+        for file in (library, archive):
+            if _sha256(file) != made["sha256"][file.name]:
+                log.warning("%s is damaged and will be compiled again", file)
+                return None
+        left_out, seconds = made["left_out"], made["seconds"]
+        return Built(library, archive, made["compiler"], tuple(made["variants"]), left_out, seconds, cached=True)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -276,9 +288,10 @@ def _build(compiler: Compiler, folder: Path, temporary: Path) -> Built:
     with open(folder / "build.log", "w") as written:
         try:
             objects = compile_units(compiler.command, wanted, temporary, write=written.write)
-            path = temporary / "library.so"
-            command = [*compiler.command, *objects.paths, *_with_torch(LINK_FLAGS), "-o", str(path)]
+            library, archive = (temporary / name for name in FILES)
+            command = [*compiler.command, *objects.of("library"), *_with_torch(LINK_FLAGS), "-o", str(library)]
             _checked(command, "linking", written.write)
+            _checked([os.environ.get("AR") or "ar", "rcs", str(archive), *objects.of("archive")], "ar", written.write)
         except KernelBuildError as error:
             raise KernelBuildError(f"{error}; all that the compiler says is in {folder / 'build.log'}") from None
     for variant, why in objects.left_out.items():
@@ -288,16 +301,20 @@ def _build(compiler: Compiler, folder: Path, temporary: Path) -> Built:
         "variants": [unit.variant for unit in wanted if unit.variant and unit.variant not in objects.left_out],
         "left_out": objects.left_out,
         "seconds": time.perf_counter() - began,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": {name: _sha256(temporary / name) for name in FILES},
     }
-    # Both replace what is there at once, so no reader sees half a file. The library is what counts as finished.
+    # Each replaces what is there at once, so no reader sees half a file. The library is what counts as finished.
     (temporary / "build.json").write_text(json.dumps(made, indent=2))
-    os.replace(temporary / "build.json", folder / "build.json")
-    os.replace(path, folder / "library.so")
+    for name in ("build.json", *reversed(FILES)):
+        os.replace(temporary / name, folder / name)
     built = _cached(folder)
     if built is None:
         raise KernelBuildError(f"{folder} was changed by something else while the kernel was compiled; try again")
     return dataclasses.replace(built, cached=False)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @dataclasses.dataclass
@@ -305,12 +322,16 @@ class Objects:
     """What `compile_units` made.
 
     Attributes:
-        paths: The object files.
+        made: The object files by their units.
         left_out: Variants that the compiler is too old for, with what it says.
     """
 
-    paths: list[str] = dataclasses.field(default_factory=list)
+    made: dict[Unit, str] = dataclasses.field(default_factory=dict)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def of(self, part: str) -> list[str]:
+        """The object files that belong to the "library" or the "archive"."""
+        return [path for unit, path in self.made.items() if unit.part in ("", part)]
 
 
 def compile_units(
@@ -349,7 +370,7 @@ def compile_units(
                 raise
             write(output)
             return _essence(output)
-        made.paths.append(str(path))
+        made.made[unit] = str(path)
         return ""
 
     # The list of variants is compiled last: the others decide what is on it.

@@ -1,7 +1,6 @@
 #include "cpuid.h"
 
 #include <cpuid.h>
-#include <cstdint>
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -9,49 +8,33 @@
 #endif
 
 namespace int8compile {
-namespace {
-
-struct Registers {
-  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
-};
-
-Registers cpuid(uint32_t leaf, uint32_t subleaf) {
-  Registers r;
-  if (!__get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx)) return {};
-  return r;
+bool has_bit(uint32_t leaf, uint32_t subleaf, Register word, int position) {
+  uint32_t words[4];
+  if (!__get_cpuid_count(leaf, subleaf, &words[EAX], &words[EBX], &words[ECX], &words[EDX])) return false;
+  return (words[word] >> position) & 1;
 }
 
-constexpr bool bit(uint32_t word, int position) { return (word >> position) & 1; }
-
-// Registers that the operating system saves (XCR0).
-bool saved(uint64_t mask) {
-  if (!bit(cpuid(1, 0).ecx, 27)) return false;  // OSXSAVE
+bool os_saves(uint64_t registers) {
+  if (!has_bit(1, 0, ECX, 27)) return false;  // OSXSAVE
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return ((uint64_t(high) << 32 | low) & mask) == mask;
+  return ((uint64_t(high) << 32 | low) & registers) == registers;
 }
-
-constexpr uint64_t YMM = 0x6, ZMM = 0xe6, TILES = 0x60000;
-
-}  // namespace
 
 bool has_avx2() {
-  const Registers one = cpuid(1, 0);
-  return saved(YMM) && bit(one.ecx, 12) && bit(cpuid(7, 0).ebx, 5);  // FMA, AVX2
+  return os_saves(YMM) && has_bit(1, 0, ECX, 12) && has_bit(7, 0, EBX, 5);  // FMA, AVX2
 }
 
-bool has_avxvnni() { return has_avx2() && bit(cpuid(7, 1).eax, 4); }
+bool has_avxvnni() { return has_avx2() && has_bit(7, 1, EAX, 4); }
 
 bool has_avx512vnni() {
-  const Registers seven = cpuid(7, 0);
-  return has_avx2() && saved(ZMM) && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) &&  // F, DQ, BW
-         bit(seven.ebx, 31) && bit(seven.ecx, 11);                                                     // VL, VNNI
+  return has_avx2() && os_saves(ZMM) && has_bit(7, 0, EBX, 16) && has_bit(7, 0, EBX, 17) &&  // F, DQ
+         has_bit(7, 0, EBX, 30) && has_bit(7, 0, EBX, 31) && has_bit(7, 0, ECX, 11);         // BW, VL, VNNI
 }
 
 bool has_amx() {
-  const Registers seven = cpuid(7, 0);
-  if (!has_avx512vnni() || !bit(cpuid(7, 1).eax, 5) || !saved(TILES)) return false;     // AVX512_BF16
-  if (!bit(seven.edx, 22) || !bit(seven.edx, 24) || !bit(seven.edx, 25)) return false;  // AMX-BF16, -TILE, -INT8
+  if (!has_avx512vnni() || !has_bit(7, 1, EAX, 5) || !os_saves(TILES)) return false;  // AVX512_BF16
+  if (!has_bit(7, 0, EDX, 22) || !has_bit(7, 0, EDX, 24) || !has_bit(7, 0, EDX, 25)) return false;  // BF16, TILE, INT8
 #if defined(__linux__)
   // Linux gives a process its tile registers when it asks.
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;

@@ -1,0 +1,465 @@
+"""Offline export: a model in, one .pt2 file out that runs where this package is not installed.
+
+torch.export captures the model, `int8compile.passes` rewrite its graph by the rules that torch.compile follows, and
+AOTInductor compiles it. The C++ kernels are linked into the file's own library, where the generated code calls them as
+C functions (csrc/package.cpp), without the dispatcher. That library checks the file and the CPU when it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import subprocess
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from int8compile import cpu, ops, package
+from int8compile.atomic import remove_leftovers, temporary_folder
+from int8compile.config import Int8Config
+from int8compile.errors import ExportError, Int8CompileError, first_line, listed
+from int8compile.ops import pack_weight
+from int8compile.passes import AttributeBinder, holds_int8, lower_for_cpu, rewrite_graph
+from int8compile.passes.binding import WeightSlot
+from int8compile.passes.names import module_path
+from int8compile.passes.static import BUFFER
+from int8compile.report import Report, SkipReason
+from int8compile.weights import FREED, quantize_checked
+
+log = logging.getLogger(__name__)
+
+ISAS = ("native", "avx512", "avx2")
+# As GCC and Clang name the levels of x86-64, and the bits of their registers.
+_LEVELS = {"avx512": ("x86-64-v4", 512), "avx2": ("x86-64-v3", 256)}
+
+# What the options ask for; all else that stays in float is refused.
+_ASKED_FOR = {SkipReason.NAME, SkipReason.LM_HEAD, SkipReason.TIED, SkipReason.SMALL}
+
+# The operators that a package has, with the parameters of the C functions.
+_WEIGHT = "AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale, AtenTensorHandle* bias"
+_POLICY = "double threshold, int32_t by_column"
+_FUNCTIONS = {
+    ops.packed_linear_no_grad.default: f"{_WEIGHT}, {_POLICY}, AtenTensorHandle* y",
+    ops.packed_linear_pair_no_grad.default: f"{_WEIGHT}, int64_t n0, {_POLICY}, AtenTensorHandle* y0, "
+    "AtenTensorHandle* y1",
+    ops.packed_linear_triple_no_grad.default: f"{_WEIGHT}, int64_t n0, int64_t n1, {_POLICY}, AtenTensorHandle* y0, "
+    "AtenTensorHandle* y1, AtenTensorHandle* y2",
+    ops.packed_batched_linear.default: f"{_WEIGHT}, double threshold, const char* outliers, AtenTensorHandle* y",
+    ops.packed_weight_only_linear_no_grad.default: f"{_WEIGHT}, AtenTensorHandle* y",
+}
+
+# Inductor's settings are of the process.
+_lock = threading.Lock()
+
+
+def export(
+    model: nn.Module,
+    args: Sequence[Any],
+    path: str | os.PathLike[str],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    config: Int8Config | Mapping[str, Any] | None = None,
+    allow_partial: bool = False,
+    isa: str = "native",
+) -> Report:
+    """Compiles a model to int8 and writes it to a file that runs without this package, in Python and in C++.
+
+    `torch._inductor.aoti_load_package(path)` loads it; it needs PyTorch and nothing else, not even a compiler.
+
+    Args:
+        model: In evaluation mode, in float or made by `quantize_`, on the CPU. It is not changed.
+        args: Example inputs.
+        path: The file, "....pt2"; what is there is replaced.
+        kwargs: Example keyword inputs.
+        dynamic_shapes: Which sizes may change from call to call, as `torch.export.export` takes them. Sizes of 1 are
+            allowed later if the `torch.export.Dim` says so, but the examples must have sizes of 2 or more there.
+        config: The options, as an `Int8Config` or as the dictionary given to `torch.compile(options=...)`.
+        allow_partial: Whether linears may stay in float that no option keeps in float.
+        isa: The CPUs that it is compiled for: "native", those that have all that this one has, or "avx512"
+            (x86-64-v4 with VNNI) or "avx2" (x86-64-v3). The int8 kernels are in the file for all, and the best is
+            chosen when it is loaded.
+
+    Returns:
+        What is int8 in it, and what is not and why.
+
+    Raises:
+        ConfigError: An option is unknown or has a value that is not allowed.
+        BadWeightError: A weight has NaN or Inf, or no data.
+        ExportError: The model cannot be captured or compiled, or a part of it would stay in float.
+    """
+    if not isinstance(config, Int8Config):
+        config = Int8Config.from_options(config)
+    model = getattr(model, "_orig_mod", model)
+    path = Path(path)
+    _check_arguments(model, path, isa)
+    library = cpu.load()
+    if library is None:
+        raise ExportError(
+            f"there is no CPU kernel to put into {path.name}: {cpu.failure() or 'INT8COMPILE_CPU_KERNEL=0'}; "
+            "`int8compile doctor` says more"
+        )
+    # Sizes of 1, a single token for example, are sizes like others: by default the graph is made for 2 and more only.
+    sizes: Any = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with _steps() as step, _lock, torch.no_grad(), sizes, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch's own, about itself
+        step("Capturing")
+        program = _capture(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+        step("Quantizing")
+        module = program.module(check_guards=False)
+        assert isinstance(module, GraphModule)
+        report = rewrite(module, config)
+        _check_report(report, allow_partial)
+        report.notes += _check_operators(module)
+        _drop_unread(module)
+        target = _Target.of(isa, library)
+        metadata = _metadata(program, module, config, report, target, library)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path)
+            with temporary_folder(path.absolute()) as folder:
+                step("Compiling")
+                files = _compile(module, program, folder, metadata, target, library)
+                step("Writing")
+                package.write(path, files, folder)
+        except OSError as error:
+            raise ExportError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+    return report
+
+
+def _check_arguments(model: Any, path: Path, isa: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"the model is a {type(model).__name__}; give an nn.Module, as torch.export asks for")
+    if model.training:
+        raise ExportError("the model is in training mode, which would be exported (dropout, ...); call model.eval()")
+    if path.suffix != ".pt2":
+        raise ExportError(f"{str(path)!r} must end in .pt2, which PyTorch's loader asks for")
+    if path.is_dir():
+        raise ExportError(f"{str(path)!r} is a folder; name a file")
+    if isa not in ISAS:
+        raise ExportError(f"isa={isa!r}; allowed are {', '.join(map(repr, ISAS))}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, FREED):
+            raise ExportError(
+                f"{name} has no values any more (free_weights=True gave its memory back); load the model again"
+            )
+        if tensor.device.type != "cpu":
+            raise ExportError(
+                f"{name} is on {tensor.device}; only CPU models can be exported so far. Use model.to('cpu'), or "
+                "torch.compile(model, backend='int8') on the GPU"
+            )
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Int8CompileError:
+        raise
+    except Exception as error:
+        raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error of torch.export or of Inductor says, in a few lines, without its own advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Set TORCH", "You can suppress", "For more info"))]
+    return f"{type(error).__name__}: {' '.join(told[:4])[:600]}"
+
+
+def rewrite(module: GraphModule, config: Int8Config) -> Report:
+    """Rewrites an exported graph for the CPU kernels, in place, with its int8 weights as buffers of the module.
+
+    Args:
+        module: What `torch.export.ExportedProgram.module` returns.
+        config: What to rewrite and how.
+
+    Returns:
+        A row for each linear, int8 or not.
+
+    Raises:
+        BadWeightError: A weight has NaN or Inf, or no data.
+    """
+    tensors = _stored(module)
+    held = {node for call in module.graph.nodes if holds_int8(call) for node in call.args[1:3]}
+    parameters = {node: value for node, value in tensors.items() if isinstance(value, nn.Parameter) or node in held}
+    for node in tensors.keys() - parameters.keys():
+        node.meta[BUFFER] = True
+    binder = AttributeBinder(module)
+    # The weights of modules that `quantize_` made are packed too: a package has no modules to share them with.
+    report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
+    lower_for_cpu(module, binder, parameters)
+    module.graph.lint()
+
+    def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor]:
+        weights, scales = [], []
+        for source, view, path, scale in slot.members:
+            if scale is None:
+                weight, rows = quantize_checked(parameters[source], view, path)
+            else:
+                weight, rows = view.of(parameters[source]), parameters[scale].detach()
+            weights.append(pack_weight(weight) if slot.packed else weight)
+            scales.append(rows)
+        return torch.cat(weights), torch.cat(scales)
+
+    binder.fill(quantized)
+    return report
+
+
+def _stored(module: GraphModule) -> dict[Node, Tensor]:
+    """The tensors of an exported module by their nodes: one node for each tensor, however many names it has."""
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    first: dict[Any, Node] = {}
+    tensors: dict[Node, Tensor] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        tensor = named.get(str(node.target))
+        if tensor is None:
+            continue
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place in first:
+            node.replace_all_uses_with(first[place])
+            module.graph.erase_node(node)
+        else:
+            first[place] = node
+            tensors[node] = tensor
+    return tensors
+
+
+def _drop_unread(module: GraphModule) -> None:
+    """Removes what the graph does not read any more: the float weights."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        if not node.users:
+            module.graph.erase_node(node)
+    read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    for owner in list(module.modules()):
+        prefix = next(name for name, each in module.named_modules() if each is owner)
+        for name in [*owner._parameters, *owner._buffers]:
+            if (f"{prefix}.{name}" if prefix else name) not in read:
+                delattr(owner, name)
+    module.graph.lint()
+    module.recompile()
+
+
+def _check_report(report: Report, allow_partial: bool) -> None:
+    refused = [site for site in report.skipped if site.reason not in _ASKED_FOR]
+    if allow_partial and report.rewritten:
+        return
+    if refused:
+        raise ExportError(
+            f"{len(refused)} of {len(report.sites)} linears would stay in float: "
+            f"{listed([f'{site.path} ({site.op}): {site.why()}' for site in refused])}. "
+            "allow_partial=True exports the model with them in float"
+        )
+    if not report.rewritten:
+        why = f": {report.first_reasons()}" if report.sites else ", because it has none with a weight"
+        raise ExportError(f"no linear of the model would be int8{why}. torch.export and AOTInductor export it in float")
+
+
+def _check_operators(module: GraphModule) -> tuple[str, ...]:
+    """Notes on operators that are not PyTorch's; refuses those of ours that a package has not."""
+    foreign: dict[str, None] = {}
+    for node in module.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target in _FUNCTIONS:
+            continue
+        if node.target.namespace == "int8compile":
+            raise ExportError(
+                f"{module_path(node)} calls int8compile::{node.target._opname}, for which there is no C++ kernel that "
+                "a package can hold. torch.compile(model, backend='int8') runs it"
+            )
+        if node.target.namespace not in ("aten", "prims", "prim", "higher_order"):
+            foreign[str(node.target)] = None
+    if not foreign:
+        return ()
+    return (f"The package calls {listed(foreign)}; what loads it must register these operators first.",)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """The CPUs that generated code is compiled for.
+
+    Attributes:
+        isa: The option.
+        patches: Settings of Inductor.
+        needs: Compiler macros of what the code may use.
+    """
+
+    isa: str
+    patches: dict[str, Any]
+    needs: tuple[str, ...]
+
+    @staticmethod
+    def of(isa: str, library: cpu.Library) -> _Target:
+        from torch._inductor import config, cpp_builder, cpu_vec_isa
+
+        patches: dict[str, Any] = {}
+        if isa in _LEVELS:
+            if not hasattr(config.cpp, "march") or platform.machine() not in ("x86_64", "AMD64"):
+                raise ExportError(f"isa={isa!r} needs torch 2.13 or later and an x86-64 machine; use isa='native'")
+            patches["cpp.march"], patches["cpp.simdlen"] = _LEVELS[isa]
+        with config.patch(patches):
+            vector = cpu_vec_isa.pick_vec_isa()
+            if isa in _LEVELS and not vector:
+                raise ExportError(f"isa={isa!r}: this machine has no {isa} itself, which Inductor needs to compile for")
+            options = cpp_builder.CppTorchDeviceOptions(vec_isa=vector, device_type="cpu", compile_only=True)
+            flags = [f"-{flag}" for flag in options.get_cflags()] + " ".join(options.get_passthrough_args()).split()
+            command = [*shlex.split(options.get_compiler()), *(flag for flag in flags if flag.startswith("-m"))]
+        try:
+            done = subprocess.run(
+                [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ExportError(f"`{shlex.join(command)} -dM` fails: {first_line(error)}") from error
+        defined = {line.split()[1] for line in done.stdout.splitlines() if line.endswith(" 1")}
+        return _Target(isa, patches, tuple(macro for macro in library.features if macro in defined))
+
+
+def _metadata(
+    program: ExportedProgram,
+    module: GraphModule,
+    config: Int8Config,
+    report: Report,
+    target: _Target,
+    library: cpu.Library,
+) -> dict[str, str]:
+    from int8compile import __version__
+
+    stored = [*module.parameters(), *module.buffers()]
+    quantized = {id(each) for name, each in module.named_buffers() if name.startswith(AttributeBinder.PREFIX)}
+    inputs = package.described(_tensors(module.graph.find_nodes(op="placeholder")))
+    about = {
+        "format": package.FORMAT,
+        "int8compile": __version__,
+        "torch": torch.__version__,
+        "device": "cpu",
+        "machine": platform.machine(),
+        "isa": target.isa,
+        "needs": target.needs,
+        "variants": library.built.variants,
+        "config": dataclasses.asdict(config),
+        "inputs": inputs,
+        "outputs": package.described(_tensors(tree_leaves(module.graph.output_node().args))),
+        "bytes": {
+            "int8": sum(each.nbytes for each in stored if id(each) in quantized),
+            "float": sum(each.nbytes for each in stored if id(each) not in quantized),
+        },
+        "report": report.to_dict(),
+        "explain": str(report),
+    }
+    return {package.METADATA: json.dumps(about), package.INPUTS: package.inputs_line(inputs)}
+
+
+def _tensors(nodes: Sequence[Any]) -> list[tuple[str, Tensor]]:
+    values = [(str(node), node.meta.get("val")) for node in nodes if isinstance(node, Node)]
+    return [(name, value) for name, value in values if isinstance(value, Tensor)]
+
+
+def _compile(
+    module: GraphModule,
+    program: ExportedProgram,
+    folder: Path,
+    metadata: Mapping[str, str],
+    target: _Target,
+    library: cpu.Library,
+) -> list[str]:
+    """Has AOTInductor compile a rewritten module; the files that make a package."""
+    from torch._inductor import aot_compile
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    archive = library.built.archive
+    options = {
+        **target.patches,
+        "aot_inductor.package": True,
+        "aot_inductor.output_path": str(folder),
+        "aot_inductor.metadata": dict(metadata),
+        "aot_inductor.custom_ops_to_c_shims": {
+            op: [f"AOTITorchError aoti_torch_cpu_{op._opname}({parameters})"] for op, parameters in _FUNCTIONS.items()
+        },
+        "aot_inductor.custom_op_libs": [archive.stem.removeprefix("lib")],
+    }
+    generate: Any = CppWrapperCpu.generate
+
+    def generate_checked(wrapper: Any, is_inference: bool) -> Any:
+        source, *rest = generate(wrapper, is_inference)
+        return dataclasses.replace(source, value=_with_checks(source.value, target)), *rest
+
+    assert program.example_inputs is not None
+    args, kwargs = program.example_inputs
+    # Where compilers look for libraries, besides those they are told of.
+    paths = os.pathsep.join(filter(None, (str(archive.parent), os.environ.get("LIBRARY_PATH"))))
+    try:
+        with (
+            mock.patch.object(CppWrapperCpu, "generate", generate_checked),
+            mock.patch.dict(os.environ, {"LIBRARY_PATH": paths}),
+        ):
+            made: Any = aot_compile(module, args, kwargs, options=options)
+    except Int8CompileError:
+        raise
+    except Exception as error:
+        raise ExportError(f"AOTInductor cannot compile the model: {_reason(error)}") from error
+    files = [file for file in made if isinstance(file, str) and file]
+    (source,) = [file for file in files if file.endswith(".wrapper.cpp")]
+    _check_generated(Path(source).read_text(), module)
+    return files
+
+
+_CONSTRUCTOR = re.compile(r"^ *: AOTInductorModelBase\([^{]*\{\n", re.MULTILINE)
+# Without it, sizes and dtypes of inputs are looked at only where an environment variable is set.
+_UNCHECKED = re.compile(r"if \(!_check_aoti_runtime_check_inputs_env\(\)\) ?\{\s*return;\s*\}")
+
+
+def _with_checks(source: str, target: _Target) -> str:
+    """Generated code that checks the package and the CPU when it is loaded, and its inputs at every call."""
+    check = (
+        "void int8compile_check_package(const char* macros, const char* isa);\n"
+        f'int8compile_check_package("{" ".join(target.needs)}", "{target.isa}");\n'
+    )
+    source, constructors = _CONSTRUCTOR.subn(lambda found: found[0] + check, source)
+    source, unchecked = _UNCHECKED.subn("", source)
+    if (constructors, unchecked) != (1, 1):
+        raise ExportError(
+            f"torch {torch.__version__} generates code that this version of int8compile does not know, so that the "
+            "package could not check itself; use torch 2.11 to 2.13, or a newer int8compile"
+        )
+    return source
+
+
+def _check_generated(source: str, module: GraphModule) -> None:
+    """Reads in the generated code that what was rewritten runs in int8, and that no float copy of it is stored."""
+    calls = "\n".join(re.findall(r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_packed_.*", source))
+    constants = set(re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', source))
+    missing = [
+        name for name in constants if name.endswith("_qweight") and not re.search(rf"\b{re.escape(name)}\b", calls)
+    ]
+    added = constants - {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if missing or added or not calls:
+        raise ExportError(
+            "Inductor did not keep the int8 linears as they were rewritten "
+            f"({listed([*missing, *added]) or 'it calls none'}); please report this with the model"
+        )
+
+
+@contextlib.contextmanager
+def _steps() -> Iterator[Any]:
+    """A progress line that names what is being done; it appears only if it takes longer than a second."""
+    with tqdm(total=4, delay=1, leave=False, bar_format="{desc} [{n_fmt}/{total_fmt}, {elapsed}]") as bar:
+
+        def step(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        yield step

@@ -1,0 +1,159 @@
+"""A transformers language model with a static KV cache as a function of tensors, for export.
+
+One graph reads prompts and generates: the number of tokens may change from call to call. The cache is given to every
+call, which writes to it, so that the exported file holds no state: one copy of it serves any number of texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import AttentionInterface, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from int8compile.errors import ModelError
+
+_ATTENTION = "int8compile_static_cache"
+
+
+class StaticCacheDecoder(nn.Module):
+    """Computes the logits of the next token.
+
+    Args:
+        model: A decoder-only language model (`...ForCausalLM`) of transformers.
+        length: Tokens that the cache has room for. Every call reads all of it, so it should not be larger than needed.
+
+    Raises:
+        ModelError: The model keeps other things than keys and values, or looks back less far than `length`.
+
+    Attributes:
+        sizes: [heads, length, head_dim] of each tensor of the cache: keys and values of the first layer, and so on.
+    """
+
+    def __init__(self, model: Any, length: int) -> None:
+        super().__init__()
+        self.model = model
+        self.length = length
+        self.sizes = _cache_sizes(model, length)
+
+    def forward(self, ids: Tensor, start: Tensor, cache: list[Tensor]) -> Tensor:
+        """Reads tokens, and writes their keys and values to the cache.
+
+        Args:
+            ids: Tokens.
+            start: How many tokens the cache holds already, of all rows the same.
+            cache: What `new_cache` makes; it is changed.
+
+        Returns:
+            The logits of the token that follows the last one.
+
+        Shapes:
+            ids: [B, S] int64; start: [] int64; cache: [B, heads, length, head_dim] each; result: [B, vocabulary].
+        """
+        positions = start + torch.arange(ids.shape[1])
+        mask = (torch.arange(self.length) <= positions[:, None])[None, None]  # True where a position is attended to.
+        past = StaticCache(config=self.model.config, max_cache_len=self.length)
+        past.layers = [_Layer(*pair, start) for pair in zip(cache[::2], cache[1::2], strict=True)]
+        with _attention(self.model):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions[None],
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def new_cache(self, batch: int = 1) -> list[Tensor]:
+        """An empty cache for `batch` texts, [batch, heads, length, head_dim] each."""
+        return [torch.zeros(batch, *size, dtype=self.model.dtype) for size in self.sizes]
+
+    def example(self, batch: int = 1) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Example inputs for `int8compile.export`, and its `dynamic_shapes`: of 1 to `length` tokens.
+
+        Args:
+            batch: Texts at a time.
+        """
+        cache = self.new_cache(batch)
+        ids = torch.zeros(batch, min(8, self.length), dtype=torch.int64)
+        sequence = {1: Dim("sequence", min=1, max=self.length)}
+        return (ids, torch.tensor(0), cache), (sequence, None, [None] * len(cache))
+
+
+class _Layer(StaticLayer):  # type: ignore[no-untyped-call]
+    """The keys and values of a layer, in tensors that the caller owns."""
+
+    def __init__(self, keys: Tensor, values: Tensor, start: Tensor) -> None:
+        super().__init__(keys.shape[2])
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.cumulative_length = start.clone()  # `update` counts it up.
+        self.is_initialized = True
+
+
+@torch.no_grad()
+def _cache_sizes(model: Any, length: int) -> list[tuple[int, int, int]]:
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < length and getattr(config, "use_sliding_window", True):
+        raise ModelError(f"{type(model).__name__} looks back {window} tokens; a cache of {length} is longer than that")
+    # The model makes one itself, since heads and their sizes may differ from layer to layer.
+    past = StaticCache(config=model.config, max_cache_len=length)
+    kinds = {type(layer).__name__ for layer in past.layers if not isinstance(layer, StaticLayer)}
+    if kinds:
+        raise ModelError(f"{type(model).__name__} keeps more than keys and values: {', '.join(sorted(kinds))}")
+    model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=past, use_cache=True)
+    layers: list[Any] = past.layers
+    states = [state for layer in layers for state in (layer.keys, layer.values)]
+    return [(state.shape[1], length, state.shape[3]) for state in states]
+
+
+@contextlib.contextmanager
+def _attention(model: Any) -> Iterator[None]:
+    """Has the model call `_attend`; transformers' own function asks whether there is one token, or several."""
+    before = model.config._attn_implementation
+    AttentionInterface.register(_ATTENTION, _attend)
+    try:
+        model.config._attn_implementation = _ATTENTION
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention with a mask. All query heads that share a key head are rows of one product: keys are not copied.
+
+    Shapes:
+        query: [B, H, S, D]; key, value: [B, heads, T, D]; attention_mask: [1, 1, S, T]; result: [B, S, H, D].
+    """
+    asked = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
+    if asked or attention_mask is None:
+        raise ModelError(
+            f"{type(module).__name__} asks for {asked[0] if asked else 'attention without a mask'}, "
+            "which this decoder has not; wrap the model in a module of your own and export that"
+        )
+    batch, heads, length, size = query.shape
+    groups = heads // key.shape[1]
+    # Not reshape(), which asks whether there is one token, when nothing need be copied.
+    grouped = query.clone(memory_format=torch.contiguous_format).view(batch, key.shape[1], groups * length, size)
+    mask = attention_mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    out = out.view(batch, heads, length, value.shape[3]).transpose(1, 2)
+    return out.clone(memory_format=torch.contiguous_format), None

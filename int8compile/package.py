@@ -1,0 +1,175 @@
+"""The .pt2 file that `export` writes: what it holds beside the compiled model, and how to read that.
+
+A package is a zip file that AOTInductor's loaders read. Its metadata has two entries of ours: `METADATA`, all that
+`inspect` shows as JSON, and `INPUTS`, the sizes and dtypes of the inputs in a form that C++ reads without a parser. And
+beside the model's files lies `CHECKSUMS`, with which the model's library checks them when it is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from int8compile.atomic import sync
+from int8compile.errors import PackageError
+from int8compile.report import readable
+
+FORMAT = 1
+METADATA = "int8compile"
+INPUTS = "int8compile.inputs"
+# As in csrc/package.cpp.
+CHECKSUMS = "int8compile.crc32"
+
+_AGAIN = "copy or export it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A package that was read and found whole.
+
+    Attributes:
+        path: The file.
+        size: Its bytes.
+        metadata: What `export` wrote down about it.
+    """
+
+    path: Path
+    size: int
+    metadata: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The package as plain data."""
+        return {"path": str(self.path), "size": self.size, **self.metadata}
+
+    def __str__(self) -> str:
+        about = self.metadata
+        sizes = about["bytes"]
+        rows = [
+            ("file", f"{self.path} ({readable(self.size)})"),
+            ("made by", f"int8compile {about['int8compile']} with torch {about['torch']}, format {about['format']}"),
+            ("runs on", f"{about['device']} ({about['machine']}), isa={about['isa']}"),
+            ("needs of the CPU", " ".join(about["needs"]) or "nothing beyond the architecture's first version"),
+            ("int8 kernels", f"in the file, variants {' '.join(about['variants'])}"),
+            ("weights", f"{readable(sizes['int8'])} in int8 with scales, {readable(sizes['float'])} in float"),
+            ("options", ", ".join(f"{name}={value!r}" for name, value in about["config"].items())),
+            *(("input", f"{each['name']}: {each['dtype']} {each['shape']}") for each in about["inputs"]),
+            *(("output", f"{each['dtype']} {each['shape']}") for each in about["outputs"]),
+        ]
+        return "\n".join([tabulate(shortened(rows), tablefmt="plain"), "", about["explain"]])
+
+
+def shortened(rows: Sequence[tuple[str, str]], limit: int = 4) -> list[tuple[str, str]]:
+    """Rows without most of those of one kind that there are many of, such as the tensors of a cache."""
+    kept: list[tuple[str, str]] = []
+    for name in dict.fromkeys(name for name, _ in rows):
+        same = [row for row in rows if row[0] == name]
+        kept += same if len(same) <= limit else [*same[: limit - 1], (name, f"and {len(same) - limit + 1} more")]
+    return kept
+
+
+def inspect(path: str | os.PathLike[str]) -> Package:
+    """Reads what a package says of itself, and checks that it is as it was exported. Runs nothing of it.
+
+    Args:
+        path: A .pt2 file that `export` wrote.
+
+    Returns:
+        The package: `print` shows it, `to_dict()` is data.
+
+    Raises:
+        PackageError: It is no such file, is damaged or edited, or of a newer format.
+    """
+    file = Path(path)
+    name = repr(str(path))
+    try:
+        size = file.stat().st_size
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise PackageError(f"{name} is damaged in {PurePosixPath(damaged).name}; {_AGAIN}")
+            members = {PurePosixPath(info.filename).name: info for info in archive.infolist() if _of_model(info)}
+            described = next((each for each in members if each.endswith(".wrapper_metadata.json")), None)
+            about = json.loads(archive.read(members[described])) if described else {}
+            listed = archive.read(members[CHECKSUMS]).decode() if CHECKSUMS in members else None
+    except OSError as error:
+        raise PackageError(f"{name} cannot be read: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError, ValueError, EOFError) as error:
+        raise PackageError(f"{name} is no .pt2 file, or is truncated ({error}); {_AGAIN}") from error
+    if METADATA not in about:
+        raise PackageError(f"{name} was not made by int8compile.export: it has no metadata of it")
+    metadata = json.loads(about[METADATA])
+    if metadata["format"] > FORMAT:
+        raise PackageError(
+            f"{name} is of format {metadata['format']}, made by int8compile {metadata['int8compile']}; this version "
+            f"reads up to {FORMAT}. Update int8compile"
+        )
+    if listed is None:
+        raise PackageError(f"{name} was edited: it has no list of checksums; {_AGAIN}")
+    found = [f"{info.CRC:08x} {info.file_size} {each}" for each, info in members.items() if each != CHECKSUMS]
+    if sorted(found) != sorted(listed.splitlines()):
+        raise PackageError(f"{name} was edited: its files are not those that were exported; {_AGAIN}")
+    return Package(file, size, metadata)
+
+
+def _of_model(info: zipfile.ZipInfo) -> bool:
+    return "/data/aotinductor/" in f"/{info.filename}"
+
+
+def write(path: Path, files: Sequence[str], folder: Path) -> None:
+    """Makes a package of the files that AOTInductor wrote. It is there when it is complete, and not before.
+
+    Args:
+        path: Where to; what is there is replaced.
+        files: The files.
+        folder: A folder on the same file system as `path`, for what is made on the way.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from torch.export.pt2_archive._package import package_pt2
+
+    checksums = folder / CHECKSUMS
+    checksums.write_text("".join(f"{_checksum(Path(file))} {Path(file).name}\n" for file in files))
+    made = folder / "made.pt2"
+    package_pt2(str(made), aoti_files={"model": [*files, str(checksums)]})
+    sync(made)
+    os.replace(made, path)
+
+
+def _checksum(file: Path) -> str:
+    """CRC-32 and size, as zip files know them."""
+    crc = 0
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 22):
+            crc = zlib.crc32(part, crc)
+    return f"{crc:08x} {file.stat().st_size}"
+
+
+def described(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[dict[str, Any]]:
+    """Names, dtypes and sizes of inputs or outputs; a size that changes from call to call is a symbol."""
+    return [
+        {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(map(_size, tensor.shape))}
+        for name, tensor in tensors
+    ]
+
+
+def _size(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def inputs_line(inputs: Sequence[Mapping[str, Any]]) -> str:
+    """The inputs as words: the dtype, the number of dimensions and the sizes of each; -1 where a size changes."""
+    words: list[str] = []
+    for each in inputs:
+        sizes = [str(size) if isinstance(size, int) else "-1" for size in each["shape"]]
+        words += [each["dtype"], str(len(sizes)), *sizes]
+    return " ".join(words)
