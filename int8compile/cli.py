@@ -1,4 +1,4 @@
-"""The command `int8compile`: `demo`, `explain`, `quantize` and `doctor`."""
+"""The command `int8compile`: `demo`, `explain`, `quantize`, `export`, `inspect` and `doctor`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ NO_KERNEL = 1
 # As in int8compile.models, which takes long to import.
 SMOLLM2 = "smollm2"
 DTYPES = ("float32", "bfloat16", "float16")
+# As in int8compile.export.
+ISAS = ("native", "avx512", "avx2")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             args.parser.refuse(unknown[0])
-        run = {"demo": _demo, "explain": _explain, "quantize": _quantize, "doctor": _doctor}[args.command]
-        return run(args)
+        return int(args.run(args))
     except Int8CompileError as error:
         print(f"int8compile: error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -63,9 +64,16 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="int8compile", description='torch.compile(model, backend="int8") from the command line.')
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_explain, _add_quantize, _add_doctor):
+    for add, run in (
+        (_add_demo, _demo),
+        (_add_explain, _explain),
+        (_add_quantize, _quantize),
+        (_add_export, _export),
+        (_add_inspect, _inspect),
+        (_add_doctor, _doctor),
+    ):
         command = add(commands)
-        command.set_defaults(parser=command)
+        command.set_defaults(parser=command, run=run)
     return parser
 
 
@@ -110,6 +118,47 @@ def _add_quantize(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
         "--dtype", choices=DTYPES, default=DTYPES[0], help="what stays in float is stored as this (default %(default)s)"
     )
     return quantize
+
+
+def _add_export(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "compile a model to a file that runs without int8compile, in Python and in C++"
+    export = commands.add_parser("export", help=about, description=about, allow_abbrev=False)
+    _add_model(export)
+    export.add_argument("out", metavar="OUT", type=Path, help="the file, which must end in .pt2")
+    _add_options(export)
+    compiled = export.add_argument_group("what it is compiled for")
+    compiled.add_argument(
+        "--context",
+        type=_count,
+        default=1024,
+        metavar="N",
+        help="of a language model, tokens that its cache has room for; each step reads all of it (default %(default)s)",
+    )
+    compiled.add_argument(
+        "--batch",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="of a language model, texts at a time (default %(default)s)",
+    )
+    compiled.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="what stays in float is stored as this (default %(default)s)"
+    )
+    compiled.add_argument(
+        "--isa", choices=ISAS, default=ISAS[0], help="CPUs that have all that this one has, or any with this"
+    )
+    export.add_argument(
+        "--allow-partial", action="store_true", help="export even if linears stay in float that no option keeps so"
+    )
+    return export
+
+
+def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "show what an exported file holds and where it runs, and check that it is whole"
+    inspect = commands.add_parser("inspect", help=about, description=about, allow_abbrev=False)
+    inspect.add_argument("file", metavar="FILE", type=Path, help="a .pt2 file made by `int8compile export`")
+    inspect.add_argument("--json", action="store_true", help="print the same as JSON, and nothing else, on stdout")
+    return inspect
 
 
 def _add_model(command: _Parser) -> None:
@@ -216,6 +265,41 @@ def _quantize(args: argparse.Namespace) -> int:
     for note in report.notes:
         print(f"\n{note}")
     print(f"\nWritten to {args.out}. In Python, import int8compile.integrations.transformers before from_pretrained.")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    config = _config(args)
+    import torch
+
+    from int8compile import export, models, package
+    from int8compile.demo import describe
+
+    package.check_name(args.out)
+    made = models.exportable(models.load(args.model, getattr(torch, args.dtype)), args.context, args.batch)
+    report = export(
+        made.model,
+        made.args,
+        args.out,
+        made.kwargs,
+        dynamic_shapes=made.dynamic_shapes,
+        config=config,
+        allow_partial=args.allow_partial,
+        isa=args.isa,
+    )
+    print(describe(report))
+    for note in report.notes:
+        print(f"\n{note}")
+    size = args.out.stat().st_size / 2**20
+    print(f"\nWritten to {args.out}, {size:.1f} MiB. torch._inductor.aoti_load_package() loads it.")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from int8compile import inspect
+
+    found = inspect(args.file)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
     return 0
 
 

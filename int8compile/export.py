@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -148,10 +149,7 @@ def _check_arguments(model: Any, path: Path, isa: str) -> None:
         raise ExportError(f"the model is a {type(model).__name__}; give an nn.Module, as torch.export asks for")
     if model.training:
         raise ExportError("the model is in training mode, which would be exported (dropout, ...); call model.eval()")
-    if path.suffix != ".pt2":
-        raise ExportError(f"{str(path)!r} must end in .pt2, which PyTorch's loader asks for")
-    if path.is_dir():
-        raise ExportError(f"{str(path)!r} is a folder; name a file")
+    package.check_name(path)
     if isa not in ISAS:
         raise ExportError(f"isa={isa!r}; allowed are {', '.join(map(repr, ISAS))}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -353,6 +351,7 @@ def _metadata(
         "config": dataclasses.asdict(config),
         "inputs": inputs,
         "outputs": package.described(_tensors(tree_leaves(module.graph.output_node().args))),
+        "sizes": {str(symbol): _bounds(sizes) for symbol, sizes in program.range_constraints.items()},
         "bytes": {
             "int8": sum(each.nbytes for each in stored if id(each) in quantized),
             "float": sum(each.nbytes for each in stored if id(each) not in quantized),
@@ -361,6 +360,11 @@ def _metadata(
         "explain": str(report),
     }
     return {package.METADATA: json.dumps(about), package.INPUTS: package.inputs_line(inputs)}
+
+
+def _bounds(sizes: Any) -> tuple[int, int | None]:
+    """The least and the largest value of a size; None where there is no largest."""
+    return int(sizes.lower), int(sizes.upper) if isinstance(sizes.upper, sympy.Integer) else None
 
 
 def _tensors(nodes: Sequence[Any]) -> list[tuple[str, Tensor]]:

@@ -7,10 +7,11 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from int8compile.atomic import sync, temporary_folder
 from int8compile.config import Int8Config
@@ -210,6 +211,68 @@ def example_inputs(model: nn.Module, batch: int = 1, sequence: int = 8) -> dict[
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs
+
+
+class Exportable(NamedTuple):
+    """A model with what `int8compile.export` takes beside it.
+
+    Attributes:
+        model: A module that takes and returns tensors only.
+        args: Example inputs.
+        dynamic_shapes: Which of the sizes of all inputs may change from call to call.
+        kwargs: Example keyword inputs.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    dynamic_shapes: Any
+    kwargs: Mapping[str, Any] = {}
+
+
+def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exportable:
+    """Makes a transformers model one of tensors only, which `int8compile.export` can write to a file.
+
+    A decoder-only language model gets a static cache (`integrations.decoder`). Any other returns a dictionary of the
+    tensors of its output; the number of rows and of tokens of its inputs may change from call to call.
+
+    Args:
+        model: A transformers model.
+        context: For language models, tokens that the cache has room for.
+        batch: For language models, texts at a time.
+
+    Raises:
+        ModelError: No inputs can be made up for it, or it keeps other things than keys and values.
+    """
+    config: Any = model.config
+    if type(model).__name__.endswith("ForCausalLM") and not getattr(config, "is_encoder_decoder", False):
+        from int8compile.integrations.decoder import StaticCacheDecoder
+
+        decoder = StaticCacheDecoder(model, context).eval()
+        return Exportable(decoder, *decoder.example(batch))
+    inputs = example_inputs(model, batch=2)
+    options = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if "attention_mask" in inspect.signature(model.forward).parameters and "input_ids" in tensors:
+        tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
+    # Images and sound have the size that the model asks for.
+    shapes = {
+        name: dict.fromkeys(range(1 if value.is_floating_point() else value.dim()), Dim.DYNAMIC)
+        for name, value in tensors.items()
+    }
+    return Exportable(_Tensors(model, options).eval(), (), {"inputs": shapes}, tensors)
+
+
+class _Tensors(nn.Module):
+    """A transformers model that returns a plain dictionary: what loads an exported one may not have transformers."""
+
+    def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._options = dict(options)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        out = self.model(**inputs, **self._options)
+        return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 
 
 def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

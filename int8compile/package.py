@@ -20,7 +20,7 @@ import torch
 from tabulate import tabulate
 
 from int8compile.atomic import sync
-from int8compile.errors import PackageError
+from int8compile.errors import ExportError, PackageError
 from int8compile.report import readable
 
 FORMAT = 1
@@ -61,10 +61,15 @@ class Package:
             ("int8 kernels", f"in the file, variants {' '.join(about['variants'])}"),
             ("weights", f"{readable(sizes['int8'])} in int8 with scales, {readable(sizes['float'])} in float"),
             ("options", ", ".join(f"{name}={value!r}" for name, value in about["config"].items())),
-            *(("input", f"{each['name']}: {each['dtype']} {each['shape']}") for each in about["inputs"]),
-            *(("output", f"{each['dtype']} {each['shape']}") for each in about["outputs"]),
+            *(("input", f"{each['name']}: {_layout(each)}") for each in about["inputs"]),
+            *(("output", _layout(each)) for each in about["outputs"]),
+            *(("size", f"{name} from {low} to {high or 'any'}") for name, (low, high) in about["sizes"].items()),
         ]
         return "\n".join([tabulate(shortened(rows), tablefmt="plain"), "", about["explain"]])
+
+
+def _layout(tensor: Mapping[str, Any]) -> str:
+    return f"{tensor['dtype']} [{', '.join(map(str, tensor['shape']))}]"
 
 
 def shortened(rows: Sequence[tuple[str, str]], limit: int = 4) -> list[tuple[str, str]]:
@@ -74,6 +79,14 @@ def shortened(rows: Sequence[tuple[str, str]], limit: int = 4) -> list[tuple[str
         same = [row for row in rows if row[0] == name]
         kept += same if len(same) <= limit else [*same[: limit - 1], (name, f"and {len(same) - limit + 1} more")]
     return kept
+
+
+def check_name(path: Path) -> None:
+    """Raises `ExportError` where a package cannot have this name."""
+    if path.suffix != ".pt2":
+        raise ExportError(f"{str(path)!r} must end in .pt2, which PyTorch's loader asks for")
+    if path.is_dir():
+        raise ExportError(f"{str(path)!r} is a folder; name a file")
 
 
 def inspect(path: str | os.PathLike[str]) -> Package:
