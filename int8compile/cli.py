@@ -20,6 +20,7 @@ SMOLLM2 = "smollm2"
 DTYPES = ("float32", "bfloat16", "float16")
 # As in int8compile.export.
 ISAS = ("native", "avx512", "avx2")
+FORMS = ("fast", "portable")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,6 +147,10 @@ def _add_export(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
     )
     compiled.add_argument(
         "--isa", choices=ISAS, default=ISAS[0], help="CPUs that have all that this one has, or any with this"
+    )
+    compiled.add_argument("--device", default="cpu", help="where it runs, e.g. cuda (default %(default)s)")
+    compiled.add_argument(
+        "--form", choices=FORMS, help="with our kernels (default on CPUs) or with operators of PyTorch (on GPUs)"
     )
     export.add_argument(
         "--allow-partial", action="store_true", help="export even if linears stay in float that no option keeps so"
@@ -276,16 +281,17 @@ def _export(args: argparse.Namespace) -> int:
     from int8compile.demo import describe
 
     package.check_name(args.out)
-    made = models.exportable(models.load(args.model, getattr(torch, args.dtype)), args.context, args.batch)
+    model = models.load(args.model, getattr(torch, args.dtype)).to(args.device)
+    made = models.exportable(model, args.context, args.batch)
     report = export(
         made.model,
         made.args,
         args.out,
-        made.kwargs,
         dynamic_shapes=made.dynamic_shapes,
         config=config,
         allow_partial=args.allow_partial,
         isa=args.isa,
+        form=args.form,
     )
     print(describe(report))
     for note in report.notes:

@@ -36,16 +36,17 @@ from int8compile.atomic import remove_leftovers, temporary_folder
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, Int8CompileError, first_line, listed
 from int8compile.ops import pack_weight
-from int8compile.passes import AttributeBinder, holds_int8, lower_for_cpu, rewrite_graph
+from int8compile.passes import EXACT_DIVISION, AttributeBinder, holds_int8, lower_for_cpu, lower_portable, rewrite_graph
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.names import module_path
-from int8compile.passes.static import BUFFER
+from int8compile.passes.static import BUFFER, written
 from int8compile.report import Report, SkipReason
 from int8compile.weights import FREED, quantize_checked
 
 log = logging.getLogger(__name__)
 
 ISAS = ("native", "avx512", "avx2")
+FORMS = ("fast", "portable")
 # As GCC and Clang name the levels of x86-64, and the bits of their registers.
 _LEVELS = {"avx512": ("x86-64-v4", 512), "avx2": ("x86-64-v3", 256)}
 
@@ -79,13 +80,14 @@ def export(
     config: Int8Config | Mapping[str, Any] | None = None,
     allow_partial: bool = False,
     isa: str = "native",
+    form: str | None = None,
 ) -> Report:
     """Compiles a model to int8 and writes it to a file that runs without this package, in Python and in C++.
 
     `torch._inductor.aoti_load_package(path)` loads it; it needs PyTorch and nothing else, not even a compiler.
 
     Args:
-        model: In evaluation mode, in float or made by `quantize_`, on the CPU. It is not changed.
+        model: In evaluation mode, in float or made by `quantize_`, on one device. It is not changed.
         args: Example inputs.
         path: The file, "....pt2"; what is there is replaced.
         kwargs: Example keyword inputs.
@@ -96,6 +98,8 @@ def export(
         isa: The CPUs that it is compiled for: "native", those that have all that this one has, or "avx512"
             (x86-64-v4 with VNNI) or "avx2" (x86-64-v3). The int8 kernels are in the file for all, and the best is
             chosen when it is loaded.
+        form: "fast", with our kernels, or "portable", with operators of PyTorch alone, which Inductor compiles. By
+            default fast on CPUs and portable on GPUs, for which there is no fast one yet.
 
     Returns:
         What is int8 in it, and what is not and why.
@@ -109,7 +113,11 @@ def export(
         config = Int8Config.from_options(config)
     model = getattr(model, "_orig_mod", model)
     path = Path(path)
-    _check_arguments(model, path, isa)
+    device = _check_arguments(model, path, isa)
+    form = form or ("fast" if device == "cpu" else "portable")
+    if form not in FORMS or (form == "fast" and device != "cpu"):
+        allowed = FORMS if device == "cpu" else ("portable",)
+        raise ExportError(f"form={form!r}; allowed are, on {device}, {', '.join(map(repr, allowed))}")
     library = cpu.load()
     if library is None:
         raise ExportError(
@@ -125,18 +133,19 @@ def export(
         step("Quantizing")
         module = program.module(check_guards=False)
         assert isinstance(module, GraphModule)
-        report = rewrite(module, config)
+        report = rewrite(module, config, form)
         _check_report(report, allow_partial)
         report.notes += _check_operators(module)
         _drop_unread(module)
-        target = _Target.of(isa, library)
-        metadata = _metadata(program, module, config, report, target, library)
+        target = _Target.of(isa, device, config, library)
+        metadata = _metadata(program, module, config, report, target)
+        metadata |= {"device": device, "form": form, "variants": library.built.variants if form == "fast" else []}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
             with temporary_folder(path.absolute()) as folder:
                 step("Compiling")
-                files = _compile(module, program, folder, metadata, target, library)
+                files = _compile(module, program, folder, metadata, target)
                 step("Writing")
                 package.write(path, files, folder)
         except OSError as error:
@@ -144,7 +153,8 @@ def export(
     return report
 
 
-def _check_arguments(model: Any, path: Path, isa: str) -> None:
+def _check_arguments(model: Any, path: Path, isa: str) -> str:
+    """Returns the kind of device that the model is on."""
     if not isinstance(model, nn.Module):
         raise ExportError(f"the model is a {type(model).__name__}; give an nn.Module, as torch.export asks for")
     if model.training:
@@ -152,16 +162,17 @@ def _check_arguments(model: Any, path: Path, isa: str) -> None:
     package.check_name(path)
     if isa not in ISAS:
         raise ExportError(f"isa={isa!r}; allowed are {', '.join(map(repr, ISAS))}")
+    devices: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, FREED):
             raise ExportError(
                 f"{name} has no values any more (free_weights=True gave its memory back); load the model again"
             )
-        if tensor.device.type != "cpu":
-            raise ExportError(
-                f"{name} is on {tensor.device}; only CPU models can be exported so far. Use model.to('cpu'), or "
-                "torch.compile(model, backend='int8') on the GPU"
-            )
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ExportError(f"the model is on {listed(map(str, devices))} ({places}); move it to one CPU or GPU first")
+    return next(iter(devices)).type if devices else "cpu"
 
 
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
@@ -180,12 +191,13 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(told[:4])[:600]}"
 
 
-def rewrite(module: GraphModule, config: Int8Config) -> Report:
-    """Rewrites an exported graph for the CPU kernels, in place, with its int8 weights as buffers of the module.
+def rewrite(module: GraphModule, config: Int8Config, form: str = "fast") -> Report:
+    """Rewrites an exported graph, in place, with its int8 weights as buffers of the module.
 
     Args:
         module: What `torch.export.ExportedProgram.module` returns.
         config: What to rewrite and how.
+        form: "fast" (for the CPU kernels) or "portable".
 
     Returns:
         A row for each linear, int8 or not.
@@ -201,7 +213,10 @@ def rewrite(module: GraphModule, config: Int8Config) -> Report:
     binder = AttributeBinder(module)
     # The weights of modules that `quantize_` made are packed too: a package has no modules to share them with.
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
-    lower_for_cpu(module, binder, parameters)
+    if form == "fast":
+        lower_for_cpu(module, binder, parameters)
+    else:
+        lower_portable(module)
     module.graph.lint()
 
     def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor]:
@@ -294,17 +309,19 @@ class _Target:
         isa: The option.
         patches: Settings of Inductor.
         needs: Compiler macros of what the code may use.
+        archive: What is linked to the code.
     """
 
     isa: str
     patches: dict[str, Any]
     needs: tuple[str, ...]
+    archive: Path
 
     @staticmethod
-    def of(isa: str, library: cpu.Library) -> _Target:
+    def of(isa: str, device: str, options: Int8Config, library: cpu.Library) -> _Target:
         from torch._inductor import config, cpp_builder, cpu_vec_isa
 
-        patches: dict[str, Any] = {}
+        patches = (EXACT_DIVISION if device == "cuda" else {}) | options.inductor_patches()
         if isa in _LEVELS:
             if not hasattr(config.cpp, "march") or platform.machine() not in ("x86_64", "AMD64"):
                 raise ExportError(f"isa={isa!r} needs torch 2.13 or later and an x86-64 machine; use isa='native'")
@@ -313,9 +330,9 @@ class _Target:
             vector = cpu_vec_isa.pick_vec_isa()
             if isa in _LEVELS and not vector:
                 raise ExportError(f"isa={isa!r}: this machine has no {isa} itself, which Inductor needs to compile for")
-            options = cpp_builder.CppTorchDeviceOptions(vec_isa=vector, device_type="cpu", compile_only=True)
-            flags = [f"-{flag}" for flag in options.get_cflags()] + " ".join(options.get_passthrough_args()).split()
-            command = [*shlex.split(options.get_compiler()), *(flag for flag in flags if flag.startswith("-m"))]
+            build = cpp_builder.CppTorchDeviceOptions(vec_isa=vector, device_type="cpu", compile_only=True)
+            flags = [f"-{flag}" for flag in build.get_cflags()] + " ".join(build.get_passthrough_args()).split()
+            command = [*shlex.split(build.get_compiler()), *(flag for flag in flags if flag.startswith("-m"))]
         try:
             done = subprocess.run(
                 [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
@@ -323,7 +340,8 @@ class _Target:
         except (OSError, subprocess.CalledProcessError) as error:
             raise ExportError(f"`{shlex.join(command)} -dM` fails: {first_line(error)}") from error
         defined = {line.split()[1] for line in done.stdout.splitlines() if line.endswith(" 1")}
-        return _Target(isa, patches, tuple(macro for macro in library.features if macro in defined))
+        needs = tuple(macro for macro in library.features if macro in defined)
+        return _Target(isa, patches, needs, library.built.archive)
 
 
 def _metadata(
@@ -332,24 +350,20 @@ def _metadata(
     config: Int8Config,
     report: Report,
     target: _Target,
-    library: cpu.Library,
-) -> dict[str, str]:
+) -> dict[str, Any]:
     from int8compile import __version__
 
     stored = [*module.parameters(), *module.buffers()]
     quantized = {id(each) for name, each in module.named_buffers() if name.startswith(AttributeBinder.PREFIX)}
-    inputs = package.described(_tensors(module.graph.find_nodes(op="placeholder")))
-    about = {
+    return {
         "format": package.FORMAT,
         "int8compile": __version__,
         "torch": torch.__version__,
-        "device": "cpu",
         "machine": platform.machine(),
         "isa": target.isa,
         "needs": target.needs,
-        "variants": library.built.variants,
         "config": dataclasses.asdict(config),
-        "inputs": inputs,
+        "inputs": package.described(_tensors(module.graph.find_nodes(op="placeholder"))),
         "outputs": package.described(_tensors(tree_leaves(module.graph.output_node().args))),
         "sizes": {str(symbol): _bounds(sizes) for symbol, sizes in program.range_constraints.items()},
         "bytes": {
@@ -359,7 +373,6 @@ def _metadata(
         "report": report.to_dict(),
         "explain": str(report),
     }
-    return {package.METADATA: json.dumps(about), package.INPUTS: package.inputs_line(inputs)}
 
 
 def _bounds(sizes: Any) -> tuple[int, int | None]:
@@ -376,25 +389,29 @@ def _compile(
     module: GraphModule,
     program: ExportedProgram,
     folder: Path,
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, Any],
     target: _Target,
-    library: cpu.Library,
 ) -> list[str]:
     """Has AOTInductor compile a rewritten module; the files that make a package."""
     from torch._inductor import aot_compile
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    archive = library.built.archive
     options = {
         **target.patches,
         "aot_inductor.package": True,
         "aot_inductor.output_path": str(folder),
-        "aot_inductor.metadata": dict(metadata),
+        "aot_inductor.metadata": {
+            package.METADATA: json.dumps(metadata),
+            package.INPUTS: package.inputs_line(metadata["inputs"]),
+        },
         "aot_inductor.custom_ops_to_c_shims": {
             op: [f"AOTITorchError aoti_torch_cpu_{op._opname}({parameters})"] for op, parameters in _FUNCTIONS.items()
         },
-        "aot_inductor.custom_op_libs": [archive.stem.removeprefix("lib")],
+        "aot_inductor.custom_op_libs": [target.archive.stem.removeprefix("lib")],
     }
+    if _changes_buffers(module):
+        # It takes a buffer of zeros for a constant even where the graph writes to it: a cache would stay empty.
+        options["joint_graph_constant_folding"] = False
     generate: Any = CppWrapperCpu.generate
 
     def generate_checked(wrapper: Any, is_inference: bool) -> Any:
@@ -404,7 +421,7 @@ def _compile(
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
     # Where compilers look for libraries, besides those they are told of.
-    paths = os.pathsep.join(filter(None, (str(archive.parent), os.environ.get("LIBRARY_PATH"))))
+    paths = os.pathsep.join(filter(None, (str(target.archive.parent), os.environ.get("LIBRARY_PATH"))))
     try:
         with (
             mock.patch.object(CppWrapperCpu, "generate", generate_checked),
@@ -419,6 +436,16 @@ def _compile(
     (source,) = [file for file in files if file.endswith(".wrapper.cpp")]
     _check_generated(Path(source).read_text(), module)
     return files
+
+
+def _changes_buffers(module: GraphModule) -> bool:
+    for call in module.graph.nodes:
+        for node in written(call):
+            while node.op not in ("placeholder", "get_attr") and node.all_input_nodes:
+                node = node.all_input_nodes[0]
+            if node.op == "get_attr":
+                return True
+    return False
 
 
 _CONSTRUCTOR = re.compile(r"^ *: AOTInductorModelBase\([^{]*\{\n", re.MULTILINE)
@@ -444,16 +471,20 @@ def _with_checks(source: str, target: _Target) -> str:
 
 def _check_generated(source: str, module: GraphModule) -> None:
     """Reads in the generated code that what was rewritten runs in int8, and that no float copy of it is stored."""
+    constants = dict(
+        re.findall(r'constants_info_\[(?:\d+)\]\.name = "([^"]*)";\s*constants_info_\[\d+\]\.dtype = (\w+);', source)
+    )
+    names = set(re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', source))
+    added = names - {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    weights = [name for name in constants if name.startswith(AttributeBinder.PREFIX) and name.endswith("_qweight")]
     calls = "\n".join(re.findall(r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_packed_.*", source))
-    constants = set(re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', source))
-    missing = [
-        name for name in constants if name.endswith("_qweight") and not re.search(rf"\b{re.escape(name)}\b", calls)
-    ]
-    added = constants - {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    if missing or added or not calls:
+    fast = any(node.target in _FUNCTIONS for node in module.graph.nodes)
+    lost = [name for name in weights if fast and not re.search(rf"\b{re.escape(name)}\b", calls)]
+    lost += [name for name in weights if not re.search(r"int8$", constants[name])]
+    if not weights or lost or added:
         raise ExportError(
             "Inductor did not keep the int8 linears as they were rewritten "
-            f"({listed([*missing, *added]) or 'it calls none'}); please report this with the model"
+            f"({listed([*lost, *added]) or 'it has none'}); please report this with the model"
         )
 
 

@@ -219,21 +219,19 @@ class Exportable(NamedTuple):
     Attributes:
         model: A module that takes and returns tensors only.
         args: Example inputs.
-        dynamic_shapes: Which of the sizes of all inputs may change from call to call.
-        kwargs: Example keyword inputs.
+        dynamic_shapes: Which of their sizes may change from call to call.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
-    dynamic_shapes: Any
-    kwargs: Mapping[str, Any] = {}
+    dynamic_shapes: tuple[Any, ...]
 
 
 def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exportable:
     """Makes a transformers model one of tensors only, which `int8compile.export` can write to a file.
 
-    A decoder-only language model gets a static cache (`integrations.decoder`). Any other returns a dictionary of the
-    tensors of its output; the number of rows and of tokens of its inputs may change from call to call.
+    A decoder-only language model gets a static cache (`integrations.decoder`). Any other takes a dictionary of its
+    inputs and returns one of the tensors of its output; the numbers of rows and of tokens may change from call to call.
 
     Args:
         model: A transformers model.
@@ -243,8 +241,9 @@ def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exporta
     Raises:
         ModelError: No inputs can be made up for it, or it keeps other things than keys and values.
     """
-    config: Any = model.config
-    if type(model).__name__.endswith("ForCausalLM") and not getattr(config, "is_encoder_decoder", False):
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         from int8compile.integrations.decoder import StaticCacheDecoder
 
         decoder = StaticCacheDecoder(model, context).eval()
@@ -259,18 +258,22 @@ def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exporta
         name: dict.fromkeys(range(1 if value.is_floating_point() else value.dim()), Dim.DYNAMIC)
         for name, value in tensors.items()
     }
-    return Exportable(_Tensors(model, options).eval(), (), {"inputs": shapes}, tensors)
+    return Exportable(_Tensors(model, options).eval(), (tensors,), (shapes,))
 
 
 class _Tensors(nn.Module):
-    """A transformers model that returns a plain dictionary: what loads an exported one may not have transformers."""
+    """A transformers model that takes and returns a plain dictionary of tensors.
+
+    What loads an exported one may not have transformers and its classes; and torch.export has no way to say which sizes
+    of `**inputs` are dynamic.
+    """
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.model = model
         self._options = dict(options)
 
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         out = self.model(**inputs, **self._options)
         return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 

@@ -56,8 +56,10 @@ class StaticCacheDecoder(nn.Module):
         Shapes:
             ids: [B, S] int64; start: [] int64; cache: [B, heads, length, head_dim] each; result: [B, vocabulary].
         """
-        positions = start + torch.arange(ids.shape[1])
-        mask = (torch.arange(self.length) <= positions[:, None])[None, None]  # True where a position is attended to.
+        positions = start + torch.arange(ids.shape[1], device=ids.device)
+        mask = (torch.arange(self.length, device=ids.device) <= positions[:, None])[
+            None, None
+        ]  # True where a position is attended to.
         past = StaticCache(config=self.model.config, max_cache_len=self.length)
         past.layers = [_Layer(*pair, start) for pair in zip(cache[::2], cache[1::2], strict=True)]
         with _attention(self.model):
@@ -74,7 +76,7 @@ class StaticCacheDecoder(nn.Module):
 
     def new_cache(self, batch: int = 1) -> list[Tensor]:
         """An empty cache for `batch` texts, [batch, heads, length, head_dim] each."""
-        return [torch.zeros(batch, *size, dtype=self.model.dtype) for size in self.sizes]
+        return [torch.zeros(batch, *size, dtype=self.model.dtype, device=self.model.device) for size in self.sizes]
 
     def example(self, batch: int = 1) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Example inputs for `int8compile.export`, and its `dynamic_shapes`: of 1 to `length` tokens.
@@ -83,9 +85,9 @@ class StaticCacheDecoder(nn.Module):
             batch: Texts at a time.
         """
         cache = self.new_cache(batch)
-        ids = torch.zeros(batch, min(8, self.length), dtype=torch.int64)
+        ids = torch.zeros(batch, min(8, self.length), dtype=torch.int64, device=self.model.device)
         sequence = {1: Dim("sequence", min=1, max=self.length)}
-        return (ids, torch.tensor(0), cache), (sequence, None, [None] * len(cache))
+        return (ids, torch.tensor(0, device=ids.device), cache), (sequence, None, [None] * len(cache))
 
 
 class _Layer(StaticLayer):  # type: ignore[no-untyped-call]
@@ -110,7 +112,7 @@ def _cache_sizes(model: Any, length: int) -> list[tuple[int, int, int]]:
     kinds = {type(layer).__name__ for layer in past.layers if not isinstance(layer, StaticLayer)}
     if kinds:
         raise ModelError(f"{type(model).__name__} keeps more than keys and values: {', '.join(sorted(kinds))}")
-    model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=past, use_cache=True)
+    model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), past_key_values=past, use_cache=True)
     layers: list[Any] = past.layers
     states = [state for layer in layers for state in (layer.keys, layer.values)]
     return [(state.shape[1], length, state.shape[3]) for state in states]

@@ -1,0 +1,246 @@
+"""SmolLM2-135M exported, against torch.compile: `python -m benchmarks.exported --out FILE`.
+
+Both run in processes of their own, which take turns: one reads the prompt and generates, then the other. The process of
+the exported model cannot import int8compile. Their logits are compared, and the time from the start of the process to
+the first token: of torch.compile with an empty cache of compiled code, and with a full one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROUNDS, STEPS = 9, 48
+# Times that torch.compile takes of the exported model's.
+PREFILL, DECODE = 0.95, 1.15
+DTYPES = ("float32", "bfloat16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, help="write the tables there, too")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each process (default %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        text = report(Path(folder), args.rounds)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+class Exported(NamedTuple):
+    """A package and what it was made of."""
+
+    path: Path
+    source: Path
+    dtype: str
+    prompt: list[int]
+    seconds: float
+
+    @property
+    def length(self) -> int:
+        """Tokens that the cache has room for."""
+        return len(self.prompt) + STEPS + 1
+
+
+def report(folder: Path, rounds: int) -> str:
+    """Measures, and makes tables of it."""
+    parts = [heading(rounds)]
+    sizes, speeds, starts = [], [], []
+    for dtype in DTYPES:
+        made = prepare(folder, dtype)
+        sizes.append(size(made))
+        cold = Worker(compiled_command(made, "cold"), made)
+        first = [("torch.compile, nothing cached", cold)]
+        cold.stop()
+        warm = Worker(compiled_command(made, "cold"), made)
+        package = Worker(package_command(made), made)
+        first += [("torch.compile, compiled code cached", warm), ("exported", package)]
+        starts += [(dtype, name, *(f"{seconds:.1f} s" for seconds in each.times.values())) for name, each in first]
+        speeds.append(compare(made, package, warm, rounds))
+    parts.append(tabulate(sizes, headers=("rest in", "export takes", "file", "its int8", "its float"), **_TABLE))
+    headers = ("rest in", f"prompt of {len(made.prompt)}", "step", "prompt, of compiled", "step, of compiled", "logits")
+    parts.append(tabulate(speeds, headers=headers, **_TABLE))
+    headers = ("rest in", "from the start of the process", "to imports", "to the model", "to the first token")
+    parts.append(tabulate(starts, headers=headers, **_TABLE))
+    return "\n\n".join(parts)
+
+
+_TABLE: dict[str, Any] = {"tablefmt": "github", "disable_numparse": True}
+
+
+def heading(rounds: int) -> str:
+    """What was measured, and on what."""
+    import torch
+
+    from int8compile import hardware
+
+    machine = f"{hardware.of(torch.device('cpu')).name}, {torch.get_num_threads()} threads"
+    return (
+        f"SmolLM2-135M exported by `int8compile.export`, on {machine}; torch {torch.__version__}; medians of {rounds} "
+        f'rounds of a prompt and {STEPS} steps. `x`: times faster than torch.compile(backend="int8"). '
+        "✗: not within its bar."
+    )
+
+
+def prepare(folder: Path, dtype: str) -> Exported:
+    """Exports the model."""
+    import torch
+
+    import int8compile
+    from int8compile import demo, models
+    from int8compile.integrations.decoder import StaticCacheDecoder
+
+    model: Any = models.load(models.SMOLLM2, getattr(torch, dtype))
+    tokens = models.load_processor(models.SMOLLM2)(demo.QUESTION).input_ids
+    made = Exported(folder / f"{dtype}.pt2", folder / dtype, dtype, tokens, 0.0)
+    model.save_pretrained(made.source)
+    decoder = StaticCacheDecoder(model, made.length).eval()
+    example, shapes = decoder.example()
+    began = time.perf_counter()
+    int8compile.export(decoder, example, made.path, dynamic_shapes=shapes)
+    return made._replace(seconds=time.perf_counter() - began)
+
+
+def size(made: Exported) -> tuple[str, ...]:
+    """The file against what it holds; the bar is 1.1 times the int8 bytes, and what stays float."""
+    from int8compile import inspect
+
+    found = inspect(made.path)
+    inside = found.metadata["bytes"]
+    bar = (1.1 * inside["int8"] + inside["float"]) / 1e6
+    whole = f"{found.size / 1e6:.1f} MB (bar {bar:.1f})" + ("" if found.size / 1e6 <= bar else " ✗")
+    return made.dtype, f"{made.seconds:.0f} s", whole, *(f"{inside[kind] / 1e6:.1f} MB" for kind in ("int8", "float"))
+
+
+class Worker:
+    """A process that answers each line with a round.
+
+    Attributes:
+        times: Seconds from its start to what it has done until its first token.
+    """
+
+    def __init__(self, command: list[str], made: Exported) -> None:
+        # The last three: which token numbers, how many steps, and what they are made of.
+        arguments = [command[0], *command[1:]]
+        environment = {**os.environ, "PYTHONPATH": ""} if "-S" in command else None
+        self._process = subprocess.Popen(
+            [word.replace("{now}", repr(time.time())) for word in arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=made.path.parent if environment else None,
+        )
+        self.times: dict[str, float] = self._answer()
+
+    def round(self, what: str = "round") -> dict[str, Any]:
+        """Has it run once more."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> None:
+        """Ends it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise RuntimeError(f"the process ended with {self._process.wait()}")
+
+
+def package_command(made: Exported) -> list[str]:
+    """Runs the package where int8compile cannot be imported: without site, which finds editable installations."""
+    script = Path(__file__).with_name("exported_worker.py")
+    packages = sysconfig.get_paths()["purelib"]
+    return [sys.executable, "-S", str(script), "{now}", packages, str(made.path), str(made.prompt), str(STEPS)]
+
+
+def compiled_command(made: Exported, cache: str) -> list[str]:
+    """Compiles the same module with torch.compile; `cache` names a folder for compiled code."""
+    code = f"from benchmarks import exported; exported.compiled({{now}}, {json.dumps(_arguments(made, cache))!r})"
+    return [sys.executable, "-c", code]
+
+
+def _arguments(made: Exported, cache: str) -> dict[str, Any]:
+    return {
+        "source": str(made.source),
+        "dtype": made.dtype,
+        "prompt": made.prompt,
+        "length": made.length,
+        "cache": str(made.source / cache),
+    }
+
+
+def compiled(started: float, arguments: str) -> None:
+    """The process of torch.compile."""
+    given = json.loads(arguments)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = given["cache"]
+    import torch
+
+    from benchmarks import exported_worker
+    from int8compile import models
+    from int8compile.integrations.decoder import StaticCacheDecoder
+
+    times = {"imports": time.time() - started}
+    model: Any = models.load(given["source"], getattr(torch, given["dtype"]))
+    times["loading"] = time.time() - started
+    decoder = StaticCacheDecoder(model, given["length"]).eval()
+    call = torch.compile(decoder, backend="int8", fullgraph=True, dynamic=False)
+    ids = torch.tensor([given["prompt"]])
+    exported_worker.serve((call, decoder.new_cache), ids, STEPS, times, started, f"{given['source']}/logits")
+
+
+def compare(made: Exported, package: Worker, compiled: Worker, rounds: int) -> tuple[str, ...]:
+    """Rounds in turns; medians, and medians of the ratios of each pair."""
+    import torch
+
+    for worker in (package, compiled):
+        worker.round("logits")  # Compiles what is left to compile.
+    pairs = []
+    for _ in tqdm(range(rounds), desc=f"Generating, {made.dtype}"):
+        pairs.append((package.round(), compiled.round()))
+    for worker in (package, compiled):
+        worker.stop()
+    prefill = [(ours["prefill"], theirs["prefill"]) for ours, theirs in pairs]
+    steps = [(statistics.median(ours["steps"]), statistics.median(theirs["steps"])) for ours, theirs in pairs]
+    ours, theirs = torch.load(f"{made.path}.logits"), torch.load(made.source / "logits")
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not a.equal(b)), len(ours))
+    tokens = pairs[-1][0]["tokens"] == pairs[-1][1]["tokens"]
+    logits = f"equal, all {len(ours)}" if same == len(ours) else f"the first {same} of {len(ours)} equal"
+    logits += ", same tokens" if tokens else ", other tokens"
+    return (
+        made.dtype,
+        *(f"{1e3 * statistics.median(each[0] for each in found):.1f} ms" for found in (prefill, steps)),
+        _faster(prefill, PREFILL),
+        _faster(steps, DECODE),
+        logits,
+    )
+
+
+def _faster(pairs: list[tuple[float, float]], bar: float) -> str:
+    ratio = statistics.median(theirs / ours for ours, theirs in pairs)
+    return f"{ratio:.2f}x (bar {bar})" + ("" if ratio >= bar else " ✗")
+
+
+if __name__ == "__main__":
+    main()

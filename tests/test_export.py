@@ -1,0 +1,474 @@
+"""`export` and `inspect`: what is in a package, that it runs without us, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor import aoti_load_package
+from torch.export import Dim
+
+import int8compile
+from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, PackageError, cpu, package
+from int8compile.cli import main
+
+export_module = sys.modules["int8compile.export"]
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs the CPU kernel")
+
+
+class Block(nn.Module):
+    """Linears that are joined (q, k and v; gate and up), and linears that are not."""
+
+    def __init__(self, size: int = 512) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(size, size) for _ in range(3))
+        self.gate, self.up = (nn.Linear(size, 2 * size, bias=False) for _ in range(2))
+        self.down = nn.Linear(2 * size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.softmax(self.q(x) * self.k(x), dim=-1) * self.v(x)
+        return self.down(torch.relu(self.gate(mixed)) * self.up(mixed))
+
+
+class Several(nn.Module):
+    """A batched weight, a weight-only head, and a buffer that changes from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 64, 32))
+        self.lm_head = nn.Linear(32, 96, bias=False)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.lm_head(torch.bmm(x, self.experts)) + self.calls
+
+
+class Partly(nn.Module):
+    """A linear, and a matmul whose weight is made anew at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(32, 32)
+        self.scaled = nn.Parameter(torch.randn(32, 32))
+        self.factor = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(x) @ (self.scaled * self.factor)
+
+
+def outlying(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(*size)
+    x[..., 5] *= 40
+    return x.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packages")
+
+
+@pytest.fixture(scope="module")
+def block(folder: Path) -> tuple[Block, Path, int8compile.Report]:
+    torch.manual_seed(1)
+    model = Block().eval()
+    path = folder / "block.pt2"
+    shapes = ({0: Dim("batch", min=1, max=8), 1: Dim("sequence", min=1, max=64)},)
+    report = int8compile.export(model, (outlying(2, 5, 512),), path, dynamic_shapes=shapes)
+    return model, path, report
+
+
+@torch.no_grad()
+def compiled(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    torch._dynamo.reset()
+    result: Tensor = torch.compile(model, backend="int8", options=options)(x)
+    return result
+
+
+def test_a_package_computes_what_torch_compile_does(block: Any) -> None:
+    model, path, report = block
+    loaded = aoti_load_package(str(path))
+    for size in ((2, 5), (8, 64), (1, 1), (3, 1), (1, 7)):
+        x = outlying(*size, 512)
+        torch.testing.assert_close(loaded(x), compiled(model, x), rtol=0, atol=0)
+    assert [site.path for site in report.rewritten] == ["q", "k", "v", "gate", "up", "down"]
+
+
+def test_generated_code_calls_the_kernels_and_stores_no_float_weight(block: Any) -> None:
+    _, path, _ = block
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
+        source = archive.read(name).decode()
+    for function in ("packed_linear_triple_no_grad", "packed_linear_pair_no_grad", "packed_linear_no_grad"):
+        assert f"ERROR_CODE_CHECK(aoti_torch_cpu_{function}(" in source
+    assert "proxy_executor->" not in source  # nothing goes through the dispatcher
+    assert "gate_weight" not in source
+    stored = int8compile.inspect(path).metadata["bytes"]
+    # Biases: three of q, k and v and one of down.
+    assert stored["float"] == 4 * 512 * 4
+    code = 4 * 2**20
+    assert path.stat().st_size <= 1.1 * stored["int8"] + stored["float"] + code
+
+
+def test_runs_where_int8compile_cannot_be_imported(block: Any, tmp_path: Path) -> None:
+    model, path, _ = block
+    x = outlying(2, 9, 512)
+    torch.save(x, tmp_path / "x")
+    code = (
+        "import sys; sys.path.append(sys.argv[1]); sys.modules['int8compile'] = None\n"
+        "import torch\n"
+        "x = torch.load('x')\n"
+        "torch.save(torch._inductor.aoti_load_package(sys.argv[2])(x), 'y')\n"
+        "assert sum(name.partition('.')[0] == 'int8compile' for name in sys.modules) == 1\n"
+    )
+    # -S: without site, which finds editable installations.
+    command = [sys.executable, "-S", "-c", code, sysconfig.get_paths()["purelib"], str(path)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "y"), compiled(model, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (torch.zeros(2, 5, 511), "unmatched dim value at 2, expected: 512, but got: 511"),
+        (torch.zeros(2, 65, 512), "too large at 1, expected to be <= 64"),
+        (torch.zeros(2, 5, 512, dtype=torch.bfloat16), "unmatched dtype"),
+        (torch.zeros(2, 512, 5).mT, "unmatched stride value"),
+    ],
+    ids=("size", "bound", "dtype", "stride"),
+)
+def test_inputs_that_it_was_not_compiled_for_are_refused(block: Any, x: Tensor, told: str) -> None:
+    loaded = aoti_load_package(str(block[1]))
+    with pytest.raises(RuntimeError, match=told):
+        loaded(x)
+
+
+def test_inspect_tells_what_is_inside(block: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, path, report = block
+    found = int8compile.inspect(path)
+    about = found.metadata
+    assert (about["format"], about["device"], about["form"]) == (package.FORMAT, "cpu", "fast")
+    assert (about["torch"], about["isa"]) == (torch.__version__, "native")
+    assert about["config"] == json.loads(json.dumps(dataclasses.asdict(Int8Config())))
+    assert about["report"] == json.loads(json.dumps(report.to_dict()))
+    (given,) = about["inputs"]
+    batch, sequence, size = given["shape"]
+    assert (given["dtype"], size) == ("float32", 512)
+    assert (about["sizes"][batch], about["sizes"][sequence]) == ([1, 8], [1, 64])
+    assert set(about["variants"]) >= set(cpu.variants())
+    # What C++ reads without a parser for JSON.
+    assert aoti_load_package(str(path)).get_metadata()[package.INPUTS] == "float32 3 -1 -1 512"
+
+    assert main(["inspect", str(path)]) == 0
+    assert "6 of 6 linears in int8" in capsys.readouterr().out
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))
+
+
+# --- damage ---
+
+
+def refused(path: Path, told: str) -> None:
+    """Neither our reader nor PyTorch's loader takes it."""
+    with pytest.raises(PackageError, match=told):
+        int8compile.inspect(path)
+    assert main(["inspect", str(path)]) == 2
+    with pytest.raises((RuntimeError, ValueError)):
+        aoti_load_package(str(path))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.97, 0.9999])
+def test_a_truncated_package_is_refused(block: Any, tmp_path: Path, kept: float) -> None:
+    whole = block[1].read_bytes()
+    path = tmp_path / "cut.pt2"
+    path.write_bytes(whole[: int(kept * len(whole))])
+    refused(path, "is no .pt2 file, or is truncated")
+
+
+def members(path: Path) -> dict[str, tuple[int, int]]:
+    """Where the contents of each member begin, and how many bytes they are."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as opened:
+                found[info.filename.rpartition("/")[2]] = (opened._orig_compress_start, info.file_size)  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("suffix", [".so", ".wrapper.cpp", ".wrapper_metadata.json", "int8compile.crc32"])
+@pytest.mark.parametrize("where", [0.5, 0.9])
+def test_a_changed_byte_is_noticed(block: Any, tmp_path: Path, suffix: str, where: float) -> None:
+    whole = bytearray(block[1].read_bytes())
+    (begin, size) = next(place for name, place in members(block[1]).items() if name.endswith(suffix))
+    # A digit for a digit, so that what is read as text stays text.
+    whole[begin + int(where * size)] ^= 1
+    path = tmp_path / "changed.pt2"
+    path.write_bytes(whole)
+    refused(path, "is damaged in|truncated|no list of checksums|was edited")
+
+
+def edited(path: Path, to: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """Writes a package anew, with checksums of the zip format that fit."""
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(to, "w") as other:
+        for info in archive.infolist():
+            content = change(info.filename, archive.read(info))
+            if content is not None:
+                other.writestr(info.filename, content)
+
+
+def test_an_edited_package_is_refused(block: Any, tmp_path: Path) -> None:
+    path = tmp_path / "edited.pt2"
+
+    def other_weights(name: str, content: bytes) -> bytes:
+        return content[:-100] + bytes(100) if name.endswith(".so") else content
+
+    edited(block[1], path, other_weights)
+    refused(path, "its files are not those that were exported")
+    edited(block[1], path, lambda name, content: None if name.endswith("crc32") else content)
+    refused(path, "it has no list of checksums")
+
+
+def test_what_is_no_package_of_ours_is_told_apart(block: Any, tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="cannot be read"):
+        int8compile.inspect(tmp_path / "none.pt2")
+    plain = tmp_path / "plain.pt2"
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), plain)
+    with pytest.raises(PackageError, match="was not made by int8compile.export"):
+        int8compile.inspect(plain)
+
+    def newer(name: str, content: bytes) -> bytes:
+        return content.replace(rb"{\"format\": 1,", rb"{\"format\": 9,")
+
+    edited(block[1], tmp_path / "newer.pt2", newer)
+    with pytest.raises(PackageError, match=r"is of format 9.*Update int8compile"):
+        int8compile.inspect(tmp_path / "newer.pt2")
+
+
+def test_a_cpu_that_lacks_what_the_code_uses_is_told_at_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = cpu.load()
+    assert library is not None
+    here = export_module._Target.of("native", "cpu", Int8Config(), library)
+    lacking = [macro for macro in library.features if macro not in here.needs]
+    if not lacking:
+        pytest.skip("this CPU has all that there is")
+    target = dataclasses.replace(here, isa="future", needs=(*here.needs, lacking[0]))
+    monkeypatch.setattr(export_module._Target, "of", lambda *_: target)
+    path = tmp_path / "future.pt2"
+    int8compile.export(nn.Linear(32, 32).eval(), (torch.zeros(2, 32),), path)
+    with pytest.raises(RuntimeError):
+        aoti_load_package(str(path))
+    told = f"was exported with isa=future and this CPU has no {lacking[0]}; export it with an isa that this CPU has"
+    assert told in capfd.readouterr().err
+
+
+# --- other models and options ---
+
+
+def test_a_quantized_model_makes_the_same_package(block: Any, folder: Path) -> None:
+    model, path, _ = block
+    torch.manual_seed(1)
+    quantized = Block().eval()
+    int8compile.quantize_(quantized)
+    other = folder / "quantized.pt2"
+    report = int8compile.export(quantized, (outlying(2, 5, 512),), other)
+    assert len(report.rewritten) == 6
+    x = outlying(2, 5, 512)
+    assert aoti_load_package(str(other))(x).equal(aoti_load_package(str(path))(x))
+    assert int8compile.inspect(other).metadata["bytes"] == int8compile.inspect(path).metadata["bytes"]
+
+
+def test_batched_and_weight_only_linears_and_buffers_that_change(folder: Path) -> None:
+    model = Several().eval()
+    path = folder / "several.pt2"
+    config = {"lm_head": "int8_weight", "outliers": "column"}
+    x = outlying(3, 5, 64)
+    report = int8compile.export(model, (x,), path, config=config)
+    assert {site.op: site.weight_only for site in report.sites} == {"bmm": False, "linear": True}
+    loaded = aoti_load_package(str(path))
+    # Inductor took a buffer of zeros for a constant: then the second call counts 1 again.
+    for call in (1, 2, 3):
+        assert loaded(x).equal(compiled(model, x, **config))
+        assert model.calls.item() == call  # by `compiled`: the package has its own
+
+
+def test_bfloat16_and_another_isa(folder: Path) -> None:
+    if cpu.variant() not in ("avx2", "avxvnni", "avx512vnni", "amx"):
+        pytest.skip("needs a CPU with AVX2")
+    model = Block(64).to(torch.bfloat16).eval()
+    path = folder / "avx2.pt2"
+    x = outlying(4, 64, dtype=torch.bfloat16)
+    int8compile.export(model, (x,), path, isa="avx2")
+    about = int8compile.inspect(path).metadata
+    assert about["isa"] == "avx2"
+    assert "__AVX2__" in about["needs"]
+    assert not [macro for macro in about["needs"] if "AVX512" in macro]
+    expected = compiled(model, x)
+    # Inductor keeps float32 between operators that it fuses, and fuses others for other registers.
+    torch.testing.assert_close(aoti_load_package(str(path))(x), expected, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("config", [{}, {"outliers": "column"}, {"threshold": 0.0}], ids=("row", "column", "none"))
+def test_the_portable_form_computes_the_same(config: dict[str, Any], folder: Path) -> None:
+    model = Block(64).eval()
+    x = outlying(7, 64)
+    path = folder / "portable.pt2"
+    int8compile.export(model, (x,), path, config=config, form="portable")
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
+        assert "ERROR_CODE_CHECK(aoti_torch_cpu_packed" not in archive.read(name).decode()
+    expected = compiled(model, x, **config)
+    # Outliers are rounded to 22 bits below the power of two above the row's largest.
+    torch.testing.assert_close(aoti_load_package(str(path))(x), expected, rtol=0, atol=1e-3)
+    assert int8compile.inspect(path).metadata["form"] == "portable"
+
+
+# --- refusals; none of these compiles ---
+
+
+def test_a_part_that_would_stay_float_is_named(folder: Path) -> None:
+    path = folder / "partly.pt2"
+    with pytest.raises(ExportError, match=r"1 of 2 linears would stay in float: .*\(matmul\): its weight is computed"):
+        int8compile.export(Partly().eval(), (torch.zeros(3, 32),), path)
+    assert not path.exists()
+    report = int8compile.export(Partly().eval(), (torch.zeros(3, 32),), path, allow_partial=True)
+    assert [site.path for site in report.rewritten] == ["plain"]
+    assert len(report.skipped) == 1
+
+
+def test_what_options_keep_in_float_is_not_refused_unless_nothing_is_left(tmp_path: Path) -> None:
+    model = Partly().eval().plain
+    with pytest.raises(ExportError, match="no linear of the model would be int8: .*min_features"):
+        int8compile.export(model, (torch.zeros(3, 32),), tmp_path / "m.pt2", config={"min_features": 64})
+    with pytest.raises(ExportError, match="no linear of the model would be int8, because it has none"):
+        int8compile.export(nn.ReLU().eval(), (torch.zeros(3),), tmp_path / "m.pt2")
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else x
+
+
+def test_what_torch_export_cannot_capture_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"torch.export cannot capture Branching: \w*Guard\w*: .*"):
+        int8compile.export(Branching().eval(), (torch.zeros(3, 32),), tmp_path / "m.pt2")
+
+
+@pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
+def test_an_operator_without_a_c_function_is_named(tmp_path: Path) -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+            weights = torch.randint(-127, 128, (2, 32, 32), dtype=torch.int8), torch.rand(2, 32)
+            self.register_buffer("qweight", weights[0])
+            self.register_buffer("scale", weights[1])
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return torch.ops.int8compile.grouped_linear(self.linear(x), self.qweight, self.scale, ends, 6.0, "row")
+
+    ends = torch.tensor([2, 4])
+    with pytest.raises(ExportError, match="calls int8compile::grouped_linear, for which there is no C"):
+        int8compile.export(Mixture().eval(), (torch.zeros(4, 32), ends), tmp_path / "m.pt2")
+
+
+def test_bad_arguments_are_told_before_anything_is_done(tmp_path: Path) -> None:
+    model, x = nn.Linear(32, 32).eval(), (torch.zeros(2, 32),)
+    path = tmp_path / "m.pt2"
+
+    def refuses(told: str, model: Any = model, path: Path = path, **options: Any) -> None:
+        with pytest.raises(ExportError, match=told):
+            int8compile.export(model, x, path, **options)
+
+    refuses("is a function; give an nn.Module", model=lambda x: x)
+    refuses("in training mode", model=nn.Linear(32, 32))
+    refuses("must end in .pt2", path=tmp_path / "m.pt")
+    refuses("isa='sse'; allowed are 'native', 'avx512', 'avx2'", isa="sse")
+    refuses("form='fastest'; allowed are, on cpu, 'fast', 'portable'", form="fastest")
+    refuses("is on cpu, meta", model=nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, device="meta")).eval())
+    (tmp_path / "folder.pt2").mkdir()
+    refuses("is a folder", path=tmp_path / "folder.pt2")
+    with pytest.raises(ConfigError, match="treshold"):
+        int8compile.export(model, x, path, config={"treshold": 3})
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "folder.pt2"]
+
+
+def test_weights_without_values_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(32, 32).eval()
+    with torch.no_grad():
+        torch.compile(model, backend="int8", options={"free_weights": True})(torch.zeros(2, 32))
+    with pytest.raises(ExportError, match="weight has no values any more"):
+        int8compile.export(model, (torch.zeros(2, 32),), tmp_path / "m.pt2")
+    bad = nn.Linear(32, 32).eval()
+    bad.weight.data[3, 4] = torch.nan
+    with pytest.raises(BadWeightError, match="1 NaN or Inf of 1024"):
+        int8compile.export(bad, (torch.zeros(2, 32),), tmp_path / "m.pt2")
+
+
+def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.pt2"
+    path.write_bytes(b"old")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of\ncompilers")
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", fail)
+    with pytest.raises(ExportError, match="AOTInductor cannot compile the model: RuntimeError: out of compilers"):
+        int8compile.export(nn.Linear(32, 32).eval(), (torch.zeros(2, 32),), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_generated_code_that_is_not_known_is_refused() -> None:
+    target = export_module._Target("native", {}, (), Path())
+    with pytest.raises(ExportError, match="generates code that this version of int8compile does not know"):
+        export_module._with_checks("int main() {}", target)
+    with pytest.raises(ExportError, match="did not keep the int8 linears"):
+        export_module._check_generated("", torch.fx.symbolic_trace(nn.ReLU()))
+
+
+def test_foreign_operators_are_noted(tmp_path: Path) -> None:
+    with torch.library._scoped_library("test_export", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+
+        class Uses(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(32, 32)
+
+            def forward(self, x: Tensor) -> Tensor:
+                result: Tensor = torch.ops.test_export.twice(self.linear(x))
+                return result
+
+        program = torch.export.export(Uses().eval(), (torch.zeros(2, 32),))
+        (note,) = export_module._check_operators(program.module())
+        assert "test_export.twice.default; what loads it must register" in note
+
+
+def test_export_on_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "smollm2", str(tmp_path / "out.onnx")]) == 2
+    assert "must end in .pt2" in capsys.readouterr().err
+    assert main(["export", "smollm2", str(tmp_path / "out.pt2"), "--isa", "sse"]) == 2
+    assert "invalid choice: 'sse'" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none.pt2")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
