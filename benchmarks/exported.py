@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 from tqdm import tqdm
 
-ROUNDS, STEPS = 9, 48
+ROUNDS, PROMPT, STEPS = 9, 128, 48
 # Times that torch.compile takes of the exported model's.
 PREFILL, DECODE = 0.95, 1.15
 DTYPES = ("float32", "bfloat16")
@@ -57,25 +57,23 @@ class Exported(NamedTuple):
 
 def report(folder: Path, rounds: int) -> str:
     """Measures, and makes tables of it."""
-    parts = [heading(rounds)]
     sizes, speeds, starts = [], [], []
     for dtype in DTYPES:
         made = prepare(folder, dtype)
         sizes.append(size(made))
-        cold = Worker(compiled_command(made, "cold"), made)
-        first = [("torch.compile, nothing cached", cold)]
+        cold = run_compiled(made)
         cold.stop()
-        warm = Worker(compiled_command(made, "cold"), made)
-        package = Worker(package_command(made), made)
-        first += [("torch.compile, compiled code cached", warm), ("exported", package)]
-        starts += [(dtype, name, *(f"{seconds:.1f} s" for seconds in each.times.values())) for name, each in first]
+        package, warm = run_package(made), run_compiled(made)
         speeds.append(compare(made, package, warm, rounds))
-    parts.append(tabulate(sizes, headers=("rest in", "export takes", "file", "its int8", "its float"), **_TABLE))
-    headers = ("rest in", f"prompt of {len(made.prompt)}", "step", "prompt, of compiled", "step, of compiled", "logits")
-    parts.append(tabulate(speeds, headers=headers, **_TABLE))
-    headers = ("rest in", "from the start of the process", "to imports", "to the model", "to the first token")
-    parts.append(tabulate(starts, headers=headers, **_TABLE))
-    return "\n\n".join(parts)
+        names = ("torch.compile, nothing cached", "torch.compile, compiled code cached", "exported")
+        for name, worker in zip(names, (cold, warm, package), strict=True):
+            starts.append((dtype, name, *(f"{seconds:.1f} s" for seconds in worker.times.values())))
+    tables = (
+        (sizes, ("rest in", "export takes", "file", "its int8", "its float")),
+        (speeds, ("rest in", "prompt", "step", "prompt, of compiled", "step, of compiled", "logits")),
+        (starts, ("rest in", "from the start of the process", "to imports", "to the model", "to the first token")),
+    )
+    return "\n\n".join([heading(rounds), *(tabulate(rows, headers=headers, **_TABLE) for rows, headers in tables)])
 
 
 _TABLE: dict[str, Any] = {"tablefmt": "github", "disable_numparse": True}
@@ -104,10 +102,10 @@ def prepare(folder: Path, dtype: str) -> Exported:
     from int8compile.integrations.decoder import StaticCacheDecoder
 
     model: Any = models.load(models.SMOLLM2, getattr(torch, dtype))
-    tokens = models.load_processor(models.SMOLLM2)(demo.QUESTION).input_ids
+    tokens = models.load_processor(models.SMOLLM2)(demo.QUESTION).input_ids[:PROMPT]
     made = Exported(folder / f"{dtype}.pt2", folder / dtype, dtype, tokens, 0.0)
     model.save_pretrained(made.source)
-    decoder = StaticCacheDecoder(model, made.length).eval()
+    decoder = StaticCacheDecoder(model, made.length)
     example, shapes = decoder.example()
     began = time.perf_counter()
     int8compile.export(decoder, example, made.path, dynamic_shapes=shapes)
@@ -132,17 +130,13 @@ class Worker:
         times: Seconds from its start to what it has done until its first token.
     """
 
-    def __init__(self, command: list[str], made: Exported) -> None:
-        # The last three: which token numbers, how many steps, and what they are made of.
-        arguments = [command[0], *command[1:]]
-        environment = {**os.environ, "PYTHONPATH": ""} if "-S" in command else None
+    def __init__(self, command: list[str], **environment: str) -> None:
         self._process = subprocess.Popen(
-            [word.replace("{now}", repr(time.time())) for word in arguments],
+            [word.replace("{now}", repr(time.time())) for word in command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
-            cwd=made.path.parent if environment else None,
+            env=os.environ | environment,
         )
         self.times: dict[str, float] = self._answer()
 
@@ -168,33 +162,23 @@ class Worker:
         raise RuntimeError(f"the process ended with {self._process.wait()}")
 
 
-def package_command(made: Exported) -> list[str]:
+def run_package(made: Exported) -> Worker:
     """Runs the package where int8compile cannot be imported: without site, which finds editable installations."""
     script = Path(__file__).with_name("exported_worker.py")
-    packages = sysconfig.get_paths()["purelib"]
-    return [sys.executable, "-S", str(script), "{now}", packages, str(made.path), str(made.prompt), str(STEPS)]
+    command = [sys.executable, "-S", str(script), "{now}", str(made.path), str(made.prompt), str(STEPS)]
+    return Worker(command, PYTHONPATH=sysconfig.get_paths()["purelib"])
 
 
-def compiled_command(made: Exported, cache: str) -> list[str]:
-    """Compiles the same module with torch.compile; `cache` names a folder for compiled code."""
-    code = f"from benchmarks import exported; exported.compiled({{now}}, {json.dumps(_arguments(made, cache))!r})"
-    return [sys.executable, "-c", code]
-
-
-def _arguments(made: Exported, cache: str) -> dict[str, Any]:
-    return {
-        "source": str(made.source),
-        "dtype": made.dtype,
-        "prompt": made.prompt,
-        "length": made.length,
-        "cache": str(made.source / cache),
-    }
+def run_compiled(made: Exported) -> Worker:
+    """Compiles the same module with torch.compile; compiled code is kept beside the model."""
+    given = {"source": str(made.source), "dtype": made.dtype, "prompt": made.prompt, "length": made.length}
+    code = f"from benchmarks import exported; exported.compiled({{now}}, {json.dumps(given)!r})"
+    return Worker([sys.executable, "-c", code], TORCHINDUCTOR_CACHE_DIR=str(made.source / "compiled"))
 
 
 def compiled(started: float, arguments: str) -> None:
     """The process of torch.compile."""
     given = json.loads(arguments)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = given["cache"]
     import torch
 
     from benchmarks import exported_worker
@@ -202,12 +186,14 @@ def compiled(started: float, arguments: str) -> None:
     from int8compile.integrations.decoder import StaticCacheDecoder
 
     times = {"imports": time.time() - started}
-    model: Any = models.load(given["source"], getattr(torch, given["dtype"]))
-    times["loading"] = time.time() - started
-    decoder = StaticCacheDecoder(model, given["length"]).eval()
+    llama: Any = models.load(given["source"], getattr(torch, given["dtype"]))
+    times["model"] = time.time() - started
+    decoder = StaticCacheDecoder(llama, given["length"])
     call = torch.compile(decoder, backend="int8", fullgraph=True, dynamic=False)
     ids = torch.tensor([given["prompt"]])
-    exported_worker.serve((call, decoder.new_cache), ids, STEPS, times, started, f"{given['source']}/logits")
+    exported_worker.serve(
+        exported_worker.Model(call, decoder.new_cache), ids, STEPS, times, started, f"{given['source']}/logits"
+    )
 
 
 def compare(made: Exported, package: Worker, compiled: Worker, rounds: int) -> tuple[str, ...]:
@@ -216,9 +202,7 @@ def compare(made: Exported, package: Worker, compiled: Worker, rounds: int) -> t
 
     for worker in (package, compiled):
         worker.round("logits")  # Compiles what is left to compile.
-    pairs = []
-    for _ in tqdm(range(rounds), desc=f"Generating, {made.dtype}"):
-        pairs.append((package.round(), compiled.round()))
+    pairs = [(package.round(), compiled.round()) for _ in tqdm(range(rounds), desc=f"Generating, {made.dtype}")]
     for worker in (package, compiled):
         worker.stop()
     prefill = [(ours["prefill"], theirs["prefill"]) for ours, theirs in pairs]

@@ -1,32 +1,73 @@
 """A process that runs an exported language model and knows nothing of int8compile, for `benchmarks.exported`.
 
-`python -S exported_worker.py STARTED SITE_PACKAGES PACKAGE PROMPT STEPS`: loads the package and reads the prompt; then,
-for each line on stdin, reads the prompt, generates, and prints how long each took.
+`python -S exported_worker.py STARTED PACKAGE PROMPT STEPS`: loads the package and reads the prompt; then, for each line
+on stdin, reads the prompt, generates, and prints how long each took.
 """
 
+from __future__ import annotations
+
+import importlib.util
 import json
 import sys
 import time
-
-if __name__ == "__main__":
-    started, packages, path, prompt, steps = float(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5])
-    sys.path = [folder for folder in sys.path if "site-packages" in folder or "python3" in folder] + [packages]
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
-def run(model, ids, steps):
-    """Reads a prompt and generates greedily; seconds for the prompt and for each step, tokens, and logits.
+class Model(NamedTuple):
+    """A language model with a static cache.
 
-    `model` maps ids [1, S], start [] and the cache to logits [1, vocabulary]; `new_cache` makes a cache.
+    Attributes:
+        call: Maps ids [1, S], start [] and the cache to logits [1, vocabulary].
+        new_cache: Makes a cache.
     """
-    call, new_cache = model
-    cache, start, seconds, tokens, logits = new_cache(), 0, [], [], []
+
+    call: Callable[..., Any]
+    new_cache: Callable[[], list[Tensor]]
+
+
+def main() -> None:
+    started, path, prompt, steps = float(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    times = {"imports": time.time() - started}
+    model = load(path)
+    times["model"] = time.time() - started
+    if importlib.util.find_spec("int8compile") or "transformers" in sys.modules:
+        raise SystemExit("int8compile can be imported, or transformers was")
+    serve(model, torch.tensor([json.loads(prompt)]), steps, times, started, f"{path}.logits")
+
+
+def load(path: str) -> Model:
+    """The exported model; the sizes of its cache are in its metadata."""
+    call = torch._inductor.aoti_load_package(path)
+    words = iter(call.get_metadata()["int8compile.inputs"].split())
+    inputs = [(getattr(torch, dtype), [int(next(words)) for _ in range(int(next(words)))]) for dtype in words]
+    return Model(call, lambda: [torch.zeros(sizes, dtype=dtype) for dtype, sizes in inputs[2:]])
+
+
+def serve(model: Model, ids: Tensor, steps: int, times: dict[str, float], started: float, logits_file: str) -> None:
+    """Says when the first token was there, and answers each line on stdin with a round."""
+    generate(model, ids, 0)
+    times["first token"] = time.time() - started
+    print(json.dumps(times), flush=True)
+    for line in sys.stdin:
+        found, logits = generate(model, ids, steps)
+        if line.strip() == "logits":
+            torch.save(logits, logits_file)
+        print(json.dumps(found), flush=True)
+
+
+def generate(model: Model, ids: Tensor, steps: int) -> tuple[dict[str, Any], Tensor]:
+    """Reads a prompt and generates greedily; seconds for the prompt and for each step, tokens, and logits."""
+    cache, start = model.new_cache(), 0
+    seconds, tokens, logits = [], [], []
     with torch.no_grad():
         for _ in range(1 + steps):
             position = torch.tensor(start)
             began = time.perf_counter()
-            result = call(ids, position, cache)
+            result = model.call(ids, position, cache)
             seconds.append(time.perf_counter() - began)
             logits.append(result.clone())
             tokens.append(int(result.argmax()))
@@ -34,35 +75,5 @@ def run(model, ids, steps):
     return {"prefill": seconds[0], "steps": seconds[1:], "tokens": tokens}, torch.stack(logits)
 
 
-def serve(model, ids, steps, times, started, logits_file):
-    """Says when the first token was there, and answers each line on stdin with a round."""
-    _, logits = run(model, ids, 0)
-    times["first token"] = time.time() - started
-    print(json.dumps(times), flush=True)
-    for line in sys.stdin:
-        found, logits = run(model, ids, steps)
-        if line.strip() == "logits":
-            torch.save(logits, logits_file)
-        print(json.dumps(found), flush=True)
-
-
-def load(path):
-    """The exported model and what makes its cache, whose sizes its metadata tells."""
-    model = torch._inductor.aoti_load_package(path)
-    words = model.get_metadata()["int8compile.inputs"].split()
-    inputs = []
-    while words:
-        dtype, count = words[0], int(words[1])
-        inputs.append((getattr(torch, dtype), [int(size) for size in words[2 : 2 + count]]))
-        words = words[2 + count :]
-    return model, lambda: [torch.zeros(sizes, dtype=dtype) for dtype, sizes in inputs[2:]]
-
-
 if __name__ == "__main__":
-    times = {"imports": time.time() - started}
-    loaded = load(path)
-    times["loading"] = time.time() - started
-    if any(name.partition(".")[0] in ("int8compile", "transformers") for name in sys.modules):
-        raise SystemExit("int8compile or transformers was imported")
-    tokens = torch.tensor([json.loads(prompt)])
-    serve(loaded, tokens, steps, times, started, f"{path}.logits")
+    main()

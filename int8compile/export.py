@@ -402,13 +402,16 @@ def _compile(
         "aot_inductor.output_path": str(folder),
         "aot_inductor.metadata": {
             package.METADATA: json.dumps(metadata),
-            package.INPUTS: package.inputs_line(metadata["inputs"]),
+            package.INPUTS: package.line_of(metadata["inputs"]),
+            package.OUTPUTS: package.line_of(metadata["outputs"]),
         },
         "aot_inductor.custom_ops_to_c_shims": {
             op: [f"AOTITorchError aoti_torch_cpu_{op._opname}({parameters})"] for op, parameters in _FUNCTIONS.items()
         },
         "aot_inductor.custom_op_libs": [target.archive.stem.removeprefix("lib")],
     }
+    if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):  # torch 2.13 and later
+        options["aot_inductor.enable_line_tables"] = False  # Half of a small file.
     if _changes_buffers(module):
         # It takes a buffer of zeros for a constant even where the graph writes to it: a cache would stay empty.
         options["joint_graph_constant_folding"] = False

@@ -246,7 +246,7 @@ def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exporta
     if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         from int8compile.integrations.decoder import StaticCacheDecoder
 
-        decoder = StaticCacheDecoder(model, context).eval()
+        decoder = StaticCacheDecoder(model, context)
         return Exportable(decoder, *decoder.example(batch))
     inputs = example_inputs(model, batch=2)
     options = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}

@@ -1,8 +1,8 @@
 """The .pt2 file that `export` writes: what it holds beside the compiled model, and how to read that.
 
-A package is a zip file that AOTInductor's loaders read. Its metadata has two entries of ours: `METADATA`, all that
-`inspect` shows as JSON, and `INPUTS`, the sizes and dtypes of the inputs in a form that C++ reads without a parser. And
-beside the model's files lies `CHECKSUMS`, with which the model's library checks them when it is loaded.
+A package is a zip file that AOTInductor's loaders read. Its metadata has three entries of ours: `METADATA`, all that
+`inspect` shows as JSON, and `INPUTS` and `OUTPUTS`, their dtypes and sizes in a form that C++ reads without a parser.
+And beside the model's files lies `CHECKSUMS`, with which the model's library checks them when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from int8compile.report import readable
 
 FORMAT = 1
 METADATA = "int8compile"
-INPUTS = "int8compile.inputs"
+INPUTS, OUTPUTS = "int8compile.inputs", "int8compile.outputs"
 # As in csrc/package.cpp.
 CHECKSUMS = "int8compile.crc32"
 
@@ -183,10 +183,10 @@ def _size(size: Any) -> int | str:
     return size if isinstance(size, int) else str(size)
 
 
-def inputs_line(inputs: Sequence[Mapping[str, Any]]) -> str:
-    """The inputs as words: the dtype, the number of dimensions and the sizes of each; -1 where a size changes."""
+def line_of(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """Inputs or outputs as words: dtype, number of dimensions and sizes of each; -1 for a size that changes."""
     words: list[str] = []
-    for each in inputs:
+    for each in tensors:
         sizes = [str(size) if isinstance(size, int) else "-1" for size in each["shape"]]
         words += [each["dtype"], str(len(sizes)), *sizes]
     return " ".join(words)

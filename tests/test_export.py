@@ -247,7 +247,7 @@ def test_what_is_no_package_of_ours_is_told_apart(block: Any, tmp_path: Path) ->
         int8compile.inspect(tmp_path / "none.pt2")
     plain = tmp_path / "plain.pt2"
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), plain)
-    with pytest.raises(PackageError, match="was not made by int8compile.export"):
+    with pytest.raises(PackageError, match=r"was not made by int8compile\.export"):
         int8compile.inspect(plain)
 
     def newer(name: str, content: bytes) -> bytes:
@@ -281,7 +281,7 @@ def test_a_cpu_that_lacks_what_the_code_uses_is_told_at_loading(
 
 
 def test_a_quantized_model_makes_the_same_package(block: Any, folder: Path) -> None:
-    model, path, _ = block
+    _, path, _ = block
     torch.manual_seed(1)
     quantized = Block().eval()
     int8compile.quantize_(quantized)
@@ -338,6 +338,23 @@ def test_the_portable_form_computes_the_same(config: dict[str, Any], folder: Pat
     assert int8compile.inspect(path).metadata["form"] == "portable"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_on_a_gpu_is_exported_in_the_portable_form(dtype: torch.dtype, folder: Path) -> None:
+    model = Block(64).to("cuda", dtype).eval()
+    x = outlying(7, 64, dtype=dtype).cuda()
+    path = folder / "gpu.pt2"
+    shapes = ({0: Dim("rows", min=1, max=64)},)
+    int8compile.export(model, (x,), path, dynamic_shapes=shapes)
+    about = int8compile.inspect(path).metadata
+    assert (about["device"], about["form"]) == ("cuda", "portable")
+    loaded = aoti_load_package(str(path))
+    for rows in (7, 1, 64):
+        x = outlying(rows, 64, dtype=dtype).cuda()
+        tolerance = 1e-3 if dtype == torch.float32 else 2**-6
+        torch.testing.assert_close(loaded(x), compiled(model, x), rtol=tolerance, atol=tolerance)
+
+
 # --- refusals; none of these compiles ---
 
 
@@ -353,7 +370,7 @@ def test_a_part_that_would_stay_float_is_named(folder: Path) -> None:
 
 def test_what_options_keep_in_float_is_not_refused_unless_nothing_is_left(tmp_path: Path) -> None:
     model = Partly().eval().plain
-    with pytest.raises(ExportError, match="no linear of the model would be int8: .*min_features"):
+    with pytest.raises(ExportError, match=r"no linear of the model would be int8: .*min_features"):
         int8compile.export(model, (torch.zeros(3, 32),), tmp_path / "m.pt2", config={"min_features": 64})
     with pytest.raises(ExportError, match="no linear of the model would be int8, because it has none"):
         int8compile.export(nn.ReLU().eval(), (torch.zeros(3),), tmp_path / "m.pt2")

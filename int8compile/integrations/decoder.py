@@ -41,6 +41,7 @@ class StaticCacheDecoder(nn.Module):
         self.model = model
         self.length = length
         self.sizes = _cache_sizes(model, length)
+        self.train(model.training)
 
     def forward(self, ids: Tensor, start: Tensor, cache: list[Tensor]) -> Tensor:
         """Reads tokens, and writes their keys and values to the cache.
@@ -69,7 +70,8 @@ class StaticCacheDecoder(nn.Module):
                 position_ids=positions[None],
                 past_key_values=past,
                 use_cache=True,
-                logits_to_keep=1,
+                # Not 1, which makes a slice, and a batch of slices is asked whether it is of one token.
+                logits_to_keep=torch.tensor([-1], device=ids.device),
             )
         logits: Tensor = out.logits[:, -1]
         return logits

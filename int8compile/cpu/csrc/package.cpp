@@ -1,7 +1,8 @@
 // What an exported package carries besides its model: the operators as C functions, which the generated code calls
 // without the dispatcher, and the check that it runs before anything else.
 //
-// Errors are thrown: the caller is C++ of the same library, and its runtime hands their text on.
+// Errors are thrown: the caller is C++ of the same library. AOTInductor's runtime writes their text to stderr, and those
+// of calls are in the exception that its user gets.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <dlfcn.h>
@@ -9,6 +10,7 @@
 #include <array>
 #include <cstdio>
 #include <fstream>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -136,10 +138,14 @@ void check_cpu(const char* wanted, const char* isa) {
 // In the namespace of the generated code, which declares it where it calls it.
 namespace torch::aot_inductor {
 
-// Throws unless the package is whole and this CPU has what its code was compiled for.
+// Throws unless the package is whole and this CPU has what its code was compiled for. Once, however many copies of the
+// model its loader makes.
 void int8compile_check_package(const char* macros, const char* isa) {
-  int8compile::check_cpu(macros, isa);
-  int8compile::check_files();
+  static std::once_flag once;
+  std::call_once(once, [&] {
+    int8compile::check_cpu(macros, isa);
+    int8compile::check_files();
+  });
 }
 
 }  // namespace torch::aot_inductor
