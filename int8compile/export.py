@@ -208,8 +208,11 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast") -> Repo
     tensors = _stored(module)
     held = {node for call in module.graph.nodes if holds_int8(call) for node in call.args[1:3]}
     parameters = {node: value for node, value in tensors.items() if isinstance(value, nn.Parameter) or node in held}
-    for node in tensors.keys() - parameters.keys():
-        node.meta[BUFFER] = True
+    for node in module.graph.find_nodes(op="get_attr"):
+        # What `forward` makes of numbers is a constant.
+        made = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+        if node not in parameters and not made:
+            node.meta[BUFFER] = True
     binder = AttributeBinder(module)
     # The weights of modules that `quantize_` made are packed too: a package has no modules to share them with.
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
@@ -231,6 +234,7 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast") -> Repo
         return torch.cat(weights), torch.cat(scales)
 
     binder.fill(quantized)
+    module.recompile()
     return report
 
 
@@ -244,11 +248,12 @@ def _stored(module: GraphModule) -> dict[Node, Tensor]:
         if tensor is None:
             continue
         place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        if place in first:
-            node.replace_all_uses_with(first[place])
+        kind = isinstance(tensor, nn.Parameter)  # A buffer stays one where it is a parameter's memory.
+        if (kind, place) in first:
+            node.replace_all_uses_with(first[kind, place])
             module.graph.erase_node(node)
         else:
-            first[place] = node
+            first[kind, place] = node
             tensors[node] = tensor
     return tensors
 
@@ -395,6 +400,7 @@ def _compile(
     """Has AOTInductor compile a rewritten module; the files that make a package."""
     from torch._inductor import aot_compile
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.virtualized import V
 
     options = {
         **target.patches,
@@ -418,6 +424,9 @@ def _compile(
     generate: Any = CppWrapperCpu.generate
 
     def generate_checked(wrapper: Any, is_inference: bool) -> Any:
+        # What Inductor has ruled out since the export, a single row for example, it has when it chose strides: any will
+        # do for such a dimension. What the model itself asks of sizes is in the export.
+        V.graph.sizevars.shape_env.var_to_range.update(program.range_constraints)
         source, *rest = generate(wrapper, is_inference)
         return dataclasses.replace(source, value=_with_checks(source.value, target)), *rest
 
@@ -452,8 +461,10 @@ def _changes_buffers(module: GraphModule) -> bool:
 
 
 _CONSTRUCTOR = re.compile(r"^ *: AOTInductorModelBase\([^{]*\{\n", re.MULTILINE)
-# Without it, sizes and dtypes of inputs are looked at only where an environment variable is set.
+# Inputs are looked at only where an environment variable is set: their dtypes and sizes, and strides that are numbers;
 _UNCHECKED = re.compile(r"if \(!_check_aoti_runtime_check_inputs_env\(\)\) ?\{\s*return;\s*\}")
+# and strides that follow from sizes that change.
+_STRIDES = re.compile(r'if \(_check_aoti_runtime_check_inputs_env\(\)\) (\{ assert_size_stride\(.*"input"\); \})')
 
 
 def _with_checks(source: str, target: _Target) -> str:
@@ -464,6 +475,7 @@ def _with_checks(source: str, target: _Target) -> str:
     )
     source, constructors = _CONSTRUCTOR.subn(lambda found: found[0] + check, source)
     source, unchecked = _UNCHECKED.subn("", source)
+    source = _STRIDES.sub(r"\1", source)
     if (constructors, unchecked) != (1, 1):
         raise ExportError(
             f"torch {torch.__version__} generates code that this version of int8compile does not know, so that the "

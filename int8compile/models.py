@@ -297,7 +297,7 @@ def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 def _tokens(config: Any, batch: int, sequence: int) -> Tensor:
     vocabulary = int(config.get_text_config(decoder=True).vocab_size)
-    return (torch.arange(sequence) % vocabulary).expand(batch, sequence)
+    return (torch.arange(sequence) % vocabulary).repeat(batch, 1)
 
 
 def _image(config: Any, batch: int, sequence: int) -> Tensor:

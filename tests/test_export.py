@@ -148,8 +148,9 @@ def test_runs_where_int8compile_cannot_be_imported(block: Any, tmp_path: Path) -
         (torch.zeros(2, 65, 512), "too large at 1, expected to be <= 64"),
         (torch.zeros(2, 5, 512, dtype=torch.bfloat16), "unmatched dtype"),
         (torch.zeros(2, 512, 5).mT, "unmatched stride value"),
+        (torch.zeros(2, 9, 512)[:, :5], "expected size 2==2, stride 4608==2560 at dim=0"),
     ],
-    ids=("size", "bound", "dtype", "stride"),
+    ids=("size", "bound", "dtype", "stride", "a stride of sizes that change"),
 )
 def test_inputs_that_it_was_not_compiled_for_are_refused(block: Any, x: Tensor, told: str) -> None:
     loaded = aoti_load_package(str(block[1]))
@@ -307,6 +308,7 @@ def test_batched_and_weight_only_linears_and_buffers_that_change(folder: Path) -
         assert model.calls.item() == call  # by `compiled`: the package has its own
 
 
+@pytest.mark.slow
 def test_bfloat16_and_another_isa(folder: Path) -> None:
     if cpu.variant() not in ("avx2", "avxvnni", "avx512vnni", "amx"):
         pytest.skip("needs a CPU with AVX2")
@@ -323,7 +325,14 @@ def test_bfloat16_and_another_isa(folder: Path) -> None:
     torch.testing.assert_close(aoti_load_package(str(path))(x), expected, rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize("config", [{}, {"outliers": "column"}, {"threshold": 0.0}], ids=("row", "column", "none"))
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="row"),
+        pytest.param({"outliers": "column"}, id="column", marks=pytest.mark.slow),
+        pytest.param({"threshold": 0.0}, id="none", marks=pytest.mark.slow),
+    ],
+)
 def test_the_portable_form_computes_the_same(config: dict[str, Any], folder: Path) -> None:
     model = Block(64).eval()
     x = outlying(7, 64)

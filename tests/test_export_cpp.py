@@ -28,6 +28,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CMAKE = shutil.which("cmake", path=os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)]))
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(CMAKE is None, reason="needs cmake"),
     pytest.mark.skipif(
         torch.version.cuda is not None and shutil.which("nvcc") is None,
