@@ -49,7 +49,7 @@ class SkipReason(enum.Enum):
     CUSTOM_OP = (
         "it is the argument of a custom operator, which no pass can rewrite; use a plain PyTorch implementation of it"
     )
-    NESTED = "it is inside a region that Dynamo captures as a graph of its own (torch.cond, checkpointing)"
+    NESTED = "it is inside a region that is captured as a graph of its own (torch.cond, checkpointing)"
     TRANSFORMED = "torch.func differentiates it inside the compiled function; the operator has no formula for that"
 
 

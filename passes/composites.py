@@ -1,19 +1,24 @@
-"""Opens operators that hide linears, so that the other passes see them.
+"""Opens what hides linears, so that the other passes see them.
 
 Dynamo keeps `F.multi_head_attention_forward` (all of `nn.MultiheadAttention`) as one call. It is traced into ATen
-operators and those are put in its place.
+operators and those are put in its place. torch.export makes a graph of its own of what stands under autocast or another
+grad mode. It is put in the place of its call, between two nodes that switch, as Dynamo writes it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from int8compile.passes.regions import Region
+from int8compile.passes.static import attribute
 
 log = logging.getLogger(__name__)
 
@@ -69,3 +74,53 @@ def _open(module: GraphModule, node: Node) -> None:
             module.graph.erase_node(user)
     if not node.users:
         module.graph.erase_node(node)
+
+
+def open_regions(module: GraphModule) -> None:
+    """Puts the operators of autocast and grad mode regions into the graph of an exported module."""
+    region = Region()
+    node = next(iter(module.graph.nodes))
+    while node.op != "output":
+        following = node.next
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            # Further regions may stand in its place.
+            following = _open_region(module, node, region.grad_mode) or following
+        region.pass_by(node)
+        node = following
+
+
+def _open_region(module: GraphModule, call: Node, grad_mode: bool) -> Node | None:
+    """Opens a region; the first node in its place, None where it is no region."""
+    position = _REGIONS.get(call.target.__name__)  # type: ignore[union-attr]
+    if position is None or call.kwargs or any(user.target is not operator.getitem for user in call.users):
+        return None
+    settings, body, inputs = call.args[:position], call.args[position], call.args[position + 1 :]
+    assert isinstance(body, Node)
+    nested = attribute(module, body)
+    (results,) = nested.graph.output_node().args
+    replaced: dict[Node, Any] = dict(zip(nested.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    autocast = call.target.__name__ == "wrap_with_autocast"  # type: ignore[union-attr]
+    switch: Any = torch.amp.autocast_mode._enter_autocast if autocast else torch._C._set_grad_enabled
+    graph = module.graph
+    with graph.inserting_before(call):
+        first = graph.call_function(switch, settings)
+        for inner in nested.graph.nodes:
+            if inner.op not in ("placeholder", "output"):
+                copied = replaced[inner] = graph.node_copy(inner, lambda arg: replaced[arg])
+                if inner.op == "get_attr":
+                    copied.target = f"{body.target}.{inner.target}"
+        if autocast:
+            graph.call_function(torch.amp.autocast_mode._exit_autocast, (first,))
+        else:
+            graph.call_function(switch, (grad_mode,))
+    for user in list(call.users):
+        user.replace_all_uses_with(replaced[results[cast(int, user.args[1])]])
+        graph.erase_node(user)
+    graph.erase_node(call)
+    if not body.users:
+        graph.erase_node(body)
+    return first
+
+
+# The operators of regions, with the position of the region's graph among their arguments; before it stand the settings.
+_REGIONS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}

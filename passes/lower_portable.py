@@ -5,13 +5,17 @@ Each activation is quantized once for all linears that read it.
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from int8compile import ops
-from int8compile.ops import portable, reference
+from int8compile.ops import SUPPORTED_DTYPES, portable, reference
+from int8compile.passes.siblings import is_barrier
 
 
 def lower_portable(module: GraphModule) -> None:
@@ -23,17 +27,47 @@ def lower_portable(module: GraphModule) -> None:
     quantized: dict[tuple[Any, ...], tuple[Node, Node]] = {}
     graph = module.graph
     for node in list(graph.nodes):
+        if is_barrier(node):
+            quantized.clear()
         if node.target is ops.linear.default:
             x, qweight, scale, bias, threshold, outliers = node.args
             key = (x, threshold, outliers)
             if key not in quantized:
                 with graph.inserting_before(node):
-                    call = graph.call_function(portable.quantize_rows, key)
+                    call = graph.call_function(_quantize_rows, key)
                     planes, rows = (graph.call_function(operator.getitem, (call, i)) for i in range(2))
                 quantized[key] = planes, rows
-            node.target = portable.quantized_linear
+            node.target = _quantized_linear
             node.args = (*quantized[key], qweight, scale, bias, x)
         elif node.target is ops.batched_linear.default:
-            node.target = portable.batched_linear
+            node.target = _batched_linear
         elif node.target is ops.weight_only_linear.default:
-            node.target = reference.weight_only_linear
+            node.target = _weight_only_linear
+
+
+def _without_autocast(compute: Callable[..., Any], position: int) -> Callable[..., Any]:
+    """What the operators do under autocast: x is cast, all else computes as it is written.
+
+    Args:
+        compute: A function.
+        position: That of x among its arguments.
+    """
+
+    @functools.wraps(compute)
+    def call(*args: Any) -> Any:
+        given = list(args)
+        device = given[position].device.type
+        if not torch.is_autocast_enabled(device):
+            return compute(*given)
+        if given[position].dtype in SUPPORTED_DTYPES:
+            given[position] = given[position].to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return compute(*given)
+
+    return call
+
+
+_quantize_rows = _without_autocast(portable.quantize_rows, 0)
+_quantized_linear = _without_autocast(portable.quantized_linear, -1)
+_batched_linear = _without_autocast(portable.batched_linear, 0)
+_weight_only_linear = _without_autocast(reference.weight_only_linear, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -12,15 +12,17 @@ from int8compile import ops
 from int8compile.config import Int8Config
 from int8compile.passes import names, vocabulary
 from int8compile.passes.binding import Binder
-from int8compile.passes.composites import open_composites
+from int8compile.passes.composites import open_composites, open_regions
 from int8compile.passes.contraction import Contraction, Labels, roles
 from int8compile.passes.regions import Region
 from int8compile.passes.rewrite import NEEDS_GRAD, emit
 from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, weight_only
 from int8compile.passes.static import (
+    Memory,
     WeightView,
     depends_on_inputs,
     meta_tensor,
+    nested_graphs,
     reads_parameter,
     static_weight,
     traced,
@@ -50,6 +52,7 @@ def rewrite_graph(
         A row for each site, rewritten or not.
     """
     open_composites(module)
+    open_regions(module)
     report = _rewrite_linears(module, parameters, config, binder, rules)
     module.graph.lint()
     module.recompile()
@@ -64,7 +67,8 @@ def _rewrite_linears(
     rules: tuple[Rule, ...],
 ) -> Report:
     report = Report(graphs=1)
-    tied = {
+    memory = Memory(module.graph)
+    tables = {
         weight.source
         for node in module.graph.nodes
         if (table := vocabulary.embedding_table(node)) is not None and (weight := static_weight(table, parameters))
@@ -72,7 +76,7 @@ def _rewrite_linears(
     region = Region()
     for node in list(module.graph.nodes):
         region.pass_by(node)
-        report.sites.extend(_hidden_sites(module, node, parameters))
+        report.sites.extend(_hidden_sites(node, parameters))
         if holds_int8(node):
             report.sites.append(_held_row(node, config, binder))
             continue
@@ -80,7 +84,7 @@ def _rewrite_linears(
         if call is None:
             report.activation_matmuls += vocabulary.is_attention(node)
             continue
-        site = _site(node, call, parameters, tied, region)
+        site = _site(node, call, parameters, tables, memory, region)
         if site is None:
             report.activation_matmuls += 1
             continue
@@ -91,25 +95,24 @@ def _rewrite_linears(
 
 
 def _site(
-    node: Node, call: Contraction, parameters: Mapping[Node, Tensor], tied: set[Node], region: Region
+    node: Node,
+    call: Contraction,
+    parameters: Mapping[Node, Tensor],
+    tables: set[Node],
+    memory: Memory,
+    region: Region,
 ) -> LinearSite | None:
     """The site of a matmul, or None where both factors are activations."""
-    static = [static_weight(operand, parameters) for operand in call.operands]
-    if static[1] is not None or call.weight_role:
-        position = 0
-    elif static[0] is not None:
-        position = 1
-    else:
-        made = [reads_parameter(operand, parameters) for operand in call.operands]
-        if not any(made):
-            return None
-        position = 0 if made[1] else 1
-    found = static[1 - position]
-    weight = call.operands[1 - position]
+    weight_position = _weight_position(call, parameters)
+    if weight_position is None:
+        return None
+    position = 1 - weight_position
+    weight = call.operands[weight_position]
+    found = static_weight(weight, parameters)
     problem = None
     if found is None:
         problem = SkipReason.NOT_STATIC if depends_on_inputs(weight, parameters) else SkipReason.COMPUTED
-    weight_labels = tuple(label for label in call.labels[1 - position] if label not in call.ones)
+    weight_labels = tuple(label for label in call.labels[weight_position] if label not in call.ones)
     return LinearSite(
         node=node,
         path=names.module_path(node, names.parameter_name(found.source) if found else None),
@@ -119,11 +122,23 @@ def _site(
         static=found,
         parameter=parameters[found.source] if found else None,
         problem=problem,
-        tied=found is not None and found.source in tied,
+        sharing=memory.sharing(found.source) if found else (),
+        tied=found is not None and not tables.isdisjoint(memory.same(found.source)),
         constant=not call.weight_role and not depends_on_inputs(call.operands[position], parameters),
         grad_mode=region.grad_mode,
         transformed=region.transforms > 0,
     )
+
+
+def _weight_position(call: Contraction, parameters: Mapping[Node, Tensor]) -> int | None:
+    """Which factor plays the part of a weight; None where both are activations."""
+    if call.weight_role:
+        return 1
+    for play in (static_weight, reads_parameter):
+        for position in (1, 0):
+            if play(call.operands[position], parameters):
+                return position
+    return None
 
 
 def holds_int8(node: Node) -> bool:
@@ -211,36 +226,56 @@ def _row(site: LinearSite, verdict: Verdict, view: WeightView | None, only_weigh
     )
 
 
-def _hidden_sites(module: GraphModule, node: Node, parameters: Mapping[Node, Tensor]) -> list[Site]:
+def _hidden_sites(node: Node, parameters: Mapping[Node, Tensor]) -> Iterator[Site]:
     """Rows for matmuls that no pass can reach: inside fused operators and inside nested graphs."""
-    rows = []
     opaque = vocabulary.opaque_matmul(node)
     if opaque is not None:
         for argument in node.all_input_nodes:
             weight = static_weight(argument, parameters)
             if weight is not None and weight.tensor.dim() > 1:
-                rows.append(_hidden_row(*opaque, node, weight.source, parameters))
-    if node.op == "get_attr":
-        nested = getattr(module, str(node.target), None)
-        if isinstance(nested, GraphModule):
-            for inner in nested.graph.nodes:
-                call = vocabulary.contraction(inner)
-                # Its inputs are parameters and activations alike; by custom the second factor is the weight.
-                if call is not None and (call.weight_role or call.operands[1].op == "placeholder"):
-                    rows.append(_hidden_row(call.spelling, SkipReason.NESTED, inner, call.operands[1], parameters))
-    return rows
+                yield _hidden_row(*opaque, node, parameters[weight.source], names.parameter_name(weight.source))
+    if node.op == "call_function":
+        yield from _nested_sites(node, parameters, {source: source for source in parameters})
 
 
-def _hidden_row(name: str, reason: SkipReason, node: Node, weight: Node, parameters: Mapping[Node, Tensor]) -> Site:
-    tensor = meta_tensor(weight)
-    size = 0 if tensor is None else tensor.numel() * tensor.element_size()
-    full = names.parameter_name(weight) if weight in parameters else None
+def _nested_sites(call: Node, parameters: Mapping[Node, Tensor], sources: Mapping[Node, Node]) -> Iterator[Site]:
+    """Rows for the graphs that a call is given.
+
+    Args:
+        call: The call.
+        parameters: The parameters of the graph that it stands in by their nodes.
+        sources: For each of them, the node of the outermost graph.
+    """
+    for nested, inputs in nested_graphs(call):
+        weights = {inner: weight for inner, outer in inputs.items() if (weight := static_weight(outer, parameters))}
+        own = {inner: weight.tensor for inner, weight in weights.items()}
+        roots = {inner: sources[weight.source] for inner, weight in weights.items()}
+        for node in nested.graph.nodes:
+            if node.op == "call_function":
+                yield from _nested_sites(node, own, roots)
+            matmul = vocabulary.contraction(node)
+            position = None if matmul is None else _weight_position(matmul, own)
+            if matmul is None or position is None:
+                continue
+            operand = matmul.operands[position]
+            found = static_weight(operand, own)
+            if found is None:
+                yield _hidden_row(matmul.spelling, SkipReason.NESTED, node, meta_tensor(operand), None, operand.name)
+            else:
+                name = names.parameter_name(roots[found.source])
+                yield _hidden_row(matmul.spelling, SkipReason.NESTED, node, found.tensor, name)
+
+
+def _hidden_row(
+    name: str, reason: SkipReason, node: Node, weight: Tensor | None, parameter: str | None, otherwise: str = ""
+) -> Site:
+    size = 0 if weight is None else weight.numel() * weight.element_size()
     return Site(
-        path=names.module_path(node, full),
+        path=names.module_path(node, parameter),
         op=name,
         source=names.source_line(node),
         shape=(),
-        weight=full or weight.name,
+        weight=parameter or otherwise,
         weight_bytes=size,
         bytes_before=size,
         bytes_after=size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from int8compile.config import Int8Config
 from int8compile.passes.binding import Binder
 from int8compile.passes.contraction import Labels, merged_size, permutation
 from int8compile.passes.rules import LinearSite, weight_only
-from int8compile.passes.static import WeightView, traced, weight_view
+from int8compile.passes.static import WeightView, is_view, traced, weight_view
 
 
 def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> WeightView:
@@ -38,17 +39,21 @@ def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> 
     result.meta.update({key: site.node.meta[key] for key in ("example_value", "val") if key in site.node.meta})
     site.node.replace_all_uses_with(result)
     graph.erase_node(site.node)
-    _erase_unread_views(graph, site.weight)
+    assert site.static is not None
+    _erase_unread_views(graph, site.static.chain)
     return view
 
 
-def _erase_unread_views(graph: Graph, node: Node) -> None:
+def _erase_unread_views(graph: Graph, chain: Sequence[Node]) -> None:
     """Erases views of a weight that nothing reads any more; they would keep the float weight an input of the graph."""
-    while not node.users and node.op in ("call_function", "call_method"):
-        viewed = node.args[0]
-        graph.erase_node(node)
-        assert isinstance(viewed, Node)
-        node = viewed
+    for node in reversed(chain):
+        for user in list(node.users):
+            # Exported graphs read all parts of what is split; and before a cast they assert what is known of a weight.
+            unread = is_view(user) and not user.users
+            if unread or user.target is torch.ops.aten._assert_tensor_metadata.default:
+                graph.erase_node(user)
+        if not node.users and node.op in ("call_function", "call_method"):
+            graph.erase_node(node)
 
 
 # Key in the meta of an operator's node: whether autograd records it.

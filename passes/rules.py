@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class LinearSite:
         parameter: That parameter itself.
         problem: Why there is no static weight, where there is none.
         constant: Whether it is a matmul of two parameters, as in a merge of LoRA weights.
+        sharing: The inputs and attributes of the graph that share the parameter's memory, that itself among them.
         tied: Whether an embedding of the graph reads the parameter too.
         grad_mode: Whether gradients are recorded where the call stands.
         transformed: Whether torch.func differentiates the call inside the graph.
@@ -48,6 +49,7 @@ class LinearSite:
     parameter: Tensor | None
     problem: SkipReason | None
     constant: bool
+    sharing: Sequence[Node]
     tied: bool
     grad_mode: bool
     transformed: bool
@@ -157,7 +159,7 @@ def static(site: LinearSite, config: Int8Config) -> Verdict:
     assert site.static is not None
     if site.constant:
         return SkipReason.COMPUTED, "both factors are parameters"
-    return (SkipReason.CHANGED, "") if changed_in_graph(site.static) else None
+    return (SkipReason.CHANGED, "") if changed_in_graph(site.static, site.sharing) else None
 
 
 def plain_tensor(site: LinearSite, config: Int8Config) -> Verdict:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -81,6 +83,28 @@ def traced(node: Node) -> Tensor:
     return value
 
 
+def attribute(module: GraphModule, node: Node) -> Any:
+    """What a get_attr node reads."""
+    return operator.attrgetter(str(node.target))(module)
+
+
+def nested_graphs(call: Node) -> Iterator[tuple[GraphModule, dict[Node, Node]]]:
+    """The graphs that a call is given, as torch.cond is.
+
+    Returns:
+        The module of each, and what the call gives to its placeholders.
+    """
+    owner, leaves = call.graph.owning_module, tree_leaves(call.args)
+    for leaf in leaves:
+        if isinstance(leaf, Node) and leaf.op == "get_attr" and owner is not None:
+            nested = attribute(owner, leaf)
+            if isinstance(nested, GraphModule):
+                inputs = nested.graph.find_nodes(op="placeholder")
+                # Whatever else such a call is given stands before what it gives to its graphs.
+                given = zip(inputs, leaves[max(len(leaves) - len(inputs), 0) :], strict=False)
+                yield nested, {inner: outer for inner, outer in given if isinstance(outer, Node)}
+
+
 def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight | None:
     """Follows a node back through views to a parameter.
 
@@ -93,16 +117,19 @@ def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight
     """
     chain: list[Node] = []
     while node not in parameters:
-        if not _is_view(node):
+        viewed = node.args[0] if is_view(node) else _written_and_returned(node)
+        if not isinstance(viewed, Node):
             return None
         chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = viewed
     parameter = parameters[node]
     if parameter.layout != torch.strided:
         return None
     base: Any = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
     view = base
     for step in reversed(chain):
+        if step.target not in _STEPS:
+            continue  # It writes to the weight, so that no rule lets it pass.
         if step.target in _SAME_VALUES:
             cast = meta_tensor(step)
             if cast is None or not cast.is_floating_point() or cast.element_size() < 2:
@@ -146,75 +173,168 @@ def reads_parameter(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
     """
     while node.target in _CHOICES and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    return node in parameters or (bool(node.all_input_nodes) and not depends_on_inputs(node, parameters))
+    found = False
+    for origin in _origins(node, parameters):
+        if origin in parameters:
+            found = True
+        elif _is_input(origin):
+            return False
+    return found
 
 
 def depends_on_inputs(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
     """Whether anything but parameters and constants goes into a node."""
+    return any(origin not in parameters and _is_input(origin) for origin in _origins(node, parameters))
+
+
+def _origins(node: Node, parameters: Mapping[Node, Tensor]) -> Iterator[Node]:
+    """The parameters, inputs and constants that go into a node."""
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
-        if current in parameters:
+        if current in parameters or not current.all_input_nodes:
+            yield current
             continue
-        if (current.op == "placeholder" and QUANTIZED not in current.meta) or BUFFER in current.meta:
-            return True
         new = [arg for arg in current.all_input_nodes if arg not in seen]
         seen.update(new)
         pending.extend(new)
-    return False
 
 
-def changed_in_graph(weight: StaticWeight) -> bool:
-    """Whether the graph writes to a weight, anywhere."""
-    # Dynamo's fake tensors count the writes that were traced, whatever the spelling.
-    if any((tensor := meta_tensor(node)) is not None and tensor._version > 0 for node in weight.chain):
+def _is_input(node: Node) -> bool:
+    return (node.op == "placeholder" and QUANTIZED not in node.meta) or BUFFER in node.meta
+
+
+class Memory:
+    """Which of the tensors that a graph is given, or holds, share memory."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._place: dict[Node, tuple[Any, ...]] = {}
+        self._of: dict[Any, list[Node]] = collections.defaultdict(list)
+        for node in (*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr")):
+            tensor = meta_tensor(node)
+            if tensor is None or tensor.layout != torch.strided:
+                continue
+            with contextlib.suppress(RuntimeError):  # Some subclasses have no storage.
+                storage = tensor.untyped_storage()._cdata
+                self._place[node] = storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+                self._of[storage].append(node)
+
+    def sharing(self, node: Node) -> Sequence[Node]:
+        """The nodes whose tensors lie in the same storage, that itself among them."""
+        return self._of[self._place[node][0]] if node in self._place else [node]
+
+    def same(self, node: Node) -> Sequence[Node]:
+        """The nodes of the same tensor by all its names, as after `lm_head.weight.data = embedding.weight.data`."""
+        return [other for other in self.sharing(node) if self._place.get(other) == self._place.get(node)]
+
+
+def changed_in_graph(weight: StaticWeight, sharing: Sequence[Node]) -> bool:
+    """Whether the graph writes to a weight, anywhere.
+
+    Args:
+        weight: The weight.
+        sharing: The inputs and attributes of the graph that share its parameter's memory, that itself among them.
+    """
+    if weight.source.op == "placeholder" and _counted_writes(weight, sharing):
         return True
-    # Exported graphs do not, nor are updates of lists (_foreach_mul_) counted: look at what is done to its views.
-    pending = [weight.source]
+    # Updates of lists (_foreach_mul_) are not counted, and exported graphs do not count.
+    return _is_written((*sharing, *weight.chain))
+
+
+def _is_written(nodes: Sequence[Node]) -> bool:
+    """Whether a graph writes to tensors or to views of them."""
+    pending = [*nodes]
     while pending:
         node = pending.pop()
         for user in node.users:
             if node in written(user):
                 return True
-            if _is_view(user):
+            if _may_be_view(user, node):
                 pending.append(user)
     return False
 
 
+def _counted_writes(weight: StaticWeight, sharing: Sequence[Node]) -> bool:
+    """Whether Dynamo's fake tensors have counted a write, whatever its spelling."""
+    given = [tensor for node in sharing if (tensor := meta_tensor(node)) is not None]
+    # Making one counts too, unless it is the first of its storage and begins where that does.
+    made = max(0, len(given) - all(tensor.storage_offset() == 0 for tensor in given))
+    if sum(tensor._version for tensor in given) > made:
+        return True
+    views = [tensor for node in weight.chain[1:] if (tensor := meta_tensor(node)) is not None]
+    return any(tensor._version > made for tensor in views)
+
+
 def written(call: Node) -> set[Node]:
     """The arguments that a call changes in place."""
+    if isinstance(call.target, torch._ops.HigherOrderOperator):
+        if "mutation" in call.target.__name__:
+            return set(call.all_input_nodes)  # A Triton kernel of the user's; which it writes to is not asked.
+        return {given for _, inputs in nested_graphs(call) for inner, given in inputs.items() if _is_written([inner])}
     if isinstance(call.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        # Dynamo leaves `torch.ops.library.name(...)` as it is written; which overload it means its arguments decide.
-        overloads: list[Any] = [call.target]
-        if isinstance(call.target, torch._ops.OpOverloadPacket):
-            overloads = [getattr(call.target, name) for name in call.target.overloads()]
-        changed: list[Any] = []
-        for overload in overloads:
-            schema = overload._schema.arguments
-            given = dict(zip((argument.name for argument in schema), call.args, strict=False)) | dict(call.kwargs)
-            changed += [given.get(argument.name) for argument in schema if argument.is_write]
-    else:
-        name = str(call.target) if call.op == "call_method" else getattr(call.target, "__name__", "")
-        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-        in_place = in_place or call.kwargs.get("inplace") is True
-        changed = [call.kwargs.get("out"), call.args[0] if in_place and call.args else None]
+        return _nodes([value for argument, value in _by_schema(call) if argument.is_write])
+    name = str(call.target) if call.op == "call_method" else getattr(call.target, "__name__", "")
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    in_place = in_place or call.kwargs.get("inplace") is True
+    return _nodes([call.kwargs.get("out"), call.args[0] if in_place and call.args else None])
+
+
+def _by_schema(call: Node) -> Iterator[tuple[Any, Any]]:
+    """The arguments of a call of an operator, as its schema describes them, with their values."""
+    # Dynamo leaves `torch.ops.library.name(...)` as it is written; which overload it means its arguments decide.
+    overloads: list[Any] = [call.target]
+    if isinstance(call.target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(call.target, name) for name in call.target.overloads()]
+    for overload in overloads:
+        schema = overload._schema.arguments
+        given = dict(zip((argument.name for argument in schema), call.args, strict=False)) | dict(call.kwargs)
+        for argument in schema:
+            yield argument, given.get(argument.name)
+
+
+def _nodes(values: Any) -> set[Node]:
     found: set[Node] = set()
 
     def look(node: Node) -> Node:
         found.add(node)
         return node
 
-    torch.fx.node.map_arg(changed, look)
+    torch.fx.node.map_arg(values, look)
     return found
 
 
-def _is_view(node: Node) -> bool:
+def _written_and_returned(call: Node) -> Node | None:
+    """The tensor that an in-place call changes and returns; None for any other call."""
+    if isinstance(call.target, torch._ops.OpOverload):
+        returned = call.target._schema.returns
+        if not returned or returned[0].alias_info is None or not returned[0].alias_info.is_write:
+            return None
+    elif call.op != "call_method" and (
+        call.op != "call_function"
+        or isinstance(call.target, torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator)
+    ):
+        return None
+    changed = written(call)
+    return changed.pop() if len(changed) == 1 else None
+
+
+def _may_be_view(call: Node, viewed: Node) -> bool:
+    """Whether what a call returns may share memory with one of its arguments."""
+    if isinstance(call.target, torch._ops.OpOverload):
+        return viewed in _nodes([value for argument, value in _by_schema(call) if argument.alias_info is not None])
+    return call.target not in ("clone", torch.clone) and is_view(call) and call.args[0] is viewed
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node is a step that a weight may be read through, of whatever tensor."""
     if node.op not in ("call_function", "call_method") or node.target not in _STEPS:
         return False
     if node.target is getattr and node.args[1] not in ("T", "mT", "H", "mH"):
         return False
-    # All but the tensor must be constants, and sizes of a weight are.
-    return bool(node.args) and node.all_input_nodes == [node.args[0]]
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    # All but the tensor must be constants, and sizes of a weight are. What it is cast to need not be: `w.to(x)`.
+    return node.target in _SAME_VALUES or node.all_input_nodes == [node.args[0]]
 
 
 # Writes whose name does not end with an underscore.
@@ -231,24 +351,33 @@ _CHOICES: set[Any] = {
 _VIEWS: set[Any] = {
     *("t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "view", "reshape", "flatten"),
     *("unflatten", "squeeze", "unsqueeze", "select", "narrow", "chunk", "split", "unbind", "tensor_split", "expand"),
+    "adjoint",
     *(torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.permute, torch.movedim, torch.moveaxis),
     *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.select, torch.narrow),
-    *(torch.chunk, torch.split, torch.unbind, torch.tensor_split, operator.getitem),
+    *(torch.chunk, torch.split, torch.unbind, torch.tensor_split, torch.adjoint, operator.getitem),
     getattr,  # x.T and x.mT
-    *(aten.t.default, aten.transpose.int, aten.permute.default, aten.movedim.int, aten.view.default),
+    *(aten.t.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.permute.default),
+    *(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist),
+    *(aten.view.default, aten.view.dtype, aten._unsafe_view.default),
     *(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim),
     *(aten.squeeze.dims, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.narrow.default),
-    *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int),
-    *(aten.numpy_T.default, aten.mT.default, aten.expand.default, aten._unsafe_view.default),
+    *(aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.unbind.int),
+    *(aten.tensor_split.sections, aten.tensor_split.indices, aten.numpy_T.default, aten.mT.default),
+    *(aten.matrix_H.default, aten.mH.default, aten.adjoint.default, aten.expand.default),
 }
 
 # Steps that change neither the values (up to the precision that int8 keeps) nor their order.
 _SAME_VALUES: set[Any] = {
-    *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double", "type_as"),
+    *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double", "type", "type_as"),
     *(torch.clone, torch.detach, getattr(torch._C._autograd, "_get_data_attr", None)),  # x.data in newer graphs
-    *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default),
-    *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.lift_fresh_copy.default),
+    *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.type_as.default),
+    *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other),
+    aten.lift_fresh_copy.default,
 }
+
+# Dynamo leaves the overload open where the user writes `torch.ops.aten.t(w)`.
+for _targets in (_VIEWS, _SAME_VALUES):
+    _targets.update([target.overloadpacket for target in _targets if isinstance(target, torch._ops.OpOverload)])
 
 # What a weight may be read through.
 _STEPS = _VIEWS | _SAME_VALUES

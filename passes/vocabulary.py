@@ -7,6 +7,7 @@ arguments into a `Contraction`.
 from __future__ import annotations
 
 import operator
+import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,15 +61,14 @@ def opaque_matmul(node: Node) -> tuple[str, SkipReason] | None:
         return None
     if node.target in _OPAQUE:
         return _OPAQUE[node.target]
-    name = str(node.target)
     if node.target in _TABLE and contraction(node) is None:
         # An einsum of three tensors, say. A convolution with a larger kernel is no matmul.
         spelling = _TABLE[node.target].name
         return None if spelling == "convolution" else (spelling, SkipReason.FORM)
-    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and not name.startswith(
-        _TORCHS_OWN
-    ):
-        return name, SkipReason.CUSTOM_OP
+    # Dynamo leaves the overload open that exported graphs name.
+    packet = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+    if isinstance(packet, torch._ops.OpOverloadPacket) and not str(packet).startswith(_TORCHS_OWN):
+        return str(packet), SkipReason.CUSTOM_OP
     return None
 
 
@@ -76,10 +76,12 @@ def embedding_table(node: Node) -> Node | None:
     """The table that a node looks rows up in; a matmul with the same parameter is tied to the embedding."""
     if node.op != "call_function":
         return None
-    if node.target is operator.getitem:
+    if node.target in _INDEXING:
         table, index = node.args
         rows = meta_tensor(table)
-        looked_up = rows is not None and rows.dim() == 2 and meta_tensor(index) is not None
+        first, *rest = index if isinstance(index, (list, tuple)) else [index]
+        whole = all(each in (None, slice(None), ...) for each in rest)
+        looked_up = rows is not None and rows.dim() == 2 and meta_tensor(first) is not None and whole
         return table if looked_up and isinstance(table, Node) else None
     if node.target not in _EMBEDDINGS:
         return None
@@ -179,6 +181,10 @@ def _aten_tensordot(spelling: str, left: Node, right: Node, dims: Any, other_dim
 
 
 def _einsum(spelling: str, equation: Any, *operands: Any) -> Contraction | None:
+    if isinstance(equation, Node):  # einsum(x, [0, 1], w, [1, 2]): numbers for the labels.
+        given = [each for each in (equation, *operands) if each is not None]
+        equation, operands = ",".join(map(_numbered, given[1:4:2])), tuple(given[:4:2])
+        equation += "->" + _numbered(given[4]) if given[4:] else ""
     if isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     operands = tuple(operand for operand in operands if operand is not None)
@@ -205,6 +211,12 @@ def _einsum(spelling: str, equation: Any, *operands: Any) -> Contraction | None:
     return Contraction(
         spelling, (operands[0], operands[1]), labels, out, form=_broadcasts(labels, (shapes[0], shapes[1]))
     )
+
+
+def _numbered(labels: Any) -> str:
+    """A term of an equation; PyTorch sorts numbers as it sorts these letters."""
+    letters = string.ascii_uppercase + string.ascii_lowercase
+    return "".join("..." if label is ... else letters[label] for label in labels)
 
 
 def _convolution(
@@ -270,7 +282,10 @@ _BMM = Spelling("bmm", ("input", "mat2"), _matmul)
 _CONVOLUTION = Spelling(
     "convolution", ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), _convolution
 )
-_EINSUM = Spelling("einsum", ("equation", "operands", "second", "third"), _einsum)
+_ATEN_CONVOLUTION = Spelling(
+    "convolution", (*_CONVOLUTION.parameters[:6], "transposed", "output_padding", "groups"), _aten_convolution
+)
+_EINSUM = Spelling("einsum", ("equation", "operands", "second", "third", "fourth"), _einsum)
 _INNER = Spelling("inner", ("input", "other"), _inner)
 _LINEAR = Spelling("linear", ("input", "weight", "bias"), _linear)
 _MATMUL = Spelling("matmul", ("input", "other"), _matmul)
@@ -300,11 +315,8 @@ _TABLE: dict[Any, Spelling] = {
     aten.conv1d.padding: _CONVOLUTION,
     aten.conv2d.padding: _CONVOLUTION,
     aten.conv3d.padding: _CONVOLUTION,
-    aten.convolution.default: Spelling(
-        "convolution",
-        (*_CONVOLUTION.parameters[:6], "transposed", "output_padding", "groups"),
-        _aten_convolution,
-    ),
+    torch.convolution: _ATEN_CONVOLUTION,
+    aten.convolution.default: _ATEN_CONVOLUTION,
     torch.einsum: _EINSUM,
     aten.einsum.default: _EINSUM,
     torch.inner: _INNER,
@@ -330,6 +342,11 @@ _TABLE: dict[Any, Spelling] = {
     aten.tensordot.default: Spelling("tensordot", ("self", "other", "dims_self", "dims_other"), _aten_tensordot),
 }
 
+# Dynamo leaves the overload open where the user writes `torch.ops.aten.mm(x, w)`.
+_TABLE |= {
+    target.overloadpacket: spelling for target, spelling in _TABLE.items() if isinstance(target, torch._ops.OpOverload)
+}
+
 _ATTENTION = {
     torch.nn.functional.scaled_dot_product_attention,
     aten.scaled_dot_product_attention.default,
@@ -345,14 +362,32 @@ _OPAQUE: dict[Any, tuple[str, SkipReason]] = {
     torch._grouped_mm: ("grouped_mm", SkipReason.FORM),
     aten._grouped_mm.default: ("grouped_mm", SkipReason.FORM),
     torch.nn.functional.bilinear: ("bilinear", SkipReason.FORM),
+    aten._transformer_encoder_layer_fwd.default: ("transformer_encoder_layer", SkipReason.FUSED_OP),
+    aten._native_multi_head_attention.default: ("multi_head_attention", SkipReason.FUSED_OP),
+    aten.addbmm.default: ("addbmm", SkipReason.FORM),
+    aten.chain_matmul.default: ("chain_matmul", SkipReason.FORM),
+    aten.linalg_multi_dot.default: ("multi_dot", SkipReason.FORM),
+    aten.bilinear.default: ("bilinear", SkipReason.FORM),
 }
+
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    _layer, _cell = getattr(aten, _name), getattr(aten, f"{_name}_cell")
+    for _target in (getattr(torch, _name), _layer.input, _layer.data, getattr(torch, f"{_name}_cell"), _cell.default):
+        _OPAQUE[_target] = (_name, SkipReason.FORM)
 
 # Operators of any other namespace are somebody's own.
 _TORCHS_OWN = ("aten.", "aten::", "prims.", "prim.", "int8compile.")
+
+_INDEXING = {operator.getitem, aten.index.Tensor}
 
 _EMBEDDINGS: dict[Any, tuple[int, str]] = {
     torch.nn.functional.embedding: (1, "weight"),
     torch.nn.functional.embedding_bag: (1, "weight"),
     torch.embedding: (0, "weight"),
     aten.embedding.default: (0, "weight"),
+    aten.embedding_bag.default: (0, "weight"),
+    aten.embedding_bag.padding_idx: (0, "weight"),
+    aten._embedding_bag.default: (0, "weight"),
+    aten.embedding: (0, "weight"),
+    aten.embedding_bag: (0, "weight"),
 }

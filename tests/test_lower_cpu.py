@@ -218,6 +218,43 @@ def test_what_does_not_share_a_call(
     assert_equal(actual, torch.compile(lambda x: call(model, x), backend="int8", fullgraph=True)(x))
 
 
+def computed_before(m: Siblings, x: Tensor) -> list[Tensor]:
+    biases = [part.bias * 2 for part in m.parts]
+    return [F.linear(x, part.weight, bias) for part, bias in zip(m.parts, biases, strict=True)]
+
+
+def computed_in_turns(m: Siblings, x: Tensor) -> list[Tensor]:
+    """The biases of the second and the third are there before the second."""
+    first = m.parts[0](x)
+    biases = [part.bias * 2 for part in m.parts[1:]]
+    return [first, *(F.linear(x, part.weight, bias) for part, bias in zip(m.parts[1:], biases, strict=True))]
+
+
+def attribute_before(m: Siblings, x: Tensor) -> list[Tensor]:
+    bias = constant()
+    return [F.linear(x, part.weight[:20], bias) for part in m.parts]
+
+
+BEFORE = {
+    "computed": (computed_before, {TRIPLE: 1}),
+    "computed in turns": (computed_in_turns, {SINGLE: 1, PAIR: 1}),
+    "an attribute": (attribute_before, {TRIPLE: 1}),
+}
+
+
+@pytest.mark.parametrize(("call", "expected"), BEFORE.values(), ids=BEFORE.keys())
+def test_biases_that_are_there_before_the_first_call_share_it(
+    call: Callable[[Siblings, Tensor], list[Tensor]], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Siblings(), torch.randn(5, 32)
+    compiled = torch.compile(lambda x: call(model, x), backend="int8", fullgraph=True)
+    assert calls(compiled, x) == expected
+    actual = compiled(x)
+    torch._dynamo.reset()
+    monkeypatch.setattr("int8compile.passes.lower_cpu.siblings", lambda *_: [])
+    assert_equal(actual, torch.compile(lambda x: call(model, x), backend="int8", fullgraph=True)(x))
+
+
 def test_later_linears_share_a_call_again() -> None:
     """After a write: those before it among themselves, those after it too."""
     model = Siblings([16, 17, 18, 19])
