@@ -16,6 +16,7 @@ import platform
 import re
 import shlex
 import subprocess
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,8 +97,8 @@ def export(
         config: The options, as an `Int8Config` or as the dictionary given to `torch.compile(options=...)`.
         allow_partial: Whether linears may stay in float that no option keeps in float.
         isa: The CPUs that it is compiled for: "native", those that have all that this one has, or "avx512"
-            (x86-64-v4 with VNNI) or "avx2" (x86-64-v3). The int8 kernels are in the file for all, and the best is
-            chosen when it is loaded.
+            (x86-64-v4 with VNNI) or "avx2" (x86-64-v3). Of our kernels the file has one for each instruction set,
+            and the best is chosen when it is loaded.
         form: "fast", with our kernels, or "portable", with operators of PyTorch alone, which Inductor compiles. By
             default fast on CPUs and portable on GPUs, for which there is no fast one yet.
 
@@ -118,6 +119,14 @@ def export(
     if form not in FORMS or (form == "fast" and device != "cpu"):
         allowed = FORMS if device == "cpu" else ("portable",)
         raise ExportError(f"form={form!r}; allowed are, on {device}, {', '.join(map(repr, allowed))}")
+    baked = [
+        repr(leaf) for leaf in tree_leaves((tuple(args), dict(kwargs or {}))) if not isinstance(leaf, Tensor | None)
+    ]
+    if baked:
+        raise ExportError(
+            f"the inputs {listed(baked)} are no tensors, and would be what every call computes with; give tensors, or "
+            "wrap the model in a module that sets them"
+        )
     library = cpu.load()
     if library is None:
         raise ExportError(
@@ -143,11 +152,15 @@ def export(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
-            with temporary_folder(path.absolute()) as folder:
+            # Inductor does not quote what it gives to compilers, and the user's path may have spaces.
+            with (
+                temporary_folder(path.absolute()) as beside,
+                tempfile.TemporaryDirectory(prefix="int8compile-") as made,
+            ):
                 step("Compiling")
-                files = _compile(module, program, folder, metadata, target)
+                files = _compile(module, program, Path(made), metadata, target)
                 step("Writing")
-                package.write(path, files, folder)
+                package.write(path, files, beside)
         except OSError as error:
             raise ExportError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
     return report
@@ -184,6 +197,16 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_reason(error)}") from error
 
 
+@contextlib.contextmanager
+def _inductors_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Int8CompileError:
+        raise
+    except Exception as error:
+        raise ExportError(f"AOTInductor cannot {what}: {_reason(error)}") from error
+
+
 def _reason(error: Exception) -> str:
     """What an error of torch.export or of Inductor says, in a few lines, without its own advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -213,6 +236,9 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast") -> Repo
         made = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
         if node not in parameters and not made:
             node.meta[BUFFER] = True
+    taken = [name for name, _ in module.named_buffers() if name.startswith(AttributeBinder.PREFIX)]
+    if taken:
+        raise ExportError(f"the model's buffers {listed(taken)} have names of ours; rename them")
     binder = AttributeBinder(module)
     # The weights of modules that `quantize_` made are packed too: a package has no modules to share them with.
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
@@ -264,11 +290,10 @@ def _drop_unread(module: GraphModule) -> None:
         if not node.users:
             module.graph.erase_node(node)
     read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    for owner in list(module.modules()):
-        prefix = next(name for name, each in module.named_modules() if each is owner)
-        for name in [*owner._parameters, *owner._buffers]:
-            if (f"{prefix}.{name}" if prefix else name) not in read:
-                delattr(owner, name)
+    stored = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name in {name for name, _ in stored} - read:
+        owner, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(owner), leaf)
     module.graph.lint()
     module.recompile()
 
@@ -314,13 +339,13 @@ class _Target:
         isa: The option.
         patches: Settings of Inductor.
         needs: Compiler macros of what the code may use.
-        archive: What is linked to the code.
+        linkable: What is linked to the code.
     """
 
     isa: str
     patches: dict[str, Any]
     needs: tuple[str, ...]
-    archive: Path
+    linkable: Path
 
     @staticmethod
     def of(isa: str, device: str, options: Int8Config, library: cpu.Library) -> _Target:
@@ -331,7 +356,7 @@ class _Target:
             if not hasattr(config.cpp, "march") or platform.machine() not in ("x86_64", "AMD64"):
                 raise ExportError(f"isa={isa!r} needs torch 2.13 or later and an x86-64 machine; use isa='native'")
             patches["cpp.march"], patches["cpp.simdlen"] = _LEVELS[isa]
-        with config.patch(patches):
+        with config.patch(patches), _inductors_errors("tell what it compiles for"):
             vector = cpu_vec_isa.pick_vec_isa()
             if isa in _LEVELS and not vector:
                 raise ExportError(f"isa={isa!r}: this machine has no {isa} itself, which Inductor needs to compile for")
@@ -346,7 +371,7 @@ class _Target:
             raise ExportError(f"`{shlex.join(command)} -dM` fails: {first_line(error)}") from error
         defined = {line.split()[1] for line in done.stdout.splitlines() if line.endswith(" 1")}
         needs = tuple(macro for macro in library.features if macro in defined)
-        return _Target(isa, patches, needs, library.built.archive)
+        return _Target(isa, patches, needs, library.built.linkable)
 
 
 def _metadata(
@@ -358,8 +383,10 @@ def _metadata(
 ) -> dict[str, Any]:
     from int8compile import __version__
 
-    stored = [*module.parameters(), *module.buffers()]
-    quantized = {id(each) for name, each in module.named_buffers() if name.startswith(AttributeBinder.PREFIX)}
+    stored = {"int8": 0, "float": 0}
+    for name, each in (*module.named_parameters(), *module.named_buffers()):
+        ours = name.startswith(AttributeBinder.PREFIX) or each.dtype == torch.int8
+        stored["int8" if ours else "float"] += each.nbytes
     return {
         "format": package.FORMAT,
         "int8compile": __version__,
@@ -371,10 +398,7 @@ def _metadata(
         "inputs": package.described(_tensors(module.graph.find_nodes(op="placeholder"))),
         "outputs": package.described(_tensors(tree_leaves(module.graph.output_node().args))),
         "sizes": {str(symbol): _bounds(sizes) for symbol, sizes in program.range_constraints.items()},
-        "bytes": {
-            "int8": sum(each.nbytes for each in stored if id(each) in quantized),
-            "float": sum(each.nbytes for each in stored if id(each) not in quantized),
-        },
+        "bytes": stored,
         "report": report.to_dict(),
         "explain": str(report),
     }
@@ -386,8 +410,33 @@ def _bounds(sizes: Any) -> tuple[int, int | None]:
 
 
 def _tensors(nodes: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    values = [(str(node), node.meta.get("val")) for node in nodes if isinstance(node, Node)]
-    return [(name, value) for name, value in values if isinstance(value, Tensor)]
+    """Inputs or outputs as the runtime counts them: a number becomes a tensor."""
+    values = [(str(node), node.meta.get("val") if isinstance(node, Node) else node) for node in nodes]
+    return [
+        (name, value if isinstance(value, Tensor) else torch.empty((), dtype=torch.int64, device="meta"))
+        for name, value in values
+        if value is not None
+    ]
+
+
+def _guards(program: ExportedProgram) -> list[sympy.Basic]:
+    """What the model asked of sizes while it was captured, beyond their ranges: that one is a multiple of 4, say."""
+    values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
+    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    shapes = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    if shapes is None:
+        return []
+    asked = [guard.expr for guard in shapes.guards]
+    for node in program.graph.nodes:
+        # torch.export takes a size that changes for one that is never 1, which squeeze would remove.
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket is torch.ops.aten.squeeze:
+            given = node.args[0].meta["val"].shape
+            dims = node.args[1] if len(node.args) > 1 else range(len(given))
+            squeezed = [given[dim] for dim in ([dims] if isinstance(dims, int) else dims)]
+            asked += [sympy.Ne(size.node.expr, 1) for size in squeezed if isinstance(size, torch.SymInt)]
+    return [
+        guard for guard in dict.fromkeys(each.xreplace(shapes.replacements) for each in asked) if guard.free_symbols
+    ]
 
 
 def _compile(
@@ -414,7 +463,7 @@ def _compile(
         "aot_inductor.custom_ops_to_c_shims": {
             op: [f"AOTITorchError aoti_torch_cpu_{op._opname}({parameters})"] for op, parameters in _FUNCTIONS.items()
         },
-        "aot_inductor.custom_op_libs": [target.archive.stem.removeprefix("lib")],
+        "aot_inductor.custom_op_libs": [f":{target.linkable.name}"],  # a file of this name
     }
     if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):  # torch 2.13 and later
         options["aot_inductor.enable_line_tables"] = False  # Half of a small file.
@@ -422,28 +471,25 @@ def _compile(
         # It takes a buffer of zeros for a constant even where the graph writes to it: a cache would stay empty.
         options["joint_graph_constant_folding"] = False
     generate: Any = CppWrapperCpu.generate
+    guards = _guards(program)
 
     def generate_checked(wrapper: Any, is_inference: bool) -> Any:
         # What Inductor has ruled out since the export, a single row for example, it has when it chose strides: any will
         # do for such a dimension. What the model itself asks of sizes is in the export.
         V.graph.sizevars.shape_env.var_to_range.update(program.range_constraints)
         source, *rest = generate(wrapper, is_inference)
-        return dataclasses.replace(source, value=_with_checks(source.value, target)), *rest
+        return dataclasses.replace(source, value=_with_checks(source.value, target, guards)), *rest
 
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
     # Where compilers look for libraries, besides those they are told of.
-    paths = os.pathsep.join(filter(None, (str(target.archive.parent), os.environ.get("LIBRARY_PATH"))))
-    try:
-        with (
-            mock.patch.object(CppWrapperCpu, "generate", generate_checked),
-            mock.patch.dict(os.environ, {"LIBRARY_PATH": paths}),
-        ):
-            made: Any = aot_compile(module, args, kwargs, options=options)
-    except Int8CompileError:
-        raise
-    except Exception as error:
-        raise ExportError(f"AOTInductor cannot compile the model: {_reason(error)}") from error
+    paths = os.pathsep.join(filter(None, (str(target.linkable.parent), os.environ.get("LIBRARY_PATH"))))
+    with (
+        _inductors_errors("compile the model"),
+        mock.patch.object(CppWrapperCpu, "generate", generate_checked),
+        mock.patch.dict(os.environ, {"LIBRARY_PATH": paths}),
+    ):
+        made: Any = aot_compile(module, args, kwargs, options=options)
     files = [file for file in made if isinstance(file, str) and file]
     (source,) = [file for file in files if file.endswith(".wrapper.cpp")]
     _check_generated(Path(source).read_text(), module)
@@ -467,21 +513,42 @@ _UNCHECKED = re.compile(r"if \(!_check_aoti_runtime_check_inputs_env\(\)\) ?\{\s
 _STRIDES = re.compile(r'if \(_check_aoti_runtime_check_inputs_env\(\)\) (\{ assert_size_stride\(.*"input"\); \})')
 
 
-def _with_checks(source: str, target: _Target) -> str:
+# A dimension of size 1 may have any stride.
+_STRIDE = re.compile(r"if \((\d+) != (\w+)_stride\[(\d+)\]\)")
+# Behind the definitions of sizes that change.
+_SIZES_KNOWN = "    inputs.clear();\n"
+
+
+def _with_checks(source: str, target: _Target, guards: Sequence[sympy.Basic] = ()) -> str:
     """Generated code that checks the package and the CPU when it is loaded, and its inputs at every call."""
+    from torch._inductor.codegen.cpp_utils import cexpr
+
     check = (
         "void int8compile_check_package(const char* macros, const char* isa);\n"
         f'int8compile_check_package("{" ".join(target.needs)}", "{target.isa}");\n'
     )
     source, constructors = _CONSTRUCTOR.subn(lambda found: found[0] + check, source)
     source, unchecked = _UNCHECKED.subn("", source)
-    source = _STRIDES.sub(r"\1", source)
-    if (constructors, unchecked) != (1, 1):
+    if (constructors, unchecked, source.count(_SIZES_KNOWN)) != (1, 1, 1):
         raise ExportError(
             f"torch {torch.__version__} generates code that this version of int8compile does not know, so that the "
             "package could not check itself; use torch 2.11 to 2.13, or a newer int8compile"
         )
-    return source
+    source = _STRIDES.sub(r"\1", source)
+    source = _STRIDE.sub(r"if (\2_size[\3] != 1 && \1 != \2_stride[\3])", source)
+    defined = set(re.findall(r"int64_t (\w+) = \w+_size\[\d+\];", source))
+    asked = ""
+    for guard in guards:
+        if unknown := {str(symbol) for symbol in guard.free_symbols} - defined:
+            raise ExportError(
+                f"the model asks that {guard}, and {listed(sorted(unknown))} is no size of an input that the compiled "
+                "code reads, so the package could not check it; give the sizes as a Dim"
+            )
+        asked += (
+            f'    if (!({cexpr(guard)})) throw std::runtime_error("int8compile: the model was exported for sizes of '
+            f'inputs with {guard}, and these are others");\n'
+        )
+    return source.replace(_SIZES_KNOWN, _SIZES_KNOWN + asked)
 
 
 def _check_generated(source: str, module: GraphModule) -> None:

@@ -110,31 +110,41 @@ def inspect(path: str | os.PathLike[str]) -> Package:
     try:
         size = file.stat().st_size
         with zipfile.ZipFile(file) as archive:
+            if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+                raise PackageError(f"{name} was edited: export compresses nothing, and {packed[0]} is; {_AGAIN}")
             damaged = archive.testzip()
             if damaged is not None:
                 raise PackageError(f"{name} is damaged in {PurePosixPath(damaged).name}; {_AGAIN}")
-            members = {PurePosixPath(info.filename).name: info for info in archive.infolist() if _of_model(info)}
-            described = next((each for each in members if each.endswith(".wrapper_metadata.json")), None)
-            about = json.loads(archive.read(members[described])) if described else {}
-            listed = archive.read(members[CHECKSUMS]).decode() if CHECKSUMS in members else None
+            members = [info for info in archive.infolist() if _of_model(info)]
+            described = [_text(archive, info) for info in members if info.filename.endswith(".wrapper_metadata.json")]
+            listed = [_text(archive, info) for info in members if PurePosixPath(info.filename).name == CHECKSUMS]
     except OSError as error:
         raise PackageError(f"{name} cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         raise PackageError(f"{name} is no .pt2 file, or is truncated ({error}); {_AGAIN}") from error
-    if METADATA not in about:
-        raise PackageError(f"{name} was not made by int8compile.export: it has no metadata of it")
-    metadata = json.loads(about[METADATA])
-    if metadata["format"] > FORMAT:
+    try:
+        metadata = json.loads(json.loads(described[0])[METADATA])
+        version, maker = int(metadata["format"]), str(metadata["int8compile"])
+    except (IndexError, KeyError, TypeError, ValueError, RecursionError):
+        raise PackageError(f"{name} was not made by int8compile.export: it has no metadata of it") from None
+    if version > FORMAT:
         raise PackageError(
-            f"{name} is of format {metadata['format']}, made by int8compile {metadata['int8compile']}; this version "
-            f"reads up to {FORMAT}. Update int8compile"
+            f"{name} is of format {version}, made by int8compile {maker}; this version reads up to {FORMAT}. "
+            "Update int8compile"
         )
-    if listed is None:
+    if not listed:
         raise PackageError(f"{name} was edited: it has no list of checksums; {_AGAIN}")
-    found = [f"{info.CRC:08x} {info.file_size} {each}" for each, info in members.items() if each != CHECKSUMS]
-    if sorted(found) != sorted(listed.splitlines()):
+    names = [(PurePosixPath(info.filename).name, info) for info in members]
+    found = [f"{info.CRC:08x} {info.file_size} {each}" for each, info in names if each != CHECKSUMS]
+    if sorted(found) != sorted(listed[0].splitlines()):
         raise PackageError(f"{name} was edited: its files are not those that were exported; {_AGAIN}")
     return Package(file, size, metadata)
+
+
+def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
+    if info.file_size > 1 << 28:
+        raise ValueError(f"{info.filename} is of {readable(info.file_size)}")
+    return archive.read(info).decode()
 
 
 def _of_model(info: zipfile.ZipInfo) -> bool:

@@ -20,7 +20,7 @@ from torch._inductor import aoti_load_package
 from torch.export import Dim
 
 import int8compile
-from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, PackageError, cpu, package
+from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, PackageError, cli, cpu, package
 from int8compile.cli import main
 
 export_module = sys.modules["int8compile.export"]
@@ -243,6 +243,22 @@ def test_an_edited_package_is_refused(block: Any, tmp_path: Path) -> None:
     refused(path, "it has no list of checksums")
 
 
+@pytest.mark.parametrize(
+    "metadata", ["", "5", "[]", "{}", '{"int8compile": "oops"}', '{"int8compile": "[1]"}', "[" * 100_000]
+)
+def test_metadata_of_any_kind_is_no_traceback(block: Any, tmp_path: Path, metadata: str) -> None:
+    edited(block[1], tmp_path / "odd.pt2", lambda name, old: metadata.encode() if name.endswith(".json") else old)
+    with pytest.raises(PackageError, match=r"was not made by int8compile\.export"):
+        int8compile.inspect(tmp_path / "odd.pt2")
+
+
+def test_a_compressed_package_is_refused_before_it_is_unpacked(block: Any, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/aotinductor/model/a.wrapper_metadata.json", bytes(10**7))
+    with pytest.raises(PackageError, match="export compresses nothing"):
+        int8compile.inspect(tmp_path / "bomb.pt2")
+
+
 def test_what_is_no_package_of_ours_is_told_apart(block: Any, tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="cannot be read"):
         int8compile.inspect(tmp_path / "none.pt2")
@@ -364,6 +380,40 @@ def test_a_model_on_a_gpu_is_exported_in_the_portable_form(dtype: torch.dtype, f
         torch.testing.assert_close(loaded(x), compiled(model, x), rtol=tolerance, atol=tolerance)
 
 
+class Particular(nn.Module):
+    """Its sizes must be multiples of 4, or else; and it squeezes one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.linear(x.view(-1, 4, 32).sum(dim=1))
+        return (z * 2 if x.shape[0] > y.shape[0] else z).squeeze(0)
+
+
+def test_what_the_model_asks_of_sizes_is_checked_at_every_call(tmp_path: Path) -> None:
+    model = Particular().eval()
+    path = tmp_path / "with spaces" / "particular.pt2"
+    sizes = ({0: Dim.AUTO}, {0: Dim.AUTO})
+    int8compile.export(model, (torch.zeros(8, 32), torch.zeros(3, 1)), path, dynamic_shapes=sizes)
+    loaded = aoti_load_package(str(path))
+    x, y = outlying(12, 32), torch.zeros(11, 1)
+    with torch.no_grad():
+        assert loaded(x, y).equal(torch.compile(model, backend="int8")(x, y))
+    # 10 rows are no multiple of 4; 12 are fewer than 13, which another branch is for; 4 rows are squeezed away.
+    for rows, others in ((10, 3), (12, 13), (4, 3)):
+        with pytest.raises(RuntimeError, match="the model was exported for sizes of inputs with"):
+            loaded(torch.zeros(rows, 32), torch.zeros(others, 1))
+
+
+def test_a_dimension_of_size_1_may_have_any_stride(block: Any) -> None:
+    model, path, _ = block
+    x = outlying(1, 9, 512)[:, -1:]
+    assert x.stride() == (9 * 512, 512, 1)
+    assert aoti_load_package(str(path))(x).equal(compiled(model, x))
+
+
 # --- refusals; none of these compiles ---
 
 
@@ -383,6 +433,16 @@ def test_what_options_keep_in_float_is_not_refused_unless_nothing_is_left(tmp_pa
         int8compile.export(model, (torch.zeros(3, 32),), tmp_path / "m.pt2", config={"min_features": 64})
     with pytest.raises(ExportError, match="no linear of the model would be int8, because it has none"):
         int8compile.export(nn.ReLU().eval(), (torch.zeros(3),), tmp_path / "m.pt2")
+
+
+class Uses(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x)
+        return result
 
 
 class Branching(nn.Module):
@@ -430,6 +490,8 @@ def test_bad_arguments_are_told_before_anything_is_done(tmp_path: Path) -> None:
     refuses("must end in .pt2", path=tmp_path / "m.pt")
     refuses("isa='sse'; allowed are 'native', 'avx512', 'avx2'", isa="sse")
     refuses("form='fastest'; allowed are, on cpu, 'fast', 'portable'", form="fastest")
+    with pytest.raises(ExportError, match="the inputs 3, True are no tensors, and would be what every call computes"):
+        int8compile.export(model, (*x, 3), path, {"flag": True})
     refuses("is on cpu, meta", model=nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, device="meta")).eval())
     (tmp_path / "folder.pt2").mkdir()
     refuses("is a folder", path=tmp_path / "folder.pt2")
@@ -448,6 +510,25 @@ def test_weights_without_values_are_refused(tmp_path: Path) -> None:
     bad.weight.data[3, 4] = torch.nan
     with pytest.raises(BadWeightError, match="1 NaN or Inf of 1024"):
         int8compile.export(bad, (torch.zeros(2, 32),), tmp_path / "m.pt2")
+
+
+def test_a_compiler_that_inductor_cannot_call_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(ExportError, match="AOTInductor cannot tell what it compiles for: InvalidCxxCompiler"):
+        int8compile.export(nn.Linear(32, 32).eval(), (torch.zeros(2, 32),), tmp_path / "m.pt2")
+
+
+def test_a_buffer_with_a_name_of_ours_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(32, 32).eval()
+    model.register_buffer("int8_0_scale", torch.ones(32))
+    module = torch.export.export(Uses(model).eval(), (torch.zeros(2, 32),), strict=False).module(check_guards=False)
+    module.register_buffer("int8_0_scale", torch.ones(32))
+    with pytest.raises(ExportError, match=r"buffers int8_0_scale have names of ours"):
+        export_module.rewrite(module, Int8Config())
+
+
+def test_the_command_line_knows_the_same_choices() -> None:
+    assert (cli.ISAS, cli.FORMS) == (export_module.ISAS, export_module.FORMS)
 
 
 def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +558,7 @@ def test_foreign_operators_are_noted(tmp_path: Path) -> None:
         library.define("twice(Tensor x) -> Tensor")
         library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
 
-        class Uses(nn.Module):
+        class Twice(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.linear = nn.Linear(32, 32)
@@ -486,7 +567,7 @@ def test_foreign_operators_are_noted(tmp_path: Path) -> None:
                 result: Tensor = torch.ops.test_export.twice(self.linear(x))
                 return result
 
-        program = torch.export.export(Uses().eval(), (torch.zeros(2, 32),))
+        program = torch.export.export(Twice().eval(), (torch.zeros(2, 32),))
         (note,) = export_module._check_operators(program.module())
         assert "test_export.twice.default; what loads it must register" in note
 

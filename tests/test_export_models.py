@@ -122,10 +122,14 @@ def test_a_decoder_that_cannot_be_is_refused() -> None:
     with pytest.raises(ModelError, match="looks back 8 tokens; a cache of 24 is longer"):
         StaticCacheDecoder(qwen(use_sliding_window=True, sliding_window=8), 24)
     StaticCacheDecoder(qwen(use_sliding_window=True, sliding_window=8), 8)
-    capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**QWEN)).eval()
-    decoder = StaticCacheDecoder(capped, 24)
     with pytest.raises(ModelError, match="asks for softcap, which this decoder has not"):
-        decoder(torch.zeros(1, 2, dtype=torch.int64), torch.tensor(0), decoder.new_cache())
+        StaticCacheDecoder(transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**QWEN)).eval(), 24)
+    # Reads later tokens, too; and one with an attention of its own, which takes masks in another way.
+    config = transformers.BertConfig(vocab_size=100, is_decoder=False, **SIZES)
+    mpt = transformers.MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=100, max_seq_len=64)
+    for model in (transformers.BertLMHeadModel(config), transformers.MptForCausalLM(mpt)):
+        with pytest.raises(ModelError, match=r"computes something else|cannot be run with a static cache"):
+            StaticCacheDecoder(model.eval(), 24)
     mamba = transformers.MambaForCausalLM(
         transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=100, state_size=4)
     )

@@ -1,8 +1,8 @@
 """Compiles the CPU kernel's C++ sources, once, in the user's cache folder.
 
-`UNITS` says what is compiled and how. They become a shared library, which this process loads, and an archive, which is
-linked into exported models. Each set of sources, flags, compiler and torch has a folder of its own in the cache:
-`library.so`, `libint8compile.a`, `build.json` (what was built, with hashes), `build.log` (the compiler's words) and
+`UNITS` says what is compiled and how. They become a shared library, which this process loads, and an object file,
+which is linked into exported models. Each set of sources, flags, compiler and torch has a folder of its own in the
+cache: `library.so`, `int8compile.o`, `build.json` (what was built, with hashes), `build.log` (the compiler's words) and
 `lock`.
 """
 
@@ -53,8 +53,8 @@ FLAGS = (
 )
 # The stable ABI of torch 2.11: the library then works with every later one.
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", "{torch}/include")
-# The library and the archive.
-FILES = ("library.so", "libint8compile.a")
+# The library, and what is linked into exported models.
+FILES = ("library.so", "int8compile.o")
 LINK_FLAGS = ("-shared", "-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (
@@ -75,7 +75,7 @@ class Unit:
         needs: A small program that shows whether a compiler is new enough for the variant. One that cannot compile it
             leaves the variant out.
         torch: Whether it needs torch.
-        part: The only thing that it is in, "library" or "archive", "" for both.
+        part: The only thing that it is in: "library" or "export", what is for exported models; "" for both.
     """
 
     source: str
@@ -91,7 +91,7 @@ _X86 = "#include <immintrin.h>\n"
 UNITS = (
     Unit("operators.cpp", flags=TORCH_FLAGS, torch=True),  # the longest first
     Unit("op.cpp", flags=TORCH_FLAGS, torch=True, part="library"),
-    Unit("package.cpp", flags=TORCH_FLAGS, torch=True, part="archive"),
+    Unit("package.cpp", flags=TORCH_FLAGS, torch=True, part="export"),
     Unit("linear.cpp"),
     Unit("features.cpp"),
     Unit("portable.cpp", variant="portable"),
@@ -175,7 +175,7 @@ class Built:
 
     Attributes:
         path: The library.
-        archive: What exported models carry of it, for the linker.
+        linkable: The object file for exported models.
         compiler: The first line of its version.
         variants: Kernel variants that are in it.
         left_out: Variants that the compiler is too old for, with what it says.
@@ -184,7 +184,7 @@ class Built:
     """
 
     path: Path
-    archive: Path
+    linkable: Path
     compiler: str
     variants: tuple[str, ...]
     left_out: dict[str, str]
@@ -265,15 +265,15 @@ def _key(compiler: Compiler) -> str:
 
 def _cached(folder: Path) -> Built | None:
     """What `_build` left in a folder, if it is whole: loading half a library ends the process by SIGBUS."""
-    library, archive = (folder / name for name in FILES)
+    library, linkable = (folder / name for name in FILES)
     try:
         made = json.loads((folder / "build.json").read_text())
-        for file in (library, archive):
+        for file in (library, linkable):
             if _sha256(file) != made["sha256"][file.name]:
                 log.warning("%s is damaged and will be compiled again", file)
                 return None
         left_out, seconds = made["left_out"], made["seconds"]
-        return Built(library, archive, made["compiler"], tuple(made["variants"]), left_out, seconds, cached=True)
+        return Built(library, linkable, made["compiler"], tuple(made["variants"]), left_out, seconds, cached=True)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -288,10 +288,11 @@ def _build(compiler: Compiler, folder: Path, temporary: Path) -> Built:
     with open(folder / "build.log", "w") as written:
         try:
             objects = compile_units(compiler.command, wanted, temporary, write=written.write)
-            library, archive = (temporary / name for name in FILES)
+            library, linkable = (temporary / name for name in FILES)
             command = [*compiler.command, *objects.of("library"), *_with_torch(LINK_FLAGS), "-o", str(library)]
             _checked(command, "linking", written.write)
-            _checked([os.environ.get("AR") or "ar", "rcs", str(archive), *objects.of("archive")], "ar", written.write)
+            command = [*compiler.command, "-r", "-nostdlib", *objects.of("export"), "-o", str(linkable)]
+            _checked(command, "joining objects", written.write)
         except KernelBuildError as error:
             raise KernelBuildError(f"{error}; all that the compiler says is in {folder / 'build.log'}") from None
     for variant, why in objects.left_out.items():
@@ -330,7 +331,7 @@ class Objects:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, part: str) -> list[str]:
-        """The object files that belong to the "library" or the "archive"."""
+        """The object files that belong to the "library", or are for "export"."""
         return [path for unit, path in self.made.items() if unit.part in ("", part)]
 
 

@@ -17,9 +17,11 @@ from torch.export import Dim
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from int8compile.errors import ModelError
+from int8compile.errors import ModelError, first_line
+from int8compile.modules import Int8Module
 
 _ATTENTION = "int8compile_static_cache"
+_INSTEAD = "wrap the model in a module of your own and export that"
 
 
 class StaticCacheDecoder(nn.Module):
@@ -30,7 +32,8 @@ class StaticCacheDecoder(nn.Module):
         length: Tokens that the cache has room for. Every call reads all of it, so it should not be larger than needed.
 
     Raises:
-        ModelError: The model keeps other things than keys and values, or looks back less far than `length`.
+        ModelError: The model keeps other things than keys and values, looks back less far than `length`, or computes
+            something else in this way than it does by itself.
 
     Attributes:
         sizes: [heads, length, head_dim] of each tensor of the cache: keys and values of the first layer, and so on.
@@ -42,13 +45,36 @@ class StaticCacheDecoder(nn.Module):
         self.length = length
         self.sizes = _cache_sizes(model, length)
         self.train(model.training)
+        self._check()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Reads a few tokens, in two calls, and compares the logits with the model's: not all do as they are told.
+
+        Some have an attention of their own, which takes masks in another way, and some look at later tokens, too.
+        """
+        name = type(self.model).__name__
+        ids = torch.arange(min(4, self.length), device=self.model.device)[None]
+        cache = self.new_cache()
+        try:
+            self(ids[:, :-1], torch.tensor(0, device=ids.device), cache)
+            logits = self(ids[:, -1:], torch.tensor(ids.shape[1] - 1, device=ids.device), cache)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{name} cannot be run with a static cache: {first_line(error)}; {_INSTEAD}") from error
+        expected = self.model(input_ids=ids, use_cache=False).logits[:, -1]
+        # Which rows are together changes how 16 bit rounds, and with column outliers int8.
+        exact = self.model.dtype == torch.float32 and not any(isinstance(each, Int8Module) for each in self.modules())
+        if (logits - expected).abs().max() > (5e-5 if exact else 0.05) * expected.abs().max():
+            raise ModelError(f"{name} computes something else with a static cache and a causal mask; {_INSTEAD}")
 
     def forward(self, ids: Tensor, start: Tensor, cache: list[Tensor]) -> Tensor:
         """Reads tokens, and writes their keys and values to the cache.
 
         Args:
             ids: Tokens.
-            start: How many tokens the cache holds already, of all rows the same.
+            start: How many tokens the cache holds already, of all rows the same; 0 or more.
             cache: What `new_cache` makes; it is changed.
 
         Returns:
@@ -124,7 +150,6 @@ def _cache_sizes(model: Any, length: int) -> list[tuple[int, int, int]]:
 def _attention(model: Any) -> Iterator[None]:
     """Has the model call `_attend`; transformers' own function asks whether there is one token, or several."""
     before = model.config._attn_implementation
-    AttentionInterface.register(_ATTENTION, _attend)
     try:
         model.config._attn_implementation = _ATTENTION
         yield
@@ -151,7 +176,7 @@ def _attend(
     if asked or attention_mask is None:
         raise ModelError(
             f"{type(module).__name__} asks for {asked[0] if asked else 'attention without a mask'}, "
-            "which this decoder has not; wrap the model in a module of your own and export that"
+            f"which this decoder has not; {_INSTEAD}"
         )
     batch, heads, length, size = query.shape
     groups = heads // key.shape[1]
@@ -161,3 +186,6 @@ def _attend(
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     out = out.view(batch, heads, length, value.shape[3]).transpose(1, 2)
     return out.clone(memory_format=torch.contiguous_format), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
