@@ -7,14 +7,12 @@ the first token: of torch.compile with an empty cache of compiled code, and with
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,22 +20,12 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks import tables
+
 ROUNDS, PROMPT, STEPS = 9, 128, 48
 # Times that torch.compile takes of the exported model's.
 PREFILL, DECODE = 0.95, 1.15
 DTYPES = ("float32", "bfloat16")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, help="write the tables there, too")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each process (default %(default)s)")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        text = report(Path(folder), args.rounds)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
 
 
 class Exported(NamedTuple):
@@ -68,12 +56,12 @@ def report(folder: Path, rounds: int) -> str:
         names = ("torch.compile, nothing cached", "torch.compile, compiled code cached", "exported")
         for name, worker in zip(names, (cold, warm, package), strict=True):
             starts.append((dtype, name, *(f"{seconds:.1f} s" for seconds in worker.times.values())))
-    tables = (
+    parts = (
         (sizes, ("rest in", "export takes", "file", "its int8", "its float")),
         (speeds, ("rest in", "prompt", "step", "prompt, of compiled", "step, of compiled", "logits")),
         (starts, ("rest in", "from the start of the process", "to imports", "to the model", "to the first token")),
     )
-    return "\n\n".join([heading(rounds), *(tabulate(rows, headers=headers, **_TABLE) for rows, headers in tables)])
+    return "\n\n".join([heading(rounds), *(tabulate(rows, headers=headers, **_TABLE) for rows, headers in parts)])
 
 
 _TABLE: dict[str, Any] = {"tablefmt": "github", "disable_numparse": True}
@@ -227,4 +215,4 @@ def _faster(pairs: list[tuple[float, float]], bar: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    tables.run(__doc__, ROUNDS, report)

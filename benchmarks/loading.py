@@ -7,20 +7,19 @@ are used, so the time to compare is that to the first token; cases take turns, a
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks import tables
 from int8compile.config import LmHead
 
 SHARD = "50MB"
@@ -28,18 +27,6 @@ ROUNDS = 7
 HEADS: tuple[LmHead, ...] = ("native", "int8_weight")
 # The bars of what they show: bytes of float32 and of bfloat16, time of loading without quantization.
 LINEARS, WHOLE, TIED, TIME = (0.26, 0.51), (0.42, 0.62), 0.27, 1.5
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, help="write the tables there, too")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="loads of each kind (default %(default)s)")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        text = report(Path(folder), args.rounds)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
 
 
 def report(folder: Path, rounds: int) -> str:
@@ -270,4 +257,4 @@ def _against(value: float, bar: float | None, form: str = "{:.3f}") -> str:
 
 
 if __name__ == "__main__":
-    main()
+    tables.run(__doc__, ROUNDS, report)

@@ -138,7 +138,10 @@ def export(
     with _steps() as step, _lock, torch.no_grad(), sizes, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch's own, about itself
         step("Capturing")
-        program = _capture(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+        with _failing(f"torch.export cannot capture {type(model).__name__}"):
+            program = torch.export.export(
+                model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
         step("Quantizing")
         module = program.module(check_guards=False)
         assert isinstance(module, GraphModule)
@@ -188,27 +191,19 @@ def _check_arguments(model: Any, path: Path, isa: str) -> str:
     return next(iter(devices)).type if devices else "cpu"
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except Int8CompileError:
-        raise
-    except Exception as error:
-        raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_reason(error)}") from error
-
-
 @contextlib.contextmanager
-def _inductors_errors(what: str) -> Iterator[None]:
+def _failing(what: str) -> Iterator[None]:
+    """Tells what PyTorch could not do, in an `ExportError`."""
     try:
         yield
     except Int8CompileError:
         raise
     except Exception as error:
-        raise ExportError(f"AOTInductor cannot {what}: {_reason(error)}") from error
+        raise ExportError(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """What an error of torch.export or of Inductor says, in a few lines, without its own advice."""
+    """What an error of PyTorch's says, in a few lines, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Set TORCH", "You can suppress", "For more info"))]
     return f"{type(error).__name__}: {' '.join(told[:4])[:600]}"
@@ -356,7 +351,7 @@ class _Target:
             if not hasattr(config.cpp, "march") or platform.machine() not in ("x86_64", "AMD64"):
                 raise ExportError(f"isa={isa!r} needs torch 2.13 or later and an x86-64 machine; use isa='native'")
             patches["cpp.march"], patches["cpp.simdlen"] = _LEVELS[isa]
-        with config.patch(patches), _inductors_errors("tell what it compiles for"):
+        with config.patch(patches), _failing("Inductor cannot tell what it compiles for"):
             vector = cpu_vec_isa.pick_vec_isa()
             if isa in _LEVELS and not vector:
                 raise ExportError(f"isa={isa!r}: this machine has no {isa} itself, which Inductor needs to compile for")
@@ -485,7 +480,7 @@ def _compile(
     # Where compilers look for libraries, besides those they are told of.
     paths = os.pathsep.join(filter(None, (str(target.linkable.parent), os.environ.get("LIBRARY_PATH"))))
     with (
-        _inductors_errors("compile the model"),
+        _failing("AOTInductor cannot compile the model"),
         mock.patch.object(CppWrapperCpu, "generate", generate_checked),
         mock.patch.dict(os.environ, {"LIBRARY_PATH": paths}),
     ):
@@ -511,8 +506,6 @@ _CONSTRUCTOR = re.compile(r"^ *: AOTInductorModelBase\([^{]*\{\n", re.MULTILINE)
 _UNCHECKED = re.compile(r"if \(!_check_aoti_runtime_check_inputs_env\(\)\) ?\{\s*return;\s*\}")
 # and strides that follow from sizes that change.
 _STRIDES = re.compile(r'if \(_check_aoti_runtime_check_inputs_env\(\)\) (\{ assert_size_stride\(.*"input"\); \})')
-
-
 # A dimension of size 1 may have any stride.
 _STRIDE = re.compile(r"if \((\d+) != (\w+)_stride\[(\d+)\]\)")
 # Behind the definitions of sizes that change.

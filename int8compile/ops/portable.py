@@ -61,12 +61,11 @@ def batched_linear(
     Shapes:
         x: [B, M, K]; qweight: [B, N, K] int8; scale: [B, N] float32; bias: [B, N]; result: [B, M, N] in x's dtype.
     """
-    biases = [None] * x.shape[0] if bias is None else list(bias)
-    products = [
-        quantized_linear(*quantize_rows(rows, threshold, outliers), weight, scales, added, rows)
-        for rows, weight, scales, added in zip(x, qweight, scale, biases, strict=True)
-    ]
-    return torch.stack(products)
+    return reference.each_of(_linear, x, qweight, scale, bias, threshold, outliers)
+
+
+def _linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
+    return quantized_linear(*quantize_rows(x, threshold, outliers), qweight, scale, bias, x)
 
 
 def _int_matmul(q: Tensor, qweight: Tensor) -> Tensor:

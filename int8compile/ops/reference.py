@@ -8,7 +8,8 @@ Source: Dettmers et al. 2022, "LLM.int8()", https://arxiv.org/abs/2208.07339, wi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -208,8 +209,15 @@ def batched_linear(
     Shapes:
         x: [B, M, K]; qweight: [B, N, K] int8; scale: [B, N] float32; bias: [B, N]; result: [B, M, N] in x's dtype.
     """
+    return each_of(linear, x, qweight, scale, bias, threshold, outliers)
+
+
+def each_of(
+    compute: Callable[..., Tensor], x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any
+) -> Tensor:
+    """A linear of each of B weights, as `batched_linear`."""
     biases = [None] * x.shape[0] if bias is None else list(bias)
-    products = [linear(*each, threshold, outliers) for each in zip(x, qweight, scale, biases, strict=True)]
+    products = [compute(*each, *policy) for each in zip(x, qweight, scale, biases, strict=True)]
     return torch.stack(products) if products else x.new_empty(0, x.shape[1], qweight.shape[1])
 
 
