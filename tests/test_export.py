@@ -512,9 +512,9 @@ def test_weights_without_values_are_refused(tmp_path: Path) -> None:
         int8compile.export(bad, (torch.zeros(2, 32),), tmp_path / "m.pt2")
 
 
-def test_a_compiler_that_inductor_cannot_call_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(ExportError, match="Inductor cannot tell what it compiles for: InvalidCxxCompiler"):
+def test_a_compiler_that_inductor_cannot_call_is_told(tmp_path: Path) -> None:
+    compiler = torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler"))
+    with compiler, pytest.raises(ExportError, match="Inductor cannot tell what it compiles for: InvalidCxxCompiler"):
         int8compile.export(nn.Linear(32, 32).eval(), (torch.zeros(2, 32),), tmp_path / "m.pt2")
 
 
