@@ -40,7 +40,7 @@ from int8compile.ops import pack_weight
 from int8compile.passes import EXACT_DIVISION, AttributeBinder, holds_int8, lower_for_cpu, lower_portable, rewrite_graph
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.names import module_path
-from int8compile.passes.static import BUFFER, written
+from int8compile.passes.static import BUFFER, is_written
 from int8compile.report import Report, SkipReason
 from int8compile.weights import FREED, quantize_checked
 
@@ -462,7 +462,7 @@ def _compile(
     }
     if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):  # torch 2.13 and later
         options["aot_inductor.enable_line_tables"] = False  # Half of a small file.
-    if _changes_buffers(module):
+    if is_written(module.graph.find_nodes(op="get_attr")):
         # It takes a buffer of zeros for a constant even where the graph writes to it: a cache would stay empty.
         options["joint_graph_constant_folding"] = False
     generate: Any = CppWrapperCpu.generate
@@ -489,16 +489,6 @@ def _compile(
     (source,) = [file for file in files if file.endswith(".wrapper.cpp")]
     _check_generated(Path(source).read_text(), module)
     return files
-
-
-def _changes_buffers(module: GraphModule) -> bool:
-    for call in module.graph.nodes:
-        for node in written(call):
-            while node.op not in ("placeholder", "get_attr") and node.all_input_nodes:
-                node = node.all_input_nodes[0]
-            if node.op == "get_attr":
-                return True
-    return False
 
 
 _CONSTRUCTOR = re.compile(r"^ *: AOTInductorModelBase\([^{]*\{\n", re.MULTILINE)

@@ -238,10 +238,10 @@ def changed_in_graph(weight: StaticWeight, sharing: Sequence[Node]) -> bool:
     if weight.source.op == "placeholder" and _counted_writes(weight, sharing):
         return True
     # Updates of lists (_foreach_mul_) are not counted, and exported graphs do not count.
-    return _is_written((*sharing, *weight.chain))
+    return is_written((*sharing, *weight.chain))
 
 
-def _is_written(nodes: Sequence[Node]) -> bool:
+def is_written(nodes: Sequence[Node]) -> bool:
     """Whether a graph writes to tensors or to views of them."""
     pending = [*nodes]
     while pending:
@@ -270,7 +270,7 @@ def written(call: Node) -> set[Node]:
     if isinstance(call.target, torch._ops.HigherOrderOperator):
         if "mutation" in call.target.__name__:
             return set(call.all_input_nodes)  # A Triton kernel of the user's; which it writes to is not asked.
-        return {given for _, inputs in nested_graphs(call) for inner, given in inputs.items() if _is_written([inner])}
+        return {given for _, inputs in nested_graphs(call) for inner, given in inputs.items() if is_written([inner])}
     if isinstance(call.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return _nodes([value for argument, value in _by_schema(call) if argument.is_write])
     name = str(call.target) if call.op == "call_method" else getattr(call.target, "__name__", "")

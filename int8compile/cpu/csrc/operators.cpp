@@ -12,6 +12,7 @@
 #include <vector>
 
 using torch::headeronly::ScalarType;
+
 namespace int8compile {
 
 namespace {
