@@ -19,15 +19,17 @@ help: ## print this list
 demo: $(STAMP) ## compile a small model to int8 and show what was rewritten, how fast and how exact
 	$(BIN)/int8compile demo
 
+INTERPRETED := tests/test_triton_contract.py tests/test_export_gpu.py
+
 # Two at a time: most tests wait for a compiler that uses one core. The Triton kernels run in Triton's interpreter,
 # which is chosen when Triton is imported, so in processes of their own.
 test: lint ## lint, types, import rules, and every test that is not slow
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_contract.py -m "not slow" -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -m "interpreted and not slow" -n 2 --dist worksteal
 
 test-slow: $(STAMP) ## the tests that run a real language model, and others that take minutes
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_contract.py -m slow -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -m "interpreted and slow" -n 2 --dist worksteal
 
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check .

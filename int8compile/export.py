@@ -1,16 +1,19 @@
 """Offline export: a model in, one .pt2 file out that runs where this package is not installed.
 
 torch.export captures the model, `int8compile.passes` rewrite its graph by the rules that torch.compile follows, and
-AOTInductor compiles it. The C++ kernels are linked into the file's own library, where the generated code calls them as
-C functions (csrc/package.cpp), without the dispatcher. That library checks the file and the CPU when it is loaded.
+AOTInductor compiles it. The file's own library has the C++ kernels for CPUs (csrc/package.cpp), or starts the compiled
+Triton kernels for a GPU that lie beside it (csrc/launcher.cpp). The generated code calls them as C functions, without
+the dispatcher. That library checks the file, the CPU and the GPU when it is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -21,7 +24,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import sympy
@@ -30,19 +33,32 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.value_ranges import bound_sympy
 from tqdm import tqdm
 
-from int8compile import cpu, ops, package
+from int8compile import cpu, hardware, ops, package, triton_kernels
 from int8compile.atomic import remove_leftovers, temporary_folder
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, Int8CompileError, first_line, listed
-from int8compile.ops import pack_weight
-from int8compile.passes import EXACT_DIVISION, AttributeBinder, holds_int8, lower_for_cpu, lower_portable, rewrite_graph
+from int8compile.ops import digits, pack_weight
+from int8compile.passes import (
+    EXACT_DIVISION,
+    AttributeBinder,
+    holds_int8,
+    lower_for_cpu,
+    lower_for_gpu,
+    lower_portable,
+    rewrite_graph,
+)
 from int8compile.passes.binding import WeightSlot
+from int8compile.passes.lower_gpu import has_int8_kernels
 from int8compile.passes.names import module_path
-from int8compile.passes.static import BUFFER, is_written
+from int8compile.passes.static import BUFFER, attribute, is_written, meta_tensor, traced
 from int8compile.report import Report, SkipReason
-from int8compile.weights import FREED, quantize_checked
+from int8compile.weights import FREED, joined, quantize_checked
+
+if TYPE_CHECKING:
+    from int8compile.triton_kernels.plan import Gpu, Planner
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +70,10 @@ _LEVELS = {"avx512": ("x86-64-v4", 512), "avx2": ("x86-64-v3", 256)}
 # What the options ask for; all else that stays in float is refused.
 _ASKED_FOR = {SkipReason.NAME, SkipReason.LM_HEAD, SkipReason.TIED, SkipReason.SMALL}
 
-# The operators that a package has, with the parameters of the C functions.
+# The operators that a package has, with the parameters of the C functions: for CPUs,
 _WEIGHT = "AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale, AtenTensorHandle* bias"
 _POLICY = "double threshold, int32_t by_column"
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, str] = {
     ops.packed_linear_no_grad.default: f"{_WEIGHT}, {_POLICY}, AtenTensorHandle* y",
     ops.packed_linear_pair_no_grad.default: f"{_WEIGHT}, int64_t n0, {_POLICY}, AtenTensorHandle* y0, "
     "AtenTensorHandle* y1",
@@ -65,6 +81,17 @@ _FUNCTIONS = {
     "AtenTensorHandle* y1, AtenTensorHandle* y2",
     ops.packed_batched_linear.default: f"{_WEIGHT}, double threshold, const char* outliers, AtenTensorHandle* y",
     ops.packed_weight_only_linear_no_grad.default: f"{_WEIGHT}, AtenTensorHandle* y",
+    ops.grouped_linear.default: "AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale, "
+    "AtenTensorHandle ends, double threshold, const char* outliers, AtenTensorHandle* y",
+}
+# and for GPUs.
+_GPU_FUNCTIONS: dict[Any, str] = {
+    ops.quantize_rows.default: f"AtenTensorHandle x, {_POLICY}, AtenTensorHandle* planes, AtenTensorHandle* info",
+    ops.quantized_linear.default: "AtenTensorHandle planes, AtenTensorHandle info, AtenTensorHandle qweight, "
+    f"AtenTensorHandle scale, AtenTensorHandle* bias, {_POLICY}, int64_t activation, int64_t n0, int64_t n1, "
+    "int32_t dtype, AtenTensorHandle* y",
+    ops.weight_only_linear.default: "AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale, "
+    "AtenTensorHandle* bias, AtenTensorHandle* y",
 }
 
 # Inductor's settings are of the process.
@@ -100,7 +127,8 @@ def export(
             (x86-64-v4 with VNNI) or "avx2" (x86-64-v3). Of our kernels the file has one for each instruction set,
             and the best is chosen when it is loaded.
         form: "fast", with our kernels, or "portable", with operators of PyTorch alone, which Inductor compiles. By
-            default fast on CPUs and portable on GPUs, for which there is no fast one yet.
+            default fast, but portable on GPUs for which a package can have no kernels: AMD's, and NVIDIA's before
+            Ampere. On a GPU the file has the kernels for GPUs of its compute capability.
 
     Returns:
         What is int8 in it, and what is not and why.
@@ -115,10 +143,13 @@ def export(
     model = getattr(model, "_orig_mod", model)
     path = Path(path)
     device = _check_arguments(model, path, isa)
-    form = form or ("fast" if device == "cpu" else "portable")
-    if form not in FORMS or (form == "fast" and device != "cpu"):
-        allowed = FORMS if device == "cpu" else ("portable",)
-        raise ExportError(f"form={form!r}; allowed are, on {device}, {', '.join(map(repr, allowed))}")
+    gpu, why_not = _gpu_of(device)
+    form = form or ("portable" if why_not else "fast")
+    if form not in FORMS:
+        raise ExportError(f"form={form!r}; allowed are {', '.join(map(repr, FORMS))}")
+    if form == "fast" and why_not:
+        raise ExportError(f"form='fast': {why_not}; use form='portable'")
+    gpu = gpu if form == "fast" else None
     baked = [
         repr(leaf) for leaf in tree_leaves((tuple(args), dict(kwargs or {}))) if not isinstance(leaf, Tensor | None)
     ]
@@ -145,13 +176,12 @@ def export(
         step("Quantizing")
         module = program.module(check_guards=False)
         assert isinstance(module, GraphModule)
-        report = rewrite(module, config, form)
+        report = rewrite(module, config, form, for_gpu=gpu is not None)
         _check_report(report, allow_partial)
-        report.notes += _check_operators(module)
+        target = _Target.of(isa, device, form, config, library, gpu)
+        report.notes += _check_operators(module, target)
         _drop_unread(module)
-        target = _Target.of(isa, device, config, library)
         metadata = _metadata(program, module, config, report, target)
-        metadata |= {"device": device, "form": form, "variants": library.built.variants if form == "fast" else []}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
@@ -169,8 +199,8 @@ def export(
     return report
 
 
-def _check_arguments(model: Any, path: Path, isa: str) -> str:
-    """Returns the kind of device that the model is on."""
+def _check_arguments(model: Any, path: Path, isa: str) -> torch.device:
+    """Returns the device that the model is on."""
     if not isinstance(model, nn.Module):
         raise ExportError(f"the model is a {type(model).__name__}; give an nn.Module, as torch.export asks for")
     if model.training:
@@ -188,7 +218,23 @@ def _check_arguments(model: Any, path: Path, isa: str) -> str:
     if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
         places = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ExportError(f"the model is on {listed(map(str, devices))} ({places}); move it to one CPU or GPU first")
-    return next(iter(devices)).type if devices else "cpu"
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _gpu_of(device: torch.device) -> tuple[Gpu | None, str]:
+    """What Triton kernels for a device are compiled for, if it is a GPU; and why a package can have none for it."""
+    if device.type != "cuda":
+        return None, ""
+    isa = hardware.of(device).isa
+    if why := triton_kernels.failure():
+        return None, f"there are no kernels for GPUs: {why}"
+    if not isa.startswith("sm_") or not has_int8_kernels(device):
+        return None, f"there are no kernels that a package can hold for {isa}, only for NVIDIA's GPUs from Ampere on"
+    # Triton is imported where there are kernels, and not before.
+    from int8compile.triton_kernels import plan, tables
+
+    arch = tables.ARCHITECTURES[hardware.kernel_family(isa)]
+    return plan.Gpu(isa, arch, torch.cuda.get_device_properties(device).multi_processor_count), ""
 
 
 @contextlib.contextmanager
@@ -209,13 +255,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(told[:4])[:600]}"
 
 
-def rewrite(module: GraphModule, config: Int8Config, form: str = "fast") -> Report:
+def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_gpu: bool = False) -> Report:
     """Rewrites an exported graph, in place, with its int8 weights as buffers of the module.
 
     Args:
         module: What `torch.export.ExportedProgram.module` returns.
         config: What to rewrite and how.
-        form: "fast" (for the CPU kernels) or "portable".
+        form: "fast" or "portable".
+        for_gpu: Whether the fast form is that of GPUs.
 
     Returns:
         A row for each linear, int8 or not.
@@ -235,12 +282,14 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast") -> Repo
     if taken:
         raise ExportError(f"the model's buffers {listed(taken)} have names of ours; rename them")
     binder = AttributeBinder(module)
-    # The weights of modules that `quantize_` made are packed too: a package has no modules to share them with.
+    # The weights of modules that `quantize_` made are stored too: a package has no modules to share them with.
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
-    if form == "fast":
-        lower_for_cpu(module, binder, parameters)
-    else:
+    if form == "portable":
         lower_portable(module)
+    elif for_gpu:
+        lower_for_gpu(module, binder, parameters, lambda device: True)
+    else:
+        lower_for_cpu(module, binder, parameters)
     module.graph.lint()
 
     def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor]:
@@ -252,7 +301,7 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast") -> Repo
                 weight, rows = view.of(parameters[source]), parameters[scale].detach()
             weights.append(pack_weight(weight) if slot.packed else weight)
             scales.append(rows)
-        return torch.cat(weights), torch.cat(scales)
+        return joined(weights, interleaved=slot.interleaved), joined(scales, interleaved=slot.interleaved)
 
     binder.fill(quantized)
     module.recompile()
@@ -308,16 +357,17 @@ def _check_report(report: Report, allow_partial: bool) -> None:
         raise ExportError(f"no linear of the model would be int8{why}. torch.export and AOTInductor export it in float")
 
 
-def _check_operators(module: GraphModule) -> tuple[str, ...]:
+def _check_operators(module: GraphModule, target: _Target) -> tuple[str, ...]:
     """Notes on operators that are not PyTorch's; refuses those of ours that a package has not."""
     foreign: dict[str, None] = {}
     for node in module.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target in _FUNCTIONS:
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target in target.functions:
             continue
         if node.target.namespace == "int8compile":
+            portable = "form='portable' has it in operators of PyTorch. " * (node.target is ops.batched_linear.default)
             raise ExportError(
-                f"{module_path(node)} calls int8compile::{node.target._opname}, for which there is no C++ kernel that "
-                "a package can hold. torch.compile(model, backend='int8') runs it"
+                f"{module_path(node)} calls int8compile::{node.target._opname}, for which there is no kernel that a "
+                f"package can hold. {portable}torch.compile(model, backend='int8') runs it"
             )
         if node.target.namespace not in ("aten", "prims", "prim", "higher_order"):
             foreign[str(node.target)] = None
@@ -328,25 +378,33 @@ def _check_operators(module: GraphModule) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """The CPUs that generated code is compiled for.
+    """What generated code is compiled for.
 
     Attributes:
-        isa: The option.
+        isa: The option, for the CPU.
+        device: "cpu" or "cuda".
+        form: "fast" or "portable".
+        gpu: What Triton kernels are compiled for, if there are any.
         patches: Settings of Inductor.
         needs: Compiler macros of what the code may use.
-        linkable: What is linked to the code.
+        library: The kernels for CPUs, with what is linked to the code.
     """
 
     isa: str
+    device: str
+    form: str
+    gpu: Gpu | None
     patches: dict[str, Any]
     needs: tuple[str, ...]
-    linkable: Path
+    library: cpu.Library
 
     @staticmethod
-    def of(isa: str, device: str, options: Int8Config, library: cpu.Library) -> _Target:
+    def of(
+        isa: str, device: torch.device, form: str, options: Int8Config, library: cpu.Library, gpu: Gpu | None
+    ) -> _Target:
         from torch._inductor import config, cpp_builder, cpu_vec_isa
 
-        patches = (EXACT_DIVISION if device == "cuda" else {}) | options.inductor_patches()
+        patches = (EXACT_DIVISION if device.type == "cuda" else {}) | options.inductor_patches()
         if isa in _LEVELS:
             if not hasattr(config.cpp, "march") or platform.machine() not in ("x86_64", "AMD64"):
                 raise ExportError(f"isa={isa!r} needs torch 2.13 or later and an x86-64 machine; use isa='native'")
@@ -366,15 +424,25 @@ class _Target:
             raise ExportError(f"`{shlex.join(command)} -dM` fails: {first_line(error)}") from error
         defined = {line.split()[1] for line in done.stdout.splitlines() if line.endswith(" 1")}
         needs = tuple(macro for macro in library.features if macro in defined)
-        return _Target(isa, patches, needs, library.built.linkable)
+        return _Target(isa, device.type, form, gpu, patches, needs, library)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The CPU kernels that are in the package."""
+        return self.library.built.variants if self.form == "fast" and not self.gpu else ()
+
+    @functools.cached_property
+    def functions(self) -> dict[Any, list[str]]:
+        """Declarations of the C functions by the operators that they compute."""
+        functions = {} if self.form == "portable" else _GPU_FUNCTIONS if self.gpu else _FUNCTIONS
+        return {
+            op: [f"AOTITorchError aoti_torch_{self.device}_{op._opname}({parameters})"]
+            for op, parameters in functions.items()
+        }
 
 
 def _metadata(
-    program: ExportedProgram,
-    module: GraphModule,
-    config: Int8Config,
-    report: Report,
-    target: _Target,
+    program: ExportedProgram, module: GraphModule, config: Int8Config, report: Report, target: _Target
 ) -> dict[str, Any]:
     from int8compile import __version__
 
@@ -386,9 +454,13 @@ def _metadata(
         "format": package.FORMAT,
         "int8compile": __version__,
         "torch": torch.__version__,
+        "device": target.device,
         "machine": platform.machine(),
         "isa": target.isa,
         "needs": target.needs,
+        "gpu": target.gpu and {"isa": target.gpu.isa, "multiprocessors": target.gpu.multiprocessors},
+        "form": target.form,
+        "variants": target.variants,
         "config": dataclasses.asdict(config),
         "inputs": package.described(_tensors(module.graph.find_nodes(op="placeholder"))),
         "outputs": package.described(_tensors(tree_leaves(module.graph.output_node().args))),
@@ -455,10 +527,8 @@ def _compile(
             package.INPUTS: package.line_of(metadata["inputs"]),
             package.OUTPUTS: package.line_of(metadata["outputs"]),
         },
-        "aot_inductor.custom_ops_to_c_shims": {
-            op: [f"AOTITorchError aoti_torch_cpu_{op._opname}({parameters})"] for op, parameters in _FUNCTIONS.items()
-        },
-        "aot_inductor.custom_op_libs": [f":{target.linkable.name}"],  # a file of this name
+        "aot_inductor.custom_ops_to_c_shims": target.functions,
+        "aot_inductor.custom_op_libs": [f":{target.library.built.linkable.name}"],  # a file of this name
     }
     if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):  # torch 2.13 and later
         options["aot_inductor.enable_line_tables"] = False  # Half of a small file.
@@ -467,18 +537,20 @@ def _compile(
         options["joint_graph_constant_folding"] = False
     generate: Any = CppWrapperCpu.generate
     guards = _guards(program)
+    planner = _planned(module, program, target.gpu) if target.gpu else None
+    plan = planner.source() if planner else ""
 
     def generate_checked(wrapper: Any, is_inference: bool) -> Any:
         # What Inductor has ruled out since the export, a single row for example, it has when it chose strides: any will
         # do for such a dimension. What the model itself asks of sizes is in the export.
         V.graph.sizevars.shape_env.var_to_range.update(program.range_constraints)
         source, *rest = generate(wrapper, is_inference)
-        return dataclasses.replace(source, value=_with_checks(source.value, target, guards)), *rest
+        return dataclasses.replace(source, value=_with_checks(source.value, target, guards, plan)), *rest
 
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
     # Where compilers look for libraries, besides those they are told of.
-    paths = os.pathsep.join(filter(None, (str(target.linkable.parent), os.environ.get("LIBRARY_PATH"))))
+    paths = os.pathsep.join(filter(None, (str(target.library.built.linkable.parent), os.environ.get("LIBRARY_PATH"))))
     with (
         _failing("AOTInductor cannot compile the model"),
         mock.patch.object(CppWrapperCpu, "generate", generate_checked),
@@ -487,8 +559,65 @@ def _compile(
         made: Any = aot_compile(module, args, kwargs, options=options)
     files = [file for file in made if isinstance(file, str) and file]
     (source,) = [file for file in files if file.endswith(".wrapper.cpp")]
-    _check_generated(Path(source).read_text(), module)
+    _check_generated(Path(source).read_text(), module, target)
+    for name, cubin in planner.cubins.items() if planner else ():
+        (folder / name).write_bytes(cubin)
+        files.append(str(folder / name))
     return files
+
+
+def _planned(module: GraphModule, program: ExportedProgram, gpu: Gpu) -> Planner:
+    """Compiles the Triton kernels that a lowered graph needs."""
+    from int8compile.triton_kernels.plan import Planner
+
+    # Calls that differ in nothing but the rows share kernels.
+    wanted: dict[tuple[Any, ...], list[tuple[int, int | None]]] = {}
+
+    def want(x: Node, *call: Any) -> None:
+        wanted.setdefault(call, []).append(_rows(x, program))
+
+    planner = Planner(gpu)
+    for node in module.graph.nodes:
+        if node.target is ops.quantized_linear.default:
+            planes, _, qweight, _, bias, threshold, by_column, *rest, dtype = node.args
+            n, k = attribute(module, qweight).shape
+            quantize = planes.args[0]
+            x = quantize.args[0]
+            if quantize.target is ops.quantize_rows.default:
+                want(x, planner.quantize_rows, k, dtype, threshold, by_column)
+            count = 1 + (digits.count(dtype, by_column) if threshold else 0)
+            want(x, planner.quantized_linear, n, k, count, _dtype(module, bias), threshold, by_column, *rest, dtype)
+        elif node.target is ops.weight_only_linear.default:
+            x, qweight, _, bias = node.args
+            n, k = attribute(module, qweight).shape
+            want(x, planner.weight_only_linear, n, k, traced(node).dtype, _dtype(module, bias))
+    with tqdm(wanted.items(), "Compiling Triton kernels", delay=1, leave=False) as progress:
+        for (add, *arguments), rows in progress:
+            most = [most for _, most in rows if most is not None]
+            add(*arguments, min(least for least, _ in rows), max(most) if len(most) == len(rows) else None)
+    return planner
+
+
+def _rows(x: Node, program: ExportedProgram) -> tuple[int, int | None]:
+    """The least and the largest number of rows that an activation may have; None where there is no largest."""
+    m: Any = math.prod(traced(x).shape[:-1])
+    if isinstance(m, int):
+        return m, m
+    return _bounds(bound_sympy(m.node.expr, program.range_constraints))
+
+
+def _dtype(module: GraphModule, bias: Node | None) -> torch.dtype | None:
+    """A bias's dtype, which may be made of several."""
+    if bias is None:
+        return None
+    if bias.op == "get_attr":
+        dtype: torch.dtype = attribute(module, bias).dtype
+        return dtype
+    value = meta_tensor(bias)
+    if value is not None:
+        return value.dtype
+    parts = [_dtype(module, part) for part in bias.all_input_nodes]
+    return functools.reduce(torch.promote_types, parts)  # type: ignore[arg-type]
 
 
 _CONSTRUCTOR = re.compile(r"^ *: AOTInductorModelBase\([^{]*\{\n", re.MULTILINE)
@@ -502,14 +631,19 @@ _STRIDE = re.compile(r"if \((\d+) != (\w+)_stride\[(\d+)\]\)")
 _SIZES_KNOWN = "    inputs.clear();\n"
 
 
-def _with_checks(source: str, target: _Target, guards: Sequence[sympy.Basic] = ()) -> str:
-    """Generated code that checks the package and the CPU when it is loaded, and its inputs at every call."""
+def _with_checks(source: str, target: _Target, guards: Sequence[sympy.Basic] = (), plan: str = "") -> str:
+    """Generated code that checks the package and the device when it is loaded, and its inputs at every call."""
     from torch._inductor.codegen.cpp_utils import cexpr
 
     check = (
         "void int8compile_check_package(const char* macros, const char* isa);\n"
         f'int8compile_check_package("{" ".join(target.needs)}", "{target.isa}");\n'
     )
+    if plan:
+        check += (
+            "void int8compile_use_plan(const ::int8compile::Plan& plan, int device);\n"
+            "int8compile_use_plan(::int8compile_plan(), this->device_idx_);\n"
+        )
     source, constructors = _CONSTRUCTOR.subn(lambda found: found[0] + check, source)
     source, unchecked = _UNCHECKED.subn("", source)
     if (constructors, unchecked, source.count(_SIZES_KNOWN)) != (1, 1, 1):
@@ -531,20 +665,24 @@ def _with_checks(source: str, target: _Target, guards: Sequence[sympy.Basic] = (
             f'    if (!({cexpr(guard)})) throw std::runtime_error("int8compile: the model was exported for sizes of '
             f'inputs with {guard}, and these are others");\n'
         )
-    return source.replace(_SIZES_KNOWN, _SIZES_KNOWN + asked)
+    return plan + source.replace(_SIZES_KNOWN, _SIZES_KNOWN + asked)
 
 
-def _check_generated(source: str, module: GraphModule) -> None:
+def _check_generated(source: str, module: GraphModule, target: _Target) -> None:
     """Reads in the generated code that what was rewritten runs in int8, and that no float copy of it is stored."""
     constants = dict(
         re.findall(r'constants_info_\[(?:\d+)\]\.name = "([^"]*)";\s*constants_info_\[\d+\]\.dtype = (\w+);', source)
     )
     names = set(re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', source))
     added = names - {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    weights = [name for name in constants if name.startswith(AttributeBinder.PREFIX) and name.endswith("_qweight")]
-    calls = "\n".join(re.findall(r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_packed_.*", source))
-    fast = any(node.target in _FUNCTIONS for node in module.graph.nodes)
-    lost = [name for name in weights if fast and not re.search(rf"\b{re.escape(name)}\b", calls)]
+    experts = [node.args[1].target for node in module.graph.nodes if node.target is ops.grouped_linear.default]
+    held = {re.sub(r"\W", "_", str(name)) for name in experts}  # as generated code spells them
+    ours = re.compile(rf"{AttributeBinder.PREFIX}\d+_qweight")
+    weights = [name for name in constants if name in held or ours.fullmatch(name)]
+    names_of = "|".join(op._opname for op in target.functions)
+    call = rf"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_{target.device}_(?:{names_of})\(.*"
+    calls = "\n".join(re.findall(call, source))
+    lost = [name for name in weights if target.functions and not re.search(rf"\b{re.escape(name)}\b", calls)]
     lost += [name for name in weights if not re.search(r"int8$", constants[name])]
     if not weights or lost or added:
         raise ExportError(

@@ -30,7 +30,7 @@ INPUTS, OUTPUTS = "int8compile.inputs", "int8compile.outputs"
 CHECKSUMS = "int8compile.crc32"
 
 _FORMS = {
-    "fast": "kernels of int8compile, which are in the file; variants ",
+    "fast": "kernels of int8compile, which are in the file",
     "portable": "operators of PyTorch, compiled by Inductor",
 }
 _AGAIN = "copy or export it again"
@@ -62,7 +62,8 @@ class Package:
             ("made by", f"int8compile {about['int8compile']} with torch {about['torch']}, format {about['format']}"),
             ("runs on", f"{about['device']} ({about['machine']}), isa={about['isa']}"),
             ("needs of the CPU", " ".join(about["needs"]) or "nothing beyond the architecture's first version"),
-            ("int8 linears", _FORMS[about["form"]] + " ".join(about["variants"])),
+            *([("needs of the GPU", about["gpu"]["isa"])] if about["gpu"] else []),
+            ("int8 linears", "; variants ".join(filter(None, (_FORMS[about["form"]], " ".join(about["variants"]))))),
             ("weights", f"{readable(sizes['int8'])} in int8 with scales, {readable(sizes['float'])} in float"),
             ("options", ", ".join(f"{name}={value!r}" for name, value in about["config"].items())),
             *(("input", f"{each['name']}: {_layout(each)}") for each in about["inputs"]),

@@ -248,10 +248,12 @@ class WeightStore:
             del self._parameters[identity]
 
 
-def _fuse(weights: Sequence[QuantizedWeight], interleaved: bool) -> FusedWeight:
-    def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(tensors), dim=1).flatten(0, 1) if interleaved else torch.cat(list(tensors))
+def joined(tensors: Sequence[Tensor], *, interleaved: bool) -> Tensor:
+    """Weights, or their scales, as one: one behind the other, or with their rows in turns."""
+    return torch.stack(list(tensors), dim=1).flatten(0, 1) if interleaved else torch.cat(list(tensors))
 
+
+def _fuse(weights: Sequence[QuantizedWeight], interleaved: bool) -> FusedWeight:
     def parts(tensor: Tensor, of: Sequence[Tensor]) -> Sequence[Tensor]:
         if interleaved:
             return list(tensor.unflatten(0, (-1, len(of))).unbind(dim=1))
@@ -259,7 +261,9 @@ def _fuse(weights: Sequence[QuantizedWeight], interleaved: bool) -> FusedWeight:
 
     qweights, scales = [weight.qweight for weight in weights], [weight.scale for weight in weights]
     members = tuple(map(weakref.ref, weights))
-    fused = FusedWeight(joined(qweights), joined(scales), interleaved, members)
+    fused = FusedWeight(
+        joined(qweights, interleaved=interleaved), joined(scales, interleaved=interleaved), interleaved, members
+    )
     slices = zip(weights, parts(fused.qweight, qweights), parts(fused.scale, scales), strict=True)
     for weight, qweight, scale in slices:
         weight.qweight, weight.scale, weight.fused = qweight, scale, fused

@@ -27,17 +27,22 @@ from int8compile.passes.siblings import is_barrier, siblings
 from int8compile.passes.static import meta_tensor, traced, weight_view
 
 log = logging.getLogger(__name__)
+aten = torch.ops.aten
 
 # Inductor's division on GPUs is off by one unit at times, and quantization is defined with the correctly rounded one.
 EXACT_DIVISION = {"eager_numerics.division_rounding": True}
 
 _PARTS = 3
-_RELU = (F.relu, torch.relu, "relu")
-_SILU = (F.silu,)
-_GELU = (F.gelu,)
-_MUL = (operator.mul, torch.mul, "mul")
+# Each as Dynamo's graphs and as exported ones spell it.
+_RELU = (F.relu, torch.relu, "relu", aten.relu.default)
+_SILU = (F.silu, aten.silu.default)
+_GELU = (F.gelu, aten.gelu.default)
+_MUL = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
 # Between a kernel and what reads it.
-_VIEWS = (operator.getitem, "narrow", "view", "reshape", "flatten", "unflatten")
+_VIEWS = (
+    *(operator.getitem, "narrow", "view", "reshape", "flatten", "unflatten"),
+    *(aten.narrow.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int),
+)
 
 
 @dataclasses.dataclass

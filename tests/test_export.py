@@ -22,6 +22,7 @@ from torch.export import Dim
 import int8compile
 from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, PackageError, cli, cpu, package
 from int8compile.cli import main
+from tests.test_modules import int8_experts
 
 export_module = sys.modules["int8compile.export"]
 
@@ -275,13 +276,16 @@ def test_what_is_no_package_of_ours_is_told_apart(block: Any, tmp_path: Path) ->
         int8compile.inspect(tmp_path / "newer.pt2")
 
 
+def native_target() -> Any:
+    """What `export` compiles for by default."""
+    return export_module._Target.of("native", torch.device("cpu"), "fast", Int8Config(), cpu.load(), None)
+
+
 def test_a_cpu_that_lacks_what_the_code_uses_is_told_at_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    library = cpu.load()
-    assert library is not None
-    here = export_module._Target.of("native", "cpu", Int8Config(), library)
-    lacking = [macro for macro in library.features if macro not in here.needs]
+    here = native_target()
+    lacking = [macro for macro in here.library.features if macro not in here.needs]
     if not lacking:
         pytest.skip("this CPU has all that there is")
     target = dataclasses.replace(here, isa="future", needs=(*here.needs, lacking[0]))
@@ -370,7 +374,7 @@ def test_a_model_on_a_gpu_is_exported_in_the_portable_form(dtype: torch.dtype, f
     x = outlying(7, 64, dtype=dtype).cuda()
     path = folder / "gpu.pt2"
     shapes = ({0: Dim("rows", min=1, max=64)},)
-    int8compile.export(model, (x,), path, dynamic_shapes=shapes)
+    int8compile.export(model, (x,), path, dynamic_shapes=shapes, form="portable")
     about = int8compile.inspect(path).metadata
     assert (about["device"], about["form"]) == ("cuda", "portable")
     loaded = aoti_load_package(str(path))
@@ -460,21 +464,41 @@ def test_what_torch_export_cannot_capture_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
-def test_an_operator_without_a_c_function_is_named(tmp_path: Path) -> None:
-    class Mixture(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(32, 32)
-            weights = torch.randint(-127, 128, (2, 32, 32), dtype=torch.int8), torch.rand(2, 32)
-            self.register_buffer("qweight", weights[0])
-            self.register_buffer("scale", weights[1])
+class Mixture(nn.Module):
+    """Experts that `quantize_` made, and nothing else."""
 
-        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-            return torch.ops.int8compile.grouped_linear(self.linear(x), self.qweight, self.scale, ends, 6.0, "row")
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = int8_experts()
 
-    ends = torch.tensor([2, 4])
-    with pytest.raises(ExportError, match="calls int8compile::grouped_linear, for which there is no C"):
-        int8compile.export(Mixture().eval(), (torch.zeros(4, 32), ends), tmp_path / "m.pt2")
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        result: Tensor = self.experts(x, ends)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_in_int8(dtype: torch.dtype, folder: Path) -> None:
+    """Each row by its expert: none for some, and rows of no expert, which give zeros."""
+    model, x = Mixture().eval(), outlying(9, 40, dtype=dtype)
+    path = folder / "mixture.pt2"
+    shapes = ({0: Dim("rows", min=1, max=64)}, {})
+    ends = torch.tensor([2, 5, 9], dtype=torch.int32)
+    report = int8compile.export(model, (x, ends), path, dynamic_shapes=shapes)
+    assert [site.op for site in report.rewritten] == ["grouped_linear"]
+    loaded = aoti_load_package(str(path))
+    for each in ([2, 5, 9], [0, 0, 9], [0, 4, 6], [0, 0, 0]):
+        ends = torch.tensor(each, dtype=torch.int32)
+        assert torch.equal(loaded(x, ends), model(x, ends))
+    assert torch.equal(loaded(x[:4], torch.tensor([1, 1, 3], dtype=torch.int32))[3:], torch.zeros(1, 24, dtype=dtype))
+    for bad in ([2, 1, 9], [2, 3, 10]):
+        with pytest.raises(RuntimeError, match="ends must ascend and be at most 9, x's rows"):
+            loaded(x, torch.tensor(bad, dtype=torch.int32))
+
+
+def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:
+    inputs = torch.randn(9, 40), torch.tensor([2, 5, 9], dtype=torch.int32)
+    with pytest.raises(ExportError, match=r"^experts calls int8compile::grouped_linear, for which there is no kernel"):
+        int8compile.export(Mixture().eval(), inputs, tmp_path / "m.pt2", form="portable")
 
 
 def test_bad_arguments_are_told_before_anything_is_done(tmp_path: Path) -> None:
@@ -489,7 +513,7 @@ def test_bad_arguments_are_told_before_anything_is_done(tmp_path: Path) -> None:
     refuses("in training mode", model=nn.Linear(32, 32))
     refuses("must end in .pt2", path=tmp_path / "m.pt")
     refuses("isa='sse'; allowed are 'native', 'avx512', 'avx2'", isa="sse")
-    refuses("form='fastest'; allowed are, on cpu, 'fast', 'portable'", form="fastest")
+    refuses("form='fastest'; allowed are 'fast', 'portable'", form="fastest")
     with pytest.raises(ExportError, match="the inputs 3, True are no tensors, and would be what every call computes"):
         int8compile.export(model, (*x, 3), path, {"flag": True})
     refuses("is on cpu, meta", model=nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, device="meta")).eval())
@@ -546,11 +570,11 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path, mo
 
 
 def test_generated_code_that_is_not_known_is_refused() -> None:
-    target = export_module._Target("native", {}, (), Path())
+    target = native_target()
     with pytest.raises(ExportError, match="generates code that this version of int8compile does not know"):
         export_module._with_checks("int main() {}", target)
     with pytest.raises(ExportError, match="did not keep the int8 linears"):
-        export_module._check_generated("", torch.fx.symbolic_trace(nn.ReLU()))
+        export_module._check_generated("", torch.fx.symbolic_trace(nn.ReLU()), target)
 
 
 def test_foreign_operators_are_noted(tmp_path: Path) -> None:
@@ -568,7 +592,7 @@ def test_foreign_operators_are_noted(tmp_path: Path) -> None:
                 return result
 
         program = torch.export.export(Twice().eval(), (torch.zeros(2, 32),))
-        (note,) = export_module._check_operators(program.module())
+        (note,) = export_module._check_operators(program.module(), native_target())
         assert "test_export.twice.default; what loads it must register" in note
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import torch
@@ -24,12 +26,32 @@ _TYPES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Programs:
+    """How many programs a kernel has in one direction, for any number of rows: `min(ceil(M / rows) * times, most)`.
+
+    Attributes:
+        times: Programs for each group of rows; all of them where `rows` is 0.
+        rows: Rows of a group; 0 where M does not matter.
+        most: At most so many.
+    """
+
+    times: int = 1
+    rows: int = 0
+    most: int = 2**31 - 1
+
+    def of(self, m: int) -> int:
+        """The number for M rows."""
+        return min(math.ceil(m / self.rows) * self.times if self.rows else self.times, self.most)
+
+
+@dataclasses.dataclass(frozen=True)
 class Launch:
     """One call of a kernel.
 
     Attributes:
         kernel: The function, as `triton.jit` made it.
-        grid: Programs in each direction.
+        m: Rows.
+        programs: Programs in each direction.
         args: Its arguments by name, in order, without the constants.
         constants: Its compile-time constants by name.
         num_warps: Warps of a program.
@@ -37,11 +59,17 @@ class Launch:
     """
 
     kernel: Any
-    grid: tuple[int, ...]
+    m: int
+    programs: tuple[Programs, ...]
     args: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, ...]:
+        """Programs in each direction for these rows."""
+        return tuple(direction.of(self.m) for direction in self.programs)
 
     def run(self) -> Any:
         """Starts the kernel on the current stream; nothing where the grid is empty.

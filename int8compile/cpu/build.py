@@ -92,6 +92,7 @@ UNITS = (
     Unit("operators.cpp", flags=TORCH_FLAGS, torch=True),  # the longest first
     Unit("op.cpp", flags=TORCH_FLAGS, torch=True, part="library"),
     Unit("package.cpp", flags=TORCH_FLAGS, torch=True, part="export"),
+    Unit("launcher.cpp", flags=TORCH_FLAGS, torch=True, part="export"),
     Unit("linear.cpp"),
     Unit("features.cpp"),
     Unit("portable.cpp", variant="portable"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from int8compile.triton_kernels.gemm.kernel import gemm
-from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import Config
 
@@ -15,12 +16,18 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     m, n, k = product.sizes
     return Launch(
         gemm,
-        (config.tiles(m, n),),
+        m,
+        (tiles(config, n),),
         {**product.pointers(), "M": m, "N": n, "K": k, **product.strides()},
         constants(product, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def tiles(config: Config, n: int, most: int = Programs.most) -> Programs:
+    """A program for each tile of the result."""
+    return Programs(math.ceil(n / config.bn), config.bm, most)
 
 
 def constants(product: Product, config: Config) -> dict[str, Any]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 
 from int8compile.triton_kernels.gemv.kernel import gemv
-from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import Config
 
 
 def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     """A product of one row."""
-    _, n, k = product.sizes
+    m, n, k = product.sizes
     return Launch(
         gemv,
-        (math.ceil(n / config.bn),),
+        m,
+        (Programs(math.ceil(n / config.bn)),),
         {**product.pointers(), "N": n, "K": k, **product.strides()},
         {**product.constants(config), "BN": config.bn, "BK": config.bk},
         num_warps=config.num_warps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from int8compile.triton_kernels.gemm.launch import constants
+from int8compile.triton_kernels.gemm.launch import constants, tiles
 from int8compile.triton_kernels.launch import Launch
 from int8compile.triton_kernels.persistent_gemm.kernel import persistent_gemm
 from int8compile.triton_kernels.product import Product
@@ -16,7 +16,8 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     m, n, k = product.sizes
     return Launch(
         persistent_gemm,
-        (min(config.tiles(m, n), multiprocessors),),
+        m,
+        (tiles(config, n, multiprocessors),),
         {
             "x_desc": TensorDescriptor.from_tensor(product.x.q, [config.bm, config.bk]),
             "weight_desc": TensorDescriptor.from_tensor(product.qweight, [config.bn, config.bk]),

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from int8compile.ops.digits import Activations, lists_of
-from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.policy import Policy
 from int8compile.triton_kernels.quantize.kernel import gather_digits, list_columns, quantize_rows
 
@@ -33,7 +33,7 @@ def launches(x: Tensor, into: Activations, policy: Policy) -> list[Launch]:
     flags = torch.zeros(lists, -(-k // 32), dtype=torch.int32, device=x.device)
     return [
         _quantize_rows(x, into, policy, flags),
-        _list_columns(x, into, flags),
+        _list_columns(x, into, policy, flags),
         _gather_digits(x, into, policy),
     ]
 
@@ -45,7 +45,8 @@ def _quantize_rows(x: Tensor, into: Activations, policy: Policy, flags: Tensor) 
     low, high = limits(k, square)
     return Launch(
         quantize_rows,
-        (m,),
+        m,
+        (Programs(rows=1),),
         {
             "x_ptr": x,
             "planes_ptr": into.planes,
@@ -84,13 +85,14 @@ def limits(k: int, square: float) -> tuple[float, float]:
     return min(max(low, 0.0), FLOAT32_MAX), min(high, FLOAT32_MAX)
 
 
-def _list_columns(x: Tensor, into: Activations, flags: Tensor) -> Launch:
+def _list_columns(x: Tensor, into: Activations, policy: Policy, flags: Tensor) -> Launch:
     m, k = x.shape
     words = -(-k // 32)
     together = min(triton.next_power_of_2(words), 128)
     return Launch(
         list_columns,
-        (flags.shape[0],),
+        m,
+        (Programs(rows=policy.list_rows),),
         {"flags_ptr": flags, "info_ptr": into.info, "M": m, "K": k},
         {"WORDS": together},
         num_warps=min(max(together // 16, 1), 8),
@@ -102,7 +104,8 @@ def _gather_digits(x: Tensor, into: Activations, policy: Policy) -> Launch:
     bm = 16
     return Launch(
         gather_digits,
-        (-(-m // bm),),
+        m,
+        (Programs(rows=bm),),
         {
             "x_ptr": x,
             "planes_ptr": into.planes,

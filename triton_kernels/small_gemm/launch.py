@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.small_gemm.kernel import small_gemm
 from int8compile.triton_kernels.tables import Config
@@ -15,7 +15,8 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     m, n, k = product.sizes
     return Launch(
         small_gemm,
-        (math.ceil(n / config.bn), math.ceil(m / config.bm)),
+        m,
+        (Programs(math.ceil(n / config.bn)), Programs(rows=config.bm)),
         {**product.pointers(), "M": m, "N": n, "K": k, **product.strides()},
         {**product.constants(config), "BM": config.bm, "BN": config.bn, "BK": config.bk},
         num_warps=config.num_warps,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from int8compile.ops.digits import NONE
-from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.weight_only.kernel import weight_only_gemm
 
 # Beyond it a product with the dequantized weight is faster.
@@ -21,7 +21,8 @@ def launch(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, y: Te
     bm, bn = next(rows for rows in (16, 32, 64) if rows >= min(m, 64)), 64
     return Launch(
         weight_only_gemm,
-        (math.ceil(n / bn), math.ceil(m / bm)),
+        m,
+        (Programs(math.ceil(n / bn)), Programs(rows=bm)),
         {
             "x_ptr": x,
             "weight_ptr": qweight,

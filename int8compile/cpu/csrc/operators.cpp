@@ -323,6 +323,35 @@ Tensor batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scal
                      [&](int64_t b) { return affine.unpacked(rows.data + b * n * k, b * n, n); });
 }
 
+Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Tensor& ends, double threshold,
+                      const std::string& outliers) {
+  constexpr const char* op = "int8compile::grouped_linear";
+  const Split split = split_of(op, threshold, outliers);
+  const Input input(op, x);
+  const Affine affine(op, scale, std::nullopt);
+  STD_TORCH_CHECK(x.dim() == 2, op, ": x must be [S, K]");
+  const PlainWeight weights(op, x, qweight, scale, 3);
+  const int64_t experts = scale.size(0), n = scale.size(1), k = x.size(1), rows = x.size(0);
+  const Tensor last = dense(torch::stable::to(ends, ScalarType::Long));
+  STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == experts, op, ": ends must be [E]");
+  const int64_t* end = static_cast<const int64_t*>(last.const_data_ptr());
+  const Tensor y = new_output(input.x, n);
+  const char* from = static_cast<const char*>(input.rows.data);
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t element = size_of(input.rows.dtype);
+  int64_t begin = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    STD_TORCH_CHECK(begin <= end[e] && end[e] <= rows, op, ": ends must ascend and be at most ", rows, ", x's rows");
+    const Activations part = {from + begin * k * element, input.rows.dtype, end[e] - begin, k};
+    const Weight weight = affine.unpacked(weights.data + e * n * k, e * n, n);
+    const Output output = {to + begin * n * element, n, input.rows.dtype};
+    if (part.m > 0) linear(variant(), part, split, &weight, &output, 1, parallel_for);
+    begin = end[e];
+  }
+  std::memset(to + begin * n * element, 0, size_t((rows - begin) * n * element));
+  return y;
+}
+
 Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                                  const std::optional<Tensor>& bias) {
   return run_packed_weight_only("int8compile::packed_weight_only_linear", x, packed, scale, bias);

@@ -37,6 +37,8 @@ Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor
                              const std::optional<Tensor>& bias, double threshold, const std::string& outliers);
 Tensor batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
                       double threshold, const std::string& outliers);
+Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Tensor& ends, double threshold,
+                      const std::string& outliers);
 Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                                  const std::optional<Tensor>& bias);
 Tensor packed_weight_only_linear_no_grad(const Tensor& x, const Tensor& packed, const Tensor& scale,

@@ -3,7 +3,7 @@
 //
 // Errors are thrown: the caller is C++ of the same library. AOTInductor's runtime writes their text to stderr, and those
 // of calls are in the exception that its user gets.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include "package.h"
 
 #include <dlfcn.h>
 
@@ -20,7 +20,6 @@
 #include "operators.h"
 
 namespace int8compile {
-namespace {
 
 Tensor borrowed(AtenTensorHandle handle) {
   AtenTensorHandle copy;
@@ -36,6 +35,20 @@ std::optional<Tensor> borrowed(AtenTensorHandle* handle) {
 void give(const Tensor& tensor, AtenTensorHandle* result) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), result));
 }
+
+void refuse(const std::string& why) { throw std::runtime_error("int8compile: " + why); }
+
+std::string folder() {
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<const void*>(&folder), &info) || !info.dli_fname) {
+    refuse("the package cannot be checked, because the system does not say where its library lies");
+  }
+  const std::string path = info.dli_fname;
+  const size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+namespace {
 
 // CRC-32 as in zip files (polynomial 0xedb88320), eight bytes at a time.
 class Crc32 {
@@ -81,19 +94,6 @@ bool checksum(const std::string& path, uint32_t* crc, uint64_t* size) {
   const bool whole = !std::ferror(file);
   std::fclose(file);
   return whole;
-}
-
-[[noreturn]] void refuse(const std::string& why) { throw std::runtime_error("int8compile: " + why); }
-
-// The folder that this library lies in: the loader unpacks a package to a folder of its own.
-std::string folder() {
-  Dl_info info;
-  if (!dladdr(reinterpret_cast<const void*>(&folder), &info) || !info.dli_fname) {
-    refuse("the package cannot be checked, because the system does not say where its library lies");
-  }
-  const std::string path = info.dli_fname;
-  const size_t slash = path.rfind('/');
-  return slash == std::string::npos ? "." : path.substr(0, slash);
 }
 
 void check_files() {
@@ -189,6 +189,13 @@ AOTITorchError aoti_torch_cpu_packed_batched_linear(AtenTensorHandle x, AtenTens
                                                     AtenTensorHandle* bias, double threshold, const char* outliers,
                                                     AtenTensorHandle* y) {
   give(packed_batched_linear(borrowed(x), borrowed(packed), borrowed(scale), borrowed(bias), threshold, outliers), y);
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_grouped_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
+                                             AtenTensorHandle ends, double threshold, const char* outliers,
+                                             AtenTensorHandle* y) {
+  give(grouped_linear(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(ends), threshold, outliers), y);
   return AOTI_TORCH_SUCCESS;
 }
 

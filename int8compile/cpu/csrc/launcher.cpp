@@ -1,0 +1,357 @@
+// The operators of int8compile/ops/quantized.py in a package for a GPU: C functions that start the Triton kernels which
+// the package has beside its library. What is started follows `Plan`, by rules of int8compile/triton_kernels.
+//
+// The driver's functions are looked up when they are needed, as Triton does: this compiles without CUDA.
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <initializer_list>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <utility>
+
+#include "package.h"
+#include "plan.h"
+
+using torch::headeronly::ScalarType;
+
+namespace int8compile {
+namespace {
+
+// As in cuda.h, whose functions below have not changed since CUDA 12.0.
+constexpr int MAX_DYNAMIC_SHARED = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int MAJOR = 75, MINOR = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
+constexpr int UINT8 = 0, NO_INTERLEAVE = 0, PROMOTE_128B = 2, FILL_ZERO = 0;
+// What every kernel may have without asking.
+constexpr unsigned DEFAULT_SHARED = 48 * 1024;
+// Tensors begin at multiples of this: kernels are compiled for that.
+constexpr uintptr_t ALIGNMENT = 16;
+// LIST_ROWS of int8compile/ops/digits.py.
+constexpr int64_t LIST_ROWS = 128;
+
+struct alignas(64) CUtensorMap {
+  uint64_t opaque[16];
+};
+
+struct Driver {
+  int (*cuInit)(unsigned);
+  int (*cuGetErrorString)(int, const char**);
+  int (*cuDeviceGet)(int*, int);
+  int (*cuDeviceGetAttribute)(int*, int, int);
+  int (*cuModuleLoadData)(void**, const void*);
+  int (*cuModuleGetFunction)(void**, void*, const char*);
+  int (*cuFuncSetAttribute)(void*, int, int);
+  int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                        void**);
+  int (*cuMemsetD32Async)(unsigned long long, unsigned, size_t, void*);
+  int (*cuTensorMapEncodeTiled)(CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
+                                const uint32_t*, int, int, int, int);
+  // PyTorch's.
+  AOTITorchError (*aoti_torch_get_current_cuda_stream)(int32_t, void**);
+
+  static const Driver& get() {
+    static const Driver driver;
+    return driver;
+  }
+
+  void check(int code, const std::string& what) const {
+    if (code == 0) return;
+    const char* text = nullptr;
+    cuGetErrorString(code, &text);
+    refuse(what + ": " + (text ? text : "CUDA error " + std::to_string(code)));
+  }
+
+ private:
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_LAZY);
+    if (!library) refuse("the package is for a GPU, and this machine has no NVIDIA driver (libcuda.so.1)");
+#define FIND(name) find(library, #name, &name)
+    FIND(cuInit);
+    FIND(cuGetErrorString);
+    FIND(cuDeviceGet);
+    FIND(cuDeviceGetAttribute);
+    FIND(cuModuleLoadData);
+    FIND(cuModuleGetFunction);
+    FIND(cuFuncSetAttribute);
+    FIND(cuLaunchKernel);
+    FIND(cuMemsetD32Async);
+    FIND(cuTensorMapEncodeTiled);
+#undef FIND
+    find(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream", &aoti_torch_get_current_cuda_stream);
+  }
+
+  template <typename Function>
+  static void find(void* library, const char* name, Function* function) {
+    *function = reinterpret_cast<Function>(dlsym(library, name));
+    if (!*function) refuse(std::string("the package is for a GPU, and this machine's driver or PyTorch has no ") + name);
+  }
+};
+
+const Plan* plan = nullptr;
+
+// A compiled kernel on a device, loaded when it is first started.
+void* function(size_t number, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<size_t, int>, void*> loaded;
+  const std::lock_guard<std::mutex> lock(mutex);
+  void*& found = loaded[{number, device}];
+  if (found) return found;
+  const Driver& driver = Driver::get();
+  const Kernel& kernel = plan->kernels[number];
+  std::ifstream file(folder() + "/" + kernel.file, std::ios::binary);
+  const std::string image{std::istreambuf_iterator<char>(file), {}};
+  if (image.empty()) refuse(std::string("the package lacks ") + kernel.file + "; copy or export it again");
+  const std::string what = std::string("the kernel ") + kernel.file + " cannot be loaded";
+  void* module = nullptr;
+  void* made = nullptr;
+  driver.check(driver.cuModuleLoadData(&module, image.data()), what);
+  driver.check(driver.cuModuleGetFunction(&made, module, kernel.name), what);
+  if (kernel.shared > DEFAULT_SHARED) {
+    driver.check(driver.cuFuncSetAttribute(made, MAX_DYNAMIC_SHARED, int(kernel.shared)), what);
+  }
+  return found = made;
+}
+
+struct Stream {
+  int device;
+  void* handle = nullptr;
+
+  explicit Stream(const Tensor& x) : device(x.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(Driver::get().aoti_torch_get_current_cuda_stream(device, &handle));
+  }
+};
+
+unsigned programs(const Programs& direction, int64_t m) {
+  const int64_t groups = direction.rows ? (m + direction.rows - 1) / direction.rows : 1;
+  return unsigned(std::min(groups * direction.times, direction.most));
+}
+
+CUtensorMap encoded(const TensorMap& map, void* address, int64_t m) {
+  // The last dimension first; strides in bytes, without that of 1.
+  const uint64_t sizes[] = {uint64_t(map.columns), uint64_t(map.rows < 0 ? m : map.rows)};
+  const uint64_t stride[] = {uint64_t(map.columns)};
+  const uint32_t tile[] = {map.tile_columns, map.tile_rows}, steps[] = {1, 1};
+  CUtensorMap made;
+  const Driver& driver = Driver::get();
+  driver.check(driver.cuTensorMapEncodeTiled(&made, UINT8, 2, address, sizes, stride, tile, steps, NO_INTERLEAVE,
+                                             map.swizzle, PROMOTE_128B, FILL_ZERO),
+               "a matrix cannot be described to the copy engine");
+  return made;
+}
+
+void start(const Launch& launch, int64_t m, const std::vector<void*>& tensors, const Stream& stream) {
+  const unsigned x = programs(launch.programs[0], m), y = programs(launch.programs[1], m),
+                 z = programs(launch.programs[2], m);
+  if (x == 0 || y == 0 || z == 0) return;
+  std::vector<CUtensorMap> maps;
+  maps.reserve(launch.maps.size());
+  for (const TensorMap& map : launch.maps) maps.push_back(encoded(map, tensors[map.tensor], m));
+  std::vector<uint64_t> values(launch.arguments.size());
+  std::vector<void*> arguments(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const Argument& argument = launch.arguments[i];
+    arguments[i] = &values[i];
+    switch (argument.kind) {
+      case Argument::tensor:
+        values[i] = reinterpret_cast<uintptr_t>(tensors[size_t(argument.value)]);
+        break;
+      case Argument::rows:
+        values[i] = uint64_t(m);
+        break;
+      case Argument::number:
+        values[i] = uint64_t(argument.value);
+        break;
+      case Argument::map:
+        arguments[i] = &maps[size_t(argument.value)];
+        break;
+    }
+  }
+  const Driver& driver = Driver::get();
+  const Kernel& kernel = plan->kernels[launch.kernel];
+  driver.check(driver.cuLaunchKernel(function(launch.kernel, stream.device), x, y, z, kernel.threads, 1, 1,
+                                     kernel.shared, stream.handle, arguments.data(), nullptr),
+               std::string("the kernel ") + kernel.file + " cannot be started");
+}
+
+const Call& call_of(const char* op, const std::vector<int64_t>& key) {
+  if (!plan) refuse("the package has no kernels for a GPU; export it again");
+  for (const Call& call : plan->calls) {
+    if (std::strcmp(call.op, op) == 0 && call.key == key) return call;
+  }
+  std::string asked;
+  for (const int64_t number : key) asked += (asked.empty() ? "" : ", ") + std::to_string(number);
+  refuse(std::string("the package has no kernel for ") + op + " with " + asked + "; export it again");
+}
+
+const std::vector<Launch>& launches(const Call& call, int64_t m) {
+  auto found = call.ranges.begin();
+  while (found + 1 != call.ranges.end() && (found + 1)->rows <= m) ++found;
+  return found->launches;
+}
+
+int64_t bits(double number) {
+  int64_t result;
+  std::memcpy(&result, &number, sizeof(result));
+  return result;
+}
+
+void* address(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
+
+// As kernels want it: contiguous, and beginning where a tensor of its own does.
+Tensor plain(const Tensor& x) {
+  if (!x.is_contiguous()) return torch::stable::contiguous(x);
+  return reinterpret_cast<uintptr_t>(address(x)) % ALIGNMENT ? torch::stable::clone(x) : x;
+}
+
+// Uninitialized, where `like` is.
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t type, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, type,
+                                                  index, &made));
+  return Tensor(made);
+}
+
+int32_t dtype_of(const Tensor& x) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+// [M, K] of an x of [..., K].
+std::pair<int64_t, int64_t> rows_of(const Tensor& x) {
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
+  return {m, x.size(-1)};
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_, double threshold, bool by_column) {
+  const Tensor x = plain(x_);
+  const auto [m, k] = rows_of(x);
+  const Call& call = call_of("quantize_rows", {k, dtype_of(x), bits(threshold), by_column});
+  const int64_t digits = threshold == 0 ? 0 : by_column || x.scalar_type() == ScalarType::Float ? 3 : 2;
+  const int64_t lists = threshold == 0 ? 0 : (m + LIST_ROWS - 1) / LIST_ROWS;
+  const Tensor planes = empty({1 + digits, m, k}, aoti_torch_dtype_int8(), x);
+  const Tensor info = empty({4 * m + lists * (1 + k)}, aoti_torch_dtype_int32(), x);
+  if (m == 0) return {planes, info};
+  const Stream stream(x);
+  const std::vector<Launch>& all = launches(call, m);
+  Tensor flags = info;  // One kernel alone marks nothing.
+  if (all.size() > 1) {
+    const int64_t size = (by_column ? 1 : lists) * ((k + 31) / 32);
+    flags = empty({size}, aoti_torch_dtype_int32(), x);
+    const Driver& driver = Driver::get();
+    driver.check(driver.cuMemsetD32Async(reinterpret_cast<uintptr_t>(address(flags)), 0, size_t(size), stream.handle),
+                 "memory cannot be set to zero");
+  }
+  const std::vector<void*> tensors{address(x), address(planes), address(info), address(flags)};
+  for (const Launch& launch : all) start(launch, m, tensors, stream);
+  return {planes, info};
+}
+
+Tensor quantized_linear(const Tensor& planes_, const Tensor& info_, const Tensor& qweight_, const Tensor& scale_,
+                        const std::optional<Tensor>& bias_, double threshold, bool by_column, int64_t activation,
+                        int64_t n0, int64_t n1, int32_t dtype) {
+  const Tensor planes = plain(planes_), info = plain(info_), qweight = plain(qweight_), scale = plain(scale_);
+  std::optional<Tensor> bias;
+  if (bias_) bias = plain(*bias_);
+  const int64_t count = planes.size(0), m = planes.size(1), k = planes.size(2), n = qweight.size(0);
+  const Call& call = call_of("quantized_linear", {n, k, count, bits(threshold), by_column, activation, n0, n1, dtype,
+                                                  bias ? dtype_of(*bias) : -1});
+  constexpr int64_t SILU_MUL = 5;  // Of int8compile/ops/digits.py.
+  const int64_t width = activation == SILU_MUL ? n / 2 : n;
+  const Tensor y = n0 ? empty({m * n}, dtype, planes) : empty({m, width}, dtype, planes);
+  if (m == 0) return y;
+  const std::vector<void*> tensors{address(planes), address(info),  address(qweight), address(scale),
+                                   bias ? address(*bias) : nullptr, address(y)};
+  const Stream stream(planes);
+  for (const Launch& launch : launches(call, m)) start(launch, m, tensors, stream);
+  return y;
+}
+
+Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor& scale_,
+                          const std::optional<Tensor>& bias_) {
+  const Tensor x = plain(x_), qweight = plain(qweight_), scale = plain(scale_);
+  std::optional<Tensor> bias;
+  if (bias_) bias = plain(*bias_);
+  const auto [m, k] = rows_of(x);
+  const int64_t n = qweight.size(0);
+  const int32_t dtype = dtype_of(x);
+  const Call& call = call_of("weight_only_linear", {n, k, dtype, bias ? dtype_of(*bias) : -1});
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  const Tensor y = empty(sizes, dtype, x);
+  if (m == 0) return y;
+  const std::vector<void*> tensors{address(x), address(qweight), address(scale), bias ? address(*bias) : nullptr,
+                                   address(y)};
+  const Stream stream(x);
+  for (const Launch& launch : launches(call, m)) start(launch, m, tensors, stream);
+  return y;
+}
+
+}  // namespace
+}  // namespace int8compile
+
+// In the namespace of the generated code, which declares it where it calls it.
+namespace torch::aot_inductor {
+
+// Tells which kernels there are; throws unless the GPU is one that they were compiled for.
+void int8compile_use_plan(const int8compile::Plan& made, int device) {
+  using int8compile::Driver;
+  const Driver& driver = Driver::get();
+  int ordinal, major, minor;
+  driver.check(driver.cuInit(0), "the NVIDIA driver cannot be used");
+  driver.check(driver.cuDeviceGet(&ordinal, device), "the GPU cannot be used");
+  driver.check(driver.cuDeviceGetAttribute(&major, int8compile::MAJOR, ordinal), "the GPU does not say what it is");
+  driver.check(driver.cuDeviceGetAttribute(&minor, int8compile::MINOR, ordinal), "the GPU does not say what it is");
+  if (major != made.major || minor != made.minor) {
+    int8compile::refuse("the package was exported for " + std::string(made.gpu) + ", and this GPU is sm_" +
+                        std::to_string(major) + std::to_string(minor) + "; export it on a GPU of this kind");
+  }
+  int8compile::plan = &made;
+}
+
+}  // namespace torch::aot_inductor
+
+using namespace int8compile;
+
+extern "C" {
+
+AOTITorchError aoti_torch_cuda_quantize_rows(AtenTensorHandle x, double threshold, int32_t by_column,
+                                             AtenTensorHandle* planes, AtenTensorHandle* info) {
+  const auto made = quantize_rows(borrowed(x), threshold, by_column);
+  give(std::get<0>(made), planes);
+  give(std::get<1>(made), info);
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cuda_quantized_linear(AtenTensorHandle planes, AtenTensorHandle info,
+                                                AtenTensorHandle qweight, AtenTensorHandle scale,
+                                                AtenTensorHandle* bias, double threshold, int32_t by_column,
+                                                int64_t activation, int64_t n0, int64_t n1, int32_t dtype,
+                                                AtenTensorHandle* y) {
+  give(quantized_linear(borrowed(planes), borrowed(info), borrowed(qweight), borrowed(scale), borrowed(bias), threshold,
+                        by_column, activation, n0, n1, dtype),
+       y);
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cuda_weight_only_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
+                                                  AtenTensorHandle* bias, AtenTensorHandle* y) {
+  give(weight_only_linear(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(bias)), y);
+  return AOTI_TORCH_SUCCESS;
+}
+
+}  // extern "C"

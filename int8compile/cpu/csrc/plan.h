@@ -1,0 +1,74 @@
+// The Triton kernels of a package for a GPU, and when which of them is started. The values are written into the
+// package's generated code, with this file before them, by int8compile/triton_kernels/plan.py.
+#ifndef INT8COMPILE_PLAN_H
+#define INT8COMPILE_PLAN_H
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace int8compile {
+
+// A compiled kernel.
+struct Kernel {
+  const char* file;  // beside the package's library
+  const char* name;  // in the file
+  unsigned threads;  // of a program
+  unsigned shared;   // bytes of shared memory of a program
+};
+
+// How many programs in one direction: min(ceil(M / rows) * times, most); min(times, most) where rows is 0.
+struct Programs {
+  int64_t times, rows, most;
+};
+
+// What is handed to a kernel. The kinds with what `value` is.
+struct Argument {
+  enum Kind {
+    tensor,  // the number of the tensor whose address it is
+    rows,    // nothing: it is M
+    number,  // the bits of an integer or a float, the lowest first
+    map,     // an index of `Launch::maps`
+  } kind;
+  int64_t value;
+};
+
+// How the copy engine of sm_90 reads a matrix of int8 in tiles.
+struct TensorMap {
+  size_t tensor;
+  int64_t rows, columns;  // rows: -1 for M
+  uint32_t tile_rows, tile_columns;
+  int swizzle;  // CUtensorMapSwizzle
+};
+
+// One call of a kernel.
+struct Launch {
+  size_t kernel;
+  Programs programs[3];
+  std::vector<Argument> arguments;
+  std::vector<TensorMap> maps;
+};
+
+// What is started from so many rows on.
+struct Range {
+  int64_t rows;
+  std::vector<Launch> launches;
+};
+
+// An operator with all that its kernels depend on but M: the numbers that it looks itself up by, see launcher.cpp.
+struct Call {
+  const char* op;
+  std::vector<int64_t> key;
+  std::vector<Range> ranges;
+};
+
+struct Plan {
+  const char* gpu;  // "sm_90"
+  int major, minor;
+  std::vector<Kernel> kernels;
+  std::vector<Call> calls;
+};
+
+}  // namespace int8compile
+
+#endif

@@ -1,0 +1,586 @@
+"""Packages for GPUs: which kernels they hold and how these are started. Without a GPU, the CPU is taken for one.
+
+What is exported then is a package for the CPU whose operators are those for GPUs, with a driver (cuda_driver.cpp) that
+hands kernels to the test. In Triton's interpreter they run, and whole models do; elsewhere they are compiled and looked
+at.
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_export_gpu.py
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import hashlib
+import itertools
+import subprocess
+import sys
+import traceback
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor import aoti_load_package
+from torch.export import Dim
+from torch.fx import Interpreter
+
+pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import int8compile
+from int8compile import ExportError, Int8Config, cpu, hardware, ops
+from int8compile.cpu import build
+from int8compile.triton_kernels import operators, plan, tables
+from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.plan import Gpu, Planner
+from tests.conftest import INTERPRETED
+
+export_module = sys.modules["int8compile.export"]
+
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason="needs the CPU kernel's library"),
+    # NumPy, which the interpreter computes with, warns of what it does with NaN and Inf.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 interprets, nothing is compiled")
+
+HERE = Path(__file__).parent
+# So few multiprocessors that a few rows take the tiles of many.
+SM_90 = Gpu("sm_90", tables.ARCHITECTURES["sm_90"], 2)
+
+
+class Block(nn.Module):
+    """Linears that are joined, with a bias and without, one that ends in its activation function, and a head.
+
+    A bias is a part of a tensor, which begins anywhere. What is between the linears rounds nothing, so that compiled
+    and interpreted graphs give the same.
+    """
+
+    def __init__(self, size: int = 96, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(size, n) for n in (size, 32, 32))
+        self.gate, self.up = (nn.Linear(size, 2 * size, bias=False) for _ in range(2))
+        self.down = nn.Linear(2 * size, size, bias=False)
+        self.biases = nn.Parameter(torch.randn(size + 1))
+        self.lm_head = nn.Linear(size, 40, bias=False)
+        self.to(dtype).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.k(x)
+        parts = torch.cat([k, self.v(x), k.abs()], dim=-1)
+        mixed = torch.maximum(self.q(x), parts)
+        mixed = F.silu(self.gate(mixed)) * self.up(mixed)
+        return self.lm_head(F.relu(F.linear(mixed, self.down.weight, self.biases[1:])))
+
+
+def activations(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Some of [..., 96], with outliers and a row of zeros."""
+    x = torch.randn(*size, 96)
+    x[..., 5] *= 40
+    x[..., -1, :] = 0
+    return x.to(dtype)
+
+
+# Kernels that run in the interpreter
+
+
+class Driver:
+    """Runs what packages start. Knows kernels by what the planner would start for as many rows.
+
+    Attributes:
+        started: The names of the kernels that ran, since the test emptied it.
+        failed: What went wrong in one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.started: list[str]
+        self.failed: str
+        # By the text that stands for the compiled kernel: what was compiled, and what is started for so many rows.
+        self._known: dict[str, list[tuple[Launch, Callable[[int], list[Launch]]]]]
+        self._current: Callable[[int], list[Launch]] | None = None
+        self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        uints = ctypes.POINTER(ctypes.c_uint32)
+        pointers = ctypes.POINTER(ctypes.c_void_p)
+        texts = (ctypes.c_char_p, ctypes.c_char_p)
+        self._start = ctypes.CFUNCTYPE(ctypes.c_int, *texts, uints, ctypes.c_uint32, ctypes.c_uint32, pointers)(
+            self._started
+        )
+        self.be(90)
+
+    def be(self, capability: int) -> None:
+        """Forgets all it knew, and is another GPU's."""
+        self.started, self.failed, self._known = [], "", {}
+        self._library.test_set(self._start, capability)
+
+    def planning(self, started: Callable[[int], list[Launch]]) -> None:
+        """What is compiled next is for that."""
+        self._current = started
+
+    def compile(self, launch: Launch, target: object) -> Any:
+        """Instead of `Launch.compile`."""
+        assert self._current is not None
+        image = identity(launch)
+        self._known.setdefault(image, []).append((launch, self._current))
+        sizes = [size for value in launch.args.values() for size in bytes_of(value)]
+        metadata = types.SimpleNamespace(
+            name=launch.kernel.__name__,
+            hash=hashlib.sha256(image.encode()).hexdigest(),
+            num_ctas=1,
+            num_warps=launch.num_warps,
+            shared=100 * 1024,
+            global_scratch_size=0,
+            profile_scratch_size=0,
+            launch_cooperative_grid=False,
+            launch_pdl=False,
+            tensordesc_meta=[
+                {"block_size": value.block_shape, "swizzle": 3}
+                for value in launch.args.values()
+                if isinstance(value, TensorDescriptor)
+            ],
+        )
+        # Two pointers of Triton's own come last.
+        return types.SimpleNamespace(asm={"cubin": image.encode(), "ptx": [*sizes, 8, 8]}, metadata=metadata)
+
+    def _started(self, image: bytes, name: bytes, grid: Any, threads: int, shared: int, arguments: Any) -> int:
+        try:
+            self._run(image.decode(), name.decode(), tuple(grid[:3]), threads, arguments)
+        except BaseException:
+            self.failed = traceback.format_exc()
+            return 1
+        return 0
+
+    def _run(self, image: str, name: str, grid: tuple[int, ...], threads: int, arguments: Any) -> None:
+        for template, started in self._known[image]:
+            # The number of rows is an argument of all kernels but that for one row.
+            m = 1 if "M" not in template.args else read(arguments, list_of(template).index("M"), ctypes.c_int32)
+            launch = next((launch for launch in started(m) if identity(launch) == image), None)
+            if launch is not None and grid == (*launch.grid, 1, 1)[:3] and fits(launch, arguments):
+                break
+        else:
+            raise AssertionError(f"{name} with {grid} programs is not what would be started: {image}")
+        assert name == launch.kernel.__name__
+        assert threads == 32 * launch.num_warps
+        args = dict(launch.args)
+        placed = list(zip(positions(launch), launch.args.items(), strict=True))
+        tensors: dict[int, Tensor] = {}
+        # What the copy engine reads is a part of another argument, and comes before it.
+        for position, (key, value) in reversed(placed):
+            if isinstance(value, TensorDescriptor):
+                address, rows, columns, stride, *tile, swizzle = read(arguments, position, ctypes.c_uint64 * 7)
+                assert [rows, columns, stride] == [*value.shape, columns]
+                assert (tile, swizzle) == (list(value.block_shape), 3)
+                base = tensors[address].flatten()[: value.base.numel()].view(value.base.shape)
+                args[key] = TensorDescriptor.from_tensor(base, value.block_shape)
+            elif isinstance(value, Tensor):
+                address = read(arguments, position, ctypes.c_uint64)
+                tensors[address] = args[key] = tensor_at(address, value)
+        dataclasses.replace(launch, args=args).run()
+        self.started.append(name)
+
+
+def identity(launch: Launch) -> str:
+    """A text for all that a kernel is compiled for."""
+    types_of = {name: (bytes_of(value), getattr(value, "dtype", None)) for name, value in launch.args.items()}
+    tiles = [value.block_shape for value in launch.args.values() if isinstance(value, TensorDescriptor)]
+    how = (launch.kernel.__name__, launch.constants, types_of, tiles, launch.num_warps, launch.num_stages)
+    return repr(how)
+
+
+def bytes_of(value: Any) -> list[int]:
+    """The sizes of what an argument is handed over as."""
+    if value is None:
+        return []
+    if isinstance(value, TensorDescriptor):
+        return [128, 4, 4, 8, 8]
+    if isinstance(value, Tensor):
+        return [8]
+    return [4 if isinstance(value, float) or -(2**31) <= value < 2**31 else 8]
+
+
+def list_of(launch: Launch) -> list[str]:
+    return [name for name, value in launch.args.items() for _ in bytes_of(value)]
+
+
+def positions(launch: Launch) -> list[int]:
+    """Where each argument begins."""
+    sizes = [len(bytes_of(value)) for value in launch.args.values()]
+    return list(itertools.accumulate(sizes, initial=0))[:-1]
+
+
+def read(arguments: Any, position: int, kind: Any) -> Any:
+    found = ctypes.cast(arguments[position], ctypes.POINTER(kind))[0]
+    return list(found) if isinstance(found, ctypes.Array) else found
+
+
+def fits(launch: Launch, arguments: Any) -> bool:
+    """Whether the numbers are those that the launch has."""
+    for position, value in zip(positions(launch), launch.args.values(), strict=True):
+        if isinstance(value, float):
+            if read(arguments, position, ctypes.c_float) != ctypes.c_float(value).value:
+                return False
+        elif isinstance(value, int):
+            kind = ctypes.c_int32 if bytes_of(value) == [4] else ctypes.c_int64
+            if read(arguments, position, kind) != value:
+                return False
+        elif isinstance(value, TensorDescriptor):
+            shape = [read(arguments, position + 1 + i, ctypes.c_int32) for i in range(2)]
+            strides = [read(arguments, position + 3 + i, ctypes.c_int64) for i in range(2)]
+            if [shape, strides] != [list(value.shape), list(value.strides)]:
+                return False
+    return True
+
+
+def tensor_at(address: int, like: Tensor) -> Tensor:
+    """Memory as a tensor; it is not copied."""
+    assert address % 16 == 0
+    held = (ctypes.c_char * (like.numel() * like.element_size())).from_address(address)
+    return torch.frombuffer(held, dtype=like.dtype).view(like.shape)
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The driver, and what is linked into packages."""
+    folder = tmp_path_factory.mktemp("driver")
+    compiler = build.find_compiler().command
+    driver, forwards, joined = (folder / name for name in ("libcuda.so.1", "cuda_as_cpu.o", "joined.o"))
+    library = cpu.load()
+    assert library is not None
+    for command in (
+        ["-shared", "-Wl,-soname,libcuda.so.1", str(HERE / "cuda_driver.cpp"), "-o", str(driver)],
+        ["-c", str(HERE / "cuda_as_cpu.cpp"), "-o", str(forwards)],
+        ["-r", "-nostdlib", str(library.built.linkable), str(forwards), "-o", str(joined)],
+    ):
+        subprocess.run([*compiler, "-std=c++17", "-fPIC", *command], check=True)
+    return driver, joined
+
+
+@pytest.fixture(scope="session")
+def loaded_driver(libraries: tuple[Path, Path]) -> Driver:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU's own driver is there")
+    return Driver(libraries[0])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, libraries: tuple[Path, Path]) -> None:
+    """Has `export` take the CPU for a GPU."""
+    library = copy.copy(cpu.load())
+    assert library is not None
+    library.built = dataclasses.replace(library.built, linkable=libraries[1])
+    monkeypatch.setattr(cpu, "load", lambda: library)
+    monkeypatch.setattr(export_module, "_gpu_of", lambda device: (SM_90, ""))
+
+
+@pytest.fixture
+def driver(gpu: None, loaded_driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A driver that interprets."""
+    add = Planner._add
+
+    def watched(self: Planner, op: str, key: Any, rows: Any, decided: Any, started: Any, settled: int) -> None:
+        loaded_driver.planning(started)
+        add(self, op, key, rows, decided, started, settled)
+
+    def interpreted(self: Launch, target: object) -> Any:
+        return loaded_driver.compile(self, target)
+
+    monkeypatch.setattr(Planner, "_add", watched)
+    monkeypatch.setattr(Launch, "compile", interpreted)
+    monkeypatch.setattr(plan, "parameters", lambda ptx: ptx)
+    loaded_driver.be(90)
+    return loaded_driver
+
+
+class ByLaunches(Interpreter):
+    """Runs a rewritten graph with the operators that torch.compile's graphs call on a GPU."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        taken = {
+            ops.quantize_rows.default: operators._quantize_rows,
+            ops.quantized_linear.default: operators._quantized_linear,
+            ops.weight_only_linear.default: operators._weight_only_linear,
+        }
+        return super().call_function(taken.get(target, target), args, kwargs)
+
+
+def by_launches(model: nn.Module, x: Tensor, config: Int8Config, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What torch.compile's graph gives on a GPU."""
+    monkeypatch.setattr(operators, "_index", lambda tensor: 0)
+    monkeypatch.setattr(operators, "_on", lambda device: operators._HERE)
+    monkeypatch.setattr(operators, "architecture", lambda device: SM_90.arch)
+    monkeypatch.setattr(operators, "multiprocessors", lambda device: SM_90.multiprocessors)
+    monkeypatch.setattr(operators, "_prepared", {})
+    monkeypatch.setattr(operators, "MAX_ROWS", 1000)  # Beyond it torch.compile has cuBLAS, which a package cannot call.
+    with torch.no_grad():
+        module = torch.export.export(model, (x,), strict=False).module(check_guards=False)
+        export_module.rewrite(module, config, for_gpu=True)
+        result: Tensor = ByLaunches(module).run(x)
+    return result
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("options", [
+    {},
+    {"outliers": "column"},
+    {"threshold": 0.0},
+    {"lm_head": "int8_weight"},
+], ids=str)  # fmt: skip
+def test_a_package_starts_what_torch_compile_starts(
+    options: dict[str, Any], driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernel by kernel, with the same numbers, for few rows and for many."""
+    model = Block()
+    config = Int8Config.from_options(options)
+    path = tmp_path / "block.pt2"
+    shapes = ({0: Dim("batch", min=1, max=8), 1: Dim("length", min=1, max=100)},)
+    int8compile.export(model, (activations(3, 9),), path, dynamic_shapes=shapes, config=config)
+    loaded = aoti_load_package(str(path))
+    kernels = set()
+    for size in ((1, 1), (2, 8), (1, 65)):
+        x = activations(*size)
+        driver.started = []
+        try:
+            y = loaded(x)
+        except RuntimeError:
+            pytest.fail(driver.failed or "a call fails")
+        kernels |= set(driver.started)
+        # q, k and v; gate and up; down. The head is in float, or has a kernel for its weight alone.
+        products = [name for name in driver.started if name.endswith(("gemm", "gemv"))]
+        assert len(products) == 3 + (options.get("lm_head") == "int8_weight")
+        assert torch.equal(y, by_launches(model, x, config, monkeypatch))
+    expected = {"quantize_rows", "gemv", "gemm"}
+    if options.get("threshold") != 0:
+        expected |= {"list_columns", "gather_digits"}
+    if options.get("outliers") != "column":
+        expected |= {"small_gemm"}
+    if "lm_head" in options:
+        expected |= {"weight_only_gemm"}
+    assert kernels == expected
+
+
+@pytest.mark.interpreted
+def test_the_copy_engine_is_told_of_matrices(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = nn.Linear(96, 32).eval(), tmp_path / "many.pt2"
+    int8compile.export(model, (activations(300),), path, dynamic_shapes=({0: Dim("rows", min=250, max=400)},))
+    loaded = aoti_load_package(str(path))
+    x = activations(257)
+    y = loaded(x)
+    assert driver.started == ["quantize_rows", "list_columns", "gather_digits", "persistent_gemm"]
+    assert torch.equal(y, by_launches(model, x, Int8Config(), monkeypatch))
+
+
+class Sliced(nn.Module):
+    """A linear of a part of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(96, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[..., 1:])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("rows", [1, 5, 0])
+def test_activations_that_begin_anywhere(
+    rows: int, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled for tensors that begin at multiples of 16 bytes, and rows without gaps."""
+    model, x = Sliced().eval(), torch.randn(rows, 97)
+    path = tmp_path / "sliced.pt2"
+    int8compile.export(model, (x,), path)
+    y = aoti_load_package(str(path))(x)
+    assert driver.started == ["quantize_rows", "gemv" if rows == 1 else "small_gemm"] * (rows > 0)
+    assert y.shape == (rows, 32)
+    if rows:
+        assert torch.equal(y, by_launches(model, x, Int8Config(), monkeypatch))
+
+
+# Kernels that are compiled, and nothing runs
+
+
+@compiled_only
+@pytest.mark.parametrize(("least", "most", "kernels"), [
+    (1, 1, {"gemv"}),
+    (4, 8, {"small_gemm"}),
+    pytest.param(70, 70, {"gemm"}, marks=pytest.mark.slow),
+    (512, None, {"persistent_gemm"}),
+    pytest.param(1, None, {"gemv", "small_gemm", "gemm", "persistent_gemm"}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_what_triton_compiles_takes_what_the_plan_hands_over(
+    least: int, most: int | None, kernels: set[str], tmp_path: Path
+) -> None:
+    planner = Planner(dataclasses.replace(SM_90, multiprocessors=132))
+    planner.quantize_rows(512, torch.bfloat16, 6.0, False, least, most)
+    planner.quantized_linear(1536, 512, 3, torch.float32, 6.0, False, 0, 512, 512, torch.bfloat16, least, most)
+    planner.weight_only_linear(512, 512, torch.bfloat16, None, least, min(most or 4, 4))
+    assert {name.rpartition("-")[0] for name in planner.cubins} - {"weight_only_gemm"} >= {"quantize_rows", *kernels}
+    for cubin in planner.cubins.values():
+        assert cubin[:4] == b"\x7fELF"
+    source = tmp_path / "plan.cpp"
+    source.write_text(planner.source() + "int main() { return int(int8compile_plan().calls.size()) - 3; }\n")
+    compiler = build.find_compiler().command
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*compiler, *flags, str(source), "-o", str(tmp_path / "plan")], check=True)
+    assert subprocess.run([tmp_path / "plan"], check=False).returncode == 0
+
+
+def test_parameters_are_read_in_ptx() -> None:
+    text = """
+.visible .entry gemm(
+	.param .align 64 .b8 gemm_param_0[128],
+	.param .u32 gemm_param_1,
+	.param .u64 .ptr .global .align 1 gemm_param_2,
+	.param .f32 gemm_param_3
+)
+.reqntid 256
+{
+	.reg .pred %p<21>;
+"""
+    assert plan.parameters(text) == [128, 4, 8, 4]
+
+
+def test_another_way_to_hand_arguments_over_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = types.SimpleNamespace(
+        name="gemv",
+        hash="0" * 64,
+        num_ctas=1,
+        num_warps=4,
+        shared=0,
+        global_scratch_size=0,
+        profile_scratch_size=0,
+        launch_cooperative_grid=False,
+        launch_pdl=False,
+    )
+    made = types.SimpleNamespace(
+        asm={"cubin": b"", "ptx": ".entry gemv(.param .u64 gemv_param_0) {"}, metadata=metadata
+    )
+    monkeypatch.setattr(Launch, "compile", lambda self, target: made)
+    with pytest.raises(ExportError, match=r"gemv takes arguments of \[8\] bytes, and \[8, 8, .* in another way"):
+        Planner(SM_90).quantized_linear(64, 64, 3, None, 6.0, False, 0, 0, 0, torch.float32, 1, 1)
+    metadata.global_scratch_size = 128
+    with pytest.raises(ExportError, match="gemv in a way that a package cannot start"):
+        Planner(SM_90).quantized_linear(64, 64, 3, None, 6.0, False, 0, 0, 0, torch.float32, 1, 1)
+
+
+def test_every_number_of_rows_is_looked_at() -> None:
+    decided = {1: "a", 2: "b", 3: "b", 4: "b", 5: "c", 6: "d"}
+    assert list(plan._changes((0, None), decided.__getitem__, 6)) == [1, 2, 5, 6]
+    assert list(plan._changes((3, 5), decided.__getitem__, 6)) == [3, 5]
+    assert list(plan._changes((6, 6), decided.__getitem__, 4)) == [6]
+    assert list(plan._changes((9, None), lambda m: 0, 4)) == [9]
+
+
+LOAD = """
+import sys
+import torch
+try:
+    torch._inductor.aoti_load_package(sys.argv[1])
+except RuntimeError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@compiled_only
+def test_a_package_has_its_kernels_beside_its_library(
+    gpu: None, loaded_driver: Driver, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "block.pt2"
+    int8compile.export(Block(dtype=torch.bfloat16), (activations(2, 4, dtype=torch.bfloat16),), path)
+    about = int8compile.inspect(path)
+    assert about.metadata["gpu"] == {"isa": "sm_90", "multiprocessors": 2}
+    assert "sm_90" in str(about)
+    with zipfile.ZipFile(path) as archive:
+        names = [Path(name).name for name in archive.namelist()]
+        (wrapper,) = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
+        source = archive.read(wrapper).decode()
+    cubins = {name.rpartition("-")[0] for name in names if name.endswith(".cubin")}
+    assert cubins == {"quantize_rows", "small_gemm"}
+    assert source.count("AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_quantized_linear(") == 3
+    # Where there is no driver, and on another GPU, nothing runs.
+    done = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "this machine has no NVIDIA driver (libcuda.so.1)" in done.stderr
+    loaded_driver.be(86)
+    with pytest.raises(RuntimeError):
+        aoti_load_package(str(path))
+    assert "exported for sm_90, and this GPU is sm_86; export it on a GPU of this kind" in capfd.readouterr().err
+    loaded_driver.be(90)
+    aoti_load_package(str(path))
+
+
+class Batched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.experts)
+
+
+def test_what_has_no_kernel_is_named(gpu: None, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"batched_linear, for which there is no kernel .* form='portable' has it in"):
+        int8compile.export(Batched().eval(), (torch.randn(3, 4, 64),), tmp_path / "batched.pt2")
+
+
+@pytest.mark.parametrize("isa", ["sm_75", "gfx942"])
+def test_gpus_without_kernels_for_packages(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "of", lambda device: hardware.gpu("a GPU", isa))
+    found, why = export_module._gpu_of(torch.device("cuda"))
+    assert found is None
+    assert why == f"there are no kernels that a package can hold for {isa}, only for NVIDIA's GPUs from Ampere on"
+
+
+def test_a_gpu_with_kernels_for_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "of", lambda device: hardware.gpu("NVIDIA H100", "sm_90"))
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert export_module._gpu_of(torch.device("cuda")) == (Gpu("sm_90", tables.ARCHITECTURES["sm_90"], 132), "")
+    monkeypatch.setenv("INT8COMPILE_TRITON", "0")
+    found, why = export_module._gpu_of(torch.device("cuda"))
+    assert (found, why) == (None, "there are no kernels for GPUs: INT8COMPILE_TRITON=0 turns them off")
+
+
+@pytest.mark.parametrize("form", ["fast", None])
+def test_the_form_follows_from_what_there_is(form: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "_gpu_of", lambda device: (None, "there are none"))
+    model = nn.Linear(32, 32).eval()
+    path = tmp_path / "linear.pt2"
+    if form:
+        with pytest.raises(ExportError, match="form='fast': there are none; use form='portable'"):
+            int8compile.export(model, (torch.randn(4, 32),), path, form=form)
+    else:
+        int8compile.export(model, (torch.randn(4, 32),), path)
+        assert int8compile.inspect(path).metadata["form"] == "portable"
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"outliers": "column"}, {"lm_head": "int8_weight"}], ids=str)
+def test_a_gpu_runs_the_kernels_of_a_package(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Block(dtype=dtype).cuda()
+    path = tmp_path / "gpu.pt2"
+    shapes = ({0: Dim("batch", min=1, max=8), 1: Dim("length", min=1, max=100)},)
+    int8compile.export(model, (activations(3, 9, dtype=dtype).cuda(),), path, dynamic_shapes=shapes, config=options)
+    about = int8compile.inspect(path).metadata
+    assert (about["device"], about["form"]) == ("cuda", "fast")
+    loaded = aoti_load_package(str(path))
+    compiled = torch.compile(model, backend="int8", options=options)
+    for size in ((1, 1), (2, 8), (1, 64), (1, 65), (7, 77)):
+        x = activations(*size, dtype=dtype).cuda()
+        with torch.no_grad():
+            expected = compiled(x)
+        if "lm_head" in options and size[0] * size[1] > 64:  # torch.compile has cuBLAS there
+            torch.testing.assert_close(loaded(x), expected, rtol=2**-6, atol=2**-6)
+        else:
+            assert torch.equal(loaded(x), expected)

@@ -1,0 +1,277 @@
+"""The kernels of an exported package: compiled, and which is started when, as C++ for csrc/launcher.cpp.
+
+A package has no Python to choose with, and its number of rows may change from call to call. So `Planner` asks for every
+number of rows what the operators would start, joins the numbers with the same answer, and compiles what occurs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from int8compile.errors import ExportError
+from int8compile.ops import digits
+from int8compile.ops.digits import Activations
+from int8compile.ops.quantized import empty_result
+from int8compile.triton_kernels import tables
+from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.operators import launch_of
+from int8compile.triton_kernels.policy import Policy
+from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.quantize.launch import launches
+from int8compile.triton_kernels.tables import Architecture, Config
+from int8compile.triton_kernels.weight_only.launch import MAX_ROWS
+from int8compile.triton_kernels.weight_only.launch import launch as weight_only_launch
+
+# The tensors that launcher.cpp has for each operator's kernels, in its order, by the names of kernels' arguments.
+_TENSORS = {
+    "quantize_rows": ("x_ptr", "planes_ptr", "info_ptr", "flags_ptr"),
+    "quantized_linear": ("planes_ptr", "info_ptr", "weight_ptr", "scale_ptr", "bias_ptr", "y_ptr"),
+    "weight_only_linear": ("x_ptr", "weight_ptr", "scale_ptr", "bias_ptr", "y_ptr"),
+}
+# Matrices by what the copy engine's arguments are called.
+_MATRICES = {"x_desc": "planes_ptr", "weight_desc": "weight_ptr"}
+# c10::ScalarType.
+_SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15, None: -1}
+# Bytes of a parameter, as PTX declares it.
+_SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
+_MAP_BYTES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What kernels are compiled for.
+
+    Attributes:
+        isa: "sm_90".
+        arch: Its tables.
+        multiprocessors: How many it has.
+    """
+
+    isa: str
+    arch: Architecture
+    multiprocessors: int
+
+    @property
+    def capability(self) -> int:
+        """The compute capability as Triton counts it: 90."""
+        return int(self.isa.removeprefix("sm_"))
+
+
+class Planner:
+    """Collects what the operators of a graph start, for `least` to `most` rows; any number where `most` is None.
+
+    Attributes:
+        cubins: The compiled kernels by the names of their files.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.cubins: dict[str, bytes] = {}
+        self._gpu = gpu
+        self._kernels: dict[str, str] = {}  # C++ by file
+        self._calls: dict[tuple[str, tuple[int, ...]], str] = {}
+
+    def quantize_rows(
+        self, k: int, dtype: torch.dtype, threshold: float, by_column: bool, least: int, most: int | None
+    ) -> None:
+        """Adds what `int8compile::quantize_rows` starts for x [M, K] of a dtype."""
+
+        def policy(m: int) -> Policy:
+            return Policy.of(m, k, digits.count(dtype, by_column), threshold, by_column, self._gpu.arch)
+
+        def started(m: int) -> list[Launch]:
+            x = torch.empty(m, k, dtype=dtype, device="meta")
+            return launches(x, Activations.empty(x, threshold, by_column), policy(m))
+
+        key = (k, _SCALAR_TYPES[dtype], _bits(threshold), int(by_column))
+        self._add("quantize_rows", key, (least, most), policy, started, self._gpu.arch.planes_rows + 1)
+
+    def quantized_linear(
+        self,
+        n: int,
+        k: int,
+        count: int,
+        bias_dtype: torch.dtype | None,
+        threshold: float,
+        by_column: bool,
+        activation: int,
+        n0: int,
+        n1: int,
+        dtype: torch.dtype,
+        least: int,
+        most: int | None,
+    ) -> None:
+        """Adds what `int8compile::quantized_linear` starts for a weight [N, K] and `count` planes [M, K]."""
+        arch, sms = self._gpu.arch, self._gpu.multiprocessors
+
+        def chosen(m: int) -> tuple[Policy, Config]:
+            policy = Policy.of(m, k, count - 1, threshold, by_column, arch)
+            configs = tables.candidates(arch, m, k, lists=policy.lists)
+            return policy, tables.choose(configs, m, n, sms)
+
+        def started(m: int) -> list[Launch]:
+            policy, config = chosen(m)
+            # As many columns of lists as there may be; kernels do not see how many there are.
+            x = Activations(_int8(count, m, k), torch.empty(1, dtype=torch.int32, device="meta"))
+            qweight, scale = _int8(n, k), torch.empty(n, device="meta")
+            bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device="meta")
+            y = empty_result(x.planes, qweight, activation, n0, dtype)
+            return [launch_of(Product(x, qweight, scale, bias, y, activation, n0, n1, policy), config, sms)]
+
+        # From that many rows on the largest tiles are enough for all multiprocessors.
+        settled = max(*(config.bm * sms for config in arch.rows[tables.BUCKETS[-1]]), tables.BUCKETS[-1])
+        sizes = (n, k, count, _bits(threshold), int(by_column), activation, n0, n1)
+        key = (*sizes, _SCALAR_TYPES[dtype], _SCALAR_TYPES[bias_dtype])
+        self._add("quantized_linear", key, (least, most), chosen, started, settled)
+
+    def weight_only_linear(
+        self, n: int, k: int, dtype: torch.dtype, bias_dtype: torch.dtype | None, least: int, most: int | None
+    ) -> None:
+        """Adds what `int8compile::weight_only_linear` starts for x [M, K]; our kernel, however many rows there are."""
+
+        def started(m: int) -> list[Launch]:
+            x, y = (torch.empty(m, size, dtype=dtype, device="meta") for size in (k, n))
+            bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device="meta")
+            return [weight_only_launch(x, _int8(n, k), torch.empty(n, device="meta"), bias, y)]
+
+        key = (n, k, _SCALAR_TYPES[dtype], _SCALAR_TYPES[bias_dtype])
+        rows = (least, most)
+        self._add("weight_only_linear", key, rows, lambda m: started(m)[0].constants, started, MAX_ROWS + 1)
+
+    def source(self) -> str:
+        """The plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""
+        header = (Path(__file__).parent.parent / "cpu" / "csrc" / "plan.h").read_text()
+        capability = divmod(self._gpu.capability, 10)
+        kernels = ",\n".join(self._kernels.values())
+        calls = ",\n".join(
+            f'  {{"{op}", {{{_numbers(key)}}}, {{\n{ranges}}}}}' for (op, key), ranges in self._calls.items()
+        )
+        return (
+            f"{header}\nnamespace {{\nconst int8compile::Plan& int8compile_plan() {{\n  using namespace int8compile;\n"
+            f'  static const Plan plan{{"{self._gpu.isa}", {_numbers(capability)}, {{\n{kernels}}}, {{\n{calls}}}}};\n'
+            "  return plan;\n}\n}  // namespace\n"
+        )
+
+    def _add(
+        self,
+        op: str,
+        key: tuple[int, ...],
+        rows: tuple[int, int | None],
+        decided: Callable[[int], Any],
+        started: Callable[[int], list[Launch]],
+        settled: int,
+    ) -> None:
+        """Adds a call.
+
+        Args:
+            op: The operator's name.
+            key: What launcher.cpp finds it by.
+            rows: The least and the largest number of them that there may be; None where there is no largest.
+            decided: What depends on the number of rows, besides the numbers of programs.
+            started: The kernels for a number of rows.
+            settled: From that many rows on all have the same answer.
+        """
+        ranges = []
+        for first in _changes(rows, decided, settled):
+            made = ",\n      ".join(self._launch(op, launch) for launch in started(first))
+            ranges.append(f"    {{{first}, {{{made}}}}}")
+        self._calls[op, key] = ",\n".join(ranges)
+
+    def _launch(self, op: str, launch: Launch) -> str:
+        compiled = launch.compile(GPUTarget("cuda", self._gpu.capability, 32))
+        about = compiled.metadata
+        used = (about.num_ctas, about.global_scratch_size, about.profile_scratch_size)
+        if used != (1, 0, 0) or about.launch_cooperative_grid or about.launch_pdl:
+            raise ExportError(f"Triton compiled {launch.kernel.__name__} in a way that a package cannot start: {about}")
+        file = f"{about.name}-{about.hash[:16]}.cubin"
+        if file not in self._kernels:
+            self.cubins[file] = compiled.asm["cubin"]
+            self._kernels[file] = f'  {{"{file}", "{about.name}", {32 * about.num_warps}, {about.shared}}}'
+        arguments, maps = _arguments(op, launch, getattr(about, "tensordesc_meta", None) or [])
+        sizes = [size for size, _, _ in arguments]
+        declared = parameters(compiled.asm["ptx"])
+        # Triton has pointers of its own behind ours, to memory that none of these kernels use.
+        own = declared[len(sizes) :]
+        if declared[: len(sizes)] != sizes or set(own) - {8}:
+            raise ExportError(
+                f"Triton's {launch.kernel.__name__} takes arguments of {declared} bytes, and {sizes} were expected: "
+                "this version of Triton hands them over in another way. form='portable' needs no kernels of ours"
+            )
+        arguments += [(8, "number", 0)] * len(own)
+        handed = ", ".join(f"{{Argument::{kind}, {value}}}" for _, kind, value in arguments)
+        programs = [(each.times, each.rows, each.most) for each in launch.programs] + [(1, 0, 1)] * 2
+        grid = ", ".join(f"{{{_numbers(each)}}}" for each in programs[:3])
+        number = list(self._kernels).index(file)
+        return f"{{{number}, {{{grid}}}, {{{handed}}}, {{{', '.join(maps)}}}}}"
+
+
+def parameters(ptx: str) -> list[int]:
+    """The bytes of each parameter of the kernel in a PTX text."""
+    (entry,) = re.findall(r"\.entry[^(]*\(([^)]*)\)", ptx)
+    found = re.findall(r"\.param (?:\.align \d+ )?\.(?:[usfb](\d+))[^,\[]*(?:\[(\d+)\])?", entry)
+    return [_SIZES[bits] * int(length or 1) for bits, length in found]
+
+
+def _changes(rows: tuple[int, int | None], decided: Callable[[int], Any], settled: int) -> Iterator[int]:
+    """The numbers of rows at which another answer begins."""
+    least = max(rows[0], 1)  # No row, no kernel.
+    last = max(settled, least)
+    most = last if rows[1] is None else min(rows[1], last)
+    before = None
+    for m in range(least, most + 1):
+        now = decided(m)
+        if now != before:
+            yield m
+        before = now
+
+
+def _arguments(
+    op: str, launch: Launch, described: Sequence[Mapping[str, Any]]
+) -> tuple[list[tuple[int, str, int]], list[str]]:
+    """What a kernel is handed: bytes, kind and value of each argument; and the matrices for the copy engine, as C++."""
+    tensors = _TENSORS[op]
+    arguments: list[tuple[int, str, int]] = []
+    maps: list[str] = []
+    for name, value in launch.args.items():
+        if value is None:
+            continue
+        if isinstance(value, TensorDescriptor):
+            about = described[len(maps)]
+            of_x = name == "x_desc"
+            sizes = (-1 if of_x else value.shape[0], value.shape[1], *about["block_size"])
+            number = tensors.index(_MATRICES[name])
+            arguments.append((_MAP_BYTES, "map", len(maps)))
+            maps.append(f"{{{number}, {', '.join(map(str, sizes))}, {about['swizzle']}}}")
+            arguments.append((4, "rows", 0) if of_x else (4, "number", value.shape[0]))
+            arguments.append((4, "number", value.shape[1]))
+            arguments += [(8, "number", stride) for stride in value.strides]
+        elif isinstance(value, Tensor):
+            arguments.append((8, "tensor", tensors.index(name)))
+        elif name == "M":
+            arguments.append((4, "rows", 0))
+        elif isinstance(value, float):
+            arguments.append((4, "number", struct.unpack("<I", struct.pack("<f", value))[0]))
+        else:
+            arguments.append((4 if -(2**31) <= value < 2**31 else 8, "number", value))
+    return arguments, maps
+
+
+def _int8(*size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="meta")
+
+
+def _bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
