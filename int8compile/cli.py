@@ -150,7 +150,9 @@ def _add_export(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
     )
     compiled.add_argument("--device", default="cpu", help="where it runs, e.g. cuda (default %(default)s)")
     compiled.add_argument(
-        "--form", choices=FORMS, help="with our kernels (default on CPUs) or with operators of PyTorch (on GPUs)"
+        "--form",
+        choices=FORMS,
+        help="with our kernels (default where a file can have them) or with operators of PyTorch",
     )
     export.add_argument(
         "--allow-partial", action="store_true", help="export even if linears stay in float that no option keeps so"

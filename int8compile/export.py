@@ -71,7 +71,7 @@ _LEVELS = {"avx512": ("x86-64-v4", 512), "avx2": ("x86-64-v3", 256)}
 _ASKED_FOR = {SkipReason.NAME, SkipReason.LM_HEAD, SkipReason.TIED, SkipReason.SMALL}
 
 # The operators that a package has, with the parameters of the C functions: for CPUs,
-_WEIGHT = "AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale, AtenTensorHandle* bias"
+_WEIGHT = "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale, AtenTensorHandle* bias"
 _POLICY = "double threshold, int32_t by_column"
 _FUNCTIONS: dict[Any, str] = {
     ops.packed_linear_no_grad.default: f"{_WEIGHT}, {_POLICY}, AtenTensorHandle* y",
@@ -81,7 +81,9 @@ _FUNCTIONS: dict[Any, str] = {
     "AtenTensorHandle* y1, AtenTensorHandle* y2",
     ops.packed_batched_linear.default: f"{_WEIGHT}, double threshold, const char* outliers, AtenTensorHandle* y",
     ops.packed_weight_only_linear_no_grad.default: f"{_WEIGHT}, AtenTensorHandle* y",
-    ops.grouped_linear.default: "AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale, "
+    ops.linear_no_grad.default: f"{_WEIGHT}, {_POLICY}, AtenTensorHandle* y",
+    ops.weight_only_linear_no_grad.default: f"{_WEIGHT}, AtenTensorHandle* y",
+    ops.grouped_linear.default: "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale, "
     "AtenTensorHandle ends, double threshold, const char* outliers, AtenTensorHandle* y",
 }
 # and for GPUs.
@@ -90,8 +92,7 @@ _GPU_FUNCTIONS: dict[Any, str] = {
     ops.quantized_linear.default: "AtenTensorHandle planes, AtenTensorHandle info, AtenTensorHandle qweight, "
     f"AtenTensorHandle scale, AtenTensorHandle* bias, {_POLICY}, int64_t activation, int64_t n0, int64_t n1, "
     "int32_t dtype, AtenTensorHandle* y",
-    ops.weight_only_linear.default: "AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale, "
-    "AtenTensorHandle* bias, AtenTensorHandle* y",
+    ops.weight_only_linear.default: f"{_WEIGHT}, AtenTensorHandle* y",
 }
 
 # Inductor's settings are of the process.
@@ -447,9 +448,12 @@ def _metadata(
     from int8compile import __version__
 
     stored = {"int8": 0, "float": 0}
-    for name, each in (*module.named_parameters(), *module.named_buffers()):
-        ours = name.startswith(AttributeBinder.PREFIX) or each.dtype == torch.int8
-        stored["int8" if ours else "float"] += each.nbytes
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    for name, each in tensors.items():
+        # Those of modules that `quantize_` made are called qweight and scale.
+        scale_of = tensors.get(f"{name.removesuffix('scale')}qweight") if name.endswith("scale") else None
+        of_int8 = each.dtype == torch.int8 or (scale_of is not None and scale_of.dtype == torch.int8)
+        stored["int8" if of_int8 or name.startswith(AttributeBinder.PREFIX) else "float"] += each.nbytes
     return {
         "format": package.FORMAT,
         "int8compile": __version__,
@@ -675,8 +679,10 @@ def _check_generated(source: str, module: GraphModule, target: _Target) -> None:
     )
     names = set(re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', source))
     added = names - {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    experts = [node.args[1].target for node in module.graph.nodes if node.target is ops.grouped_linear.default]
-    held = {re.sub(r"\W", "_", str(name)) for name in experts}  # as generated code spells them
+    calls_of_ours = [node for node in module.graph.nodes if node.target in target.functions]
+    read = {each for call in calls_of_ours for each in call.all_input_nodes if each.op == "get_attr"}
+    int8 = [each for each in read if attribute(module, each).dtype == torch.int8]
+    held = {re.sub(r"\W", "_", str(each.target)) for each in int8}  # as generated code spells them
     ours = re.compile(rf"{AttributeBinder.PREFIX}\d+_qweight")
     weights = [name for name in constants if name in held or ours.fullmatch(name)]
     names_of = "|".join(op._opname for op in target.functions)

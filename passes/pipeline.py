@@ -171,7 +171,9 @@ def _held_row(node: Node, config: Int8Config, binder: Binder) -> Site:
     weight = traced(qweight)
     path = names.module_path(node)
     node.meta[NEEDS_GRAD] = traced(node).requires_grad
-    if config.free_weights and node.target is not ops.grouped_linear.default:
+    # What is read by rows too, as a tied embedding is, would be in memory twice.
+    alone = all(holds_int8(user) for user in qweight.users)
+    if config.free_weights and alone and node.target is not ops.grouped_linear.default:
         view = weight_view(weight, list(range(weight.dim())), tuple(weight.shape))
         bound = binder.bind(qweight, view, path, scale)
         node.args = (x, *bound, *node.args[3:])

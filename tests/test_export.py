@@ -464,6 +464,31 @@ def test_what_torch_export_cannot_capture_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
+class Speller(nn.Module):
+    """An embedding whose table is the output projection's weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4096, 64)
+        self.linear = nn.Linear(64, 64)
+        self.lm_head = nn.Linear(64, 4096, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.linear(self.embed(ids)))
+
+
+@pytest.mark.parametrize("lm_head", ["int8_weight", "int8"])
+def test_a_tied_table_in_int8_is_stored_once(lm_head: str, folder: Path) -> None:
+    model = Speller().eval()
+    int8compile.quantize_(model, {"lm_head": lm_head})
+    path = folder / "tied.pt2"
+    ids = torch.tensor([[3, 0, 4095]])
+    int8compile.export(model, (ids,), path)
+    assert torch.equal(aoti_load_package(str(path))(ids), model(ids))
+    assert int8compile.inspect(path).metadata["bytes"]["int8"] == 4096 * (64 + 4) + 64 * (64 + 4)
+
+
 class Mixture(nn.Module):
     """Experts that `quantize_` made, and nothing else."""
 

@@ -192,6 +192,20 @@ AOTITorchError aoti_torch_cpu_packed_batched_linear(AtenTensorHandle x, AtenTens
   return AOTI_TORCH_SUCCESS;
 }
 
+AOTITorchError aoti_torch_cpu_linear_no_grad(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
+                                             AtenTensorHandle* bias, double threshold, int32_t by_column,
+                                             AtenTensorHandle* y) {
+  give(linear_no_grad(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(bias), threshold, by_column), y);
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_weight_only_linear_no_grad(AtenTensorHandle x, AtenTensorHandle qweight,
+                                                         AtenTensorHandle scale, AtenTensorHandle* bias,
+                                                         AtenTensorHandle* y) {
+  give(weight_only_linear_no_grad(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(bias)), y);
+  return AOTI_TORCH_SUCCESS;
+}
+
 AOTITorchError aoti_torch_cpu_grouped_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
                                              AtenTensorHandle ends, double threshold, const char* outliers,
                                              AtenTensorHandle* y) {
