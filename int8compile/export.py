@@ -645,8 +645,8 @@ def _with_checks(source: str, target: _Target, guards: Sequence[sympy.Basic] = (
     )
     if plan:
         check += (
-            "void int8compile_use_plan(const ::int8compile::Plan& plan, int device);\n"
-            "int8compile_use_plan(::int8compile_plan(), this->device_idx_);\n"
+            "void int8compile_use_plan(const ::int8compile::Plan&, int, ::int8compile::CurrentStream);\n"
+            "int8compile_use_plan(::int8compile_plan(), this->device_idx_, &::aoti_torch_get_current_cuda_stream);\n"
         )
     source, constructors = _CONSTRUCTOR.subn(lambda found: found[0] + check, source)
     source, unchecked = _UNCHECKED.subn("", source)

@@ -1,4 +1,5 @@
-// A package for the CPU that calls the operators of a package for a GPU, linked into it by a test.
+// A package for the CPU that calls the operators of a package for a GPU, linked into it by a test, with what PyTorch has
+// for GPUs only.
 #include <cstdint>
 
 extern "C" {
@@ -8,6 +9,11 @@ int aoti_torch_cuda_quantize_rows(Tensor, double, int32_t, Tensor*, Tensor*);
 int aoti_torch_cuda_quantized_linear(Tensor, Tensor, Tensor, Tensor, Tensor*, double, int32_t, int64_t, int64_t,
                                      int64_t, int32_t, Tensor*);
 int aoti_torch_cuda_weight_only_linear(Tensor, Tensor, Tensor, Tensor*, Tensor*);
+
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
 
 int aoti_torch_cpu_quantize_rows(Tensor x, double threshold, int32_t by_column, Tensor* planes, Tensor* info) {
   return aoti_torch_cuda_quantize_rows(x, threshold, by_column, planes, info);

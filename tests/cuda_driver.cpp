@@ -1,5 +1,5 @@
-// Stands in for an NVIDIA driver (libcuda.so.1), and for PyTorch's stream, where there is no GPU: kernels are handed to
-// the test that loads it, and a kernel's image is the text by which the test knows it. Memory is the CPU's.
+// Stands in for an NVIDIA driver (libcuda.so.1) where there is no GPU: kernels are handed to the test that loads it, and
+// a kernel's image is the text by which the test knows it. Memory is the CPU's.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -74,10 +74,6 @@ int cuTensorMapEncodeTiled(uint64_t* map, int dtype, uint32_t rank, void* addres
   const uint64_t made[] = {reinterpret_cast<uintptr_t>(address), sizes[1],          sizes[0], strides[0], tile[1],
                            tile[0],                              uint64_t(swizzle)};
   std::memcpy(map, made, sizeof(made));
-  return 0;
-}
-int aoti_torch_get_current_cuda_stream(int, void** stream) {
-  *stream = nullptr;
   return 0;
 }
 

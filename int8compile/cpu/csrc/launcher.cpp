@@ -53,9 +53,6 @@ struct Driver {
   int (*cuMemsetD32Async)(unsigned long long, unsigned, size_t, void*);
   int (*cuTensorMapEncodeTiled)(CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                                 const uint32_t*, int, int, int, int);
-  // PyTorch's.
-  AOTITorchError (*aoti_torch_get_current_cuda_stream)(int32_t, void**);
-
   static const Driver& get() {
     static const Driver driver;
     return driver;
@@ -84,17 +81,18 @@ struct Driver {
     FIND(cuMemsetD32Async);
     FIND(cuTensorMapEncodeTiled);
 #undef FIND
-    find(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream", &aoti_torch_get_current_cuda_stream);
   }
 
   template <typename Function>
   static void find(void* library, const char* name, Function* function) {
     *function = reinterpret_cast<Function>(dlsym(library, name));
-    if (!*function) refuse(std::string("the package is for a GPU, and this machine's driver or PyTorch has no ") + name);
+    if (!*function) refuse(std::string("the package is for a GPU, and this machine's driver is too old: no ") + name);
   }
 };
 
 const Plan* plan = nullptr;
+// PyTorch's function for the current stream of a device, which only PyTorch for GPUs has.
+CurrentStream current_stream = nullptr;
 
 // A compiled kernel on a device, loaded when it is first started.
 void* function(size_t number, int device) {
@@ -124,7 +122,7 @@ struct Stream {
   void* handle = nullptr;
 
   explicit Stream(const Tensor& x) : device(x.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(Driver::get().aoti_torch_get_current_cuda_stream(device, &handle));
+    TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
   }
 };
 
@@ -308,7 +306,7 @@ Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor
 namespace torch::aot_inductor {
 
 // Tells which kernels there are; throws unless the GPU is one that they were compiled for.
-void int8compile_use_plan(const int8compile::Plan& made, int device) {
+void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile::CurrentStream current_stream) {
   using int8compile::Driver;
   const Driver& driver = Driver::get();
   int ordinal, major, minor;
@@ -320,6 +318,7 @@ void int8compile_use_plan(const int8compile::Plan& made, int device) {
     int8compile::refuse("the package was exported for " + std::string(made.gpu) + ", and this GPU is sm_" +
                         std::to_string(major) + std::to_string(minor) + "; export it on a GPU of this kind");
   }
+  int8compile::current_stream = current_stream;
   int8compile::plan = &made;
 }
 

@@ -69,6 +69,11 @@ struct Plan {
   std::vector<Call> calls;
 };
 
+using CurrentStream = int32_t (*)(int32_t device, void** stream);
+
 }  // namespace int8compile
+
+// PyTorch's, with the types of its C functions.
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 #endif
