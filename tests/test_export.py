@@ -20,7 +20,7 @@ from torch._inductor import aoti_load_package
 from torch.export import Dim
 
 import int8compile
-from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, PackageError, cli, cpu, package
+from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, PackageError, aot, cli, cpu, package
 from int8compile.cli import main
 from tests.test_modules import int8_experts
 
@@ -278,7 +278,7 @@ def test_what_is_no_package_of_ours_is_told_apart(block: Any, tmp_path: Path) ->
 
 def native_target() -> Any:
     """What `export` compiles for by default."""
-    return export_module._Target.of("native", torch.device("cpu"), "fast", Int8Config(), cpu.load(), None)
+    return aot.Target.of("native", torch.device("cpu"), "fast", Int8Config(), cpu.load(), None)
 
 
 def test_a_cpu_that_lacks_what_the_code_uses_is_told_at_loading(
@@ -289,7 +289,7 @@ def test_a_cpu_that_lacks_what_the_code_uses_is_told_at_loading(
     if not lacking:
         pytest.skip("this CPU has all that there is")
     target = dataclasses.replace(here, isa="future", needs=(*here.needs, lacking[0]))
-    monkeypatch.setattr(export_module._Target, "of", lambda *_: target)
+    monkeypatch.setattr(aot.Target, "of", lambda *_: target)
     path = tmp_path / "future.pt2"
     int8compile.export(nn.Linear(32, 32).eval(), (torch.zeros(2, 32),), path)
     with pytest.raises(RuntimeError):
@@ -597,9 +597,9 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path, mo
 def test_generated_code_that_is_not_known_is_refused() -> None:
     target = native_target()
     with pytest.raises(ExportError, match="generates code that this version of int8compile does not know"):
-        export_module._with_checks("int main() {}", target)
+        aot._with_checks("int main() {}", target)
     with pytest.raises(ExportError, match="did not keep the int8 linears"):
-        export_module._check_generated("", torch.fx.symbolic_trace(nn.ReLU()), target)
+        aot._check_generated("", torch.fx.symbolic_trace(nn.ReLU()), target)
 
 
 def test_foreign_operators_are_noted(tmp_path: Path) -> None:
