@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from int8compile import backend, hardware, memory_footprint, ops, quantize_, triton_kernels
+from int8compile import Int8Config, backend, hardware, memory_footprint, ops, quantize_, triton_kernels
+from int8compile.export import rewrite
 from int8compile.ops import digits, quantize_weight, reference
 from int8compile.passes import lower_gpu
 from int8compile.passes.lower_gpu import Lowered
@@ -467,3 +468,40 @@ def test_weights_that_int8_modules_give_up_are_joined(seen: Seen) -> None:
     assert seen.lowered == Lowered(products=2, quantized=2)
     assert seen.activations() == [digits.SILU_MUL, digits.NONE]
     assert memory_footprint(model) == before + 4 * 2 * 48  # The joined scales.
+
+
+def lowered_calls(graph: GraphModule) -> list[tuple[str, tuple[object, ...]]]:
+    """What is quantized and multiplied, with all arguments that are no tensors."""
+    ours = (ops.quantize_rows.default, ops.quantized_linear.default, lower_gpu.quantize_without_outliers)
+    return [
+        (str(node.target), tuple(each for each in node.args if not isinstance(each, Node)))
+        for node in graph.graph.nodes
+        if node.target in ours
+    ]
+
+
+EXPORTED: dict[str, Callable[[], nn.Module]] = {
+    "gate and up": Gated,
+    "gate and up, with a bias": lambda: Gated(bias=True),
+    "norm": Normed,
+    "relu": lambda: nn.Sequential(nn.Linear(64, 48), nn.ReLU()),
+    "silu": lambda: nn.Sequential(nn.Linear(64, 48), nn.SiLU()),
+    "gelu": lambda: nn.Sequential(nn.Linear(64, 48), nn.GELU()),
+    "gelu by tanh": lambda: nn.Sequential(nn.Linear(64, 48), nn.GELU("tanh")),
+    "attention": lambda: nn.TransformerDecoderLayer(64, 4, 48, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_graphs_are_lowered_alike(name: str, threshold: float, seen: Seen) -> None:
+    """torch.export spells in ATen what Dynamo spells as the model does."""
+    model = EXPORTED[name]().eval()
+    args = (torch.randn(2, 5, 64),) * (2 if name == "attention" else 1)
+    with torch.no_grad():
+        compiled(model, threshold=threshold)(*args)
+        module = torch.export.export(model, args, strict=False).module(check_guards=False)
+        rewrite(module, Int8Config(threshold=threshold), for_gpu=True)
+    found = lowered_calls(module)
+    assert found == lowered_calls(seen.graph)
+    assert found
