@@ -212,7 +212,8 @@ def compile_graph(
         options["joint_graph_constant_folding"] = False
     generate: Any = CppWrapperCpu.generate
     guards = _guards(program)
-    planner = _planned(module, program, target.gpu) if target.gpu else None
+    with failing("Triton cannot compile the kernels"):
+        planner = _planned(module, program, target.gpu) if target.gpu else None
     plan = planner.source() if planner else ""
 
     def generate_checked(wrapper: Any, is_inference: bool) -> Any:
