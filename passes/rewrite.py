@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -118,6 +119,7 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
         op = torch.ops.int8compile.batched_linear.default if batch else torch.ops.int8compile.linear.default
         y = emitter.function(op, x, weight.qweight, weight.scale, bias, config.threshold, config.outliers)
     y.meta[NEEDS_GRAD] = traced(site.node).requires_grad
+    _trace(site, x, y, view)
 
     output_sizes = [int(sizes[label]) for label in outputs]
     if reshape:
@@ -127,6 +129,20 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     elif not outputs:
         y = emitter.method("squeeze", y, -1)
     return emitter.permute(y, (*batch, *rows, *outputs), site.contraction.out)
+
+
+def _trace(site: LinearSite, x: Node, y: Node, view: WeightView) -> None:
+    """Gives the operator's node and its activation the sizes and dtypes that lowering asks for."""
+    assert site.roles is not None
+    given = traced(site.x)
+    steps = dict(site.contraction.steps)
+    sizes = {label: -(-size // steps.get(label, 1)) for label, size in zip(site.x_labels, given.shape, strict=True)}
+    leading = [sizes[label] for label in site.roles.rows]
+    if site.roles.batch:
+        leading = [view.shape[0], math.prod(leading)]
+    if x is not site.x:
+        x.meta["val"] = given.new_empty([*leading, view.shape[-1]])
+    y.meta["val"] = given.new_empty([*leading, view.shape[-2]], dtype=traced(site.node).dtype)
 
 
 def _restride(emitter: _Emitter, site: LinearSite, result: Node) -> Node:

@@ -129,12 +129,12 @@ def export(case: Case) -> GraphModule:
     return module
 
 
-def exported(case: Case, form: str = "fast") -> Found:
+def exported(case: Case, form: str = "fast", *, for_gpu: bool = False) -> Found:
     """Through torch.export; the rewritten graph runs eagerly."""
     module = export(case)
     meant = [node.meta["val"] for node in tree_leaves(module.graph.output_node().args) if isinstance(node, Node)]
     with torch.no_grad():
-        report = rewrite(module, Int8Config.from_options(case.options), form)
+        report = rewrite(module, Int8Config.from_options(case.options), form, for_gpu=for_gpu)
         module.recompile()
         args, kwargs = case.inputs()
         outputs = module(*args, **kwargs)
@@ -229,6 +229,21 @@ class Spellings(nn.Module):
 def test_spellings(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = check(Case(lambda: Spellings(op), (X,), options={"min_features": 5}), monkeypatch)
     assert [site.rewritten for site in found.report.sites] == [True] * sum(each == op for _, each, _ in SPELLINGS)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("op", sorted({op for _, op, _ in SPELLINGS}))
+def test_spellings_for_gpus(op: str, threshold: float) -> None:
+    """Each is lowered to the operators for GPUs, which compute their definition here."""
+    case = Case(lambda: Spellings(op), (X,), options={"min_features": 5, "threshold": threshold})
+    expected, actual = exported(case), exported(case, for_gpu=True)
+    assert rows(actual.report) == rows(expected.report)
+    assert set(actual.called) <= {"quantize_rows", "quantized_linear", "batched_linear"}
+    products = actual.called["quantized_linear"] + actual.called["batched_linear"]
+    assert 0 < products <= len(actual.report.rewritten)
+    for a, b in zip(actual.outputs, expected.outputs, strict=True):
+        # Outliers are rounded to 22 bits below the power of two above the row's largest.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

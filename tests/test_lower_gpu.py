@@ -19,6 +19,7 @@ from int8compile.ops import digits, quantize_weight, reference
 from int8compile.passes import lower_gpu
 from int8compile.passes.lower_gpu import Lowered
 from int8compile.weights import STORE
+from tests.test_passes import SPELLINGS, Weights
 
 ERROR = 0.03  # of int8, far above what any of the models here has
 
@@ -505,3 +506,24 @@ def test_exported_graphs_are_lowered_alike(name: str, threshold: float, seen: Se
     found = lowered_calls(module)
     assert found == lowered_calls(seen.graph)
     assert found
+
+
+class Spelled(nn.Module):
+    """A linear in every way that an operation can be one."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(Weights(call) for _, spelled, call in SPELLINGS if spelled == op)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [model(x) for model in self.models]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("op", sorted({op for _, op, _ in SPELLINGS}))
+def test_every_spelling_is_lowered(op: str, seen: Seen) -> None:
+    model, x = Spelled(op), torch.randn(2, 5, 32)
+    results = compiled(model, min_features=5)(x)
+    assert not [node for node in seen.graph.graph.nodes if node.target is ops.linear.default]
+    for actual, expected in zip(results, model(x), strict=True):  # type: ignore[call-overload]
+        assert (actual - expected).norm() <= ERROR * expected.norm()
