@@ -62,7 +62,7 @@ class Package:
             ("made by", f"int8compile {about['int8compile']} with torch {about['torch']}, format {about['format']}"),
             ("runs on", f"{about['device']} ({about['machine']}), isa={about['isa']}"),
             ("needs of the CPU", " ".join(about["needs"]) or "nothing beyond the architecture's first version"),
-            *([("needs of the GPU", about["gpu"]["isa"])] if about["gpu"] else []),
+            *([("needs of the GPU", about["gpu"]["isa"])] if about.get("gpu") else []),
             ("int8 linears", "; variants ".join(filter(None, (_FORMS[about["form"]], " ".join(about["variants"]))))),
             ("weights", f"{readable(sizes['int8'])} in int8 with scales, {readable(sizes['float'])} in float"),
             ("options", ", ".join(f"{name}={value!r}" for name, value in about["config"].items())),

@@ -10,8 +10,13 @@ using Start = int (*)(const char* image, const char* name, const uint32_t* grid,
 
 namespace {
 
+constexpr int INVALID_CONTEXT = 201;
+
 Start start = nullptr;
 int capability = 90;
+int context;                            // Its address is one.
+thread_local void* current = nullptr;  // A thread has none until it is given one.
+bool capturing = false;
 
 struct Function {
   std::string image, name;
@@ -26,6 +31,8 @@ void test_set(Start given, int major_minor) {
   start = given;
   capability = major_minor;
 }
+// As while a CUDA graph is captured: nothing can be loaded.
+void test_capture(bool given) { capturing = given; }
 
 int cuInit(unsigned) { return 0; }
 int cuGetErrorString(int, const char** text) {
@@ -41,7 +48,21 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
   *value = attribute == 75 ? capability / 10 : capability % 10;
   return 0;
 }
+int cuCtxGetCurrent(void** found) {
+  *found = current;
+  return 0;
+}
+int cuCtxSetCurrent(void* given) {
+  current = given;
+  return 0;
+}
+int cuDevicePrimaryCtxRetain(void** found, int) {
+  *found = &context;
+  return 0;
+}
 int cuModuleLoadData(void** module, const void* image) {
+  if (!current) return INVALID_CONTEXT;
+  if (capturing) return 900;
   *module = new Function{static_cast<const char*>(image), ""};
   return 0;
 }
@@ -54,14 +75,17 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   static_cast<Function*>(function)->shared = value;
   return 0;
 }
+int cuFuncSetCacheConfig(void*, int) { return 0; }
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
                    unsigned threads_z, unsigned shared, void*, void** arguments, void** extra) {
+  if (!current) return INVALID_CONTEXT;
   const Function& kernel = *static_cast<Function*>(function);
   const uint32_t grid[] = {x, y, z};
   if (threads_y != 1 || threads_z != 1 || extra || int(shared) > kernel.shared) return 1;
   return start(kernel.image.c_str(), kernel.name.c_str(), grid, threads, shared, arguments);
 }
 int cuMemsetD32Async(unsigned long long address, unsigned value, size_t count, void*) {
+  if (!current) return INVALID_CONTEXT;
   for (size_t i = 0; i < count; ++i) std::memcpy(reinterpret_cast<char*>(address) + 4 * i, &value, 4);
   return 0;
 }

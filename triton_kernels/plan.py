@@ -1,7 +1,8 @@
 """The kernels of an exported package: compiled, and which is started when, as C++ for csrc/launcher.cpp.
 
 A package has no Python to choose with, and its number of rows may change from call to call. So `Planner` asks for every
-number of rows what the operators would start, joins the numbers with the same answer, and compiles what occurs.
+number of rows what the operators would start, joins the numbers with the same answer, and compiles what occurs. It asks
+the table: what `INT8COMPILE_AUTOTUNE` measured does not count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -136,16 +138,19 @@ class Planner:
     def weight_only_linear(
         self, n: int, k: int, dtype: torch.dtype, bias_dtype: torch.dtype | None, least: int, most: int | None
     ) -> None:
-        """Adds what `int8compile::weight_only_linear` starts for x [M, K]; our kernel, however many rows there are."""
+        """Adds what `int8compile::weight_only_linear` starts for x [M, K]; nothing for many rows, as it does."""
 
         def started(m: int) -> list[Launch]:
             x, y = (torch.empty(m, size, dtype=dtype, device="meta") for size in (k, n))
             bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device="meta")
-            return [weight_only_launch(x, _int8(n, k), torch.empty(n, device="meta"), bias, y)]
+            call = weight_only_launch(x, _int8(n, k), torch.empty(n, device="meta"), bias, y)
+            return [call] if m <= MAX_ROWS else []
 
         key = (n, k, _SCALAR_TYPES[dtype], _SCALAR_TYPES[bias_dtype])
         rows = (least, most)
-        self._add("weight_only_linear", key, rows, lambda m: started(m)[0].constants, started, MAX_ROWS + 1)
+        self._add(
+            "weight_only_linear", key, rows, lambda m: [call.constants for call in started(m)], started, MAX_ROWS + 1
+        )
 
     def source(self) -> str:
         """The plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""
@@ -187,7 +192,9 @@ class Planner:
         self._calls[op, key] = ",\n".join(ranges)
 
     def _launch(self, op: str, launch: Launch) -> str:
-        compiled = launch.compile(GPUTarget("cuda", self._gpu.capability, 32))
+        with knobs.compilation.scope():
+            knobs.compilation.disable_line_info = True  # Two thirds of a file.
+            compiled = launch.compile(GPUTarget("cuda", self._gpu.capability, 32))
         about = compiled.metadata
         used = (about.num_ctas, about.global_scratch_size, about.profile_scratch_size)
         if used != (1, 0, 0) or about.launch_cooperative_grid or about.launch_pdl:

@@ -27,6 +27,7 @@ namespace {
 
 // As in cuda.h, whose functions below have not changed since CUDA 12.0.
 constexpr int MAX_DYNAMIC_SHARED = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int PREFER_SHARED = 1;       // CU_FUNC_CACHE_PREFER_SHARED
 constexpr int MAJOR = 75, MINOR = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 constexpr int UINT8 = 0, NO_INTERLEAVE = 0, PROMOTE_128B = 2, FILL_ZERO = 0;
 // What every kernel may have without asking.
@@ -45,9 +46,13 @@ struct Driver {
   int (*cuGetErrorString)(int, const char**);
   int (*cuDeviceGet)(int*, int);
   int (*cuDeviceGetAttribute)(int*, int, int);
+  int (*cuCtxGetCurrent)(void**);
+  int (*cuCtxSetCurrent)(void*);
+  int (*cuDevicePrimaryCtxRetain)(void**, int);
   int (*cuModuleLoadData)(void**, const void*);
   int (*cuModuleGetFunction)(void**, void*, const char*);
   int (*cuFuncSetAttribute)(void*, int, int);
+  int (*cuFuncSetCacheConfig)(void*, int);
   int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                         void**);
   int (*cuMemsetD32Async)(unsigned long long, unsigned, size_t, void*);
@@ -56,6 +61,17 @@ struct Driver {
   static const Driver& get() {
     static const Driver driver;
     return driver;
+  }
+
+  // Has this thread use a device: PyTorch makes a thread's context no sooner than it needs one itself.
+  void use(int device) const {
+    void* context = nullptr;
+    check(cuCtxGetCurrent(&context), "the GPU cannot be used");
+    if (context) return;
+    int ordinal;
+    check(cuDeviceGet(&ordinal, device), "the GPU cannot be used");
+    check(cuDevicePrimaryCtxRetain(&context, ordinal), "the GPU cannot be used");
+    check(cuCtxSetCurrent(context), "the GPU cannot be used");
   }
 
   void check(int code, const std::string& what) const {
@@ -74,9 +90,13 @@ struct Driver {
     FIND(cuGetErrorString);
     FIND(cuDeviceGet);
     FIND(cuDeviceGetAttribute);
+    FIND(cuCtxGetCurrent);
+    FIND(cuCtxSetCurrent);
+    FIND(cuDevicePrimaryCtxRetain);
     FIND(cuModuleLoadData);
     FIND(cuModuleGetFunction);
     FIND(cuFuncSetAttribute);
+    FIND(cuFuncSetCacheConfig);
     FIND(cuLaunchKernel);
     FIND(cuMemsetD32Async);
     FIND(cuTensorMapEncodeTiled);
@@ -94,15 +114,12 @@ const Plan* plan = nullptr;
 // PyTorch's function for the current stream of a device, which only PyTorch for GPUs has.
 CurrentStream current_stream = nullptr;
 
-// A compiled kernel on a device, loaded when it is first started.
-void* function(size_t number, int device) {
-  static std::mutex mutex;
-  static std::map<std::pair<size_t, int>, void*> loaded;
-  const std::lock_guard<std::mutex> lock(mutex);
-  void*& found = loaded[{number, device}];
-  if (found) return found;
+// The plan's kernels on each device that a model was loaded on.
+std::mutex mutex;
+std::map<int, std::vector<void*>> loaded;
+
+void* load(const Kernel& kernel) {
   const Driver& driver = Driver::get();
-  const Kernel& kernel = plan->kernels[number];
   std::ifstream file(folder() + "/" + kernel.file, std::ios::binary);
   const std::string image{std::istreambuf_iterator<char>(file), {}};
   if (image.empty()) refuse(std::string("the package lacks ") + kernel.file + "; copy or export it again");
@@ -111,10 +128,28 @@ void* function(size_t number, int device) {
   void* made = nullptr;
   driver.check(driver.cuModuleLoadData(&module, image.data()), what);
   driver.check(driver.cuModuleGetFunction(&made, module, kernel.name), what);
-  if (kernel.shared > DEFAULT_SHARED) {
+  if (kernel.shared > DEFAULT_SHARED) {  // As Triton does.
+    driver.check(driver.cuFuncSetCacheConfig(made, PREFER_SHARED), what);
     driver.check(driver.cuFuncSetAttribute(made, MAX_DYNAMIC_SHARED, int(kernel.shared)), what);
   }
-  return found = made;
+  return made;
+}
+
+// All kernels at once, since nothing can be loaded while a CUDA graph is captured.
+void load_all(int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::vector<void*>& functions = loaded[device];
+  if (!functions.empty()) return;
+  std::vector<void*> made;
+  for (const Kernel& kernel : plan->kernels) made.push_back(load(kernel));
+  functions = made;
+}
+
+void* function(size_t number, int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = loaded.find(device);
+  if (found == loaded.end()) refuse("an activation is on GPU " + std::to_string(device) + ", and the model is not");
+  return found->second[number];
 }
 
 struct Stream {
@@ -122,6 +157,7 @@ struct Stream {
   void* handle = nullptr;
 
   explicit Stream(const Tensor& x) : device(x.get_device_index()) {
+    Driver::get().use(device);
     TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
   }
 };
@@ -190,6 +226,9 @@ const Call& call_of(const char* op, const std::vector<int64_t>& key) {
 
 const std::vector<Launch>& launches(const Call& call, int64_t m) {
   auto found = call.ranges.begin();
+  if (found == call.ranges.end() || m < found->rows) {
+    refuse("the package was not exported for " + std::to_string(m) + " rows of an activation");
+  }
   while (found + 1 != call.ranges.end() && (found + 1)->rows <= m) ++found;
   return found->launches;
 }
@@ -279,6 +318,23 @@ Tensor quantized_linear(const Tensor& planes_, const Tensor& info_, const Tensor
   return y;
 }
 
+// `x @ dequantized weight`, as triton_kernels/operators.py has it for many rows.
+Tensor dequantized_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
+                          int64_t m, int64_t k, const std::vector<int64_t>& sizes) {
+  StableIValue factors[] = {torch::stable::detail::from(qweight),
+                            torch::stable::detail::from(torch::stable::unsqueeze(scale, 1))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", factors, TORCH_ABI_VERSION));
+  const Tensor weight = torch::stable::to(torch::stable::detail::to<Tensor>(factors[0]), x.scalar_type());
+  Tensor y = torch::stable::matmul(torch::stable::reshape(x, {m, k}), torch::stable::transpose(weight, 0, 1));
+  if (bias) {
+    // A sum: the operator with a plus takes a number that the stable ABI does not have.
+    y = torch::stable::subtract(torch::stable::to(y, ScalarType::Float), torch::stable::to(*bias, ScalarType::Float),
+                                -1.0);
+    y = torch::stable::to(y, x.scalar_type());
+  }
+  return torch::stable::reshape(y, sizes);
+}
+
 Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor& scale_,
                           const std::optional<Tensor>& bias_) {
   const Tensor x = plain(x_), qweight = plain(qweight_), scale = plain(scale_);
@@ -290,6 +346,7 @@ Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor
   const Call& call = call_of("weight_only_linear", {n, k, dtype, bias ? dtype_of(*bias) : -1});
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
+  if (m > 0 && launches(call, m).empty()) return dequantized_linear(x, qweight, scale, bias, m, k, sizes);
   const Tensor y = empty(sizes, dtype, x);
   if (m == 0) return y;
   const std::vector<void*> tensors{address(x), address(qweight), address(scale), bias ? address(*bias) : nullptr,
@@ -305,7 +362,7 @@ Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor
 // In the namespace of the generated code, which declares it where it calls it.
 namespace torch::aot_inductor {
 
-// Tells which kernels there are; throws unless the GPU is one that they were compiled for.
+// Tells which kernels there are, and loads them; throws unless the GPU is one that they were compiled for.
 void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile::CurrentStream current_stream) {
   using int8compile::Driver;
   const Driver& driver = Driver::get();
@@ -320,6 +377,8 @@ void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile
   }
   int8compile::current_stream = current_stream;
   int8compile::plan = &made;
+  driver.use(device);
+  int8compile::load_all(device);
 }
 
 }  // namespace torch::aot_inductor
