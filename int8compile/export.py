@@ -109,7 +109,10 @@ def export(
     path = Path(path)
     device = _check_arguments(model, path, isa)
     gpu, why_not = _gpu_of(device)
-    form = form or ("portable" if why_not else "fast")
+    notes: tuple[str, ...] = ()
+    if form is None:
+        form = "portable" if why_not else "fast"
+        notes = (f"The package is in the portable form: {why_not}.",) if why_not else ()
     if form not in FORMS:
         raise ExportError(f"form={form!r}; allowed are {', '.join(map(repr, FORMS))}")
     if form == "fast" and why_not:
@@ -144,7 +147,7 @@ def export(
         report = rewrite(module, config, form, for_gpu=gpu is not None)
         _check_report(report, allow_partial)
         target = Target.of(isa, device, form, config, library, gpu)
-        report.notes += _check_operators(module, target)
+        report.notes += (*notes, *_check_operators(module, target))
         _drop_unread(module)
         metadata = _metadata(program, module, config, report, target)
         try:

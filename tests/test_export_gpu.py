@@ -611,7 +611,8 @@ def test_the_form_follows_from_what_there_is(form: str | None, tmp_path: Path, m
         with pytest.raises(ExportError, match="form='fast': there are none; use form='portable'"):
             int8compile.export(model, (torch.randn(4, 32),), path, form=form)
     else:
-        int8compile.export(model, (torch.randn(4, 32),), path)
+        report = int8compile.export(model, (torch.randn(4, 32),), path)
+        assert report.notes == ("The package is in the portable form: there are none.",)
         assert int8compile.inspect(path).metadata["form"] == "portable"
 
 

@@ -8,10 +8,10 @@ the table: what `INT8COMPILE_AUTOTUNE` measured does not count.
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ class Planner:
 
     def source(self) -> str:
         """The plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""
-        header = (Path(__file__).parent.parent / "cpu" / "csrc" / "plan.h").read_text()
+        header = (importlib.resources.files("int8compile.cpu") / "csrc" / "plan.h").read_text()
         capability = divmod(self._gpu.capability, 10)
         kernels = ",\n".join(self._kernels.values())
         calls = ",\n".join(
