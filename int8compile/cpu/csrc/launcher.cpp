@@ -110,12 +110,12 @@ struct Driver {
   }
 };
 
+std::mutex mutex;
+// Set once, however many copies of the model its loader makes.
 const Plan* plan = nullptr;
 // PyTorch's function for the current stream of a device, which only PyTorch for GPUs has.
 CurrentStream current_stream = nullptr;
-
 // The plan's kernels on each device that a model was loaded on.
-std::mutex mutex;
 std::map<int, std::vector<void*>> loaded;
 
 void* load(const Kernel& kernel) {
@@ -136,13 +136,17 @@ void* load(const Kernel& kernel) {
 }
 
 // All kernels at once, since nothing can be loaded while a CUDA graph is captured.
-void load_all(int device) {
+void load_all(const Plan& made, CurrentStream stream, int device) {
   const std::lock_guard<std::mutex> lock(mutex);
+  if (!plan) {
+    plan = &made;
+    current_stream = stream;
+  }
   std::vector<void*>& functions = loaded[device];
   if (!functions.empty()) return;
-  std::vector<void*> made;
-  for (const Kernel& kernel : plan->kernels) made.push_back(load(kernel));
-  functions = made;
+  std::vector<void*> complete;
+  for (const Kernel& kernel : plan->kernels) complete.push_back(load(kernel));
+  functions = complete;
 }
 
 void* function(size_t number, int device) {
@@ -363,7 +367,7 @@ Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor
 namespace torch::aot_inductor {
 
 // Tells which kernels there are, and loads them; throws unless the GPU is one that they were compiled for.
-void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile::CurrentStream current_stream) {
+void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile::CurrentStream stream) {
   using int8compile::Driver;
   const Driver& driver = Driver::get();
   int ordinal, major, minor;
@@ -375,10 +379,8 @@ void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile
     int8compile::refuse("the package was exported for " + std::string(made.gpu) + ", and this GPU is sm_" +
                         std::to_string(major) + std::to_string(minor) + "; export it on a GPU of this kind");
   }
-  int8compile::current_stream = current_stream;
-  int8compile::plan = &made;
   driver.use(device);
-  int8compile::load_all(device);
+  int8compile::load_all(made, stream, device);
 }
 
 }  // namespace torch::aot_inductor
