@@ -33,10 +33,7 @@ from int8compile import cpu, ops, package
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, Int8CompileError, first_line, listed
 from int8compile.ops import digits
-from int8compile.passes import (
-    EXACT_DIVISION,
-    AttributeBinder,
-)
+from int8compile.passes import EXACT_DIVISION, AttributeBinder
 from int8compile.passes.static import attribute, is_written, meta_tensor, traced
 
 if TYPE_CHECKING:

@@ -201,6 +201,19 @@ APART: dict[str, tuple[Callable[[Siblings, Tensor], list[Tensor]], dict[str, int
 }
 
 
+def assert_as_each_alone(
+    actual: list[Tensor],
+    call: Callable[[Siblings, Tensor], list[Tensor]],
+    model: Siblings,
+    x: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit what linears give that share no call."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("int8compile.passes.lower_cpu.siblings", lambda *_: [])
+    assert_equal(actual, torch.compile(lambda x: call(model, x), backend="int8", fullgraph=True)(x))
+
+
 @pytest.mark.parametrize(("call", "expected"), APART.values(), ids=APART.keys())
 def test_what_does_not_share_a_call(
     call: Callable[[Siblings, Tensor], list[Tensor]], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
@@ -213,9 +226,7 @@ def test_what_does_not_share_a_call(
     for one, other in zip(actual, in_float, strict=True):
         assert one.dtype == other.dtype
         assert relative_error(one.float(), other.float()) < INT8_ERROR
-    torch._dynamo.reset()
-    monkeypatch.setattr("int8compile.passes.lower_cpu.siblings", lambda *_: [])
-    assert_equal(actual, torch.compile(lambda x: call(model, x), backend="int8", fullgraph=True)(x))
+    assert_as_each_alone(actual, call, model, x, monkeypatch)
 
 
 def computed_before(m: Siblings, x: Tensor) -> list[Tensor]:
@@ -250,9 +261,7 @@ def test_biases_that_are_there_before_the_first_call_share_it(
     compiled = torch.compile(lambda x: call(model, x), backend="int8", fullgraph=True)
     assert calls(compiled, x) == expected
     actual = compiled(x)
-    torch._dynamo.reset()
-    monkeypatch.setattr("int8compile.passes.lower_cpu.siblings", lambda *_: [])
-    assert_equal(actual, torch.compile(lambda x: call(model, x), backend="int8", fullgraph=True)(x))
+    assert_as_each_alone(actual, call, model, x, monkeypatch)
 
 
 def test_later_linears_share_a_call_again() -> None:

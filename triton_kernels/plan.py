@@ -122,7 +122,7 @@ class Planner:
 
         def started(m: int) -> list[Launch]:
             policy, config = chosen(m)
-            # As many columns of lists as there may be; kernels do not see how many there are.
+            # Of any size: kernels are handed where it begins, and no size of it.
             x = Activations(_int8(count, m, k), torch.empty(1, dtype=torch.int32, device="meta"))
             qweight, scale = _int8(n, k), torch.empty(n, device="meta")
             bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device="meta")
