@@ -109,9 +109,20 @@ def errors_unwrapped() -> Iterator[None]:
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
-    """A copy of a Dynamo graph to rewrite: the nodes are new, their meta and the module's attributes shared."""
+    """Copy a Dynamo graph for rewriting: the nodes are new; their meta and the module's attributes are shared.
+
+    `GraphModule` takes from its root only what nodes name. AOTAutograd and Inductor ask the module for more: without
+    `_param_name_to_source` no input is static, and CUDA graphs copy every weight at every replay; without the hooks on
+    saved tensors their cache does not tell two graphs apart.
+    """
     copied = GraphModule(gm, copy.deepcopy(gm.graph))
     copied.meta.update(gm.meta)
+    for name, value in vars(gm).items():
+        if name not in vars(copied):
+            setattr(copied, name, value)
+    for name, child in gm.named_children():
+        if name not in copied._modules:
+            copied.add_module(name, child)
     for node, original in zip(copied.graph.nodes, gm.graph.nodes, strict=True):
         if hasattr(original, "_dynamo_source"):  # AOTAutograd asks the placeholders for it.
             node._dynamo_source = original._dynamo_source
