@@ -1,36 +1,58 @@
-"""Everything that needs a GPU, in one command and as many minutes as there are: tests, gates, measurements.
+"""Everything that needs a GPU, in two commands and fifteen minutes: tests, gates, measurements.
 
-python -m benchmarks.gpu_day --out DIR --minutes 10            # most important first; DIR/gpu-day.json and plots
-python -m benchmarks.gpu_day --out DIR --minutes 10 --resume   # goes on where the time was over
-python -m benchmarks.gpu_day --out DIR --report                # the table and the plots of what was measured
-python -m benchmarks.gpu_day --out DIR --dry-run               # tiny sizes on the CPU; its times mean nothing
+python -m benchmarks.gpu_day --out DIR --copy "$OUT"            # the first call: 530 seconds, most important first
+python -m benchmarks.gpu_day --out DIR --copy "$OUT" --second   # goes on, for 170 seconds: what failed, and the rest
+python -m benchmarks.gpu_day --out DIR --report                 # the table and the plots of what was measured
+python -m benchmarks.gpu_day --out DIR --dry-run                # tiny sizes on the CPU; its times mean nothing
 
-The exit status is 1 where a test or a correctness gate failed; a bar that is missed is a result, not a failure.
+DIR must survive the first call; its files (gpu-day.json and what the tools printed) are copied to --copy every few
+seconds. `make gpu-bundle` compiles the kernels beforehand. The exit status is 1 where a test or a correctness gate
+failed, or CUDA graphs were skipped; a bar that is missed is a result, not a failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import candidates, ceilings, checks, decode, facts, linear, parts, peers, summary
+from benchmarks.gpu import (
+    bundle,
+    candidates,
+    ceilings,
+    checks,
+    decode,
+    exported,
+    facts,
+    kernels,
+    linear,
+    parts,
+    peers,
+    summary,
+)
+from benchmarks.gpu import profile as profiles
 from benchmarks.gpu.clock import Clock, GraphClock, HostClock
 from benchmarks.gpu.day import GATES, Day, Result, ResultError, Stage, load
-from benchmarks.gpu.sizes import Sizes, dry_run, gpu
+from benchmarks.gpu.sizes import Sizes, dry_run, gpu, with_rows
 from benchmarks.gpu.supervisor import Stopped, stop_on_signals, supervise
 from int8compile import triton_kernels
 
-STAGES = (
-    *(checks.TESTS, GATES, ceilings.NAME, linear.FIRST, decode.NAME, parts.OUTLIERS, parts.LAUNCH),
-    *(candidates.NAME, peers.NAME, linear.REST),
+# The stages of a call, most important first.
+FIRST = (
+    *(kernels.NAME, ceilings.NAME, GATES, checks.TESTS, linear.FIRST, parts.OUTLIERS, parts.LAUNCH, decode.NAME),
+    *(candidates.NAME, profiles.NAME, linear.AUTOTUNED),
 )
-# Of the minutes, for tier 4 at most.
-TESTS_SHARE = 0.3
+SECOND = (checks.FAILED, exported.NAME, checks.EXPORT_TESTS, *FIRST, linear.REST, peers.NAME)
+STAGES = tuple(dict.fromkeys([*FIRST, *SECOND]))
+# Seconds of a call, and those of them that it takes to start and to end.
+SECONDS, SECOND_SECONDS, ENDS = 530.0, 170.0, 5.0
+# Seconds of the second call for cases that the first one left out, all stages together.
+LEFT_OVER = 15.0
 # Of the cache in a dry run: a tiny weight has a few copies as well.
 DRY_RUN_L2_BYTES = 4096
 
@@ -38,22 +60,22 @@ DRY_RUN_L2_BYTES = 4096
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     chosen = _parser().parse_args(arguments)
-    until = time.time() + 60 * chosen.minutes if chosen.until is None else chosen.until
+    seconds = chosen.seconds or (SECOND_SECONDS if chosen.second else SECONDS)
+    until = time.time() + seconds if chosen.until is None else chosen.until
     try:
         if chosen.report:
             data = load(chosen.out)
             _say(summary.render(data))
             _say(summary.plot(data, chosen.out))
             return 0
-        if chosen.dry_run:
-            return measure(chosen, until, dry_run())
-        if chosen.until is None:
-            stop_on_signals()
-            given = list(sys.argv[1:] if arguments is None else arguments)
-            command = [sys.executable, "-m", "benchmarks.gpu_day", *given, "--until", str(until)]
-            return supervise([*command, "--out", str(chosen.out.resolve())], chosen.out, until)
         stop_on_signals()
-        return measure(chosen, until, gpu(chosen.layers))
+        if chosen.until is not None:
+            return measure(chosen, until)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        command = [sys.executable, "-u", "-m", "benchmarks.gpu_day", *given, "--until", str(until)]
+        folder = chosen.out.resolve()
+        environment = {} if chosen.dry_run else kernels.environment(folder)
+        return supervise([*command, "--out", str(folder)], folder, until, environment=environment, copy=chosen.copy)
     except ResultError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,62 +84,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def measure(chosen: argparse.Namespace, until: float, sizes: Sizes) -> int:
+def measure(chosen: argparse.Namespace, until: float) -> int:
     """Runs the stages in this process.
 
     Returns:
         The exit status.
     """
+    sizes = dry_run() if chosen.dry_run else gpu(chosen.layers)
+    if chosen.rows:
+        sizes = with_rows(sizes, tuple(chosen.rows))
     device, clock, l2_bytes = _device(sizes)
     header = {
         "dry_run": sizes.dry_run,
         "machine": facts.machine(device),
         "commit": chosen.commit or facts.commit(),
-        "minutes": chosen.minutes,
     }
-    result = Result.begun(chosen.out, header, resume=chosen.resume)
+    result = Result.begun(chosen.out, header, resume=chosen.resume or chosen.second)
     torch.manual_seed(0)
-
-    def draw() -> None:
-        result.data["notes"] = [note] if (note := summary.plot(result.data, chosen.out)) else []
-        result.write()
-
-    day = Day(result, until, healthy=clock.synchronize, say=_say, shown=summary.in_words, after_stage=draw)
+    stages = schedule(_stages(chosen, sizes, device, clock, l2_bytes, result), chosen)
+    _say(f"{sum(stage.seconds for stage in stages):g} s: {', '.join(f'{s.name} {s.seconds:g} s' for s in stages)}")
+    day = Day(result, until - ENDS, healthy=clock.synchronize, say=_say, shown=summary.in_words)
     try:
         with torch.no_grad():
-            stages = _stages(chosen, sizes, device, clock, l2_bytes, result)
-            day.run([stage for stage in stages if stage.name in chosen.only])
+            day.run(stages)
     except Stopped as stopped:
         _say(f"stopped by {stopped}")
         result.data.pop("running", None)
-        result.write()
-        draw()
+    kernels.count(result)
     _say(f"\n{summary.render(result.data)}")
     return 0 if summary.passed(result.data) else 1
 
 
+def schedule(stages: Mapping[str, Stage], chosen: argparse.Namespace) -> list[Stage]:
+    """The stages of a call in order, with their limits.
+
+    Args:
+        stages: By name.
+        chosen: With `second` and `only`.
+    """
+    names: Sequence[str] = SECOND if chosen.second else FIRST
+    if chosen.only:
+        names = [name for name in STAGES if name in chosen.only]
+    elif chosen.second:
+        left_over = LEFT_OVER / len(FIRST)
+        stages = {**stages, **{name: stages[name].limited(left_over) for name in FIRST}}
+    return [stages[name] for name in names]
+
+
 def _stages(
     chosen: argparse.Namespace, sizes: Sizes, device: torch.device, clock: Clock, l2_bytes: int, result: Result
-) -> list[Stage]:
-    """All stages, most important first."""
+) -> dict[str, Stage]:
+    """All stages by name."""
 
     def measured() -> dict[str, object]:
         cases: dict[str, object] = result.stage(ceilings.NAME)["cases"]
         return cases
 
-    first, rest = linear.stages(sizes, clock, device, l2_bytes, measured)
-    return [
-        checks.tests_stage(sizes, chosen.out, TESTS_SHARE * 60 * chosen.minutes),
-        checks.gates_stage(sizes, device),
+    stages = (
+        kernels.stage(None if sizes.dry_run else chosen.bundle),
         ceilings.stage(sizes, clock, device),
-        first,
-        decode.stage(sizes, clock, device, measured),
+        checks.gates_stage(sizes, device),
+        checks.tests_stage(sizes, result, export=False, say=_say),
+        *linear.stages(sizes, clock, device, l2_bytes, measured),
         parts.outliers_stage(sizes, clock, device, l2_bytes),
         parts.launch_stage(sizes, clock, device),
+        decode.stage(sizes, clock, device, measured),
         candidates.stage(sizes, clock, device, l2_bytes),
+        profiles.stage(chosen.out, sizes.dry_run),
+        checks.failed_stage(result),
+        exported.stage(sizes, clock, device),
+        checks.tests_stage(sizes, result, export=True, say=_say),
         peers.stage(sizes, clock, device, l2_bytes),
-        rest,
-    ]
+    )
+    return {stage.name: stage for stage in stages}
 
 
 def _device(sizes: Sizes) -> tuple[torch.device, Clock, int]:
@@ -128,6 +167,8 @@ def _device(sizes: Sizes) -> tuple[torch.device, Clock, int]:
         raise SystemExit("error: there is no CUDA GPU here; --dry-run goes through everything on the CPU")
     if not triton_kernels.load():
         raise SystemExit(f"error: there are no Triton kernels to measure: {triton_kernels.failure()}")
+    if bundle.WATCH in os.environ:
+        bundle.watch(Path(os.environ[bundle.WATCH]))
     # Its tables of what it tried would bury the results.
     torch._inductor.config.autotune_num_choices_displayed = 0
     return torch.device("cuda", 0), GraphClock(), int(torch.cuda.get_device_properties(0).L2_cache_size)
@@ -138,9 +179,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.gpu_day", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="no case begins later (default: 10)")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--layers", type=int, default=32, metavar="N", help="of the decoder (default: 32)")
+    parser.add_argument("--copy", type=Path, metavar="DIR", help="where they are copied to, every few seconds")
+    parser.add_argument("--second", action="store_true", help="go on with the results in --out: the second call")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help=f"it ends then (default: {SECONDS:g}, {SECOND_SECONDS:g} for --second)",
+    )
+    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("--rows", nargs="+", type=int, metavar="M", help="measure these numbers of rows")
+    parser.add_argument("--layers", type=int, default=decode.LAYERS, metavar="N", help="of the decoder (default: 8)")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        default=kernels.BUNDLE,
+        metavar="FILE",
+        help=f"compiled kernels (default: {kernels.BUNDLE})",
+    )
     parser.add_argument("--commit", metavar="ID", help="of the checkout, where it has no history to ask")
     parser.add_argument("--resume", action="store_true", help="go on with the results in --out")
     parser.add_argument("--report", action="store_true", help="measure nothing")

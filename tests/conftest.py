@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,6 +37,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu"):
             # The name is part of the reason: pytest's summary folds equal reasons into one line.
             item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} needs a CUDA GPU"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """End a worker whose GPU was broken by a test: every test after it would fail, and none of them names the one.
+
+    pytest-xdist reports the test that a worker ended at, and starts another.
+    """
+    yield
+    if item.get_closest_marker("gpu") and torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid} broke the GPU's context: {error}", file=sys.__stderr__, flush=True)
+            os._exit(1)
 
 
 @pytest.fixture(autouse=True)

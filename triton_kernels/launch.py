@@ -80,6 +80,7 @@ class Launch:
         """
         if 0 in self.grid:
             return None
+        settle(self.kernel)
         # Multiplications and additions are rounded one by one, as the reference does.
         return self.kernel[self.grid](
             **self.args,
@@ -104,6 +105,7 @@ class Launch:
         Returns:
             Triton's compiled kernel: `asm["ptx"]` or `asm["amdgcn"]`, `metadata.shared`.
         """
+        settle(self.kernel)
         names = self.kernel.arg_names
         constants = dict(self.constants) | {name: value for name, value in self.args.items() if value is None}
         signature = {name: "constexpr" if name in constants else _type(self.args[name]) for name in names}
@@ -117,6 +119,20 @@ class Launch:
         source = ASTSource(self.kernel, signature, constants, attrs)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return triton.compile(source, target=target, options=options)
+
+
+def settle(function: Any) -> None:
+    """Have Triton make the cache keys of the functions that a kernel calls before the kernel's own.
+
+    Up to Triton 3.6 a kernel's key depends on whether these had theirs already (`DependenciesFinder._update_hash`), so
+    on which kernels the process had started before: a compiled kernel was not found again, and was compiled anew.
+    """
+    # In the interpreter nothing is compiled. (No cache of ours: hashing a function makes its key.)
+    if not isinstance(function, triton.JITFunction) or function.hash is not None:
+        return
+    for name in function.fn.__code__.co_names:
+        settle(function.fn.__globals__.get(name))
+    _ = function.cache_key
 
 
 class Prepared:

@@ -37,7 +37,7 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> St
     return Stage(
         NAME,
         "quantized_linear (threshold 6, row policy) with each configuration of the table",
-        share=3,
+        seconds=70,
         cases=cases,
         notes=[] if cases else ["there are no kernels for int8 activations on this GPU"],
     )

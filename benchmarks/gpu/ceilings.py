@@ -36,7 +36,8 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device) -> Stage:
     return Stage(
         NAME,
         "copy bandwidth (bytes read and written), and the rates of square matrix products",
-        share=0.5,
+        seconds=15,
+        expected=3,
         cases={
             "copy": copy,
             "bf16 matmul": lambda: product(torch.bfloat16),

@@ -5,76 +5,211 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import inputs
-from benchmarks.gpu.day import GATES, CaseResult, Stage
+from benchmarks.gpu.day import GATES, CaseResult, Result, Stage
 from benchmarks.gpu.facts import ROOT, scrubbed
-from benchmarks.gpu.sizes import Gate, Sizes
+from benchmarks.gpu.sizes import Gate, Sizes, gpu
 from benchmarks.gpu.supervisor import kill_group
+from int8compile import triton_kernels
 from int8compile.ops import quantize_weight, reference
 
-TESTS, LOG = "tier4", "tier4.txt"
+TESTS, LOG = "tier4", "tests.txt"
+EXPORT_TESTS, EXPORT_LOG = "tier4_export", "tests-export.txt"
+FAILED, FAILED_LOG = "failed", "sanitizer.txt"
+SANITIZER = "compute-sanitizer"
+# Set for all but the tests of exported models.
+NO_CPU_KERNEL = "INT8COMPILE_CPU_KERNEL"
 # Differences in units of the last place of bfloat16. A sum is rounded to float32 a few times and then to bfloat16,
 # which at a tie takes the neighbour.
 MAX_ULP = 1
 # No test compiles for longer; after it, pytest says where it stands.
-STUCK = 120
+STUCK = 60
 NO_TESTS = 5  # pytest's exit status where nothing was selected.
+# Seconds between the end of the tests' time and that of their stage.
+MARGIN = 5.0
+# How many of the tests that failed run again.
+RERUN = 3
+_OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+# "[gw3] [ 10%] FAILED tests/test_x.py::test_y" of several processes, "tests/test_x.py::test_y FAILED [ 10%]" of one.
+_ENDED = re.compile(
+    rf"^(?:\[gw\d+\]\s*(?:\[\s*\d+%\])?\s*({_OUTCOMES}) (\S+::.*?)|(\S+::.*?) ({_OUTCOMES})(?:\s.*)?)\s*$"
+)
+_BEGUN = re.compile(r"^(\S+\.py::.*?)\s*$")
 
 
-def tests_stage(sizes: Sizes, folder: Path, seconds: float) -> Stage:
-    """`pytest -m gpu` in a process of its own; its output goes to a file beside the results."""
+def tests_stage(sizes: Sizes, result: Result, *, export: bool, say: Callable[[str], object]) -> Stage:
+    """`pytest -m gpu` in processes of its own; its output goes to a file beside the results.
+
+    Args:
+        sizes: With the files and the number of processes.
+        result: Beside whose file the output goes.
+        export: Whether it is the files that export models.
+        say: Takes the name of a test as it fails.
+    """
+    files = sizes.export_tests if export else sizes.tests
+    seconds = 45 if export else 90
+    log = result.path.parent / (EXPORT_LOG if export else LOG)
     missing = importlib.util.find_spec("pytest") is None
+
+    def run() -> CaseResult:
+        # The stage may have begun late.
+        left = result.data["running"]["until"] - time.time() - MARGIN
+        # Tests of exported models need the CPU kernel's library, though none runs it on a GPU.
+        environment = {name: value for name, value in os.environ.items() if not (export and name == NO_CPU_KERNEL)}
+        return run_tests(
+            files, log, left, workers=sizes.workers, none_is_fine=sizes.dry_run, say=say, environment=environment
+        )
+
     return Stage(
-        TESTS,
-        f"python -m pytest {' '.join(sizes.tests)} -m gpu",
-        share=5,
-        cases={} if missing else {"pytest -m gpu": functools.partial(run_tests, sizes, folder, seconds)},
-        limit=seconds + 30,
+        EXPORT_TESTS if export else TESTS,
+        f"python -m pytest {' '.join(files)} -m gpu",
+        seconds=seconds,
+        cases={} if missing else {"pytest -m gpu": run},
+        expected=seconds / 2,
         measures=False,
-        notes=["pytest is not installed: tier 4 did not run"] if missing else [],
+        notes=["pytest is not installed: no test ran"] if missing else [],
     )
 
 
-def run_tests(sizes: Sizes, folder: Path, seconds: float) -> CaseResult:
-    """Runs pytest, for a time at most.
+def run_tests(
+    files: Sequence[str],
+    log: Path,
+    seconds: float,
+    *,
+    workers: int,
+    none_is_fine: bool,
+    say: Callable[[str], object],
+    environment: Mapping[str, str],
+) -> CaseResult:
+    """Run pytest, for a time at most.
+
+    Args:
+        files: With the tests.
+        log: Takes pytest's output, line by line.
+        seconds: After so many it is ended.
+        workers: Processes that run tests, where pytest-xdist is installed.
+        none_is_fine: Whether it may find no test.
+        say: Takes the name of a test as it fails.
+        environment: The variables of its processes.
 
     Returns:
-        "passed", pytest's exit status or None where the time was over, and its last line.
+        "passed", pytest's exit status or None where the time was over, its last line, and the names of tests that
+        failed and of those that had begun and not ended.
     """
-    command = [sys.executable, "-m", "pytest", *sizes.tests, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    log = folder / LOG
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, "-o", f"faulthandler_timeout={STUCK}"],
-            cwd=ROOT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            kill_group(process)
-    text = scrubbed(log.read_text(errors="replace"))
-    log.write_text(text)
-    lines = [line for line in text.splitlines() if line.strip()]
+    command = [sys.executable, "-u", "-m", "pytest", *files, "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-o", f"faulthandler_timeout={STUCK}"]
+    if importlib.util.find_spec("xdist") is not None and workers > 1:
+        command += ["-n", str(workers)]
+    if importlib.util.find_spec("triton") is not None:
+        command += ["-p", "benchmarks.gpu.bundle"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    begun: dict[str, None] = {}
+    failed: dict[str, None] = {}
+    last = ""
+
+    def read() -> None:
+        nonlocal last
+        assert process.stdout is not None
+        with log.open("w") as file:
+            for line in map(scrubbed, process.stdout):
+                file.write(line)
+                file.flush()
+                last = line.strip() or last
+                if ended := _ENDED.match(line):
+                    outcome, name = (ended[1], ended[2]) if ended[1] else (ended[4], ended[3])
+                    begun.pop(name, None)
+                    if outcome in ("FAILED", "ERROR"):
+                        failed[name] = None
+                        say(f"{outcome} {name}")
+                elif name_only := _BEGUN.match(line):
+                    begun[name_only[1]] = None
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        status: int | None = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        kill_group(process)
+    reader.join(MARGIN)
+    stopped = f"stopped after {seconds:.0f} s, at {', '.join(begun) or 'no test'}"
     return {
-        "passed": status == 0 or (sizes.dry_run and status == NO_TESTS),
+        "passed": status == 0 or (none_is_fine and status == NO_TESTS),
         "status": status,
-        "summary": f"stopped after {seconds:.0f} s" if status is None else lines[-1] if lines else "no output",
-        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE),
+        "summary": stopped if status is None else last or "no output",
+        "failed": list(failed),
+        "unfinished": list(begun),
     }
+
+
+def failed_stage(result: Result) -> Stage:
+    """Tests and gates that failed in the call before, under compute-sanitizer."""
+    tests = [name for case in result.stage(TESTS)["cases"].values() for name in case.get("failed", [])]
+    gates = result.failed_gates
+    again = {name: ["-m", "pytest", name, "-q", "--tb=short"] for name in tests[:RERUN]}
+    again |= {name: ["-m", "benchmarks.gpu.checks", name] for name in gates[:RERUN]}
+    notes = [f"of {len(each)} that failed, {RERUN} ran again" for each in (tests, gates) if len(each) > RERUN]
+    if not again:
+        notes = ["nothing failed"]
+    elif shutil.which(SANITIZER) is None:
+        again, notes = {}, [f"{SANITIZER} is not installed"]
+    return Stage(
+        FAILED,
+        f"what failed, again under {SANITIZER}; the whole text is in {FAILED_LOG}",
+        seconds=30,
+        cases={
+            name: functools.partial(sanitized, command, result.path.parent / FAILED_LOG)
+            for name, command in again.items()
+        },
+        expected=12,
+        measures=False,
+        notes=notes,
+    )
+
+
+def sanitized(command: Sequence[str], log: Path) -> CaseResult:
+    """Run a Python command under compute-sanitizer.
+
+    Returns:
+        Its last lines, with what it found.
+    """
+    done = subprocess.run(
+        [SANITIZER, "--tool", "memcheck", "--target-processes", "all", "--print-limit", "5", sys.executable, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    text = scrubbed(done.stdout)
+    with log.open("a") as file:
+        file.write(f"{' '.join(command)}\n{text}\n")
+    found = re.findall(r"^=+ (?!COMPUTE-SANITIZER)(\S.*)$", text, re.MULTILINE)
+    return {"status": done.returncode, "found": found[:20], "summary": found[-1] if found else text.strip()[-200:]}
 
 
 def gates_stage(sizes: Sizes, device: torch.device) -> Stage:
@@ -82,7 +217,7 @@ def gates_stage(sizes: Sizes, device: torch.device) -> Stage:
     return Stage(
         GATES,
         "int8compile::linear on the device against int8compile.ops.reference.linear on the CPU",
-        share=1,
+        seconds=25,
         cases={str(gate): functools.partial(check, gate, device) for gate in sizes.gates},
         measures=False,
     )
@@ -130,3 +265,19 @@ def _poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def main() -> int:
+    """Check the gates that are named, as `sizes.Gate` is written."""
+    assert triton_kernels.load()
+    with torch.no_grad():
+        results = {
+            str(gate): check(gate, torch.device("cuda", 0)) for gate in gpu(1).gates if str(gate) in sys.argv[1:]
+        }
+    for name, found in results.items():
+        print(f"{name}: {found}")
+    return 0 if results and all(found["passed"] for found in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,6 +25,8 @@ FILE = "gpu-day.json"
 # The exit status of a process that has to be started again to go on.
 BROKEN = 75
 GATES = "gates"
+# A case that takes so many times what was expected of it hangs, and so many seconds at least.
+HANGS, HANGS_SECONDS = 4.0, 20.0
 
 CaseResult = dict[str, Any]
 
@@ -36,9 +38,9 @@ class Stage:
     Attributes:
         name: Its key in the result file.
         about: What is measured.
-        share: Of the time that is left when it begins, relative to the stages behind it.
+        seconds: Its limit. What a stage does not use goes to those behind it.
         cases: By name, in order. Each returns its result.
-        limit: Seconds after which a case hangs. Unlike the stage's share of the time this stops a case.
+        expected: Seconds that a case may need: with fewer left none begins. One that takes several times as long hangs.
         measures: Whether its results are only worth something if the kernels are right.
         notes: What a reader has to know, such as what is missing on this machine.
         close: Gives memory back.
@@ -46,12 +48,16 @@ class Stage:
 
     name: str
     about: str
-    share: float
+    seconds: float
     cases: Mapping[str, Callable[[], CaseResult]]
-    limit: float = 90.0
+    expected: float = 5.0
     measures: bool = True
     notes: Sequence[str] = ()
     close: Callable[[], None] = lambda: None
+
+    def limited(self, seconds: float) -> Stage:
+        """The same with another limit."""
+        return dataclasses.replace(self, seconds=seconds)
 
 
 class ResultError(Exception):
@@ -122,9 +128,8 @@ class Result:
                 "notes": list(dict.fromkeys([*known["notes"], *stage.notes])),
             }
 
-    def begin(self, stage: Stage, case: str) -> None:
-        """Enters what this process is at, for the one that watches it."""
-        until = time.time() + stage.limit
+    def begin(self, stage: Stage, case: str, until: float) -> None:
+        """Enters what this process is at, and until when, for the one that watches it."""
         self.data["running"] = {"stage": stage.name, "case": case, "pid": os.getpid(), "until": until}
         self.write()
 
@@ -161,11 +166,10 @@ class Day:
 
     Args:
         result: Where results go.
-        until: When to begin no further case, as `time.time` tells it.
+        until: When the last stage ends, as `time.time` tells it.
         healthy: Raises if nothing can be run on the device any more.
         say: Takes a line about what was done.
         shown: A result in a few words.
-        after_stage: Called behind each stage.
     """
 
     def __init__(
@@ -176,24 +180,19 @@ class Day:
         healthy: Callable[[], object],
         say: Callable[[str], object],
         shown: Callable[[CaseResult], str],
-        after_stage: Callable[[], object],
     ) -> None:
         self._result = result
         self._until = until
         self._healthy = healthy
         self._say = say
         self._shown = shown
-        self._after_stage = after_stage
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """Runs all of them, each within its share of the time. What one does not use goes to those behind it."""
+        """Runs all of them; each ends when those behind it need the time that is left."""
         self._result.plan(stages)
         self._result.write()
         for index, stage in enumerate(stages):
-            now = time.time()
-            left = max(0.0, self._until - now)
-            self._run(stage, now + left * stage.share / sum(each.share for each in stages[index:]))
-            self._after_stage()
+            self._run(stage, self._until - sum(behind.seconds for behind in stages[index + 1 :]))
 
     def _run(self, stage: Stage, until: float) -> None:
         found = self._result.data["stages"][stage.name]
@@ -201,10 +200,10 @@ class Day:
             found["marked"] = f"correctness gates failed: {'; '.join(self._result.failed_gates)}"
         before, began = found["seconds"], time.time()
         for name in list(found["left_out"]):
-            if time.time() >= until:
-                break
             case_began = time.time()
-            self._result.begin(stage, name)
+            if case_began + stage.expected > until:
+                break
+            self._result.begin(stage, name, min(until, case_began + max(HANGS * stage.expected, HANGS_SECONDS)))
             outcome = self._outcome(stage.cases[name])
             now = time.time()
             found["seconds"] = round(before + now - began, 1)

@@ -1,4 +1,4 @@
-"""One linear layer: int8 against the fastest of three in bfloat16."""
+"""One linear layer: int8 against the fastest in bfloat16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.gpu.sizes import Shape, Sizes
 from int8compile.ops import quantize_rows, quantize_weight, quantized_linear
 from int8compile.ops.digits import NONE
 
-FIRST, REST = "linear", "linear_rest"
+FIRST, REST, AUTOTUNED = "linear", "linear_rest", "linear_autotuned"
 OURS, EAGER = "int8", "bf16 eager"
 # Anywhere, 0.3 % of the elements are in a third of the columns of 128 rows. A language model's lie in a few columns.
 IN_COLUMNS = "int8, outliers in columns"
@@ -26,28 +26,45 @@ PLANES = 64
 FASTER = {OURS: "times faster", IN_COLUMNS: "times faster, outliers in columns"}
 THRESHOLD = 6.0
 Ceilings = Callable[[], Mapping[str, Any]]
+# Arguments of `torch.compile` by the name of a baseline.
+How = Mapping[str, Mapping[str, Any]]
 
 
-def stages(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int, measured: Ceilings) -> tuple[Stage, Stage]:
-    """The rows that matter most, of all shapes; and all others."""
+def stages(
+    sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int, measured: Ceilings
+) -> tuple[Stage, Stage, Stage]:
+    """The rows that matter most; all others; and a baseline that takes long to compile, for two shapes."""
 
-    def of(name: str, share: float, rows: Sequence[int]) -> Stage:
+    def of(name: str, seconds: float, expected: float, rows: Sequence[int], shapes: Sequence[Shape], how: How) -> Stage:
         cases = {
-            f"M={m} {shape}": functools.partial(case, sizes, clock, device, l2_bytes, measured, shape, m)
+            f"M={m} {shape}": functools.partial(case, sizes, clock, device, l2_bytes, measured, how, shape, m)
             for m in rows
-            for shape in sizes.shapes
+            for shape in shapes
         }
         about = (
             "quantize_rows and quantized_linear (threshold 6, row policy; 0.3 % of the activations 20 times as large, "
-            "anywhere / in 0.3 % of the columns) against the fastest bf16 F.linear"
+            f"anywhere / in 0.3 % of the columns) against the fastest bf16 F.linear (eager, {', '.join(how)})"
         )
-        return Stage(name, about, share, cases, limit=150)
+        return Stage(name, about, seconds, cases, expected)
 
-    return of(FIRST, 4, sizes.first_rows), of(REST, 4, [m for m in sizes.rows if m not in sizes.first_rows])
+    rest = [m for m in sizes.rows if m not in sizes.first_rows]
+    searched = [shape for shape in sizes.shapes if shape.name in sizes.autotuned_shapes]
+    return (
+        of(FIRST, 90, 6, sizes.first_rows, sizes.shapes, sizes.compilers),
+        of(REST, 15, 6, rest, sizes.shapes, sizes.compilers),
+        of(AUTOTUNED, 40, 18, sizes.first_rows[:1], searched, sizes.autotune),
+    )
 
 
 def case(
-    sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int, measured: Ceilings, shape: Shape, m: int
+    sizes: Sizes,
+    clock: Clock,
+    device: torch.device,
+    l2_bytes: int,
+    measured: Ceilings,
+    compilers: How,
+    shape: Shape,
+    m: int,
 ) -> CaseResult:
     """One shape with one number of rows."""
     x = inputs.activations(m, shape.k, device)
@@ -56,7 +73,7 @@ def case(
     qweight, scale = quantize_weight(weight)
     qweights = inputs.copies(qweight, l2_bytes)
     calls: dict[str, list[Call]] = {EAGER: each(F.linear, x, weights)}
-    for name, how in sizes.compilers.items():
+    for name, how in compilers.items():
         calls[f"bf16 {name}"] = each(compiled(how), x, weights)
     calls[OURS] = [int8_call(x, one, scale) for one in qweights]
     if m > PLANES:

@@ -44,9 +44,9 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> St
         NAME,
         f"int8 linears of other packages; activations with {sizes.outlier_columns} outlier columns. bitsandbytes (its "
         "float16, threshold 6) waits for the device at every call, so it is compared with ours outside of CUDA graphs",
-        share=1,
+        seconds=10,
         cases=cases,
-        limit=150,
+        expected=8,
         notes=[f"{name} is not installed" for name in missing],
     )
 

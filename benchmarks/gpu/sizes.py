@@ -56,7 +56,9 @@ class Sizes:
 
     Attributes:
         dry_run: Whether this is only to show that everything runs.
-        tests: What pytest is given.
+        tests: The files with tests that need a GPU.
+        export_tests: Such files that export models, which takes longer.
+        workers: Processes that run tests.
         gates: The correctness gates.
         shapes: Weights of the linear layers.
         rows: All M.
@@ -65,6 +67,7 @@ class Sizes:
         outlier_columns: How many columns of its activations have outliers.
         candidate_rows: An M of each row of the kernels' table.
         peer_rows: M of the comparison with other packages.
+        exported_rows: M of the comparison with an exported model.
         rounds: How often everything is timed.
         steps: Tokens that a round of decoding makes.
         copied: Bytes that the bandwidth is measured with.
@@ -72,6 +75,8 @@ class Sizes:
         launches: How many calls in a row the cost of a launch is taken from.
         llama: The model.
         compilers: Arguments of `torch.compile` for the baselines of a linear layer, by name.
+        autotune: The same for a baseline that takes long to compile.
+        autotuned_shapes: The names of the weights that it is compiled for.
         decoders: The same for the model in bfloat16.
         int8_decoder: The same for the model in int8.
         peer_compiler: The same for packages that want to be compiled.
@@ -79,6 +84,8 @@ class Sizes:
 
     dry_run: bool
     tests: tuple[str, ...]
+    export_tests: tuple[str, ...]
+    workers: int
     gates: tuple[Gate, ...]
     shapes: tuple[Shape, ...]
     rows: tuple[int, ...]
@@ -87,6 +94,7 @@ class Sizes:
     outlier_columns: int
     candidate_rows: tuple[int, ...]
     peer_rows: tuple[int, ...]
+    exported_rows: tuple[int, ...]
     rounds: int
     steps: int
     copied: int
@@ -94,6 +102,8 @@ class Sizes:
     launches: int
     llama: LlamaConfig
     compilers: Mapping[str, Mapping[str, Any]]
+    autotune: Mapping[str, Mapping[str, Any]]
+    autotuned_shapes: tuple[str, ...]
     decoders: Mapping[str, Mapping[str, Any]]
     int8_decoder: Mapping[str, Any]
     peer_compiler: Mapping[str, Any]
@@ -107,7 +117,10 @@ def gpu(layers: int) -> Sizes:
     """Llama-3.1-8B, or as many of its layers as asked for."""
     return Sizes(
         dry_run=False,
-        tests=("tests",),
+        # Collecting all of tests/ would compile the CPU kernel.
+        tests=("tests/test_triton_contract.py",),
+        export_tests=("tests/test_export_gpu.py", "tests/test_export.py", "tests/test_checkpoint.py"),
+        workers=14,
         gates=(
             Gate(1, 4096, 4096),
             Gate(16, 4096, 6144),
@@ -131,21 +144,31 @@ def gpu(layers: int) -> Sizes:
             Shape("down", 14336, 4096),
         ),
         rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
-        first_rows=(1, 16, 2048),
+        first_rows=(2048, 1, 64, 16),
         outlier_rows=(2048, 1, 16, 8192, 512, 64),
         outlier_columns=32,
         candidate_rows=(1, 2048, 16, 32, 64, 128, 192, 384, 8, 512, 8192),
         peer_rows=(1, 32, 512, 2048),
+        exported_rows=(1, 16, 300, 2048),
         rounds=30,
         steps=16,
         copied=2 * 2**30,
         square=8192,
         launches=100,
         llama=LlamaConfig(layers=layers),
-        compilers={"Inductor": {}, "max-autotune": _MAX_AUTOTUNE},
-        decoders={"bf16 reduce-overhead": {"mode": "reduce-overhead"}, "bf16 max-autotune": {"mode": "max-autotune"}},
+        compilers={"Inductor": {}},
+        autotune={"max-autotune": _MAX_AUTOTUNE},
+        autotuned_shapes=("o", "gate_up"),
+        decoders={"bf16 reduce-overhead": {"mode": "reduce-overhead"}},
         int8_decoder={"backend": "int8", "mode": "reduce-overhead"},
         peer_compiler=_MAX_AUTOTUNE,
+    )
+
+
+def with_rows(sizes: Sizes, rows: tuple[int, ...]) -> Sizes:
+    """The same with other numbers of rows, wherever there is a choice."""
+    return dataclasses.replace(
+        sizes, rows=rows, first_rows=rows, outlier_rows=rows, candidate_rows=rows, peer_rows=rows
     )
 
 
@@ -156,6 +179,8 @@ def dry_run() -> Sizes:
     return Sizes(
         dry_run=True,
         tests=("tests/test_config.py",),
+        export_tests=("tests/test_config.py",),
+        workers=1,
         gates=(Gate(3, 64, 48), Gate(5, 100, 33, threshold=0.0), Gate(4, 64, 48, special=True)),
         shapes=(Shape("o", 64, 64), Shape("down", 192, 64)),
         rows=(1, 2, 80),
@@ -164,6 +189,7 @@ def dry_run() -> Sizes:
         outlier_columns=1,
         candidate_rows=(1, 64),
         peer_rows=(1,),
+        exported_rows=(1, 5),
         rounds=2,
         steps=1,
         copied=2**16,
@@ -172,8 +198,10 @@ def dry_run() -> Sizes:
         llama=LlamaConfig(
             layers=1, hidden=64, heads=4, kv_heads=2, intermediate=96, vocabulary=128, length=16, theta=10000.0
         ),
-        compilers={"Inductor": eager, "max-autotune": eager},
-        decoders={"bf16 reduce-overhead": eager, "bf16 max-autotune": eager},
+        compilers={"Inductor": eager},
+        autotune={"max-autotune": eager},
+        autotuned_shapes=("down",),
+        decoders={"bf16 reduce-overhead": eager},
         int8_decoder={"backend": "int8", "mode": "reduce-overhead"},
         peer_compiler=eager,
     )

@@ -13,6 +13,8 @@ from benchmarks.gpu.facts import described
 
 SPEED_UPS, DECODING = "speedup.png", "decode.png"
 MISSED = " ✗"
+# The keys of names of tests that did not pass.
+_UNWELL = ("failed", "unfinished")
 
 
 def in_words(result: CaseResult) -> str:
@@ -22,11 +24,16 @@ def in_words(result: CaseResult) -> str:
     if "passed" in result:
         rest = result.get("summary", f"at most {result.get('max_ulp')} ulp")
         return f"{'passed' if result['passed'] else 'FAILED'}, {rest}"
+    if "summary" in result:
+        return str(result["summary"])
     parts = [f"{name} {bars.shown(bar)}" for name, bar in result.get("bars", {}).items()]
     if "lost" in result:
         parts.append(f"best is {result['best']}, the table's {result['choice']} loses {result['lost']:.1%}")
     parts += [f"{result[unit]:.4g} {unit}" for unit in ("bytes_per_second", "operations_per_second") if unit in result]
     parts += [f"{name} failed" for name in result.get("errors", {})]
+    parts += [f"{result['unpacked']} kernels"] if "unpacked" in result else []
+    for kernel, counters in result.get("kernels", {}).items():
+        parts.append(f"{kernel} ({', '.join(f'{name} {value}' for name, value in counters.items())})")
     return ", ".join(parts) or "measured"
 
 
@@ -36,17 +43,25 @@ def render(data: Mapping[str, Any]) -> str:
     marks = ["DRY RUN, these times mean nothing"] if data["dry_run"] else []
     marks += [f"CORRECTNESS GATES FAILED: {'; '.join(failed)}"] if (failed := _failed_gates(data)) else []
     lines = [f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {data['commit']}", *marks]
+    if found := data.get("kernels"):
+        others = ", ".join(f"{count} {name}" for name, count in found["compiled"].items())
+        lines.append(f"our kernels: {found['hits']} from the cache; compiled here: {others or 'none'}")
     for name, stage in data["stages"].items():
         cases = stage["cases"]
         lines += ["", f"{name}: {stage['about']} ({len(cases)} cases, {stage['seconds']:.0f} s)"]
         lines += [f"  note: {note}" for note in stage["notes"]]
         if name == (linear.FIRST if linear.FIRST in data["stages"] else linear.REST):
             lines += _grid(_measured(data, linear.FIRST, linear.REST), _linear_cell)
+        elif name == linear.AUTOTUNED:
+            lines += _grid(_measured(data, name), _linear_cell)
         elif name == candidates.NAME:
             lines += _grid(_measured(data, name), _candidate_cell)
-        if name in (linear.FIRST, linear.REST, candidates.NAME):
+        if name in (linear.FIRST, linear.REST, linear.AUTOTUNED, candidates.NAME):
             cases = {case: result for case, result in cases.items() if "error" in result or result.get("errors")}
         lines += [f"  {case}: {in_words(result)}" for case, result in cases.items()]
+        lines += [
+            f"    {kind}: {test}" for result in cases.values() for kind in _UNWELL for test in result.get(kind, [])
+        ]
         if stage["left_out"]:
             lines.append(f"  left out: {', '.join(stage['left_out'])}")
     met = [bar["met"] for stage in data["stages"].values() for bar in _bars(stage)]
@@ -159,6 +174,11 @@ def _failed_gates(data: Mapping[str, Any]) -> list[str]:
 
 
 def passed(data: Mapping[str, Any]) -> bool:
-    """Whether no test and no gate failed."""
-    tests = data["stages"].get(checks.TESTS, {"cases": {}})["cases"].values()
-    return not _failed_gates(data) and all(result.get("passed", False) for result in tests)
+    """Whether no test and no gate failed, and the model was decoded with CUDA graphs."""
+    tests = [data["stages"].get(stage, {"cases": {}})["cases"] for stage in (checks.TESTS, checks.EXPORT_TESTS)]
+    decoded = [case["bars"][decode.SKIPPED] for case in _measured(data, decode.NAME)]
+    return (
+        not _failed_gates(data)
+        and all(result.get("passed", False) for cases in tests for result in cases.values())
+        and (data["dry_run"] or all(bar["met"] for bar in decoded))  # There are no CUDA graphs on a CPU.
+    )

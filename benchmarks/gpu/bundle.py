@@ -1,0 +1,340 @@
+"""The kernels of the GPU day, compiled beforehand without a GPU: minutes of the day are not spent on compilers.
+
+    python -m benchmarks.gpu.bundle build/gpu-bundle.tar.xz            # compile, pack, and show that nothing is missing
+    python -m benchmarks.gpu.bundle build/gpu-bundle.tar.xz --verify   # the last step alone
+
+It needs the Triton of the GPU machine; `make gpu-bundle` makes an environment with that. Triton finds a kernel in its
+cache by a hash of its own files, among them a library that differs between the wheels for Python 3.11 and 3.12, and
+groups files by absolute paths. So a bundle holds everything else that goes into the hash, and `unpack` finishes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu.facts import ROOT
+
+MANIFEST = "manifest.json"
+# Of each kernel. Exported packages look at the PTX.
+KEPT = (".json", ".cubin", ".ptx")
+# Holds what follows Triton's own part in the key of a kernel.
+REST = "key"
+# The variable that names the file which `watch` writes to.
+WATCH = "INT8COMPILE_GPU_DAY_KERNELS"
+OURS = "int8compile.triton_kernels."
+TESTS = ("tests/test_triton_contract.py",)
+
+
+class BundleError(Exception):
+    """A bundle cannot be made, or not be used here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Where kernels came from.
+
+    Attributes:
+        hits: How many came from the cache.
+        compiled: The names of the others.
+    """
+
+    hits: int
+    compiled: tuple[str, ...]
+
+
+def unpack(bundle: Path, cache: Path) -> int:
+    """Fill a cache of Triton's with the kernels of a bundle.
+
+    Args:
+        bundle: What `pack` made.
+        cache: The folder that `TRITON_CACHE_DIR` names. What it holds already stays.
+
+    Returns:
+        How many kernels the bundle holds.
+
+    Raises:
+        BundleError: It is damaged, or made by another Triton than the one that is installed.
+    """
+    import triton
+
+    try:
+        with tarfile.open(bundle, "r:xz") as archive:
+            files = {member.name: _read(archive, member) for member in archive.getmembers() if member.isfile()}
+        manifest = json.loads(files.pop(MANIFEST))
+    except (OSError, EOFError, tarfile.TarError, KeyError, ValueError) as error:
+        raise BundleError(f"{bundle.name} is no bundle of kernels ({type(error).__name__}: {error})") from error
+    if manifest["triton"] != triton.__version__:
+        raise BundleError(f"{bundle.name} was made by Triton {manifest['triton']}, and here is {triton.__version__}")
+    for number, rest in enumerate(manifest["keys"]):
+        names = [name for name in files if name.startswith(f"{number}/")]
+        _place(cache, rest, {Path(name).name: files[name] for name in names})
+    return len(manifest["keys"])
+
+
+def pack(cache: Path, bundle: Path) -> int:
+    """Pack the kernels in a cache that `recorded_keys` was active for.
+
+    Returns:
+        How many there are.
+    """
+    import triton
+
+    folders = sorted(path.parent for path in cache.glob(f"*/{REST}"))
+    # A compiler that was ended has left no binary.
+    folders = [folder for folder in folders if any(folder.glob("*.cubin"))]
+    keys = [(folder / REST).read_text() for folder in folders]
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    part = bundle.with_suffix(".part")
+    with tarfile.open(part, "w:xz") as archive:
+        _add(archive, MANIFEST, json.dumps({"triton": triton.__version__, "keys": keys}).encode())
+        for number, folder in enumerate(folders):
+            for path in sorted(folder.iterdir()):
+                if path.suffix in KEPT and not path.name.startswith("__grp__"):
+                    _add(archive, f"{number}/{path.name}", path.read_bytes())
+    os.replace(part, bundle)
+    return len(folders)
+
+
+def record_keys() -> None:
+    """Have Triton leave, beside every kernel that it looks for, what `unpack` needs to know of its key."""
+    import triton.compiler.compiler as compiler
+    from triton import knobs
+    from triton.runtime.cache import triton_key
+
+    get_cache_key = compiler.get_cache_key
+
+    def recorded(*args: Any, **kwargs: Any) -> str:
+        key: str = get_cache_key(*args, **kwargs)
+        rest = key.removeprefix(triton_key())
+        folder = Path(knobs.cache.dir) / _name(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{REST}.{os.getpid()}"
+        part.write_text(rest)
+        os.replace(part, folder / REST)
+        return key
+
+    compiler.get_cache_key = recorded
+
+
+def watch(file: Path) -> None:
+    """Note in a file, for each of our kernels that this process asks Triton for, whether it came from the cache."""
+    from triton import knobs
+
+    def note(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        function: Any = getattr(src, "fn", None)
+        if str(getattr(function, "__module__", "")).startswith(OURS):
+            # A line is written in one piece, also beside other processes.
+            with file.open("a") as opened:
+                opened.write(f"{'hit' if cache_hit else 'compiled'} {function.__name__}\n")
+
+    knobs.compilation.listener = note
+
+
+def counted(file: Path) -> Counts:
+    """What `watch` noted."""
+    found = [line.split(" ", 1) for line in file.read_text().splitlines()] if file.exists() else []
+    return Counts(sum(kind == "hit" for kind, _ in found), tuple(name for kind, name in found if kind == "compiled"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin of pytest: `watch`, and `record_keys` where kernels are compiled for a bundle."""
+    if WATCH in os.environ:
+        watch(Path(os.environ[WATCH]))
+        if "benchmarks.gpu.standin" in sys.modules:
+            record_keys()
+
+
+def build(bundle: Path, jobs: int) -> int:
+    """Compile what the day needs, and pack it.
+
+    Args:
+        bundle: The file to make.
+        jobs: How many processes run tests.
+
+    Returns:
+        How many kernels it holds.
+
+    Raises:
+        BundleError: A test or a measurement did not get as far as its kernels.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        _run_all(cache, Path(folder) / "log", jobs)
+        return pack(cache, bundle)
+
+
+def verify(bundle: Path, jobs: int) -> Counts:
+    """Run everything with the bundle in a fresh cache.
+
+    Raises:
+        BundleError: As `build` and `unpack`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cache, log = Path(folder) / "cache", Path(folder) / "log"
+        unpack(bundle, cache)
+        _run_all(cache, log, jobs)
+        return counted(log)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.bundle",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, help="the file")
+    parser.add_argument("--verify", action="store_true", help="make nothing, only show that nothing is missing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
+    parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)  # For a process of its own.
+    chosen = parser.parse_args(arguments)
+    if chosen.measured:
+        start_measured()
+        return 0
+    try:
+        if not chosen.verify:
+            count = build(chosen.bundle, chosen.jobs)
+            print(f"{chosen.bundle}: {count} kernels, {chosen.bundle.stat().st_size / 2**20:.1f} MiB", flush=True)
+        counts = verify(chosen.bundle, chosen.jobs)
+    except BundleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"in a fresh cache: {counts.hits} hits, {len(counts.compiled)} compiled")
+    for name, times in collections.Counter(counts.compiled).items():
+        print(f"  {name}: {times}")
+    return 1 if counts.compiled or not counts.hits else 0
+
+
+def start_measured() -> None:
+    """Start, on the stand-in, every kernel that the measurements start on a GPU."""
+    from tqdm import tqdm
+
+    from benchmarks.gpu import standin
+
+    standin.take_over()
+    record_keys()
+    watch(Path(os.environ[WATCH]))
+    for call in tqdm(list(_measured_calls()), desc="measurements"):
+        call()
+
+
+def _measured_calls() -> Iterator[Any]:
+    import torch
+
+    from benchmarks.gpu import candidates, decode
+    from benchmarks.gpu.linear import THRESHOLD, int8_call
+    from benchmarks.gpu.sizes import gpu
+    from int8compile.ops.digits import NONE, SILU_MUL, Activations
+    from int8compile.triton_kernels import operators, tables
+    from int8compile.triton_kernels.policy import Policy
+
+    sizes, arch = gpu(decode.LAYERS), tables.ARCHITECTURES["sm_90"]
+
+    def tensors(m: int, k: int, n: int) -> tuple[Any, Any, Any]:
+        # What they hold does not matter, only their sizes: memory that nobody touches costs nothing.
+        x = torch.empty(m, k, dtype=torch.bfloat16)
+        return x, torch.empty(n, k, dtype=torch.int8), torch.empty(n)
+
+    def linear(m: int, k: int, n: int, threshold: float) -> None:
+        int8_call(*tensors(m, k, n), threshold)()
+
+    def all_candidates(m: int, k: int, n: int) -> None:
+        x, qweight, scale = tensors(m, k, n)
+        made = Activations(*operators._quantize_rows(x, THRESHOLD, False))
+        policy = Policy.of(m, k, made.digits.shape[0], THRESHOLD, False, arch)
+        for config in tables.candidates(arch, m, k, lists=policy.lists):
+            for call in candidates._launches(made, [qweight], scale, policy, config, 132):
+                call()
+
+    def gate(m: int, k: int, n: int, threshold: float, outliers: str) -> None:
+        bias = torch.empty(n, dtype=torch.bfloat16)
+        operators._linear(*tensors(m, k, n), bias, threshold, outliers)
+
+    def joined(k: int, parts: tuple[int, int, int], activation: int) -> None:
+        x, qweight, scale = tensors(1, k, sum(parts))
+        made = operators._quantize_rows(x.view(1, 1, k), THRESHOLD, False)
+        n0, n1 = (parts[0], parts[1]) if parts[1] else (0, 0)
+        operators._quantized_linear(*made, qweight, scale, None, THRESHOLD, False, activation, n0, n1, torch.bfloat16)
+
+    rows = {*sizes.rows, *sizes.outlier_rows}
+    for shape in sizes.shapes:
+        for m in sorted(rows):
+            for threshold in (THRESHOLD, 0.0):
+                yield lambda m=m, shape=shape, t=threshold: linear(m, shape.k, shape.n, t)
+        for m in sizes.candidate_rows:
+            yield lambda m=m, shape=shape: all_candidates(m, shape.k, shape.n)
+    for each in sizes.gates:
+        yield lambda each=each: gate(each.m, each.k, each.n, each.threshold, each.outliers)
+    llama = sizes.llama
+    keys = llama.kv_heads * llama.head_dim
+    yield lambda: joined(llama.hidden, (llama.hidden, keys, keys), NONE)
+    yield lambda: joined(llama.hidden, (2 * llama.intermediate, 0, 0), SILU_MUL)
+    yield lambda: joined(llama.hidden, (llama.hidden, 0, 0), NONE)
+    yield lambda: joined(llama.intermediate, (llama.hidden, 0, 0), NONE)
+
+
+def _run_all(cache: Path, log: Path, jobs: int) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), WATCH: str(log), "INT8COMPILE_CPU_KERNEL": "0"}
+    environment["PYTHONOPTIMIZE"] = "1"  # No asserts: they are about results, and there are none.
+    plugins = ["-p", "benchmarks.gpu.standin", "-p", "benchmarks.gpu.bundle", "-p", "no:cacheprovider"]
+    for command in (
+        ["-m", "pytest", *TESTS, "-m", "gpu", *plugins, "--assert=plain", "-W", "ignore", "-q", "-n", str(jobs)],
+        ["-m", "benchmarks.gpu.bundle", "--measured", "-"],
+    ):
+        if subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode:
+            raise BundleError("a test or a measurement failed before all of its kernels were started, see above")
+
+
+def _name(key: str) -> str:
+    """The folder of a kernel in a cache, as Triton calls it."""
+    return base64.b32encode(hashlib.sha256(key.encode()).digest()).decode().rstrip("=")
+
+
+def _place(cache: Path, rest: str, files: dict[str, bytes]) -> None:
+    """Put a kernel where Triton looks for it."""
+    from triton.runtime.cache import triton_key
+
+    key = triton_key() + rest
+    folder = cache / _name(key)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        if path.suffix == ".json":
+            about = json.loads(content) | {"hash": hashlib.sha256(key.encode()).hexdigest()}
+            content = json.dumps(about).encode()
+            group = {each: str(folder / each) for each in files}
+            (folder / f"__grp__{name}").write_text(json.dumps({"child_paths": group}))
+        path.write_bytes(content)
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    # Without times and owners: the same kernels make the same file.
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    opened = archive.extractfile(member)
+    assert opened is not None
+    return opened.read()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What the hardware's counters say of three kernels: `ncu` runs this module, which starts each of them once.
+
+ncu ... python -m benchmarks.gpu.profile
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import inputs
+from benchmarks.gpu.day import CaseResult, Stage
+from benchmarks.gpu.facts import ROOT, scrubbed
+from benchmarks.gpu.linear import THRESHOLD, product_call
+
+NAME, LOG = "profile", "ncu.txt"
+SECTIONS = (
+    "SpeedOfLight",
+    "Occupancy",
+    "LaunchStats",
+    "WarpStateStats",
+    "MemoryWorkloadAnalysis",
+    "ComputeWorkloadAnalysis",
+)
+# The rows and the weight [N, K] of each kernel.
+KERNELS = {"quantize": (2048, 4096, 4096), "many rows": (2048, 4096, 4096), "one row": (1, 4096, 4096)}
+# What is kept of a kernel's page, by the names that ncu gives it.
+KEPT = (
+    *("Duration", "Registers Per Thread", "Achieved Occupancy", "Theoretical Occupancy", "Memory Throughput"),
+    *("DRAM Throughput", "L2 Cache Throughput", "Compute (SM) Throughput", "Issue Slots Busy", "Waves Per SM"),
+)
+
+
+def stage(folder: Path, dry_run: bool) -> Stage:
+    """One run of ncu."""
+    missing = not dry_run and shutil.which("ncu") is None
+    run: Callable[[], CaseResult] = (
+        functools.partial(dict, kernels={}) if dry_run else functools.partial(profile, folder)
+    )
+    return Stage(
+        NAME,
+        f"hardware counters of {', '.join(KERNELS)}, by ncu; the whole text is in {LOG}",
+        seconds=40,
+        cases={} if missing else {"ncu": run},
+        expected=30,
+        notes=["ncu is not installed"] if missing else [],
+    )
+
+
+def profile(folder: Path) -> CaseResult:
+    """Run ncu, keep its text, and pick numbers from it."""
+    command = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--profile-from-start",
+        "off",
+        "--target-processes",
+        "application-only",
+    ]
+    for section in SECTIONS:
+        command += ["--section", section]
+    done = subprocess.run(
+        [*command, sys.executable, "-m", "benchmarks.gpu.profile"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    text = scrubbed(done.stdout)
+    (folder / LOG).write_text(text)
+    kernels = parsed(text)
+    if done.returncode or not kernels:
+        raise RuntimeError(f"ncu ended with status {done.returncode}: {text[-1500:]}")
+    return {"kernels": kernels}
+
+
+def parsed(text: str) -> dict[str, dict[str, str]]:
+    """The numbers in ncu's pages, by kernel: `{"gemm": {"Duration": "27.5 us"}}`."""
+    found: dict[str, dict[str, str]] = {}
+    page: dict[str, str] = {}
+    row = re.compile(rf"\s+({'|'.join(map(re.escape, KEPT))})\s+(?:(\S+)\s+)?([\d.,]+)\s*$")
+    for line in text.splitlines():
+        if title := re.match(r"\s*(\w+) \(\d+, \d+, \d+\)x\(\d+, \d+, \d+\), Context", line):
+            page = found.setdefault(title[1], {})
+        elif cells := row.match(line):
+            page.setdefault(cells[1], f"{cells[3]} {cells[2] or ''}".strip())
+    return found
+
+
+def calls() -> Iterator[Callable[[], Any]]:
+    """The kernels' calls, as `KERNELS` names them."""
+    from int8compile.ops import quantize_rows, quantize_weight
+
+    device = torch.device("cuda", 0)
+    for name, (m, n, k) in KERNELS.items():
+        x = inputs.with_outlier_columns(m, k, max(1, round(inputs.OUTLIERS * k)), device)
+        qweight, scale = quantize_weight(inputs.weight(k, n, device))
+        if name == "quantize":
+            yield functools.partial(quantize_rows, x, THRESHOLD, False)
+        else:
+            yield product_call(quantize_rows(x, THRESHOLD, False), qweight, scale, THRESHOLD)
+
+
+def main() -> None:
+    """Run each call once with the profiler on, after one without."""
+    from int8compile import triton_kernels
+
+    assert triton_kernels.load()
+    runtime = torch.cuda.cudart()
+    with torch.no_grad():
+        ready = list(calls())
+        for call in ready:
+            call()
+        torch.cuda.synchronize()
+        for call in ready:
+            runtime.cudaProfilerStart()
+            call()
+            torch.cuda.synchronize()
+            runtime.cudaProfilerStop()
+
+
+if __name__ == "__main__":
+    main()
