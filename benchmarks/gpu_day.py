@@ -13,6 +13,7 @@ failed, or CUDA graphs were skipped; a bar that is missed is a result, not a fai
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -60,8 +61,7 @@ DRY_RUN_L2_BYTES = 4096
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     chosen = _parser().parse_args(arguments)
-    seconds = chosen.seconds or (SECOND_SECONDS if chosen.second else SECONDS)
-    until = time.time() + seconds if chosen.until is None else chosen.until
+    until = time.time() + _seconds(chosen) if chosen.until is None else chosen.until
     try:
         if chosen.report:
             data = load(chosen.out)
@@ -102,7 +102,8 @@ def measure(chosen: argparse.Namespace, until: float) -> int:
     result = Result.begun(chosen.out, header, resume=chosen.resume or chosen.second)
     torch.manual_seed(0)
     stages = schedule(_stages(chosen, sizes, device, clock, l2_bytes, result), chosen)
-    _say(f"{sum(stage.seconds for stage in stages):g} s: {', '.join(f'{s.name} {s.seconds:g} s' for s in stages)}")
+    limits = [f"{stage.name} {stage.seconds:.3g} s" for stage in stages]
+    _say(f"{', '.join(limits)}; {sum(stage.seconds for stage in stages):.4g} s of {_seconds(chosen):g} s")
     day = Day(result, until - ENDS, healthy=clock.synchronize, say=_say, shown=summary.in_words)
     try:
         with torch.no_grad():
@@ -120,15 +121,23 @@ def schedule(stages: Mapping[str, Stage], chosen: argparse.Namespace) -> list[St
 
     Args:
         stages: By name.
-        chosen: With `second` and `only`.
+        chosen: With `second`, `only` and `seconds`.
     """
-    names: Sequence[str] = SECOND if chosen.second else FIRST
     if chosen.only:
         names = [name for name in STAGES if name in chosen.only]
+        limits = {name: stages[name].seconds for name in names}
     elif chosen.second:
-        left_over = LEFT_OVER / len(FIRST)
-        stages = {**stages, **{name: stages[name].limited(left_over) for name in FIRST}}
-    return [stages[name] for name in names]
+        limits = {name: LEFT_OVER / len(FIRST) if name in FIRST else stages[name].seconds for name in SECOND}
+    else:
+        limits = {name: stages[name].seconds for name in FIRST}
+    # A shorter call has shorter stages.
+    scale = min(1.0, (_seconds(chosen) - ENDS) / sum(limits.values()))
+    return [dataclasses.replace(stages[name], seconds=scale * limit) for name, limit in limits.items()]
+
+
+def _seconds(chosen: argparse.Namespace) -> float:
+    """How long a call takes at most."""
+    return chosen.seconds or (SECOND_SECONDS if chosen.second else SECONDS)
 
 
 def _stages(

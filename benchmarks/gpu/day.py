@@ -55,10 +55,6 @@ class Stage:
     notes: Sequence[str] = ()
     close: Callable[[], None] = lambda: None
 
-    def limited(self, seconds: float) -> Stage:
-        """The same with another limit."""
-        return dataclasses.replace(self, seconds=seconds)
-
 
 class ResultError(Exception):
     """A result file is there that must not be overwritten, or cannot be gone on with."""

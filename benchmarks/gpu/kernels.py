@@ -12,8 +12,9 @@ from benchmarks.gpu.facts import ROOT
 
 NAME = "kernels"
 BUNDLE = Path("build/gpu-bundle.tar.xz")
-# In the folder of the results.
-CACHE, LOG = "triton-cache", "kernels.log"
+# In the folder of the results; the list of what was asked for lies inside, so that it is not copied.
+CACHE = "triton-cache"
+LOG = f"{CACHE}/asked-for.txt"
 
 
 def environment(folder: Path) -> dict[str, str]:
