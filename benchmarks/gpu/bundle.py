@@ -136,6 +136,8 @@ def watch(file: Path) -> None:
     """Note in a file, for each of our kernels that this process asks Triton for, whether it came from the cache."""
     from triton import knobs
 
+    file.parent.mkdir(parents=True, exist_ok=True)
+
     def note(*, src: Any, cache_hit: bool, **_: Any) -> None:
         function: Any = getattr(src, "fn", None)
         if str(getattr(function, "__module__", "")).startswith(OURS):
