@@ -292,7 +292,7 @@ def _measured_calls() -> Iterator[Any]:
 
 
 def _run_all(cache: Path, log: Path, jobs: int) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), WATCH: str(log), "INT8COMPILE_CPU_KERNEL": "0"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), WATCH: str(log)}
     environment["PYTHONOPTIMIZE"] = "1"  # No asserts: they are about results, and there are none.
     plugins = ["-p", "benchmarks.gpu.standin", "-p", "benchmarks.gpu.bundle", "-p", "no:cacheprovider"]
     for command in (

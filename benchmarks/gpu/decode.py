@@ -22,6 +22,8 @@ NAME = "decode"
 LAYERS = 8
 OURS = "int8"
 SKIPPED = "skipped CUDA graphs"
+# Steps that are looked at kernel by kernel, and how many kernels are kept.
+PROFILED, MOST_KERNELS = 10, 16
 # An output with a smaller cosine to bfloat16's is another model's.
 SAME = 0.9
 
@@ -61,6 +63,7 @@ class Decoders:
             "roofline_share": self._roofline({name: times.median(name) for name in calls}),
             "compiled": {name: self._facts[name] for name in calls},
             "similarity": round(similarity, 5),
+            "kernels": {name: self._kernels(name) for name in calls},
             "bars": {
                 # Without graphs the time is the host's, and says nothing of the kernels.
                 SKIPPED: bars.at_most(self._facts[OURS]["skipped_cuda_graphs"], 0),
@@ -101,6 +104,18 @@ class Decoders:
             "seconds": round(time.perf_counter() - began, 1),
             "skipped_cuda_graphs": _skipped_graphs() - skipped,
         }
+
+    def _kernels(self, name: str) -> dict[str, float]:
+        """Microseconds of a step by kernel, of those that take most; none on a CPU."""
+        if self._device.type != "cuda":
+            return {}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(PROFILED):
+                self._step(name)
+            self._clock.synchronize()
+        found = {event.key[:80]: event.self_device_time_total / PROFILED for event in profile.key_averages()}
+        most = sorted(found, key=lambda key: -found[key])[:MOST_KERNELS]
+        return {key: round(found[key], 2) for key in most}
 
     def _roofline(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """The share that reading the weights once would have of a token's time."""

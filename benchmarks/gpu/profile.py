@@ -43,7 +43,7 @@ def stage(folder: Path, dry_run: bool) -> Stage:
     """One run of ncu."""
     missing = not dry_run and shutil.which("ncu") is None
     run: Callable[[], CaseResult] = (
-        functools.partial(dict, kernels={}) if dry_run else functools.partial(profile, folder)
+        functools.partial(dict, counters={}) if dry_run else functools.partial(profile, folder)
     )
     return Stage(
         NAME,
@@ -81,7 +81,7 @@ def profile(folder: Path) -> CaseResult:
     kernels = parsed(text)
     if done.returncode or not kernels:
         raise RuntimeError(f"ncu ended with status {done.returncode}: {text[-1500:]}")
-    return {"kernels": kernels}
+    return {"counters": kernels}
 
 
 def parsed(text: str) -> dict[str, dict[str, str]]:

@@ -144,7 +144,7 @@ def gpu(layers: int) -> Sizes:
             Shape("down", 14336, 4096),
         ),
         rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
-        first_rows=(2048, 1, 64, 16),
+        first_rows=(2048, 1, 64, 16, 256),
         outlier_rows=(2048, 1, 16, 8192, 512, 64),
         outlier_columns=32,
         candidate_rows=(1, 2048, 16, 32, 64, 128, 192, 384, 8, 512, 8192),

@@ -32,7 +32,7 @@ def in_words(result: CaseResult) -> str:
     parts += [f"{result[unit]:.4g} {unit}" for unit in ("bytes_per_second", "operations_per_second") if unit in result]
     parts += [f"{name} failed" for name in result.get("errors", {})]
     parts += [f"{result['unpacked']} kernels"] if "unpacked" in result else []
-    for kernel, counters in result.get("kernels", {}).items():
+    for kernel, counters in result.get("counters", {}).items():
         parts.append(f"{kernel} ({', '.join(f'{name} {value}' for name, value in counters.items())})")
     return ", ".join(parts) or "measured"
 
