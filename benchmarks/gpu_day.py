@@ -40,7 +40,7 @@ from benchmarks.gpu import profile as profiles
 from benchmarks.gpu.clock import Clock, GraphClock, HostClock
 from benchmarks.gpu.day import GATES, Day, Result, ResultError, Stage, load
 from benchmarks.gpu.sizes import Sizes, dry_run, gpu, with_rows
-from benchmarks.gpu.supervisor import Stopped, stop_on_signals, supervise
+from benchmarks.gpu.supervisor import Stopped, end_with_parent, stop_on_signals, supervise
 from int8compile import triton_kernels
 
 # The stages of a call, most important first.
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         stop_on_signals()
         if chosen.until is not None:
+            end_with_parent()
             return measure(chosen, until)
         given = list(sys.argv[1:] if arguments is None else arguments)
         command = [sys.executable, "-u", "-m", "benchmarks.gpu_day", *given, "--until", str(until)]
@@ -137,7 +138,9 @@ def schedule(stages: Mapping[str, Stage], chosen: argparse.Namespace) -> list[St
 
 def _seconds(chosen: argparse.Namespace) -> float:
     """How long a call takes at most."""
-    return chosen.seconds or (SECOND_SECONDS if chosen.second else SECONDS)
+    if chosen.seconds is not None:
+        return float(chosen.seconds)
+    return SECOND_SECONDS if chosen.second else SECONDS
 
 
 def _stages(

@@ -377,7 +377,7 @@ def test_the_copy_engine_is_told_of_matrices(driver: Driver, tmp_path: Path, mon
     loaded = aoti_load_package(str(path))
     x = activations(257)
     y = loaded(x)
-    assert driver.started == ["quantize_rows", "list_columns", "gather_digits", "persistent_gemm"]
+    assert driver.started == ["quantize_rows", "list_columns", "gather_digits", "tma_gemm"]
     assert torch.equal(y, by_launches(model, x, Int8Config(), monkeypatch))
 
 
@@ -463,8 +463,8 @@ def test_activations_that_begin_anywhere(
     (1, 1, {"gemv"}),
     (4, 8, {"small_gemm"}),
     pytest.param(70, 70, {"gemm"}, marks=pytest.mark.slow),
-    (512, None, {"persistent_gemm"}),
-    pytest.param(1, None, {"gemv", "small_gemm", "gemm", "persistent_gemm"}, marks=pytest.mark.slow),
+    (512, None, {"tma_gemm"}),
+    pytest.param(1, None, {"gemv", "small_gemm", "gemm", "tma_gemm"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_triton_compiles_takes_what_the_plan_hands_over(
     least: int, most: int | None, kernels: set[str], tmp_path: Path

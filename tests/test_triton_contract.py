@@ -32,10 +32,10 @@ SMALL = {
     "gemv": Config("gemv", 1, 32, 128, 4, 1),
     "small_gemm": Config("small_gemm", 16, 16, 64, 4, 1),
     "gemm": Config("gemm", 64, 32, 64, 4, 1),
-    "persistent_gemm": Config("persistent_gemm", 64, 32, 64, 4, 1),
-    "persistent_gemm, halves": Config("persistent_gemm", 64, 256, 64, 8, 1),
+    "tma_gemm": Config("tma_gemm", 64, 32, 64, 4, 1),
+    "tma_gemm, halves": Config("tma_gemm", 64, 256, 64, 8, 1),
 }
-ROWS = {"gemv": 1, "small_gemm": 9, "gemm": 131, "persistent_gemm": 131, "persistent_gemm, halves": 70}
+ROWS = {"gemv": 1, "small_gemm": 9, "gemm": 131, "tma_gemm": 131, "tma_gemm, halves": 70}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -57,12 +57,12 @@ def architecture(device: str) -> tables.Architecture:
 
 
 def size_of(kernel: str) -> tuple[int, int, int]:
-    # K of the persistent kernel is a multiple of 16.
-    return ROWS[kernel], 75, 272 if kernel.startswith("persistent") else 275
+    # The copy engine wants rows that begin at multiples of 16 bytes.
+    return ROWS[kernel], 75, 272 if kernel.startswith("tma") else 275
 
 
 def runs_on(kernel: str, device: str) -> None:
-    if device == "cuda" and kernel.startswith("persistent") and torch.cuda.get_device_capability() < (9, 0):
+    if device == "cuda" and kernel.startswith("tma") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need sm_90")
 
 
@@ -212,7 +212,7 @@ def test_every_bucket(arch: tables.Architecture, m: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("activation", range(1, len(digits.ACTIVATIONS)))
-@pytest.mark.parametrize("kernel", ["gemv", "small_gemm", "persistent_gemm, halves"])
+@pytest.mark.parametrize("kernel", ["gemv", "small_gemm", "tma_gemm, halves"])
 def test_activations(kernel: str, activation: int, device: str) -> None:
     """They and their derivatives are at most of the size of their arguments; a few roundings of float32 are allowed."""
     runs_on(kernel, device)
@@ -229,7 +229,7 @@ def test_activations(kernel: str, activation: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("parts", [(32, 0), (32, 32), (7, 40)])
-@pytest.mark.parametrize("kernel", ["gemv", "small_gemm", "persistent_gemm, halves"])
+@pytest.mark.parametrize("kernel", ["gemv", "small_gemm", "tma_gemm, halves"])
 def test_parts(kernel: str, parts: tuple[int, int], device: str) -> None:
     """Several linears of one activation: each result whole, one behind the other."""
     runs_on(kernel, device)

@@ -41,7 +41,7 @@ def test_every_product_has_a_configuration(
     else:
         # What takes planes gets planes, what takes lists gets lists.
         assert (config.kernel == "small_gemm") == (not lists)
-    assert config.kernel != "persistent_gemm" or k % 16 == 0
+    assert config.kernel != "tma_gemm" or k % 16 == 0
     # The largest tile that keeps every multiprocessor busy, or the smallest.
     larger = configs[: configs.index(config)]
     assert all(each.tiles(m, n) < multiprocessors for each in larger)

@@ -190,7 +190,7 @@ def _quantized_linear_checked(
     product = Product(x, qweight, scale, bias, y, activation, n0, n1, policy)
     configs = tables.candidates(arch, m, k, lists=policy.lists)
     if (qweight.data_ptr() | x.planes.data_ptr() | qweight.stride(0)) % 16:
-        configs = tuple(config for config in configs if config.kernel != "persistent_gemm")
+        configs = tuple(config for config in configs if config.kernel != "tma_gemm")
     sms = multiprocessors(index)
     with _on(index):
         call = launch_of(product, autotune.choose(product, configs, sms, launch_of), sms)

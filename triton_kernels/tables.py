@@ -19,7 +19,7 @@ class Config:
     """A kernel and its tile.
 
     Attributes:
-        kernel: The folder's name: "gemv", "small_gemm", "gemm" or "persistent_gemm".
+        kernel: The folder's name: "gemv", "small_gemm", "gemm" or "tma_gemm".
         bm: Rows of a tile.
         bn: Outputs of a tile.
         bk: Inputs a step of the main loop.
@@ -138,11 +138,11 @@ _SM_90 = _cuda(
         65: _tiles("gemm", (128, 128, 128, 8, 5), (64, 128, 256, 4, 3), (64, 64, 256, 4, 5)),
         129: _tiles("gemm", (128, 128, 128, 8, 5), (64, 128, 256, 4, 3), (64, 64, 256, 4, 5)),
         256: (
-            *_tiles("persistent_gemm", (128, 256, 128, 8, 3), (128, 128, 128, 8, 5)),
+            *_tiles("tma_gemm", (128, 256, 128, 8, 3), (128, 128, 128, 8, 5)),
             *_tiles("gemm", (128, 128, 128, 8, 5), (64, 128, 128, 4, 5)),
         ),
         512: (
-            *_tiles("persistent_gemm", (128, 256, 128, 8, 3), (128, 128, 128, 8, 5)),
+            *_tiles("tma_gemm", (128, 256, 128, 8, 3), (128, 128, 128, 8, 5)),
             *_tiles("gemm", (128, 128, 128, 8, 5)),
         ),
     },
@@ -207,7 +207,7 @@ def candidates(arch: Architecture, m: int, k: int, *, lists: bool) -> tuple[Conf
     """
     bucket = bucket_of(m)
     configs = arch.lists[bucket] if lists and bucket in arch.lists else arch.rows[bucket]
-    return tuple(config for config in configs if config.kernel != "persistent_gemm" or k % 16 == 0)
+    return tuple(config for config in configs if config.kernel != "tma_gemm" or k % 16 == 0)
 
 
 def choose(configs: tuple[Config, ...], m: int, n: int, multiprocessors: int) -> Config:

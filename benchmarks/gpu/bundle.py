@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu.facts import ROOT
+from benchmarks.gpu.supervisor import end_with_parent
 
 MANIFEST = "manifest.json"
 # Of each kernel. Exported packages look at the PTX.
@@ -156,6 +157,7 @@ def counted(file: Path) -> Counts:
 
 def pytest_configure(config: pytest.Config) -> None:
     """As a plugin of pytest: `watch`, and `record_keys` where kernels are compiled for a bundle."""
+    end_with_parent()
     if WATCH in os.environ:
         watch(Path(os.environ[WATCH]))
         if "benchmarks.gpu.standin" in sys.modules:
@@ -239,11 +241,13 @@ def start_measured() -> None:
 def _measured_calls() -> Iterator[Any]:
     import torch
 
-    from benchmarks.gpu import candidates, decode
+    from benchmarks.gpu import candidates, decode, standin
+    from benchmarks.gpu import exported as exports
     from benchmarks.gpu.linear import THRESHOLD, int8_call
     from benchmarks.gpu.sizes import gpu
     from int8compile.ops.digits import NONE, SILU_MUL, Activations
-    from int8compile.triton_kernels import operators, tables
+    from int8compile.ops.digits import count as digits_of
+    from int8compile.triton_kernels import operators, plan, tables
     from int8compile.triton_kernels.policy import Policy
 
     sizes, arch = gpu(decode.LAYERS), tables.ARCHITECTURES["sm_90"]
@@ -261,7 +265,7 @@ def _measured_calls() -> Iterator[Any]:
         made = Activations(*operators._quantize_rows(x, THRESHOLD, False))
         policy = Policy.of(m, k, made.digits.shape[0], THRESHOLD, False, arch)
         for config in tables.candidates(arch, m, k, lists=policy.lists):
-            for call in candidates._launches(made, [qweight], scale, policy, config, 132):
+            for call in candidates._launches(made, [qweight], scale, policy, config, standin.MULTIPROCESSORS):
                 call()
 
     def gate(m: int, k: int, n: int, threshold: float, outliers: str) -> None:
@@ -274,6 +278,16 @@ def _measured_calls() -> Iterator[Any]:
         n0, n1 = (parts[0], parts[1]) if parts[1] else (0, 0)
         operators._quantized_linear(*made, qweight, scale, None, THRESHOLD, False, activation, n0, n1, torch.bfloat16)
 
+    def exported() -> None:
+        hidden, inner = sizes.llama.hidden, sizes.llama.intermediate
+        planner = plan.Planner(plan.Gpu("sm_90", arch, standin.MULTIPROCESSORS))
+        for k, n, activation in ((hidden, 2 * inner, SILU_MUL), (inner, hidden, NONE)):
+            count = 1 + digits_of(torch.bfloat16, False)
+            planner.quantize_rows(k, torch.bfloat16, THRESHOLD, False, 1, exports.MOST_ROWS)
+            planner.quantized_linear(
+                n, k, count, None, THRESHOLD, False, activation, 0, 0, torch.bfloat16, 1, exports.MOST_ROWS
+            )
+
     rows = {*sizes.rows, *sizes.outlier_rows}
     for shape in sizes.shapes:
         for m in sorted(rows):
@@ -283,6 +297,7 @@ def _measured_calls() -> Iterator[Any]:
             yield lambda m=m, shape=shape: all_candidates(m, shape.k, shape.n)
     for each in sizes.gates:
         yield lambda each=each: gate(each.m, each.k, each.n, each.threshold, each.outliers)
+    yield exported
     llama = sizes.llama
     keys = llama.kv_heads * llama.head_dim
     yield lambda: joined(llama.hidden, (llama.hidden, keys, keys), NONE)

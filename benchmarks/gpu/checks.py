@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +105,8 @@ def run_tests(
     process = subprocess.Popen(
         command,
         cwd=ROOT,
+        # Each would take all cores for what it compares with.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,6 +8,7 @@ may the end of this process lose what was measured: results are copied all the t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -42,6 +43,16 @@ def stop_on_signals() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+
+
+def end_with_parent() -> None:
+    """Has the system kill this process when the one that started it ends, however it ends.
+
+    A command that runs past its limit may be killed without those it started; what they leave on a GPU would disturb
+    the next call.
+    """
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def supervise(

@@ -25,9 +25,9 @@ def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     )
 
 
-def tiles(config: Config, n: int, most: int = Programs.most) -> Programs:
+def tiles(config: Config, n: int) -> Programs:
     """A program for each tile of the result."""
-    return Programs(math.ceil(n / config.bn), config.bm, most)
+    return Programs(math.ceil(n / config.bn), config.bm)
 
 
 def constants(product: Product, config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Calls of `persistent_gemm`."""
+"""Calls of `tma_gemm`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from int8compile.triton_kernels.gemm.launch import constants, tiles
 from int8compile.triton_kernels.launch import Launch
-from int8compile.triton_kernels.persistent_gemm.kernel import persistent_gemm
 from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import Config
+from int8compile.triton_kernels.tma_gemm.kernel import tma_gemm
 
 
 def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
     """A product whose outliers are listed by columns; K is a multiple of 16."""
     m, n, k = product.sizes
     return Launch(
-        persistent_gemm,
+        tma_gemm,
         m,
-        (tiles(config, n, multiprocessors),),
+        (tiles(config, n),),
         {
             "x_desc": TensorDescriptor.from_tensor(product.x.q, [config.bm, config.bk]),
             "weight_desc": TensorDescriptor.from_tensor(product.qweight, [config.bn, config.bk]),
