@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-avx clean
+.PHONY: help demo test test-slow lint bench bench-avx gpu-bundle clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,8 +49,20 @@ bench-avx: $(STAMP) ## one linear as a machine with nothing above AVX2 runs it: 
 	  -m pytest benchmarks/bench_linear.py --benchmark-only -s --benchmark-json=results/benchmarks-avx2.json
 	@$(BIN)/python -m benchmarks.report results/benchmarks-avx2.json
 
+# In an environment of its own: compiled kernels are found again by the same Triton only, that of the GPU machine.
+GPU_VENV := .venv-gpu
+GPU_BIN := $(GPU_VENV)/bin
+GPU_TRITON := 3.6.0
+
+gpu-bundle: ## compile the kernels of the GPU day, without a GPU, into build/gpu-bundle.tar.xz; some minutes
+	@test -x $(GPU_BIN)/pip || $(PYTHON) -m venv --clear $(GPU_VENV)
+	$(GPU_BIN)/python -m pip install -c constraints.txt torch
+	$(GPU_BIN)/python -m pip install -c constraints.txt numpy safetensors tabulate tqdm pytest pytest-xdist setuptools
+	$(GPU_BIN)/python -m pip install --no-deps triton==$(GPU_TRITON)
+	$(GPU_BIN)/python -m benchmarks.gpu.bundle build/gpu-bundle.tar.xz
+
 clean: ## remove .venv and everything that was built or cached
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt setup.py

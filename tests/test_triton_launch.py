@@ -13,10 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
 import triton
-from triton.backends.compiler import GPUTarget
 
+from benchmarks.gpu.standin import Driver
 from int8compile.ops import digits, quantize_weight
 from int8compile.triton_kernels import operators
+from int8compile.triton_kernels.launch import settle
 from int8compile.triton_kernels.tables import ARCHITECTURES
 
 pytestmark = pytest.mark.skipif(
@@ -40,33 +41,9 @@ class Launcher:
         STARTED.append((self.name, given[:3], given[9:]))
 
 
-class Driver:
-    """An sm_90 that runs nothing."""
-
-    launcher_cls = Launcher
-
-    def __init__(self) -> None:
-        self.utils = self
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def load_binary(self, *_: Any) -> tuple[str, int, int, int, int]:
-        return "module", 0, 0, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024}
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    driver = Driver()
+    driver = Driver(Launcher)
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     monkeypatch.setattr(operators, "_index", lambda tensor: 0)
@@ -142,3 +119,36 @@ def test_a_prepared_call_keeps_no_tensor(driver: None) -> None:
     called(1)
     kept = [value for prepared in operators._prepared.values() for value in prepared._values]
     assert not [value for value in kept if isinstance(value, Tensor)]
+
+
+@triton.jit
+def innermost(x):
+    return x * 2
+
+
+@triton.jit
+def inner(x):
+    return innermost(x) + 1
+
+
+@triton.jit
+def outer(x):
+    return inner(x) + innermost(x)
+
+
+def test_a_kernels_key_is_made_after_those_of_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to Triton 3.6 it depended on that, so on what a process had started before."""
+    made: list[str] = []
+    key = triton.JITFunction.cache_key
+
+    def watched(self: Any) -> str:
+        if self.hash is None:
+            made.append(self.fn.__name__)
+        return str(key.fget(self))
+
+    monkeypatch.setattr(triton.JITFunction, "cache_key", property(watched))
+    settle(outer)
+    assert made == ["innermost", "inner", "outer"]
+    settle(outer)
+    assert len(made) == 3
+    settle(print)  # Anything else that a kernel names.

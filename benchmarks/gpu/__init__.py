@@ -7,10 +7,12 @@
 | `inputs` | activations with outliers, and copies of weights that do not fit into the L2 cache |
 | `bars` | how fast is fast enough |
 | `day` | stages and cases, the result file, time limits |
-| `supervisor` | a process that restarts the measuring one when a kernel hangs or breaks the GPU's context |
+| `supervisor` | a process that restarts the measuring one when a kernel hangs or breaks the GPU's context, and copies results |
 | `facts` | the machine, the commit, and texts without paths |
-| `checks` | tier 4 and the correctness gates |
-| `ceilings`, `linear`, `decode`, `parts`, `candidates`, `peers` | the measurements |
+| `standin` | a GPU that compiles and runs nothing, for `bundle` and tests |
+| `bundle`, `kernels` | kernels compiled beforehand: made, and unpacked on the day |
+| `checks` | tier 4, the correctness gates, and what failed again under compute-sanitizer |
+| `ceilings`, `linear`, `decode`, `parts`, `candidates`, `profile`, `exported`, `peers` | the measurements |
 | `llama` | the model that `decode` runs |
 | `summary` | the table at the end, and the plots |
 """

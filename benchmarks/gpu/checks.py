@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import inputs
+from benchmarks.gpu import bundle, inputs
 from benchmarks.gpu.day import GATES, CaseResult, Result, Stage
 from benchmarks.gpu.facts import ROOT, scrubbed
 from benchmarks.gpu.sizes import Gate, Sizes, gpu
@@ -100,7 +100,7 @@ def run_tests(
     command += ["-W", "default", "-o", f"faulthandler_timeout={STUCK}"]
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]
-    if importlib.util.find_spec("triton") is not None:
+    if bundle.WATCH in os.environ:
         command += ["-p", "benchmarks.gpu.bundle"]
     process = subprocess.Popen(
         command,

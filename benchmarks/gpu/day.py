@@ -41,6 +41,7 @@ class Stage:
         seconds: Its limit. What a stage does not use goes to those behind it.
         cases: By name, in order. Each returns its result.
         expected: Seconds that a case may need: with fewer left none begins. One that takes several times as long hangs.
+        always: Whether its cases run however little time is left: what is behind is slower, or wrong, without.
         measures: Whether its results are only worth something if the kernels are right.
         notes: What a reader has to know, such as what is missing on this machine.
         close: Gives memory back.
@@ -51,6 +52,7 @@ class Stage:
     seconds: float
     cases: Mapping[str, Callable[[], CaseResult]]
     expected: float = 5.0
+    always: bool = False
     measures: bool = True
     notes: Sequence[str] = ()
     close: Callable[[], None] = lambda: None
@@ -197,9 +199,10 @@ class Day:
         before, began = found["seconds"], time.time()
         for name in list(found["left_out"]):
             case_began = time.time()
-            if case_began + stage.expected > until:
+            hangs = case_began + max(HANGS * stage.expected, HANGS_SECONDS)
+            if not stage.always and case_began + stage.expected > until:
                 break
-            self._result.begin(stage, name, min(until, case_began + max(HANGS * stage.expected, HANGS_SECONDS)))
+            self._result.begin(stage, name, hangs if stage.always else min(until, hangs))
             outcome = self._outcome(stage.cases[name])
             now = time.time()
             found["seconds"] = round(before + now - began, 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,7 +73,7 @@ def take_over() -> None:
     import triton
 
     from int8compile import backend
-    from int8compile.triton_kernels import operators, tables
+    from int8compile.triton_kernels import operators, plan, tables
 
     triton.runtime.driver.set_active(Driver())
     sm_90: Any = operators
@@ -84,8 +85,11 @@ def take_over() -> None:
     for name, function in operators._OPERATORS.items():
         library.impl(name, function, "CPU", allow_override=True)
     _KEPT.append(library)
-    # Graphs are lowered for it.
+    # Graphs are lowered for it, and so are packages.
     backend._any_on = lambda kind, parameters: kind == "cuda"
+    gpu = plan.Gpu("sm_90", tables.ARCHITECTURES["sm_90"], MULTIPROCESSORS)
+    export: Any = importlib.import_module("int8compile.export")
+    export._gpu_of = lambda device: (gpu, "")
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensors: Any = Tensor
