@@ -7,7 +7,7 @@
 | `inputs` | activations with outliers, and copies of weights that do not fit into the L2 cache |
 | `bars` | how fast is fast enough |
 | `day` | stages and cases, the result file, time limits |
-| `supervisor` | a process that restarts the measuring one when a kernel hangs or breaks the GPU's context, and copies results |
+| `supervisor` | a process that restarts the measuring one when a kernel hangs or breaks the GPU, and copies results |
 | `facts` | the machine, the commit, and texts without paths |
 | `standin` | a GPU that compiles and runs nothing, for `bundle` and tests |
 | `bundle`, `kernels` | kernels compiled beforehand: made, and unpacked on the day |
