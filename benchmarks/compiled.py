@@ -106,7 +106,7 @@ def launch(arch: Architecture, bucket: int, config: Config, *, by_column: bool) 
     policy = Policy.of(bucket, K, activations.digits.shape[0], 6.0, by_column, arch)
     y = empty_result(activations.planes, qweight, digits.NONE, 0, torch.bfloat16)
     product = Product(activations, qweight, scale, scale, y, digits.NONE, 0, 0, policy)
-    return launch_of(product, config, 132)
+    return launch_of(product, config)
 
 
 def compiled(arch: Architecture, bucket: int, config: Config, *, by_column: bool = False) -> Compiled:

@@ -6,8 +6,9 @@ python -m benchmarks.gpu_day --out DIR --report                 # the table and 
 python -m benchmarks.gpu_day --out DIR --dry-run                # tiny sizes on the CPU; its times mean nothing
 
 DIR must survive the first call; its files (gpu-day.json and what the tools printed) are copied to --copy every few
-seconds. `make gpu-bundle` compiles the kernels beforehand. The exit status is 1 where a test or a correctness gate
-failed, or CUDA graphs were skipped; a bar that is missed is a result, not a failure.
+seconds. `make gpu-bundle` compiles the kernels beforehand. The exit status is 1 where tests or correctness gates failed
+or were left out, where a decoded or exported model gave other outputs, and where CUDA graphs were skipped; a speed that
+misses its bar is a result, not a failure.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu import profile as profiles
 from benchmarks.gpu.clock import Clock, GraphClock, HostClock
-from benchmarks.gpu.day import GATES, Day, Result, ResultError, Stage, load
+from benchmarks.gpu.day import GATES, Day, Result, ResultError, Stage, load_whole
 from benchmarks.gpu.sizes import Sizes, dry_run, gpu, with_rows
-from benchmarks.gpu.supervisor import Stopped, end_with_parent, stop_on_signals, supervise
+from benchmarks.gpu.supervisor import Stopped, stop_on_signals, supervise
 from int8compile import triton_kernels
 
 # The stages of a call, most important first.
@@ -50,11 +51,11 @@ FIRST = (
 )
 SECOND = (checks.FAILED, exported.NAME, checks.EXPORT_TESTS, *FIRST, linear.REST, peers.NAME)
 STAGES = tuple(dict.fromkeys([*FIRST, *SECOND]))
-# Seconds of a call, and those of them that it takes to start and to end.
+# Length of a call, and the part of it that is reserved for starting and ending.
 SECONDS, SECOND_SECONDS, ENDS = 530.0, 170.0, 5.0
 # Seconds of the second call for cases that the first one left out, all stages together.
 LEFT_OVER = 15.0
-# Of the cache in a dry run: a tiny weight has a few copies as well.
+# L2 size assumed in a dry run: a tiny weight has a few copies as well.
 DRY_RUN_L2_BYTES = 4096
 
 
@@ -64,13 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     until = time.time() + _seconds(chosen) if chosen.until is None else chosen.until
     try:
         if chosen.report:
-            data = load(chosen.out)
+            data = load_whole(chosen.out)
             _say(summary.render(data))
             _say(summary.plot(data, chosen.out))
             return 0
         stop_on_signals()
         if chosen.until is not None:
-            end_with_parent()
             return measure(chosen, until)
         given = list(sys.argv[1:] if arguments is None else arguments)
         command = [sys.executable, "-u", "-m", "benchmarks.gpu_day", *given, "--until", str(until)]
@@ -125,7 +125,8 @@ def schedule(stages: Mapping[str, Stage], chosen: argparse.Namespace) -> list[St
         chosen: With `second`, `only` and `seconds`.
     """
     if chosen.only:
-        names = [name for name in STAGES if name in chosen.only]
+        # All stages use the kernels.
+        names = [name for name in STAGES if name in chosen.only or name == kernels.NAME]
         limits = {name: stages[name].seconds for name in names}
     elif chosen.second:
         limits = {name: LEFT_OVER / len(FIRST) if name in FIRST else stages[name].seconds for name in SECOND}
@@ -153,7 +154,7 @@ def _stages(
         return cases
 
     stages = (
-        kernels.stage(None if sizes.dry_run else chosen.bundle),
+        kernels.stage(_bundle(chosen, sizes)),
         ceilings.stage(sizes, clock, device),
         checks.gates_stage(sizes, device),
         checks.tests_stage(sizes, result, export=False, say=_say),
@@ -162,13 +163,25 @@ def _stages(
         parts.launch_stage(sizes, clock, device),
         decode.stage(sizes, clock, device, measured),
         candidates.stage(sizes, clock, device, l2_bytes),
-        profiles.stage(chosen.out, sizes.dry_run),
+        profiles.stage(result, sizes.dry_run),
         checks.failed_stage(result),
         exported.stage(sizes, clock, device),
         checks.tests_stage(sizes, result, export=True, say=_say),
         peers.stage(sizes, clock, device, l2_bytes),
     )
     return {stage.name: stage for stage in stages}
+
+
+def _bundle(chosen: argparse.Namespace, sizes: Sizes) -> Path | None:
+    """The file with compiled kernels; None where there is none.
+
+    Raises:
+        ResultError: The one that was asked for is missing.
+    """
+    if chosen.bundle is not None and not chosen.bundle.exists():
+        raise ResultError(f"--bundle {chosen.bundle} does not exist; `make gpu-bundle` makes {kernels.BUNDLE}")
+    file: Path = chosen.bundle or facts.ROOT / kernels.BUNDLE
+    return file if file.exists() and not sizes.dry_run else None
 
 
 def _device(sizes: Sizes) -> tuple[torch.device, Clock, int]:
@@ -195,19 +208,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--second", action="store_true", help="go on with the results in --out: the second call")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=_seconds_of,
         metavar="N",
-        help=f"it ends then (default: {SECONDS:g}, {SECOND_SECONDS:g} for --second)",
+        help=f"length of the call (default: {SECONDS:g}, {SECOND_SECONDS:g} with --second)",
     )
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--rows", nargs="+", type=int, metavar="M", help="measure these numbers of rows")
-    parser.add_argument("--layers", type=int, default=decode.LAYERS, metavar="N", help="of the decoder (default: 8)")
+    parser.add_argument("--rows", nargs="+", type=_positive, metavar="M", help="measure these numbers of rows")
+    parser.add_argument(
+        "--layers", type=_positive, default=decode.LAYERS, metavar="N", help="of the decoder (default: 8)"
+    )
     parser.add_argument(
         "--bundle",
         type=Path,
-        default=kernels.BUNDLE,
         metavar="FILE",
-        help=f"compiled kernels (default: {kernels.BUNDLE})",
+        help=f"of kernels (default: {kernels.BUNDLE}, where it is there)",
     )
     parser.add_argument("--commit", metavar="ID", help="of the checkout, where it has no history to ask")
     parser.add_argument("--resume", action="store_true", help="go on with the results in --out")
@@ -215,6 +229,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # The process that measures is given it.
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number of at least 1")
+    return number
+
+
+def _seconds_of(text: str) -> float:
+    number = float(text)
+    if not number > ENDS:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give more than {ENDS:g}, which a call takes to start")
+    return number
 
 
 def _say(text: str) -> None:

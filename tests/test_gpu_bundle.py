@@ -99,7 +99,9 @@ def test_the_same_kernels_make_the_same_bundle(packed: Path, tmp_path: Path) -> 
 def test_bundles_that_cannot_be_used(packed: Path, tmp_path: Path) -> None:
     content = packed.read_bytes()
     bad = tmp_path / "bad.tar.xz"
-    for damaged in (b"", b"no archive", content[: len(content) // 2]):
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+    for damaged in (b"", b"no archive", content[:middle], flipped):
         bad.write_bytes(damaged)
         with pytest.raises(BundleError, match=r"bad.tar.xz is no bundle of kernels"):
             bundle.unpack(bad, tmp_path / "cache")

@@ -103,7 +103,7 @@ def product(m: int = 20) -> autotune.Product:
     return autotune.Product(x, problem.qweight, problem.scale, None, y, digits.NONE, 0, 0, problem.policy(arch))
 
 
-def launch_of(product: autotune.Product, config: tables.Config, multiprocessors: int) -> Recorded:
+def launch_of(product: autotune.Product, config: tables.Config) -> Recorded:
     return Recorded(config)
 
 

@@ -94,7 +94,6 @@ class Problem:
         activation: int = digits.NONE,
         parts: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
-        multiprocessors: int = 3,
     ) -> Tensor:
         """By the kernels: the result in float32, before the last rounding, unless another dtype is asked for."""
         from int8compile.triton_kernels.operators import launch_of
@@ -104,7 +103,7 @@ class Problem:
         y.view(torch.int8).fill_(85)
         policy = self.policy(arch)
         product = Product(x, self.qweight, self.scale, self.bias, y, activation, *parts, policy)
-        launch_of(product, config, multiprocessors).run()
+        launch_of(product, config).run()
         return y
 
     def expected(self, activation: int = digits.NONE) -> Tensor:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # Milliseconds of a call.
 Measure = Callable[[Callable[[], None]], float]
-LaunchOf = Callable[[Product, Config, int], Launch]
+LaunchOf = Callable[[Product, Config], Launch]
 
 
 def enabled() -> bool:
@@ -81,9 +81,7 @@ class Cache:
                 return known
             if product.y.is_cuda and torch.cuda.is_current_stream_capturing():
                 return tables.choose(configs, m, n, multiprocessors)
-            times = {
-                name: self._measure(launch_of(product, config, multiprocessors).run) for name, config in named.items()
-            }
+            times = {name: self._measure(launch_of(product, config).run) for name, config in named.items()}
             fastest = min(times, key=times.__getitem__)
             log.info("%s: %s of %s", key, fastest, times)
             # Others may have written meanwhile.

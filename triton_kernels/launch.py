@@ -28,21 +28,19 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """How many programs a kernel has in one direction, for any number of rows: `min(ceil(M / rows) * times, most)`.
+    """How many programs a kernel has in one direction, for any number of rows: `ceil(M / rows) * times`.
 
     Attributes:
         times: Programs for each group of rows; all of them where `rows` is 0.
         rows: Rows of a group; 0 where M does not matter.
-        most: At most so many.
     """
 
     times: int = 1
     rows: int = 0
-    most: int = 2**31 - 1
 
     def of(self, m: int) -> int:
         """The number for M rows."""
-        return min(math.ceil(m / self.rows) * self.times if self.rows else self.times, self.most)
+        return math.ceil(m / self.rows) * self.times if self.rows else self.times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +125,7 @@ def settle(function: Any) -> None:
     Up to Triton 3.6 a kernel's key depends on whether these had theirs already (`DependenciesFinder._update_hash`), so
     on which kernels the process had started before: a compiled kernel was not found again, and was compiled anew.
     """
-    # In the interpreter nothing is compiled. (No cache of ours: hashing a function makes its key.)
+    # In the interpreter nothing is compiled. (Not functools.cache: hashing a function would make its key too early.)
     if not isinstance(function, triton.JITFunction) or function.hash is not None:
         return
     for name in function.fn.__code__.co_names:

@@ -62,10 +62,10 @@ def register() -> None:
         _library.impl(name, function, "CUDA")
 
 
-def launch_of(product: Product, config: Config, multiprocessors: int) -> Launch:
+def launch_of(product: Product, config: Config) -> Launch:
     """The call that computes a product with a configuration."""
     module = importlib.import_module(f"int8compile.triton_kernels.{config.kernel}.launch")
-    made: Launch = module.launch(product, config, multiprocessors)
+    made: Launch = module.launch(product, config)
     return made
 
 
@@ -191,9 +191,8 @@ def _quantized_linear_checked(
     configs = tables.candidates(arch, m, k, lists=policy.lists)
     if (qweight.data_ptr() | x.planes.data_ptr() | qweight.stride(0)) % 16:
         configs = tuple(config for config in configs if config.kernel != "tma_gemm")
-    sms = multiprocessors(index)
     with _on(index):
-        call = launch_of(product, autotune.choose(product, configs, sms, launch_of), sms)
+        call = launch_of(product, autotune.choose(product, configs, multiprocessors(index), launch_of))
         if key and m <= arch.planes_rows and not policy.lists and all(map(operator.is_, given, (qweight, scale, bias))):
             _prepare(key, call)
         else:

@@ -127,7 +127,7 @@ class Planner:
             qweight, scale = _int8(n, k), torch.empty(n, device="meta")
             bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device="meta")
             y = empty_result(x.planes, qweight, activation, n0, dtype)
-            return [launch_of(Product(x, qweight, scale, bias, y, activation, n0, n1, policy), config, sms)]
+            return [launch_of(Product(x, qweight, scale, bias, y, activation, n0, n1, policy), config)]
 
         # From that many rows on the largest tiles are enough for all multiprocessors.
         settled = max(*(config.bm * sms for config in arch.rows[tables.BUCKETS[-1]]), tables.BUCKETS[-1])
@@ -215,7 +215,7 @@ class Planner:
             )
         arguments += [(8, "number", 0)] * len(own)
         handed = ", ".join(f"{{Argument::{kind}, {value}}}" for _, kind, value in arguments)
-        programs = [(each.times, each.rows, each.most) for each in launch.programs] + [(1, 0, 1)] * 2
+        programs = [(each.times, each.rows) for each in launch.programs] + [(1, 0)] * 2
         grid = ", ".join(f"{{{_numbers(each)}}}" for each in programs[:3])
         number = list(self._kernels).index(file)
         return f"{{{number}, {{{grid}}}, {{{handed}}}, {{{', '.join(maps)}}}}}"

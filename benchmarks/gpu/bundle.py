@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu.facts import ROOT
-from benchmarks.gpu.supervisor import end_with_parent
 
 MANIFEST = "manifest.json"
 # Of each kernel. Exported packages look at the PTX.
@@ -65,7 +65,7 @@ def unpack(bundle: Path, cache: Path) -> int:
 
     Args:
         bundle: What `pack` made.
-        cache: The folder that `TRITON_CACHE_DIR` names. What it holds already stays.
+        cache: The folder that `TRITON_CACHE_DIR` names.
 
     Returns:
         How many kernels the bundle holds.
@@ -79,14 +79,15 @@ def unpack(bundle: Path, cache: Path) -> int:
         with tarfile.open(bundle, "r:xz") as archive:
             files = {member.name: _read(archive, member) for member in archive.getmembers() if member.isfile()}
         manifest = json.loads(files.pop(MANIFEST))
-    except (OSError, EOFError, tarfile.TarError, KeyError, ValueError) as error:
+        version, keys = manifest["triton"], manifest["keys"]
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{bundle.name} is no bundle of kernels ({type(error).__name__}: {error})") from error
-    if manifest["triton"] != triton.__version__:
-        raise BundleError(f"{bundle.name} was made by Triton {manifest['triton']}, and here is {triton.__version__}")
-    for number, rest in enumerate(manifest["keys"]):
+    if version != triton.__version__:
+        raise BundleError(f"{bundle.name} was made by Triton {version}, and here is {triton.__version__}")
+    for number, rest in enumerate(keys):
         names = [name for name in files if name.startswith(f"{number}/")]
         _place(cache, rest, {Path(name).name: files[name] for name in names})
-    return len(manifest["keys"])
+    return len(keys)
 
 
 def pack(cache: Path, bundle: Path) -> int:
@@ -158,7 +159,6 @@ def counted(file: Path) -> Counts:
 
 def pytest_configure(config: pytest.Config) -> None:
     """As a plugin of pytest: `watch`, and `record_keys` where kernels are compiled for a bundle."""
-    end_with_parent()
     if WATCH in os.environ:
         watch(Path(os.environ[WATCH]))
         if "benchmarks.gpu.standin" in sys.modules:
@@ -207,11 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, help="the file")
     parser.add_argument("--verify", action="store_true", help="make nothing, only show that nothing is missing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
-    parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)  # For a process of its own.
     chosen = parser.parse_args(arguments)
-    if chosen.measured:
-        start_measured()
-        return 0
     try:
         if not chosen.verify:
             count = build(chosen.bundle, chosen.jobs)
@@ -266,7 +262,7 @@ def _measured_calls() -> Iterator[Any]:
         made = Activations(*operators._quantize_rows(x, THRESHOLD, False))
         policy = Policy.of(m, k, made.digits.shape[0], THRESHOLD, False, arch)
         for config in tables.candidates(arch, m, k, lists=policy.lists):
-            for call in candidates._launches(made, [qweight], scale, policy, config, standin.MULTIPROCESSORS):
+            for call in candidates._launches(made, [qweight], scale, policy, config):
                 call()
 
     def gate(m: int, k: int, n: int, threshold: float, outliers: str) -> None:
@@ -314,9 +310,9 @@ def _run_all(cache: Path, log: Path, jobs: int) -> None:
     pytest_command = ["-m", "pytest", "-m", "gpu", *plugins, "--assert=plain", "-W", "ignore", "-q", "-n", str(jobs)]
     for command, ends in (
         ([*pytest_command, *TESTS], (0,)),
-        # The packages they make are for a GPU: loading one fails here, when its kernels have been compiled.
+        # Loading the packages fails without a GPU, after their kernels were compiled.
         ([*pytest_command, *EXPORT_TESTS, "-k", "package"], (0, 1)),
-        (["-m", "benchmarks.gpu.bundle", "--measured", "-"], (0,)),
+        (["-c", "from benchmarks.gpu import bundle; bundle.start_measured()"], (0,)),
     ):
         if subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode not in ends:
             raise BundleError("a test or a measurement failed before all of its kernels were started, see above")

@@ -65,7 +65,7 @@ def case(
     if sizes.dry_run:
         calls = {str(config): [product_call(x, one, scale, THRESHOLD) for one in qweights] for config in configs}
     else:
-        calls = {str(config): _launches(x, qweights, scale, policy, config, multiprocessors) for config in configs}
+        calls = {str(config): _launches(x, qweights, scale, policy, config) for config in configs}
     measured = clock.times(calls, sizes.rounds)
     choice = str(tables.choose(configs, m, shape.n, multiprocessors))
     times = measured.needed(choice)
@@ -94,9 +94,7 @@ def _of(device: torch.device) -> tuple[Architecture | None, int]:
     return operators.architecture(index), operators.multiprocessors(index)
 
 
-def _launches(
-    x: Activations, qweights: list[Tensor], scale: Tensor, policy: Policy, config: Config, multiprocessors: int
-) -> list[Call]:
+def _launches(x: Activations, qweights: list[Tensor], scale: Tensor, policy: Policy, config: Config) -> list[Call]:
     from int8compile.triton_kernels.operators import launch_of
     from int8compile.triton_kernels.product import Product
 
@@ -106,4 +104,4 @@ def _launches(
         Product(x=x, qweight=one, scale=scale, bias=None, y=y, activation=NONE, n0=0, n1=0, policy=policy)
         for one in qweights
     ]
-    return [launch_of(product, config, multiprocessors).run for product in products]
+    return [launch_of(product, config).run for product in products]

@@ -8,10 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,9 +17,8 @@ from torch import Tensor
 
 from benchmarks.gpu import bundle, inputs
 from benchmarks.gpu.day import GATES, CaseResult, Result, Stage
-from benchmarks.gpu.facts import ROOT, scrubbed
 from benchmarks.gpu.sizes import Gate, Sizes, gpu
-from benchmarks.gpu.supervisor import kill_group
+from benchmarks.gpu.supervisor import run_logged
 from int8compile import triton_kernels
 from int8compile.ops import quantize_weight, reference
 
@@ -36,10 +32,11 @@ MAX_ULP = 1
 # No test compiles for longer; after it, pytest says where it stands.
 STUCK = 60
 NO_TESTS = 5  # pytest's exit status where nothing was selected.
-# Seconds between the end of the tests' time and that of their stage.
-MARGIN = 5.0
 # How many of the tests that failed run again.
 RERUN = 3
+# Warnings are errors where the tested set is installed. A GPU machine has plugins and versions of its own.
+PYTEST = (sys.executable, "-u", "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "-W", "default")
+UNWELL = ("FAILED", "ERROR")
 _OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 # "[gw3] [ 10%] FAILED tests/test_x.py::test_y" of several processes, "tests/test_x.py::test_y FAILED [ 10%]" of one.
 _ENDED = re.compile(
@@ -63,9 +60,7 @@ def tests_stage(sizes: Sizes, result: Result, *, export: bool, say: Callable[[st
     missing = importlib.util.find_spec("pytest") is None
 
     def run() -> CaseResult:
-        # The stage may have begun late.
-        left = result.data["running"]["until"] - time.time() - MARGIN
-        return run_tests(files, log, left, workers=sizes.workers, none_is_fine=sizes.dry_run, say=say)
+        return run_tests(files, log, result.left, workers=sizes.workers, none_is_fine=sizes.dry_run, say=say)
 
     return Stage(
         EXPORT_TESTS if export else TESTS,
@@ -95,70 +90,45 @@ def run_tests(
         "passed", pytest's exit status or None where the time was over, its last line, and the names of tests that
         failed and of those that had begun and not ended.
     """
-    command = [sys.executable, "-u", "-m", "pytest", *files, "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    # Warnings are errors where the tested set is installed. This machine has plugins and versions of its own.
-    command += ["-W", "default", "-o", f"faulthandler_timeout={STUCK}"]
+    command = [*PYTEST, *files, "-m", "gpu", "-v", "-o", f"faulthandler_timeout={STUCK}"]
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]
     if bundle.WATCH in os.environ:
         command += ["-p", "benchmarks.gpu.bundle"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        # Each would take all cores for what it compares with.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
     begun: dict[str, None] = {}
-    failed: dict[str, None] = {}
-    last = ""
+    ended: dict[str, str] = {}
 
-    def read() -> None:
-        nonlocal last
-        assert process.stdout is not None
-        with log.open("w") as file:
-            for line in map(scrubbed, process.stdout):
-                file.write(line)
-                file.flush()
-                last = line.strip() or last
-                if ended := _ENDED.match(line):
-                    outcome, name = (ended[1], ended[2]) if ended[1] else (ended[4], ended[3])
-                    begun.pop(name, None)
-                    if outcome in ("FAILED", "ERROR"):
-                        failed[name] = None
-                        say(f"{outcome} {name}")
-                elif name_only := _BEGUN.match(line):
-                    begun[name_only[1]] = None
+    def read(line: str) -> None:
+        if found := _ENDED.match(line):
+            outcome, name = (found[1], found[2]) if found[1] else (found[4], found[3])
+            if outcome in UNWELL and ended.get(name) not in UNWELL:
+                say(f"{outcome} {name}")
+            ended[name] = outcome
+        elif found := _BEGUN.match(line):
+            begun[found[1]] = None
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        status: int | None = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        status = None
-    finally:
-        kill_group(process)
-    reader.join(MARGIN)
-    stopped = f"stopped after {seconds:.0f} s, at {', '.join(begun) or 'no test'}"
+    # Each process would take all cores for what it compares with.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    status, text = run_logged(command, log, seconds, each=read, env=environment)
+    unfinished = [name for name in begun if name not in ended]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    stopped = f"stopped after {seconds:.0f} s, at {', '.join(unfinished) or 'no test'}"
     return {
         "passed": status == 0 or (none_is_fine and status == NO_TESTS),
         "status": status,
-        "summary": stopped if status is None else last or "no output",
-        "failed": list(failed),
-        "unfinished": list(begun),
+        "summary": stopped if status is None else lines[-1] if lines else "no output",
+        "failed": [name for name, outcome in ended.items() if outcome in UNWELL],
+        "unfinished": unfinished,
     }
 
 
 def failed_stage(result: Result) -> Stage:
-    """Tests and gates that failed in the call before, under compute-sanitizer."""
-    tests = [name for case in result.stage(TESTS)["cases"].values() for name in case.get("failed", [])]
+    """Tests and gates that failed in the call before, or did not end, under compute-sanitizer."""
+    cases = result.stage(TESTS)["cases"].values()
+    tests = [name for kind in ("failed", "unfinished") for case in cases for name in case.get(kind, [])]
     gates = result.failed_gates
-    again = {name: ["-m", "pytest", name, "-q", "--tb=short"] for name in tests[:RERUN]}
-    again |= {name: ["-m", "benchmarks.gpu.checks", name] for name in gates[:RERUN]}
+    again: dict[str, list[str]] = {name: [*PYTEST, name] for name in tests[:RERUN]}
+    again |= {name: [sys.executable, "-m", "benchmarks.gpu.checks", name] for name in gates[:RERUN]}
     notes = [f"of {len(each)} that failed, {RERUN} ran again" for each in (tests, gates) if len(each) > RERUN]
     if not again:
         notes = ["nothing failed"]
@@ -168,36 +138,24 @@ def failed_stage(result: Result) -> Stage:
         FAILED,
         f"what failed, again under {SANITIZER}; the whole text is in {FAILED_LOG}",
         seconds=30,
-        cases={
-            name: functools.partial(sanitized, command, result.path.parent / FAILED_LOG)
-            for name, command in again.items()
-        },
+        cases={name: functools.partial(sanitized, command, result) for name, command in again.items()},
         expected=12,
         measures=False,
         notes=notes,
     )
 
 
-def sanitized(command: Sequence[str], log: Path) -> CaseResult:
-    """Run a Python command under compute-sanitizer.
+def sanitized(command: Sequence[str], result: Result) -> CaseResult:
+    """Run a command under compute-sanitizer, with its text in a file beside the results.
 
     Returns:
-        Its last lines, with what it found.
+        Its exit status, None if the time was over, and what was found.
     """
-    done = subprocess.run(
-        [SANITIZER, "--tool", "memcheck", "--target-processes", "all", "--print-limit", "5", sys.executable, *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    text = scrubbed(done.stdout)
-    with log.open("a") as file:
-        file.write(f"{' '.join(command)}\n{text}\n")
-    found = re.findall(r"^=+ (?!COMPUTE-SANITIZER)(\S.*)$", text, re.MULTILINE)
-    return {"status": done.returncode, "found": found[:20], "summary": found[-1] if found else text.strip()[-200:]}
+    tool = [SANITIZER, "--tool", "memcheck", "--target-processes", "all", "--print-limit", "5"]
+    status, text = run_logged([*tool, *command], result.path.parent / FAILED_LOG, result.left)
+    # pytest draws lines of the same kind, which are longer.
+    found = re.findall(r"^={9} (?!COMPUTE-SANITIZER)(\S.*)$", text, re.MULTILINE)
+    return {"status": status, "found": found[:20], "summary": found[-1] if found else text.strip()[-200:]}
 
 
 def gates_stage(sizes: Sizes, device: torch.device) -> Stage:
@@ -205,7 +163,7 @@ def gates_stage(sizes: Sizes, device: torch.device) -> Stage:
     return Stage(
         GATES,
         "int8compile::linear on the device against int8compile.ops.reference.linear on the CPU",
-        seconds=20,
+        seconds=30,
         cases={str(gate): functools.partial(check, gate, device) for gate in sizes.gates},
         measures=False,
     )

@@ -27,6 +27,8 @@ BROKEN = 75
 GATES = "gates"
 # A case that takes so many times what was expected of it hangs, and so many seconds at least.
 HANGS, HANGS_SECONDS = 4.0, 20.0
+# Seconds between the end of a process that a case runs and that of the case.
+MARGIN = 4.0
 
 CaseResult = dict[str, Any]
 
@@ -41,7 +43,7 @@ class Stage:
         seconds: Its limit. What a stage does not use goes to those behind it.
         cases: By name, in order. Each returns its result.
         expected: Seconds that a case may need: with fewer left none begins. One that takes several times as long hangs.
-        always: Whether its cases run however little time is left: what is behind is slower, or wrong, without.
+        always: Whether its cases run even without time left: later stages need them.
         measures: Whether its results are only worth something if the kernels are right.
         notes: What a reader has to know, such as what is missing on this machine.
         close: Gives memory back.
@@ -89,10 +91,14 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
         if not path.exists():
+            if resume:
+                raise ResultError(
+                    f"there is no {FILE} in --out to go on with; measure first, without --resume or --second"
+                )
             return Result(path, {**header, "stages": {}})
         if not resume:
             raise ResultError(f"there are results in --out already ({FILE}); give --resume or another folder")
-        data = load(folder)
+        data = load_whole(folder)
         for key in ("dry_run", "commit", "machine"):
             before, now = data[key], header[key]
             if key == "machine":
@@ -131,6 +137,11 @@ class Result:
         self.data["running"] = {"stage": stage.name, "case": case, "pid": os.getpid(), "until": until}
         self.write()
 
+    @property
+    def left(self) -> float:
+        """Seconds that the case which runs has for a process of its own, and to read what that printed."""
+        return float(self.data["running"]["until"]) - time.time() - MARGIN
+
     def record(self, stage: str, case: str, result: CaseResult) -> None:
         """Enters a case's result, and writes the file."""
         found = self.data["stages"][stage]
@@ -150,12 +161,26 @@ def load(folder: Path) -> dict[str, Any]:
     """Reads a folder's result file.
 
     Raises:
-        ResultError: There is none.
+        ResultError: There is none, or it is no JSON.
     """
     try:
         data: dict[str, Any] = json.loads((folder / FILE).read_text())
     except FileNotFoundError:
         raise ResultError(f"there is no {FILE} in --out; measure first, without --report") from None
+    except ValueError as error:
+        raise ResultError(f"{FILE} in --out is damaged ({error}); take another folder") from error
+    return data
+
+
+def load_whole(folder: Path) -> dict[str, Any]:
+    """Reads a folder's result file, which another process may have left.
+
+    Raises:
+        ResultError: There is none, or it is not one of a GPU day.
+    """
+    data = load(folder)
+    if missing := [key for key in ("dry_run", "machine", "commit", "stages") if key not in data]:
+        raise ResultError(f"{FILE} in --out has no {', '.join(missing)}; take another folder")
     return data
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from benchmarks.gpu import bundle
 from benchmarks.gpu.day import CaseResult, Result, Stage
-from benchmarks.gpu.facts import ROOT
 from int8compile import cpu
 
 NAME = "kernels"
+# Relative to the checkout.
 BUNDLE = Path("build/gpu-bundle.tar.xz")
 # In the folder of the results; the list of what was asked for lies inside, so that it is not copied.
 CACHE = "triton-cache"
@@ -31,11 +31,11 @@ def stage(file: Path | None) -> Stage:
     """Unpack the bundle; this process asks for kernels after it.
 
     Args:
-        file: The bundle, relative to the checkout; None for none.
+        file: The bundle; None for none.
     """
     cases: dict[str, Callable[[], CaseResult]] = {"CPU kernel": cpu_kernel}
-    if file is not None and (ROOT / file).exists():
-        cases = {"unpack": functools.partial(fill, ROOT / file), **cases}
+    if file is not None:
+        cases = {"unpack": functools.partial(fill, file), **cases}
     return Stage(
         NAME,
         "kernels that were compiled beforehand are unpacked; the CPU's, which exported models need, are compiled",

@@ -52,7 +52,7 @@ def stages(
     return (
         of(FIRST, 90, 6, sizes.first_rows, sizes.shapes, sizes.compilers),
         of(REST, 15, 6, rest, sizes.shapes, sizes.compilers),
-        of(AUTOTUNED, 40, 18, sizes.first_rows[:1], searched, sizes.autotune),
+        of(AUTOTUNED, 30, 14, sizes.first_rows[:1], searched, sizes.autotune),
     )
 
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import inputs
-from benchmarks.gpu.day import CaseResult, Stage
-from benchmarks.gpu.facts import ROOT, scrubbed
+from benchmarks.gpu.day import CaseResult, Result, Stage
 from benchmarks.gpu.linear import THRESHOLD, product_call
+from benchmarks.gpu.supervisor import run_logged
 
 NAME, LOG = "profile", "ncu.txt"
 SECTIONS = (
@@ -39,11 +37,11 @@ KEPT = (
 )
 
 
-def stage(folder: Path, dry_run: bool) -> Stage:
+def stage(result: Result, dry_run: bool) -> Stage:
     """One run of ncu."""
     missing = not dry_run and shutil.which("ncu") is None
     run: Callable[[], CaseResult] = (
-        functools.partial(dict, counters={}) if dry_run else functools.partial(profile, folder)
+        functools.partial(dict, counters={}) if dry_run else functools.partial(profile, result)
     )
     return Stage(
         NAME,
@@ -55,8 +53,8 @@ def stage(folder: Path, dry_run: bool) -> Stage:
     )
 
 
-def profile(folder: Path) -> CaseResult:
-    """Run ncu, keep its text, and pick numbers from it."""
+def profile(result: Result) -> CaseResult:
+    """Run ncu, keep its text beside the result file, and pick numbers from it."""
     command = [
         "ncu",
         "--clock-control",
@@ -68,19 +66,12 @@ def profile(folder: Path) -> CaseResult:
     ]
     for section in SECTIONS:
         command += ["--section", section]
-    done = subprocess.run(
-        [*command, sys.executable, "-m", "benchmarks.gpu.profile"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    text = scrubbed(done.stdout)
-    (folder / LOG).write_text(text)
+    command += [sys.executable, "-m", "benchmarks.gpu.profile"]
+    status, text = run_logged(command, result.path.parent / LOG, result.left)
     kernels = parsed(text)
-    if done.returncode or not kernels:
-        raise RuntimeError(f"ncu ended with status {done.returncode}: {text[-1500:]}")
+    if status or not kernels:
+        why = "ran out of time" if status is None else f"ended with status {status}"
+        raise RuntimeError(f"ncu {why}: {text[-1500:]}")
     return {"counters": kernels}
 
 

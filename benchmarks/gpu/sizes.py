@@ -166,7 +166,7 @@ def gpu(layers: int) -> Sizes:
 
 
 def with_rows(sizes: Sizes, rows: tuple[int, ...]) -> Sizes:
-    """The same with other numbers of rows, wherever there is a choice."""
+    """The same with other numbers of rows, but for the exported model."""
     return dataclasses.replace(
         sizes, rows=rows, first_rows=rows, outlier_rows=rows, candidate_rows=rows, peer_rows=rows
     )

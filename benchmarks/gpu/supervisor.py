@@ -1,4 +1,4 @@
-"""Has another process measure, and starts it again, behind the case it was at, when that hangs or breaks it.
+"""Run the measurements in a child process, and start it again behind the case that hung or crashed.
 
 A kernel that reads where it must not leaves a CUDA context in which nothing runs any more; one that waits for ever
 cannot be interrupted from Python; and a compiler may crash. None of these may end a day whose minutes are counted. Nor
@@ -15,11 +15,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.day import FILE, Result, load
+from benchmarks.gpu.day import BROKEN, FILE, Result, ResultError, load
 from benchmarks.gpu.facts import ROOT, scrubbed
 
 # What the measuring process prints, of all calls.
@@ -29,6 +29,8 @@ GRACE = 2.0
 POLL = 0.25
 # Seconds between two copies.
 EVERY = 3.0
+# Times that a process which ended between two cases is started again.
+RESTARTS = 2
 
 
 class Stopped(BaseException):
@@ -45,14 +47,79 @@ def stop_on_signals() -> None:
     signal.signal(signal.SIGINT, stop)
 
 
-def end_with_parent() -> None:
-    """Has the system kill this process when the one that started it ends, however it ends.
+# Loaded before it is needed: between fork and exec nothing should be.
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a process that leads a session, and that the system kills when this process ends, however that ends.
 
     A command that runs past its limit may be killed without those it started; what they leave on a GPU would disturb
     the next call.
+
+    Args:
+        command: The program and its arguments.
+        options: Others of `subprocess.Popen`.
     """
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def end_with_parent() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that could wait for another thread
+        **options,
+    )
+
+
+def run_logged(
+    command: Sequence[str],
+    log: Path,
+    seconds: float,
+    *,
+    each: Callable[[str], object] = lambda line: None,
+    **options: Any,
+) -> tuple[int | None, str]:
+    """Run a process for a time at most, with what it prints in a file line by line, without folders.
+
+    Args:
+        command: The program and its arguments.
+        log: The file; the text is appended.
+        seconds: After so many it is killed, with those it started.
+        each: Takes each line.
+        options: Others of `subprocess.Popen`.
+
+    Returns:
+        Its exit status, None if it was killed for the time, and what it printed.
+    """
+    lines: list[str] = []
+    process = start(command, cwd=ROOT, **options)
+
+    def read() -> None:
+        assert process.stdout is not None
+        with log.open("a") as file:
+            for line in map(scrubbed, process.stdout):
+                file.write(line)
+                file.flush()
+                lines.append(line)
+                each(line)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        status: int | None = process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        kill_group(process)
+    reader.join(GRACE)
+    return status, "".join(lines)
 
 
 def supervise(
@@ -70,25 +137,20 @@ def supervise(
     Returns:
         The exit status of the last one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    for each in (folder, *([copy] if copy else [])):
+        try:
+            each.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultError(f"{str(each)!r} cannot be made: {error.strerror or error}") from error
     with copied(folder, copy, EVERY):
         return _supervise(command, folder, until, {**os.environ, **environment})
 
 
 def _supervise(command: Sequence[str], folder: Path, until: float, environment: Mapping[str, str]) -> int:
     resume: list[str] = []
+    restarts = 0
     while True:
-        # A session of its own, so that its compilers and tests can be ended with it.
-        process = subprocess.Popen(
-            [*command, *resume],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        process = start([*command, *resume], cwd=ROOT, env=environment)
         reader = threading.Thread(target=_relay, args=(process, folder / LOG), daemon=True)
         reader.start()
         try:
@@ -99,7 +161,13 @@ def _supervise(command: Sequence[str], folder: Path, until: float, environment: 
         running = _running(folder, process.pid)
         status = process.returncode
         if running is None:
-            return status if status >= 0 else 1
+            ended = status >= 0 and status != BROKEN
+            if ended or restarts == RESTARTS or time.time() >= until:
+                return status if ended else 1
+            restarts += 1
+            print(f"the process ended with status {status} between two cases; starting again", flush=True)
+            resume = ["--resume"] if (folder / FILE).exists() else []
+            continue
         result = Result(folder / FILE, load(folder))
         if time.time() >= until:
             # The case it was at counts as left out.
@@ -118,7 +186,6 @@ def copied(folder: Path, to: Path | None, every: float) -> Iterator[None]:
     if to is None:
         yield
         return
-    to.mkdir(parents=True, exist_ok=True)
     over = threading.Event()
 
     def keep_copying() -> None:
@@ -148,11 +215,16 @@ def _copy(folder: Path, to: Path) -> None:
         if path.is_dir() or path.suffix == PART:
             continue
         target, part = to / path.name, to / f"{path.name}{PART}"
-        with contextlib.suppress(FileNotFoundError):
-            if target.exists() and target.stat().st_mtime_ns == path.stat().st_mtime_ns:
+        try:
+            # Before it is read: what is written meanwhile is copied the next time.
+            written = path.stat().st_mtime_ns
+            if target.exists() and target.stat().st_mtime_ns == written:
                 continue
-            shutil.copy2(path, part)
+            shutil.copyfile(path, part)
+            os.utime(part, ns=(written, written))
             os.replace(part, target)
+        except OSError as error:  # The next copy may go through.
+            print(f"{path.name} could not be copied: {error.strerror or error}", flush=True)
 
 
 # Ends the name of a file that is being written.

@@ -11,7 +11,7 @@ from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import Config
 
 
-def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
+def launch(product: Product, config: Config) -> Launch:
     """A product whose outliers are listed by columns."""
     m, n, k = product.sizes
     return Launch(

@@ -10,7 +10,7 @@ from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import Config
 
 
-def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
+def launch(product: Product, config: Config) -> Launch:
     """A product of one row."""
     m, n, k = product.sizes
     return Launch(

@@ -10,7 +10,7 @@ from int8compile.triton_kernels.small_gemm.kernel import small_gemm
 from int8compile.triton_kernels.tables import Config
 
 
-def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
+def launch(product: Product, config: Config) -> Launch:
     """A product of a few rows, whose outliers are planes of digits."""
     m, n, k = product.sizes
     return Launch(

@@ -11,7 +11,7 @@ from int8compile.triton_kernels.tables import Config
 from int8compile.triton_kernels.tma_gemm.kernel import tma_gemm
 
 
-def launch(product: Product, config: Config, multiprocessors: int) -> Launch:
+def launch(product: Product, config: Config) -> Launch:
     """A product whose outliers are listed by columns; K is a multiple of 16."""
     m, n, k = product.sizes
     return Launch(

@@ -7,7 +7,6 @@
 
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <initializer_list>
@@ -168,7 +167,7 @@ struct Stream {
 
 unsigned programs(const Programs& direction, int64_t m) {
   const int64_t groups = direction.rows ? (m + direction.rows - 1) / direction.rows : 1;
-  return unsigned(std::min(groups * direction.times, direction.most));
+  return unsigned(groups * direction.times);
 }
 
 CUtensorMap encoded(const TensorMap& map, void* address, int64_t m) {

@@ -17,9 +17,9 @@ struct Kernel {
   unsigned shared;   // bytes of shared memory of a program
 };
 
-// How many programs in one direction: min(ceil(M / rows) * times, most); min(times, most) where rows is 0.
+// How many programs in one direction: ceil(M / rows) * times; times where rows is 0.
 struct Programs {
-  int64_t times, rows, most;
+  int64_t times, rows;
 };
 
 // What is handed to a kernel. The kinds with what `value` is.
