@@ -196,7 +196,8 @@ def _compile(
         ]
         for slot in slots
     ]
-    weights = list(zip(members, slots, strict=True))
+    # Not the slots, whose nodes would keep the graph.
+    weights = [(parts, slot.packed, slot.interleaved) for parts, slot in zip(members, slots, strict=True)]
     # A weight that nothing reads any more is no argument of the compiled graph, nor are its scales; but those stay with
     # the module, where other graphs ask for them.
     sources = {member.source for slot in slots for member in slot.members}
@@ -217,20 +218,27 @@ def _compile(
 
     def arguments(args: Sequence[Any]) -> list[Any]:
         chosen = [args[position] for position in kept]
-        for parts, slot in weights:
+        for parts, packed, interleaved in weights:
             found = [
-                STORE.get(args[position], view, path, packed=slot.packed, scale=None if scale is None else args[scale])
+                STORE.get(args[position], view, path, packed=packed, scale=None if scale is None else args[scale])
                 for position, view, path, scale in parts
             ]
-            weight = STORE.alone(found[0]) if len(found) == 1 else STORE.fused(found, interleaved=slot.interleaved)
+            weight = STORE.alone(found[0]) if len(found) == 1 else STORE.fused(found, interleaved=interleaved)
             chosen += (weight.qweight, weight.scale)
         return chosen
 
     # Takes seconds to import, and explain() does without.
     from torch._inductor.compile_fx import compile_fx
 
+    for parts, _, _ in weights:
+        for position, _, _, scale in parts:
+            STORE.compare(example_inputs[position], None if scale is None else example_inputs[scale])
     fakes = _static_fakes(arguments(example_inputs))
     compiled: Any = compile_fx(module, fakes, config_patches=dict(patches))
+    for node in captured:
+        # Dynamo does so with its own graph. It holds a weak reference to the parameter, which could not be swapped
+        # (`torch.utils.swap_tensors`) while that is there.
+        node.meta.pop("grapharg", None)
 
     def run(*args: Any) -> Any:
         chosen = arguments(args)

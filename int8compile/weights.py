@@ -15,39 +15,43 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch._guards import CompileContext
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from int8compile.changes import Snapshot, fingerprint
 from int8compile.errors import BadWeightError, FreedWeightError, Int8Warning
 from int8compile.ops import pack_weight, quantize_weight
 from int8compile.passes.static import WeightView
 
-# The version, the address and the storage of a parameter.
-Stamp = tuple[int, int, int]
 # A view of a parameter, and whether it is packed.
 Key = tuple[WeightView, bool]
 
 
 @dataclasses.dataclass(eq=False)
 class QuantizedWeight:
-    """A parameter's view in int8.
+    """A parameter's view in int8. Another object takes its place when the parameter has changed.
 
     Attributes:
         qweight: [N, K] or [B, N, K] int8, or that packed as `int8compile.ops.pack_weight` does. A slice of `fused`
             where there is one.
         scale: [N] or [B, N] float32.
-        stamp: State of the parameter when it was quantized.
-        storage: Keeps the parameter's storage object, not its data, so that no other gets its identity.
+        made_of: The parameter as it was then.
+        scaled_by: The scales as they were then, where the parameter is int8 already.
         fused: The weights that this one lies among, which one operator takes together.
     """
 
     qweight: Tensor
     scale: Tensor
-    stamp: Stamp
-    storage: StorageWeakRef
+    made_of: Snapshot
+    scaled_by: Snapshot | None = None
     fused: FusedWeight | None = None
+
+    def is_of(self, parameter: Tensor, scale: Tensor | None) -> bool:
+        """Whether what it was made of is as it was, as far as can be told at every call; what was freed is."""
+        return (type(parameter) in FREED or self.made_of.holds(parameter)) and (
+            self.scaled_by is None or (scale is not None and self.scaled_by.holds(scale))
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -135,9 +139,9 @@ class WeightStore:
 
     def __init__(self) -> None:
         self.quantized = 0
-        # By identity, since comparing tensors compares elements. torch's WeakTensorKeyDictionary does the same but
-        # takes 3 us a look-up, of which a model makes hundreds a token; this takes 1.
-        self._parameters: dict[int, tuple[weakref.ref[Tensor], dict[Key, QuantizedWeight]]] = {}
+        # By identity, since comparing tensors compares elements, and for as long as the parameter's storage lives. (A
+        # weak reference to the parameter itself would keep it from being swapped, `torch.utils.swap_tensors`.)
+        self._parameters: dict[int, tuple[weakref.ref[UntypedStorage], dict[Key, QuantizedWeight]]] = {}
         self._lock = threading.Lock()
 
     def get(
@@ -145,8 +149,9 @@ class WeightStore:
     ) -> QuantizedWeight:
         """The int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
 
-        A changed parameter is quantized into the same int8 tensors, so their addresses stay valid in CUDA graphs.
-        (Graphs that join the same weights in different ways move them, see `fused` and `alone`.)
+        A parameter that was changed in place on a GPU is quantized into the same int8 tensors, so their addresses stay
+        valid in CUDA graphs. Otherwise new tensors take the place of the old ones in one step, as a new `.data` does:
+        a thread that computes with these goes on with these.
 
         Args:
             parameter: The parameter, as the compiled graph received it.
@@ -158,11 +163,30 @@ class WeightStore:
         Raises:
             BadWeightError: The weight has NaN or Inf, or no data.
         """
-        weight = self.weights(parameter).get((view, packed))
-        if weight is not None and (type(parameter) in FREED or weight.stamp == _stamp(parameter)):
+        known = self._parameters.get(id(parameter))
+        weight = None if known is None else known[1].get((view, packed))
+        if weight is not None and weight.is_of(parameter, scale):
             return weight
         with self._lock:
             return self._refresh(parameter, (view, packed), path, scale)
+
+    def compare(self, parameter: Tensor, scale: Tensor | None = None) -> None:
+        """Compare all of a parameter with what its int8 weights were made of; the next call replaces those that differ.
+
+        For when there is time, as there is while a graph is compiled: updates of a GPU's memory, or of a few elements,
+        may leave no trace that is seen at every call.
+        """
+        weights = self.weights(parameter).values()
+        if weights and type(parameter) not in FREED:
+            found = fingerprint(parameter)
+            for weight in weights:
+                if weight.made_of.fingerprint != found:
+                    weight.made_of.outdate()
+        if weights and scale is not None:
+            found = fingerprint(scale)
+            for weight in weights:
+                if weight.scaled_by is not None and weight.scaled_by.fingerprint != found:
+                    weight.scaled_by.outdate()
 
     def fused(self, weights: Sequence[QuantizedWeight], *, interleaved: bool = False) -> FusedWeight:
         """Weights as slices of one tensor, copied there if they are not yet: memory holds them once.
@@ -190,12 +214,22 @@ class WeightStore:
     def weights(self, parameter: Tensor) -> dict[Key, QuantizedWeight]:
         """What a parameter's views are in int8; empty for one that was never quantized."""
         known = self._parameters.get(id(parameter))
-        return known[1] if known is not None and known[0]() is parameter else {}
+        return known[1] if known is not None and known[0]() is parameter.untyped_storage() else {}
 
     def forget(self, parameter: Tensor) -> None:
         """Marks a parameter's int8 weights as stale, so that the next call quantizes it again."""
         for weight in self.weights(parameter).values():
-            weight.stamp = _STALE
+            weight.made_of.outdate()
+
+    @contextlib.contextmanager
+    def kept(self, parameter: Tensor) -> Iterator[None]:
+        """Keeps a parameter's int8 weights while it is given another storage."""
+        with self._lock:
+            weights = self.weights(parameter)
+            self._parameters.pop(id(parameter), None)
+            yield
+            for key, weight in weights.items():
+                self._keep(parameter, key, weight)
 
     def nbytes(self) -> int:
         """Bytes of all int8 weights and scales held."""
@@ -205,11 +239,17 @@ class WeightStore:
     def _refresh(self, parameter: Tensor, key: Key, path: str, given: Tensor | None) -> QuantizedWeight:
         view, packed = key
         known = self.weights(parameter).get(key)
-        stamp = _stamp(parameter)
-        if known is not None and known.stamp == stamp:
+        if known is not None and known.is_of(parameter, given):
             return known  # Another thread was faster.
         if isinstance(parameter, FREED):
-            raise FreedWeightError(f"{path}: its weight was freed before this view of it was taken")
+            if known is None or given is None:
+                raise FreedWeightError(f"{path}: its weight was freed before this view of it was taken")
+            # What is left of it is the int8 weight; its scales are other ones.
+            made = QuantizedWeight(known.qweight, given.detach(), known.made_of, Snapshot(given))
+            self._keep(parameter, key, made)
+            return made
+        check_data(parameter, path)
+        made_of, scaled_by = Snapshot(parameter), None if given is None else Snapshot(given)
         if given is None:
             qweight, scale = quantize_checked(parameter, view, path)
             self.quantized += 1
@@ -220,29 +260,29 @@ class WeightStore:
                 qweight = pack_weight(qweight)
         if parameter.is_inference():
             warnings.warn(
-                f"{path}: its weight was made in inference mode and has no version counter, so in-place updates of it "
-                "are not noticed. Make the model outside of inference mode, or call int8compile.refresh(model) after "
-                "an update",
+                f"{path}: its weight was made in inference mode and has no version counter, so updates of a few "
+                "elements, and any on a GPU, are not noticed before something is compiled. Make the model outside of "
+                "inference mode, or call int8compile.refresh(model) after an update",
                 Int8Warning,
                 stacklevel=2,
             )
-        if known is None or known.qweight.device != qweight.device:
-            known = QuantizedWeight(qweight, scale, stamp, StorageWeakRef(parameter.untyped_storage()))
-            self._keep(parameter, key, known)
-        else:
+        if known is not None and known.qweight.is_cuda and known.made_of.same_memory(made_of):
             with _plain_tensors():
                 known.qweight.copy_(qweight)
                 known.scale.copy_(scale)
-            known.stamp, known.storage = stamp, StorageWeakRef(parameter.untyped_storage())
-        return known
+            known.made_of, known.scaled_by = made_of, scaled_by
+            return known
+        made = QuantizedWeight(qweight, scale, made_of, scaled_by)
+        self._keep(parameter, key, made)
+        return made
 
     def _keep(self, parameter: Tensor, key: Key, weight: QuantizedWeight) -> None:
-        identity = id(parameter)
+        identity, storage = id(parameter), parameter.untyped_storage()
         if not self.weights(parameter):
-            self._parameters[identity] = (weakref.ref(parameter, lambda ref: self._drop(identity, ref)), {})
+            self._parameters[identity] = (weakref.ref(storage, lambda ref: self._drop(identity, ref)), {})
         self._parameters[identity][1][key] = weight
 
-    def _drop(self, identity: int, ref: weakref.ref[Tensor]) -> None:
+    def _drop(self, identity: int, ref: weakref.ref[UntypedStorage]) -> None:
         # The identity may belong to a newer parameter by now.
         if identity in self._parameters and self._parameters[identity][0] is ref:
             del self._parameters[identity]
@@ -270,6 +310,15 @@ def _fuse(weights: Sequence[QuantizedWeight], interleaved: bool) -> FusedWeight:
     return fused
 
 
+def check_data(parameter: Tensor, path: str) -> None:
+    """Raise `BadWeightError` for a parameter that has no data."""
+    if parameter.is_meta:
+        raise BadWeightError(
+            f"{path}: its weight {list(parameter.shape)} is on the meta device and has no data. Load the weights "
+            "(or model.to_empty and initialize them) before calling the compiled model"
+        )
+
+
 def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Tensor, Tensor]:
     """Quantizes a view of a parameter.
 
@@ -279,11 +328,7 @@ def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Te
     Raises:
         BadWeightError: The weight has NaN or Inf, or no data.
     """
-    if parameter.is_meta:
-        raise BadWeightError(
-            f"{path}: its weight {list(parameter.shape)} is on the meta device and has no data. Load the weights "
-            "(or model.to_empty and initialize them) before calling the compiled model"
-        )
+    check_data(parameter, path)
     with _plain_tensors():
         weight = view.of(parameter)
         qweight, scale = quantize_weight(weight)
@@ -313,21 +358,9 @@ def free(parameter: Tensor) -> None:
     empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
     empty.untyped_storage().resize_(0)
     # The class first: torch reads a tensor without memory unchecked, a subclass is asked before every operation.
-    parameter.__class__ = FreedWeight if isinstance(parameter, nn.Parameter) else FreedBuffer
-    with torch._C.DisableTorchFunctionSubclass():
+    with STORE.kept(parameter), torch._C.DisableTorchFunctionSubclass():
+        parameter.__class__ = FreedWeight if isinstance(parameter, nn.Parameter) else FreedBuffer
         parameter.data = empty
-
-
-# Equal to no state of a parameter: versions are not negative.
-_STALE = (-1, -1, -1)
-
-
-def _stamp(parameter: Tensor) -> Stamp:
-    """Changes with every in-place update of a parameter (its version) and with a new `.data` (its storage)."""
-    # Inference tensors have no version.
-    version = 0 if parameter.is_inference() else parameter._version
-    # A new storage may get the address of one that is gone.
-    return version, parameter.data_ptr(), parameter.untyped_storage()._cdata
 
 
 STORE = WeightStore()
@@ -346,9 +379,10 @@ register_optimizer_step_post_hook(_forget_updated)
 def refresh(model: nn.Module) -> None:
     """Has every weight of a model quantized again at the next call.
 
-    In-place updates, optimizer steps, replaced `.data` and `load_state_dict` are noticed without it. Needed only after
-    updates that leave no trace: `parameter.data.mul_(2)`, which bypasses the version counter, writes through NumPy,
-    through another parameter that shares the memory, or to parameters made in inference mode.
+    Updates that PyTorch counts, optimizer steps, replaced `.data` and `load_state_dict` are noticed without it. So are,
+    on a CPU, updates of a whole weight that PyTorch does not count: `p.data.copy_()`, writes through NumPy or through
+    another parameter that shares the memory, and any of parameters made in inference mode. Needed after uncounted updates
+    of a few elements, and on a GPU after all uncounted updates; whatever is compiled afterwards notices them, too.
     """
     for parameter in model.parameters():
         STORE.forget(parameter)
