@@ -381,8 +381,9 @@ def refresh(model: nn.Module) -> None:
 
     Updates that PyTorch counts, optimizer steps, replaced `.data` and `load_state_dict` are noticed without it. So are,
     on a CPU, updates of a whole weight that PyTorch does not count: `p.data.copy_()`, writes through NumPy or through
-    another parameter that shares the memory, and those of parameters made in inference mode. It is needed after uncounted
-    updates of a few elements, and on a GPU after all uncounted ones; whatever is compiled afterwards notices them, too.
+    another parameter that shares the memory, and those of parameters made in inference mode. It is needed after
+    uncounted updates of a few elements, and on a GPU after all uncounted ones; whatever is compiled afterwards notices
+    them, too.
     """
     for parameter in model.parameters():
         STORE.forget(parameter)
