@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 
 # Words of 8 bytes that are compared at every call: on a CPU 8 take 0.1 us, of which a decoded token has a few hundred.
 SAMPLES = 8
@@ -40,18 +40,18 @@ class Snapshot:
     def __init__(self, tensor: Tensor) -> None:
         """Take the state, before the tensor is used: a change in between is seen later. It keeps no memory alive."""
         storage = tensor.untyped_storage()
-        self._storage: Callable[[], UntypedStorage | None] = weakref.ref(storage)
+        self._storage = weakref.ref(storage)
         # Nothing is counted for inference tensors.
         self._counted = not tensor.is_inference()
         self._version = tensor._version if self._counted else 0
         self._address = tensor.data_ptr()
         self._words = _words(tensor)
-        self._sample = self._words.tobytes()
+        self._sample: bytes | None = self._words.tobytes()
         self.fingerprint = fingerprint(tensor)
 
     def outdate(self) -> None:
-        """Have no tensor be in this state any more."""
-        self._storage = _none
+        """Have no tensor be in this state any more; of what memory it was stays known."""
+        self._sample = None
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is in that state, as far as can be told at every call."""
@@ -89,6 +89,8 @@ def _words(tensor: Tensor) -> memoryview:
     """Words spread over a tensor's memory, without a copy; none where it may not be read."""
     if tensor.device.type != "cpu" or not is_non_overlapping_and_dense(tensor) or tensor.nbytes < 8:
         return memoryview(b"")
+    if tensor.untyped_storage().nbytes() < tensor.nbytes:
+        return memoryview(b"")  # Its memory was given back.
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     words = memoryview(memory).cast("B")[: tensor.nbytes // 8 * 8].cast("Q")
     # An odd step does not stay in one column of a matrix.
@@ -118,10 +120,6 @@ def _sums(words: Tensor) -> Iterator[Tensor]:
     if len(words) % BLOCK:
         left = words[whole * BLOCK :]
         yield (left * factors[: len(left)]).sum(dim=0, keepdim=True)
-
-
-def _none() -> None:
-    """Takes the place of a weak reference to something that is gone."""
 
 
 @functools.cache

@@ -101,6 +101,9 @@ class FreedBuffer(_Freed, Tensor):  # type: ignore[misc]
 
 FREED = (FreedWeight, FreedBuffer)
 
+# Devices whose graphs hold addresses: there a parameter that was changed in place has its int8 weight changed in place.
+IN_PLACE = ("cuda",)
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_for_int8() -> bool:
@@ -266,7 +269,7 @@ class WeightStore:
                 Int8Warning,
                 stacklevel=2,
             )
-        if known is not None and known.qweight.is_cuda and known.made_of.same_memory(made_of):
+        if known is not None and parameter.device.type in IN_PLACE and known.made_of.same_memory(made_of):
             with _plain_tensors():
                 known.qweight.copy_(qweight)
                 known.scale.copy_(scale)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import int8compile
-from int8compile import cpu
+from int8compile import cpu, weights
 from int8compile.ops import pack_weight, quantize_weight
 from int8compile.weights import STORE, FreedWeight, WeightStore
 from tests.models import CountingBackend, Stack, threads
@@ -113,6 +113,33 @@ def test_stale_weights_are_replaced(change: Callable[[nn.Parameter], object]) ->
     # A thread that computes with the old ones goes on with them.
     assert torch.equal(weight.qweight, before[0])
     assert torch.equal(weight.scale, before[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "stays"),
+    [
+        (lambda weight: weight.mul_(2), True),
+        (lambda weight: weight.data.mul_(2), True),
+        (STORE.forget, True),
+        (lambda weight: setattr(weight, "data", torch.randn_like(weight)), False),
+    ],
+    ids=["counted", "uncounted", "refresh", "new data"],
+)
+def test_addresses_stay_where_graphs_hold_them(
+    change: Callable[[nn.Parameter], object], stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: a CUDA graph sees a float weight that is changed in place, and keeps one that is replaced."""
+    monkeypatch.setattr(weights, "IN_PLACE", ("cpu",))
+    model, x = Stack(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    compiled(x)
+    (before,) = STORE.weights(model.layers[1].up.weight).values()
+    address, quantized = before.qweight.data_ptr(), STORE.quantized
+    change(model.layers[1].up.weight)
+    assert torch.equal(compiled(x), reference(model, x))
+    assert STORE.quantized - quantized == 1
+    (after,) = STORE.weights(model.layers[1].up.weight).values()
+    assert (after.qweight.data_ptr() == address) is stays
 
 
 def test_a_vector_that_is_changed_and_assigned_again() -> None:
