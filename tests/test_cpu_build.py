@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -185,6 +186,22 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_folder() == tmp_path / "here"
 
 
+def test_a_user_without_a_home_has_a_cache_of_his_own() -> None:
+    """As in a container that runs as a user who is in no table: asked in a process that is one."""
+    hidden = ("HOME", "XDG_CACHE_HOME", "INT8COMPILE_CACHE")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    if os.getuid() != 0:
+        pytest.skip("only root can become a user who is in no table")
+    module = Path(build.__file__).parents[1] / "cache.py"
+    program = (
+        f"import os, runpy; found = runpy.run_path({str(module)!r}); os.setuid(54321); print(found['cache_folder']())"
+    )
+    environment["TMPDIR"] = "/tmp"  # That user may not look into this test's.
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "/tmp/int8compile-54321"
+
+
 def build_and_load() -> None:
     assert cpu.load() is not None
 
@@ -274,6 +291,115 @@ def test_a_cache_that_can_only_be_read_is_used(compiler: Compiler, monkeypatch: 
     monkeypatch.setattr(Path, "mkdir", None)
     monkeypatch.setattr(build, "_lock", None)
     assert build.library().cached
+
+
+def planted(folder: Path) -> Path:
+    """A library that somebody put there, with what would vouch for it."""
+    compiled = build.library()
+    target = folder / compiled.path.parent.name
+    shutil.copytree(compiled.path.parent, target)
+    return target
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+SOMEBODY = 65534
+
+
+def given_away(path: Path) -> None:
+    for each in (path, *path.rglob("*")):
+        os.chown(each, SOMEBODY, SOMEBODY)
+
+
+@needs_root
+def test_another_users_cache_is_not_used(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel is compiled in a folder of this user's instead."""
+    other = tmp_path / "other"
+    target = planted(other)
+    given_away(other)
+    monkeypatch.setenv("INT8COMPILE_CACHE", str(other))
+    monkeypatch.setattr(build, "private_folder", lambda: tmp_path / "private")
+    before = compiler.count
+    built = build.library()
+    assert built.path.is_relative_to(tmp_path / "private")
+    assert compiler.count > before
+    assert f"{other} belongs to another user (uid {SOMEBODY})" in caplog.text
+    assert build._cached(target) is None
+    assert build.library().cached
+
+
+@needs_root
+def test_another_users_file_in_this_users_cache_is_not_used(compiler: Compiler) -> None:
+    built = build.library()
+    os.chown(built.path, SOMEBODY, SOMEBODY)
+    assert not build.library().cached
+    assert built.path.stat().st_uid == os.getuid()
+
+
+@needs_root
+def test_nothing_is_compiled_where_another_user_can_write(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("named", "private"):
+        (tmp_path / name).mkdir()
+        given_away(tmp_path / name)
+    monkeypatch.setenv("INT8COMPILE_CACHE", str(tmp_path / "named"))
+    monkeypatch.setattr(build, "private_folder", lambda: tmp_path / "private")
+    with pytest.raises(KernelBuildError, match=r"private belongs to another user .* INT8COMPILE_CACHE"):
+        build.library()
+    assert compiler.count == 0
+
+
+def test_a_cache_that_others_can_write_to_is_taken_from_them(compiler: Compiler, tmp_path: Path) -> None:
+    built = build.library()
+    folder = built.path.parent
+    for path in (folder.parent, folder, built.path):
+        path.chmod(path.stat().st_mode | 0o022)
+    assert not build.library().cached
+    for path in (folder.parent, folder, built.path):
+        assert path.stat().st_mode & 0o022 == 0
+    assert build.library().cached
+
+
+def test_the_umask_does_not_matter(compiler: Compiler) -> None:
+    before = os.umask(0)
+    try:
+        assert not build.library().cached
+        assert build.library().cached
+    finally:
+        os.umask(before)
+
+
+def test_a_command_that_cannot_be_read_is_named(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '")
+    with pytest.raises(KernelBuildError, match=r"CXX=\"g\+\+ '\" cannot be read as a command \(No closing quotation\)"):
+        build.library()
+    with pytest.warns(Int8Warning, match="No closing quotation.*run through PyTorch instead"):
+        assert cpu.load() is None
+
+
+def test_a_compiler_that_hangs_is_ended(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\ncase $* in *--version) echo 1.0;; *) exec sleep 600;; esac\n")
+    hangs.chmod(0o755)
+    monkeypatch.setenv("CXX", str(hangs))
+    monkeypatch.setattr(build, "COMPILES", 0.5)
+    with pytest.raises(KernelBuildError, match=r"hangs had not ended after 0.5 seconds"):
+        build.library()
+
+
+def test_a_lock_that_is_never_released_is_named(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build.library()
+    lock = built.path.parent / "lock"
+    monkeypatch.setattr(build, "LOCKED", 0.3)
+    # flock is between open files, so one of this process will do.
+    with (
+        filelock.FileLock(lock, is_singleton=False),
+        pytest.raises(KernelBuildError, match=r"lock for 0.3 seconds; end"),
+    ):
+        build.library(again=True)
+    assert not build.library(again=True).cached
 
 
 def test_missing_compilers_are_named(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

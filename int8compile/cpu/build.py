@@ -27,10 +27,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import filelock
 import torch
 from tqdm import tqdm
 
-from int8compile.cache import cache_folder
+from int8compile.cache import cache_folder, distrust, make_folder, private_folder
 from int8compile.errors import KernelBuildError
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", "{torch}
 # The library, and what is linked into exported models.
 FILES = ("library.so", "int8compile.o")
 LINK_FLAGS = ("-shared", "-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10")
+# Seconds after which a compiler hangs, and a process that holds the lock, which compiles with several of them.
+COMPILES, LOCKED = 600.0, 1200.0
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
@@ -205,7 +208,10 @@ def find_compiler() -> Compiler:
         if found is None:
             raise KernelBuildError("no C++ compiler found (g++, clang++, c++); install g++, or name one with CXX")
         named = found
-    command = tuple(shlex.split(named))
+    try:
+        command = tuple(shlex.split(named))
+    except ValueError as error:
+        raise KernelBuildError(f"CXX={named!r} cannot be read as a command ({error}); correct or unset it") from error
     # Where it is now, so that a new compiler under the old name is noticed.
     return _identified(command, shutil.which(command[0]) or "")
 
@@ -236,11 +242,17 @@ def library(*, again: bool = False) -> Built:
     if os.name != "posix":
         raise KernelBuildError(f"there is a CPU kernel for Linux and macOS only, not for {platform.system()}")
     compiler = find_compiler()
-    folder = cache_folder() / f"cpu-{architecture()}-{_key(compiler)}"
+    base = _trusted(cache_folder(), private_folder())
+    folder = base / f"cpu-{architecture()}-{_key(compiler)}"
     if not again and (built := _cached(folder)):
         return built
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for each in (base, folder):
+            make_folder(each)
+            if why := distrust(each):
+                raise KernelBuildError(
+                    f"{why}, so nothing is compiled there; name another folder with INT8COMPILE_CACHE"
+                )
         with _lock(folder / "lock"):
             if not again and (built := _cached(folder)):
                 return built
@@ -250,9 +262,19 @@ def library(*, again: bool = False) -> Built:
                 return _build(compiler, folder, Path(temporary))
     except OSError as error:
         raise KernelBuildError(
-            f"the cache folder {cache_folder()} cannot be used ({error.strerror or error}); "
+            f"the cache folder {base} cannot be used ({error.strerror or error}); "
             "name another one with INT8COMPILE_CACHE"
         ) from error
+
+
+def _trusted(named: Path, private: Path) -> Path:
+    """The cache folder, or one for this user alone where others could put a library of theirs into it."""
+    with contextlib.suppress(OSError):  # What is not there yet is made.
+        # One of this user's that others can write to is taken from them when it is used.
+        if (why := distrust(named)) and named.stat().st_uid != os.getuid():
+            log.warning("%s, so the CPU kernel is not taken from there; %s is used instead", why, private)
+            return private
+    return named
 
 
 def _key(compiler: Compiler) -> str:
@@ -268,6 +290,10 @@ def _cached(folder: Path) -> Built | None:
     """What `_build` left in a folder, if it is whole: loading half a library ends the process by SIGBUS."""
     library, linkable = (folder / name for name in FILES)
     try:
+        for path in (folder.parent, folder, folder / "build.json", library, linkable):
+            if why := distrust(path):
+                log.warning("%s, so the CPU kernel there is not used", why)
+                return None
         made = json.loads((folder / "build.json").read_text())
         for file in (library, linkable):
             if _sha256(file) != made["sha256"][file.name]:
@@ -308,6 +334,7 @@ def _build(compiler: Compiler, folder: Path, temporary: Path) -> Built:
     # Each replaces what is there at once, so no reader sees half a file. The library is what counts as finished.
     (temporary / "build.json").write_text(json.dumps(made, indent=2))
     for name in ("build.json", *reversed(FILES)):
+        (temporary / name).chmod(0o644)  # Whatever the umask is.
         os.replace(temporary / name, folder / name)
     built = _cached(folder)
     if built is None:
@@ -421,8 +448,11 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
             env={**os.environ, "LC_ALL": "C"},
             encoding="utf-8",
             errors="replace",
+            timeout=COMPILES,
             check=False,
         )
+    except subprocess.TimeoutExpired:
+        return 124, f"error: {command[0]} had not ended after {COMPILES:g} seconds"
     except OSError as error:
         return 127, f"error: cannot run {command[0]}: {error.strerror}"
     return done.returncode, done.stdout
@@ -458,26 +488,31 @@ def _progress(total: int | None, text: str) -> Iterator[Callable[[int], object]]
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Holds a lock file. The system takes it back from a process that dies."""
-    import fcntl  # not on Windows
+    """Holds a lock file. The system takes it back from a process that dies.
 
-    with open(path, "a") as file:
-        try:
-            with _progress(None, "Waiting for another process that compiles the int8 CPU kernel") as advance:
-                while not _locked(fcntl.flock, file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    advance(0)
-                    time.sleep(0.05)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            # A file system without locks. Then each process compiles; the last one's library stays.
-            log.info("%s cannot be locked: %s", path, error)
-        yield
-
-
-def _locked(flock: Callable[[int, int], None], file: int, operation: int) -> bool:
+    Raises:
+        KernelBuildError: Another process has held it for too long.
+    """
+    lock = filelock.FileLock(path)
+    until = time.monotonic() + LOCKED
     try:
-        flock(file, operation)
-    except BlockingIOError:
-        return False
-    return True
+        with _progress(None, "Waiting for another process that compiles the int8 CPU kernel") as advance:
+            while True:
+                try:
+                    lock.acquire(timeout=0.05)
+                    break
+                except filelock.Timeout:
+                    advance(0)
+                    if time.monotonic() > until:
+                        raise KernelBuildError(
+                            f"another process has held {path} for {LOCKED:g} seconds; end it, or delete the file"
+                        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # A file system without locks. Then each process compiles; the last one's library stays.
+        log.info("%s cannot be locked: %s", path, error)
+    try:
+        yield
+    finally:
+        lock.release()
