@@ -223,11 +223,17 @@ class Int8Linear(Int8Module):
         """`x @ weight.T + bias`.
 
         Shapes:
-            x: [..., K] float32, float16 or bfloat16; result: [..., N] of the same dtype.
+            x: [..., K] float32, float16 or bfloat16; result: [..., N] of the same dtype. Of a jagged nested tensor
+            [B, j, K] every row; the result has the same rows.
 
         Raises:
             InputError: x has another dtype or another K; the CPU kernel raises RuntimeError.
         """
+        if x.is_nested and x.layout == torch.jagged:
+            # Its rows lie one behind the other, and none depends on another.
+            nested: Any = x
+            rows = self.forward(nested.values())
+            return torch.nested.nested_tensor_from_jagged(rows, nested.offsets(), nested.lengths())
         if self.weight_only:
             result: Tensor = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
         else:

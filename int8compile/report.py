@@ -50,6 +50,7 @@ class SkipReason(enum.Enum):
         "it is the argument of a custom operator, which no pass can rewrite; use a plain PyTorch implementation of it"
     )
     NESTED = "it is inside a region that is captured as a graph of its own (torch.cond, checkpointing)"
+    ACTIVATION = "its input is no ordinary dense tensor; give a tensor that is padded, or of rows one behind the other"
     TRANSFORMED = "torch.func differentiates it inside the compiled function; the operator has no formula for that"
 
 

@@ -152,6 +152,16 @@ def not_transformed(site: LinearSite, config: Int8Config) -> Verdict:
     return (SkipReason.TRANSFORMED, "") if site.transformed else None
 
 
+def dense_activation(site: LinearSite, config: Int8Config) -> Verdict:
+    """The activation must be an ordinary tensor: what the operator takes has rows of numbers and nothing else."""
+    x = traced(site.x)
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return SkipReason.ACTIVATION, "it is inside torch.vmap"
+    if x.is_nested:
+        return SkipReason.ACTIVATION, "it is a nested tensor"
+    return (SkipReason.ACTIVATION, f"its layout is {x.layout}") if x.layout != torch.strided else None
+
+
 def static(site: LinearSite, config: Int8Config) -> Verdict:
     """The weight must be a parameter, or a view of one, that the graph does not write to."""
     if site.problem is not None:
@@ -228,6 +238,7 @@ def finite(site: LinearSite, config: Int8Config) -> Verdict:
 RULES: tuple[Rule, ...] = (
     skipped_by_name,
     lm_head,
+    dense_activation,
     plain_matmul,
     not_transformed,
     static,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import int8compile
@@ -379,3 +380,64 @@ def test_each_graph_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="int8compile"):
         torch.compile(Stack(), backend="int8")(torch.randn(4, 32))
     assert any("4 of 4 linears in int8" in record.message for record in caplog.records)
+
+
+INSIDE_VMAP: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "functional": lambda linear, x: torch.vmap(lambda row: F.linear(row, linear.weight, linear.bias))(x),
+    "operator": lambda linear, x: torch.vmap(lambda row: row @ linear.weight.t())(x),
+    "module": lambda linear, x: torch.vmap(linear)(x.view(2, 3, 32)),
+    "two": lambda linear, x: torch.vmap(lambda row: linear(torch.tanh(linear(row))))(x),
+}
+
+
+@pytest.mark.parametrize("call", INSIDE_VMAP.values(), ids=INSIDE_VMAP.keys())
+def test_a_linear_inside_vmap_stays_in_float(call: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+    linear, x = nn.Linear(32, 32).requires_grad_(False), torch.randn(6, 32)
+    with pytest.warns(int8compile.Int8Warning, match="no ordinary dense tensor"):
+        actual = torch.compile(lambda x: call(linear, x), backend="int8", fullgraph=True)(x)
+    torch.testing.assert_close(actual, call(linear, x))
+
+
+def test_only_what_is_inside_vmap_stays_in_float() -> None:
+    model, x = Stack(1), torch.randn(6, 32)
+
+    def run(x: Tensor) -> Tensor:
+        block = model.layers[0]
+        return torch.vmap(block.up)(x) + block.up(x)
+
+    actual = torch.compile(run, backend="int8", fullgraph=True)(x)
+    up = model.layers[0].up
+    expected = torch.ops.int8compile.linear(x, *quantize_weight(up.weight), up.bias, 6.0, "row")
+    torch.testing.assert_close(actual, up(x) + expected)
+    sites = int8compile.explain(run, x).sites
+    assert [site.reason for site in sites] == [int8compile.SkipReason.ACTIVATION, None]
+    assert sites[0].detail == "it is inside torch.vmap"
+
+
+def jagged(*lengths: int) -> Tensor:
+    return torch.nested.nested_tensor([torch.randn(length, 32) for length in lengths], layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore:NestedTensor does not implement")  # AOTAutograd, for its cache
+def test_a_linear_of_a_nested_tensor_stays_in_float() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 16)).requires_grad_(False), jagged(3, 5)
+    with pytest.warns(int8compile.Int8Warning, match="it is a nested tensor"):
+        actual = torch.compile(model, backend="int8")(x)
+    torch.testing.assert_close(actual.values(), model(x).values())
+
+
+@pytest.mark.filterwarnings("ignore:NestedTensor does not implement")
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_a_quantized_model_takes_nested_tensors(weight_only: bool) -> None:
+    """Each row has the result that it has alone."""
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16)).requires_grad_(False), jagged(3, 1, 5)
+    int8compile.quantize_(model, progress=False)
+    for module in model:
+        if isinstance(module, int8compile.Int8Linear):
+            module.weight_only = weight_only
+    y = model(x)
+    assert [part.shape for part in y.unbind()] == [(3, 16), (1, 16), (5, 16)]
+    assert torch.equal(y.values(), model(x.values()))
+    assert (y + model(x)).shape == y.shape  # Of the same ragged size.
+    compiled = torch.compile(model, backend="int8")
+    assert torch.equal(compiled(x).values(), y.values())
