@@ -133,6 +133,8 @@ class Int8Module(nn.Module):
         for name, tensor in given.items():
             if tensor.dtype != (expected := getattr(self, name).dtype):
                 error_msgs.append(f"{prefix}{name} is {tensor.dtype}; it must be {expected}")
+        if "scale" in given and (why := bad_scales(given["scale"])):
+            error_msgs.append(f"{prefix}scale {why}")
         if "qweight" not in given and prefix + "weight" in state_dict:
             error_msgs.append(
                 f"{prefix}weight is {state_dict[prefix + 'weight'].dtype}, but this layer is int8 and takes "
@@ -142,6 +144,14 @@ class Int8Module(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def bad_scales(scale: Tensor) -> str:
+    """What is wrong with scales, which are finite and not negative; "" if nothing is, or there is no data."""
+    if scale.is_meta:
+        return ""
+    bad = scale.numel() - int((scale.isfinite() & (scale >= 0)).sum())
+    return f"holds {bad} NaN, Inf or negative of {scale.numel()} entries: the file is damaged" if bad else ""
 
 
 def _from_bitsandbytes(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -324,6 +324,22 @@ def reloads(model: nn.Module, folder: Path) -> bool:
     return torch.equal(logits(load(saved(model, folder))), logits(model))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_bad_scales(value: float, tmp_path: Path, float_folder: str) -> None:
+    """A float weight with NaN is refused when it is quantized, and an int8 one when it is loaded."""
+    folder = saved(load(float_folder, quantization_config=Int8CompileConfig()), tmp_path / "int8")
+    file = Path(folder) / "model.safetensors"
+    tensors = safetensors.load_file(file)
+    tensors["model.layers.0.mlp.up_proj.scale"][3:5] = value
+    safetensors.save_file(tensors, file, {"format": "pt"})
+    message = r"model\.layers\.0\.mlp\.up_proj\.scale holds 2 NaN, Inf or negative of 128 entries"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+    model = load(float_folder, quantization_config=Int8CompileConfig())
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(tensors, strict=False)
+
+
 def test_quantized_twice(tmp_path: Path, float_folder: str) -> None:
     model = llama(2)
     quantize_(model, {"threshold": 2.0, "skip_modules": ["self_attn"]}, progress=False)

@@ -42,7 +42,7 @@ from int8compile.convert import (
     without_data,
 )
 from int8compile.errors import CheckpointError, ConfigError, listed
-from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout
+from int8compile.modules import BUFFERS, Int8Module, bad_scales, bitsandbytes_weight, check_layout
 
 log = logging.getLogger(__name__)
 
@@ -267,6 +267,10 @@ class Int8CompileQuantizer(HfQuantizer):
                 _as_buffers(module, plain)
         if missing:
             raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {_ADVICE}")
+        # What is offloaded stays on the disk, unread.
+        for path, module in model.named_modules():
+            if isinstance(module, Int8Module) and (why := bad_scales(module.scale)):
+                raise CheckpointError(f"{path}.scale {why}. Get it again")
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             _rescale(model)
             self.quantization_config.checkpoint_format = METHOD
