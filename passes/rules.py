@@ -238,9 +238,9 @@ def finite(site: LinearSite, config: Int8Config) -> Verdict:
 RULES: tuple[Rule, ...] = (
     skipped_by_name,
     lm_head,
-    dense_activation,
     plain_matmul,
     not_transformed,
+    dense_activation,
     static,
     plain_tensor,
     dtypes,
