@@ -54,7 +54,7 @@ class Snapshot:
         self._sample = None
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is in that state, as far as can be told at every call."""
+        """Tell whether a tensor is in that state, as far as that is possible at every call."""
         # It keeps the memory from being given back while words of it are read: another thread may replace `.data`.
         storage = tensor.untyped_storage()
         return (
@@ -65,7 +65,7 @@ class Snapshot:
         )
 
     def same_memory(self, other: Snapshot) -> bool:
-        """Whether two states are of the same bytes in memory, whatever is in them."""
+        """Tell whether two states are of the same place in memory, whatever values are there."""
         return self._storage() is other._storage() and self._address == other._address
 
 

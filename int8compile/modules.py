@@ -147,7 +147,7 @@ class Int8Module(nn.Module):
 
 
 def bad_scales(scale: Tensor) -> str:
-    """What is wrong with scales, which are finite and not negative; "" if nothing is, or there is no data."""
+    """Describe what is wrong with scales, which must be finite and not negative; "" for nothing, and without data."""
     if scale.is_meta:
         return ""
     bad = scale.numel() - int((scale.isfinite() & (scale >= 0)).sum())

@@ -48,7 +48,7 @@ class QuantizedWeight:
     fused: FusedWeight | None = None
 
     def is_of(self, parameter: Tensor, scale: Tensor | None) -> bool:
-        """Whether what it was made of is as it was, as far as can be told at every call; what was freed is."""
+        """Tell whether the tensors it was made of are unchanged, as far as each call can tell; freed ones are."""
         return (type(parameter) in FREED or self.made_of.holds(parameter)) and (
             self.scaled_by is None or (scale is not None and self.scaled_by.holds(scale))
         )

@@ -152,7 +152,7 @@ def watch(file: Path) -> None:
 
 
 def counted(file: Path) -> Counts:
-    """What `watch` noted."""
+    """Read the notes that `watch` made."""
     found = [line.split(" ", 1) for line in file.read_text().splitlines()] if file.exists() else []
     return Counts(sum(kind == "hit" for kind, _ in found), tuple(name for kind, name in found if kind == "compiled"))
 

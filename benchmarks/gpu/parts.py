@@ -60,7 +60,7 @@ def outliers_case(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: in
 
 
 def outlier_bars(times: Times, m: int, n: int) -> dict[str, dict[str, object]]:
-    """What outliers add to a product of N outputs, and what quantizing takes beside it."""
+    """Judge the time that outliers add to a product of N outputs, and that of quantizing beside it."""
     judged = {"outlier part": bars.at_most(times.median(WITH) / times.median(WITHOUT) - 1, bars.OUTLIER_PART)}
     if m >= bars.QUANTIZE_ROWS:
         judged["quantize to product"] = bars.at_most(times.median(QUANTIZE) / times.median(WITHOUT), bars.quantize(n))

@@ -1,4 +1,4 @@
-"""What the hardware's counters say of three kernels: `ncu` runs this module, which starts each of them once.
+"""Read the hardware's counters for three kernels: `ncu` runs this module, which starts each of them once.
 
 ncu ... python -m benchmarks.gpu.profile
 """
@@ -38,7 +38,7 @@ KEPT = (
 
 
 def stage(result: Result, dry_run: bool) -> Stage:
-    """One run of ncu."""
+    """Make the stage: a single run of ncu."""
     missing = not dry_run and shutil.which("ncu") is None
     run: Callable[[], CaseResult] = (
         functools.partial(dict, counters={}) if dry_run else functools.partial(profile, result)

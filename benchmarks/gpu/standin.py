@@ -46,7 +46,7 @@ class Driver:
         self.utils = self
 
     def get_current_target(self) -> Any:
-        """What Triton compiles for."""
+        """The target that Triton compiles for."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
@@ -64,7 +64,7 @@ class Driver:
         return "module", 0, 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """What Triton compares a kernel's needs with."""
+        """The limits that Triton compares a kernel's needs with."""
         return {"max_shared_mem": SHARED_BYTES}
 
 

@@ -174,7 +174,7 @@ def _failed_gates(data: Mapping[str, Any]) -> list[str]:
 
 
 def passed(data: Mapping[str, Any]) -> bool:
-    """Whether all planned tests and gates passed, and models gave the outputs that they should, with CUDA graphs."""
+    """Tell whether all planned tests and gates passed, and models gave the right outputs, with CUDA graphs."""
     for name in (GATES, checks.TESTS, checks.EXPORT_TESTS):
         stage = data["stages"].get(name, {"cases": {}, "left_out": []})
         if stage["left_out"] or not all(result.get("passed") for result in stage["cases"].values()):
