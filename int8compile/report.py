@@ -51,7 +51,9 @@ class SkipReason(enum.Enum):
     )
     NESTED = "it is inside a region that is captured as a graph of its own (torch.cond, checkpointing)"
     ACTIVATION = "its input is no ordinary dense tensor; give a tensor that is padded, or of rows one behind the other"
-    TRANSFORMED = "torch.func differentiates it inside the compiled function; the operator has no formula for that"
+    TRANSFORMED = (
+        "torch.func differentiates it inside the compiled function; quantize_(model) makes it int8 there, too"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

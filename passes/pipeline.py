@@ -78,7 +78,7 @@ def _rewrite_linears(
         region.pass_by(node)
         report.sites.extend(_hidden_sites(node, parameters))
         if holds_int8(node):
-            report.sites.append(_held_row(node, config, binder))
+            report.sites.append(_held_row(node, config, binder, region))
             continue
         call = vocabulary.contraction(node)
         if call is None:
@@ -162,7 +162,7 @@ _HELD = {
 }
 
 
-def _held_row(node: Node, config: Int8Config, binder: Binder) -> Site:
+def _held_row(node: Node, config: Int8Config, binder: Binder, region: Region) -> Site:
     """The row of a site that is int8 already; takes its weight over where the module is to give it up."""
     x, qweight, scale = node.args[:3]
     assert isinstance(x, Node)
@@ -170,7 +170,7 @@ def _held_row(node: Node, config: Int8Config, binder: Binder) -> Site:
     assert isinstance(scale, Node)
     weight = traced(qweight)
     path = names.module_path(node)
-    node.meta[NEEDS_GRAD] = traced(node).requires_grad
+    node.meta[NEEDS_GRAD] = traced(node).requires_grad or region.transforms > 0
     # What is read by rows too, as a tied embedding is, would be in memory twice.
     alone = all(holds_int8(user) for user in qweight.users)
     if config.free_weights and alone and node.target is not ops.grouped_linear.default:

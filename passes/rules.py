@@ -148,7 +148,7 @@ def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:
 
 
 def not_transformed(site: LinearSite, config: Int8Config) -> Verdict:
-    """The operators have a backward formula for autograd, none for torch.func."""
+    """What torch.func differentiates are tensors that wrap others, which the lowered operators do not take."""
     return (SkipReason.TRANSFORMED, "") if site.transformed else None
 
 

@@ -23,12 +23,17 @@ hold no strings and no lists, so that Inductor's C++ wrapper calls them without 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 from int8compile.errors import InputError
 from int8compile.ops import packing, reference
@@ -134,29 +139,105 @@ def _register(
     op = getattr(torch.ops.int8compile, name)
     implementation, fake = _calls(name, compute, batch_dims=batch_dims, packed=packed)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, scale, bias, *_ = inputs
-        ctx.save_for_backward(weight, scale)
-        ctx.k = x.shape[-1]
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def dequantized(weight: Tensor, scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+        qweight = packing.unpack_weight(weight, scale.shape[-1], k) if packed else weight
+        return reference.dequantize_weight(qweight, scale, dtype)
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            # `grad_x = grad_y @ dequantized W`, gradients not quantized (LLM.int8(), appendix on training).
-            qweight = packing.unpack_weight(weight, scale.shape[-1], ctx.k) if packed else weight
-            grad_x = grad @ reference.dequantize_weight(qweight, scale, grad.dtype)
-        if ctx.needs_input_grad[3]:
-            rows = grad.flatten(batch_dims, -2) if grad.dim() > batch_dims + 1 else grad.unsqueeze(-2)
-            grad_bias = rows.sum(dim=-2, dtype=torch.float32).to(ctx.bias_dtype)
-        return (grad_x, None, None, grad_bias) if weight_only else (grad_x, None, None, grad_bias, None, None)
+    class Derivatives(_SingleLevelFunction):
+        """Those of the product with the dequantized weight; they are not quantized (LLM.int8(), 2022, appendix E)."""
+
+        @staticmethod
+        def forward(*args: Any) -> Tensor:
+            return _without_derivatives(op, *args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x, weight, scale, bias, *policy = inputs
+            ctx.save_for_backward(weight, scale)
+            ctx.save_for_forward(weight, scale)
+            ctx.k, ctx.dtype, ctx.policies = x.shape[-1], x.dtype, len(policy)
+            ctx.bias_dtype = None if bias is None else bias.dtype
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            weight, scale = ctx.saved_tensors
+            grad_x = grad_bias = None
+            if ctx.needs_input_grad[0]:
+                grad_x = grad @ dequantized(weight, scale, ctx.k, grad.dtype)
+            if ctx.needs_input_grad[3]:
+                rows = grad.flatten(batch_dims, -2) if grad.dim() > batch_dims + 1 else grad.unsqueeze(-2)
+                grad_bias = rows.sum(dim=-2, dtype=torch.float32).to(ctx.bias_dtype)
+            return grad_x, None, None, grad_bias, *[None] * ctx.policies
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+            weight, scale = ctx.saved_tensors
+            along_x, _, _, along_bias, *_ = tangents
+            along = weight.new_zeros(1, dtype=ctx.dtype)
+            with _all_derivatives():
+                if along_x is not None:
+                    along = along_x @ dequantized(weight, scale, ctx.k, ctx.dtype).mT
+                if along_bias is not None:
+                    along = along + (along_bias.unsqueeze(-2) if batch_dims else along_bias).to(ctx.dtype)
+                return along
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    _register_derivatives(name, op, Derivatives)
+    _register_vmap(name, op, rows_alone=not batch_dims)
     _register_autocast(name, op)
     return op
+
+
+def _register_vmap(name: str, op: Any, *, rows_alone: bool) -> None:
+    """Has `torch.vmap` give what a loop gives; by one call where the rows of x are independent of each other."""
+
+    def vectorized(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        x, *rest = args
+        by_column = not isinstance(rest[-1], Tensor) and rest[-1] in ("column", True)
+        if rows_alone and not by_column and all(dim is None for dim in in_dims[1:]):
+            return op(x.movedim(in_dims[0], 0), *rest), 0
+        each = [
+            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(each), 0
+
+    torch.library.register_vmap(f"int8compile::{name}", vectorized, lib=_LIBRARY)
+
+
+@contextlib.contextmanager
+def _all_derivatives() -> Iterator[None]:
+    """Switches on again what PyTorch switches off inside of a function: other levels of `torch.func` need both."""
+    with torch.enable_grad(), _set_fwd_grad_enabled(True):
+        yield
+
+
+def _without_derivatives(op: Any, *args: Any) -> Tensor:
+    """Calls an operator below the level of autograd, or of `torch.func`, that a function stands on."""
+    with _all_derivatives(), torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = op(*args)
+        return result
+
+
+def _register_derivatives(name: str, op: Any, function: Any) -> None:
+    """Has calls that autograd records, or that carry tangents, go through a function.
+
+    `torch.library.register_autograd` knows no derivatives in forward mode and drops tangents in silence, and what it
+    makes cannot be used under `torch.func`, which calls this once for each level: so of a single level, as in functorch.
+    """
+    overload = op.default
+
+    def autograd(keys: Any, *args: Any) -> Any:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        # Tangents there are inside of `forward_ad.dual_level` and `torch.func` only.
+        if recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def _register_autocast(name: str, op: Callable[..., Any]) -> None:
@@ -323,14 +404,31 @@ def _grouped_linear_fake(
     return x.new_empty(x.shape[0], scale.shape[1])
 
 
-def _grouped_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:4])
+class _GroupedDerivatives(_SingleLevelFunction):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _without_derivatives(grouped_linear, *args)
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:4])
+        ctx.save_for_forward(*inputs[1:4])
 
-def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # An operator of its own, because what it does depends on the values of `ends`.
-    grad_x = torch.ops.int8compile.grouped_linear_backward(grad, *ctx.saved_tensors)
-    return grad_x, None, None, None, None, None
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # An operator of its own, because what it does depends on the values of `ends`.
+        grad_x = torch.ops.int8compile.grouped_linear_backward(grad, *ctx.saved_tensors)
+        return grad_x, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        along, (qweight, scale, ends) = tangents[0], ctx.saved_tensors
+        assert along is not None
+        with _all_derivatives():
+            y = along.new_zeros(along.shape[0], scale.shape[1])
+            for expert, part in grouped_parts(ends, along.shape[0]):
+                y[part] = along[part] @ reference.dequantize_weight(qweight[expert], scale[expert], along.dtype).mT
+            return y
 
 
 def _grouped_grad_x(grad: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
@@ -356,10 +454,8 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("int8compile::grouped_linear", _grouped_linear_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "int8compile::grouped_linear", _grouped_backward, setup_context=_grouped_setup_context, lib=_LIBRARY
-)
 grouped_linear = torch.ops.int8compile.grouped_linear
+_register_derivatives("grouped_linear", grouped_linear, _GroupedDerivatives)
 _register_autocast("grouped_linear", grouped_linear)
 
 
@@ -373,11 +469,13 @@ linear_no_grad = register_no_grad(
     f"{_weight('qweight')}{_POLICY}) -> Tensor",
     *(_with_flag(run) for run in _calls("linear_no_grad", reference.linear)),
 )
+_register_vmap("linear_no_grad", linear_no_grad, rows_alone=True)
 weight_only_linear_no_grad = register_no_grad(
     "weight_only_linear_no_grad",
     f"{_weight('qweight')}) -> Tensor",
     *_calls("weight_only_linear_no_grad", reference.weight_only_linear),
 )
+_register_vmap("weight_only_linear_no_grad", weight_only_linear_no_grad, rows_alone=True)
 packed_linear_no_grad = register_no_grad(
     "packed_linear_no_grad",
     f"{_weight('packed')}{_POLICY}) -> Tensor",
