@@ -28,7 +28,7 @@ from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning
 from int8compile.passes import (
     EXACT_DIVISION,
     PlaceholderBinder,
-    holds_int8,
+    int8_tensors,
     lower_for_cpu,
     lower_for_gpu,
     rewrite_graph,
@@ -90,6 +90,8 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
         module.graph.lint()
         if lowered.quantized_by_inductor:
             patches = EXACT_DIVISION | patches
+    for note in report.notes:
+        _warn_once(note)
     log.info("%s", report.summary())
     log.debug("%s", report)
     _warn_if_nothing_rewritten(report)
@@ -144,7 +146,7 @@ def captured_parameters(module: GraphModule, example_inputs: Sequence[Any]) -> d
     The int8 weights of modules that `quantize_` made are among them.
     """
     placeholders = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
-    held = {node.args[1] for node in module.graph.nodes if holds_int8(node)}
+    held = int8_tensors(module.graph)
     return {
         node: value
         for node, value in zip(placeholders, example_inputs, strict=True)

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from int8compile import ops
@@ -61,6 +62,8 @@ class Target:
     @property
     def shape(self) -> tuple[int, ...]:
         """N and K, behind the number of experts."""
+        if is_lazy(self.weight):
+            return ()
         *batch, n, k = self.weight.shape
         # What is int8 already is not transposed any more.
         return (*batch, k, n) if self.transposed and self.weight.is_floating_point() else (*batch, n, k)
@@ -199,7 +202,10 @@ def _targets(path: str, module: nn.Module) -> Iterator[Target]:
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
-        if name in experts:
+        if is_lazy(parameter):
+            if isinstance(module, nn.Linear) and name == "weight":
+                yield Target(path=path, module=module, source="linear", weight=parameter)
+        elif name in experts:
             yield Target(path=f"{path}.{name}".lstrip("."), module=module, source="experts", weight=parameter)
         elif multiplies(module, parameter) or _looks_fused(module, parameter):
             plain = isinstance(module, nn.Linear) and name == "weight"
@@ -228,6 +234,8 @@ def _verdict(
         return None, ""
     if named := by_name(target.path, config):
         return named
+    if is_lazy(weight):
+        return SkipReason.UNINITIALIZED, ""
     if is_head and config.lm_head == "native":
         return (SkipReason.TIED if len(sharing) > 1 else SkipReason.LM_HEAD), ""
     if not target.path:
@@ -271,6 +279,19 @@ def _is_replaceable(module: nn.Module) -> bool:
 
 
 def _row(target: Target) -> Site:
+    if is_lazy(target.weight):
+        return Site(
+            path=target.path,
+            op=type(target.module).__name__,
+            source="",
+            shape=(),
+            weight=str(id(target.weight)),
+            weight_bytes=0,
+            bytes_before=0,
+            bytes_after=0,
+            reason=target.reason,
+            detail=target.detail,
+        )
     *batch, n, k = target.shape
     numel = target.weight.numel()
     after = numel + 4 * (numel // k if k else 0)
@@ -328,18 +349,19 @@ class Converter:
         options: dict[str, Any] = {"dtype": target.weight.dtype}
         if target.source == "embedding":
             assert isinstance(module, nn.Embedding)
-            return self._replace(module, Int8Embedding(qweight, scale, padding_idx=module.padding_idx, **options))
+            return self._replace(target, Int8Embedding(qweight, scale, padding_idx=module.padding_idx, **options))
         options |= {"threshold": self._config.threshold, "outliers": self._config.outliers}
         if target.source == "experts":
             name = target.path.rpartition(".")[2]
             new: Int8Module = Int8Experts(qweight, scale, transposed=target.transposed, **options)
             delattr(module, name)
+            new.path = target.path
             module.add_module(name, new.train(module.training))
             use_int8_experts(module)
             return new
         options |= {"weight_only": target.weight_only, "source": target.source}
         bias = module._parameters.get("bias")
-        return self._replace(module, Int8Linear(qweight, scale, bias, **options))
+        return self._replace(target, Int8Linear(qweight, scale, bias, **options))
 
     def holds(self, target: Target) -> bool:
         """Whether a target is still to be converted."""
@@ -347,9 +369,10 @@ class Converter:
             return target.path.rpartition(".")[2] in target.module._parameters
         return id(target.module) in self._places
 
-    def _replace(self, old: nn.Module, new: Int8Module) -> Int8Module:
-        new.train(old.training)
-        replace(self._places.pop(id(old)), new)
+    def _replace(self, target: Target, new: Int8Module) -> Int8Module:
+        new.path = target.path
+        new.train(target.module.training)
+        replace(self._places.pop(id(target.module)), new)
         return new
 
 
@@ -511,8 +534,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         key = id(module.qweight)
         if key not in weights:
             weight = ops.dequantize_weight(module.qweight, module.scale, dtype or module.dtype)
-            transposed = module.source == "conv1d" or (isinstance(module, Int8Experts) and module.transposed)
-            weights[key] = nn.Parameter(weight.mT.contiguous() if transposed else weight)
+            weights[key] = nn.Parameter(weight.mT.contiguous() if module.is_transposed else weight)
         if isinstance(module, Int8Experts):
             for parent, name in places[id(module)]:
                 delattr(parent, name)
@@ -561,6 +583,8 @@ def memory_footprint(model: nn.Module) -> int:
             sizes[storage._cdata] += tensor.numel() * tensor.element_size()
 
     for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if is_lazy(tensor):
+            continue
         add(tensor)
         for weight in STORE.weights(tensor).values():
             add(weight.qweight)

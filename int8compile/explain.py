@@ -84,6 +84,7 @@ def explain(
             if prefix not in seen:
                 seen.add(prefix)
                 report.activation_matmuls += found.activation_matmuls
+                report.notes += found.notes
                 report.sites += [
                     dataclasses.replace(site, path=prefix + site.path, weight=prefix + site.weight)
                     for site in found.sites

@@ -35,7 +35,7 @@ from int8compile.errors import ExportError, listed
 from int8compile.ops import pack_weight
 from int8compile.passes import (
     AttributeBinder,
-    holds_int8,
+    int8_tensors,
     lower_for_cpu,
     lower_for_gpu,
     lower_portable,
@@ -46,7 +46,7 @@ from int8compile.passes.lower_gpu import has_int8_kernels
 from int8compile.passes.names import module_path
 from int8compile.passes.static import BUFFER
 from int8compile.report import Report, SkipReason
-from int8compile.weights import FREED, joined, quantize_checked
+from int8compile.weights import FREED, joined, quantize_checked, view_of_int8
 
 if TYPE_CHECKING:
     from int8compile.triton_kernels.plan import Gpu
@@ -221,7 +221,7 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
         BadWeightError: A weight has NaN or Inf, or no data.
     """
     tensors = _stored(module)
-    held = {node for call in module.graph.nodes if holds_int8(call) for node in call.args[1:3]}
+    held = int8_tensors(module.graph)
     parameters = {node: value for node, value in tensors.items() if isinstance(value, nn.Parameter) or node in held}
     for node in module.graph.find_nodes(op="get_attr"):
         # What `forward` makes of numbers is a constant.
@@ -248,7 +248,7 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
             if scale is None:
                 weight, rows = quantize_checked(parameters[source], view, path)
             else:
-                weight, rows = view.of(parameters[source]), parameters[scale].detach()
+                weight, rows = view_of_int8(parameters[source], parameters[scale], view)
             weights.append(pack_weight(weight) if slot.packed else weight)
             scales.append(rows)
         return joined(weights, interleaved=slot.interleaved), joined(scales, interleaved=slot.interleaved)

@@ -13,32 +13,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 
 from int8compile import cpu, ops, triton_kernels
-from int8compile.errors import CheckpointError, Int8WeightError
-from int8compile.weights import METADATA
-
-
-class WeightMetadata(Tensor):
-    """What is known of a float weight that is not there; using its values raises `Int8WeightError`."""
-
-    # What transformers asks before it initializes a weight.
-    _is_hf_initialized = True
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise Int8WeightError(
-            f"{torch.overrides.resolve_name(func) or func} was called on the weight of an int8 module, which has none "
-            "in float. module.dequantize() makes a copy of it in float, int8compile.dequantize_(model) a float model; "
-            "skip_modules leaves a module in float"
-        )
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"WeightMetadata(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
-
+from int8compile.errors import CheckpointError, InputError, Int8WeightError
+from int8compile.module_weight import Held, Int8Weight
 
 # What a module was made from, and what `dequantize` makes of it again.
 Source = Literal["linear", "conv1d", "embedding", "experts"]
@@ -62,8 +41,10 @@ class Int8Module(nn.Module):
         scale: [..., N] float32; `qweight * scale` is the weight.
         dtype: What the weight is dequantized to; `.to(dtype)` of the module changes it, `scale` stays float32.
         source: What kind of module it was made from.
+        path: Where it was put in the model that it is of, for messages.
     """
 
+    path = ""
     qweight: Tensor
     scale: Tensor
 
@@ -79,6 +60,17 @@ class Int8Module(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _load_kernels()
 
+    def _check_input(self, x: Tensor) -> None:
+        # The operators check it, too, but do not know what module it is.
+        k = self.qweight.shape[-1]
+        plain = x.layout == torch.strided and not x.is_nested
+        if not plain or x.dtype not in ops.SUPPORTED_DTYPES or not x.dim() or x.shape[-1] != k:
+            found = f"{x.dtype} {list(x.shape)}" if plain else f"a {'nested' if x.is_nested else x.layout} tensor"
+            raise InputError(
+                f"{self.path or type(self).__name__}: its input is {found}; give a dense tensor [..., {k}] of "
+                f"{', '.join(map(str, ops.SUPPORTED_DTYPES))}"
+            )
+
     def dequantize(self) -> Tensor:
         """The weight in float, a copy.
 
@@ -89,15 +81,52 @@ class Int8Module(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape, dtype and device of the float weight, for code that looks at them beside the forward pass.
+        """The weight for code that reads it instead of calling the module; as the float module has it.
 
-        Anything else raises `Int8WeightError`: what is written to a float weight would be lost, what is computed with
-        it would not be int8.
+        Matmuls with it run in int8 and multiplying it in place by a number scales the weight; other writes raise
+        `Int8WeightError`, and any other use dequantizes it, with one warning.
         """
-        if torch.compiler.is_compiling():
-            return self.dequantize()  # Which is not computed where only its metadata is asked for.
-        alike = torch.empty((), dtype=self.dtype, device=self.qweight.device).expand(self.qweight.shape)
-        return alike.as_subclass(WeightMetadata)
+        if not torch.compiler.is_compiling():
+            return self._read()  # type: ignore[no-any-return]
+        # Not computed where all matmuls with it become int8.
+        weight = self._held().in_float()
+        return weight.mT if self.is_transposed else weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        # `module.weight *= 2` assigns what it has changed in place.
+        if not (isinstance(value, Int8Weight) and value.held.qweight is self.qweight and value.whole):
+            raise self._not_replaceable()
+
+    def _not_replaceable(self) -> Int8WeightError:
+        return Int8WeightError(
+            f"{self.path or type(self).__name__}.weight cannot be replaced, it is int8. Load float weights before "
+            "quantize_(model), or call int8compile.dequantize_(model) first. What multiplies it by a number writes "
+            "weight.mul_(number)"
+        )
+
+    def _held(self) -> Held:
+        # Embeddings have none of the options: beside their table, what is computed with it stays in float.
+        threshold, outliers = getattr(self, "threshold", 0.0), getattr(self, "outliers", "row")
+        weight_only = getattr(self, "weight_only", isinstance(self, Int8Embedding))
+        return Held(self.qweight, self.scale, self.dtype, threshold, outliers, weight_only, self.path)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _read(self) -> Tensor:
+        like = torch.empty_strided(self.qweight.shape, self.qweight.stride(), dtype=self.dtype, device="meta")
+        weight = Int8Weight.make(self._held(), like)
+        return weight.mT if self.is_transposed else weight
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the float weight is [..., K, N]."""
+        return self.source == "conv1d" or bool(getattr(self, "transposed", False))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module, but for "weight", which is int8."""
+        if name == "weight":
+            raise self._not_replaceable()
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
         held = {name: self._buffers.pop(name) for name in BUFFERS if name in self._buffers}
@@ -144,6 +173,10 @@ class Int8Module(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+# Called by code that Dynamo has given up on, the property would be compiled by itself, and return the float weight.
+skip_code(Int8Module.weight.fget.__code__)  # type: ignore[attr-defined]
 
 
 def bad_scales(scale: Tensor) -> str:
@@ -237,13 +270,14 @@ class Int8Linear(Int8Module):
             [B, j, K] every row; the result has the same rows.
 
         Raises:
-            InputError: x has another dtype or another K; the CPU kernel raises RuntimeError.
+            InputError: x has another dtype or another K.
         """
         if x.is_nested and x.layout == torch.jagged:
             # Its rows lie one behind the other, and none depends on another.
             nested: Any = x
             rows = self.forward(nested.values())
             return torch.nested.nested_tensor_from_jagged(rows, nested.offsets(), nested.lengths())
+        self._check_input(x)
         if self.weight_only:
             result: Tensor = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
         else:
@@ -322,7 +356,11 @@ class Int8Experts(Int8Module):
         Shapes:
             x: [S, K], the rows of the first expert, then those of the second, and so on; ends: [E] int32, where each
             expert's rows end; result: [S, N], zeros behind the last end.
+
+        Raises:
+            InputError: x has another dtype or another K, or `ends` do not ascend.
         """
+        self._check_input(x)
         result: Tensor = ops.grouped_linear.default(x, self.qweight, self.scale, ends, self.threshold, self.outliers)
         return result
 

@@ -24,6 +24,7 @@ class SkipReason(enum.Enum):
         "its weight requires grad and grad mode is on, so it may be being trained; "
         "call it under torch.no_grad(), or freeze it with requires_grad_(False)"
     )
+    UNINITIALIZED = "it has no weight before its first call; run the model once, then quantize it"
     SUBCLASS = "its weight is a tensor subclass (sharded, or quantized already); give a plain parameter"
     MODULE = (
         "the code around it reads its weight, so no module can take its place; "
@@ -51,9 +52,7 @@ class SkipReason(enum.Enum):
     )
     NESTED = "it is inside a region that is captured as a graph of its own (torch.cond, checkpointing)"
     ACTIVATION = "its input is no ordinary dense tensor; give a tensor that is padded, or of rows one behind the other"
-    TRANSFORMED = (
-        "torch.func differentiates it inside the compiled function; quantize_(model) makes it int8 there, too"
-    )
+    TRANSFORMED = "torch.func differentiates it inside the compiled function; quantize_(model) makes it int8 there, too"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

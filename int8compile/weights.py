@@ -122,14 +122,19 @@ def _traced_for_int8() -> bool:
 
 
 _ATTRIBUTES = (
-    *("_version", "device", "dtype", "grad", "grad_fn", "is_cuda", "is_leaf", "is_meta", "layout", "ndim"),
-    *("requires_grad", "shape"),
+    *("_base", "_version", "device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps"),
+    *("is_mkldnn", "is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_xpu", "itemsize", "layout", "name"),
+    *("nbytes", "ndim", "output_nr", "requires_grad", "retains_grad", "shape", "volatile"),
 )
 # What may be asked of a tensor without its data.
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
-    *(Tensor.__hash__, Tensor.dim, Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel),
-    *(Tensor.requires_grad_, Tensor.size, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage),
+    *(Tensor.__hash__, Tensor.__len__, Tensor.dim, Tensor.dim_order, Tensor.element_size, Tensor.get_device),
+    *(Tensor.is_complex, Tensor.is_conj, Tensor.is_contiguous, Tensor.is_floating_point),
+    *(Tensor.is_inference, Tensor.is_neg, Tensor.is_shared, Tensor.is_signed, Tensor.ndimension, Tensor.nelement),
+    *(Tensor.numel, Tensor.requires_grad_, Tensor.size, Tensor.storage_offset, Tensor.stride, Tensor.untyped_storage),
+    *(torch.is_complex, torch.is_conj, torch.is_floating_point, torch.is_inference, torch.is_neg, torch.is_signed),
+    *(torch.get_device, torch.numel),
 }
 
 
@@ -245,7 +250,7 @@ class WeightStore:
         if known is not None and known.is_of(parameter, given):
             return known  # Another thread was faster.
         if isinstance(parameter, FREED):
-            if known is None or given is None:
+            if known is None or given is None or not view.is_all_of(parameter):
                 raise FreedWeightError(f"{path}: its weight was freed before this view of it was taken")
             # What is left of it is the int8 weight; its scales are other ones.
             made = QuantizedWeight(known.qweight, given.detach(), known.made_of, Snapshot(given))
@@ -257,7 +262,7 @@ class WeightStore:
             qweight, scale = quantize_checked(parameter, view, path)
             self.quantized += 1
         else:
-            qweight, scale = view.of(parameter), given.detach()
+            qweight, scale = view_of_int8(parameter, given, view)
         if packed:
             with _plain_tensors():
                 qweight = pack_weight(qweight)
@@ -343,6 +348,25 @@ def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Te
                 f"have no int8 value. Repair the checkpoint, or leave it in float with skip_modules=[{path!r}]"
             )
         return qweight, scale
+
+
+def view_of_int8(qweight: Tensor, scale: Tensor, view: WeightView) -> tuple[Tensor, Tensor]:
+    """A view of a weight that is int8 already, and its scales.
+
+    Where each of its rows lies in one row of the weight, the values are those of the weight; else, as for its
+    transpose, the dequantized ones are quantized again, by the rows of the view.
+    """
+    if view.is_all_of(qweight):
+        return view.of(qweight), scale.detach()
+    with _plain_tensors():
+        row = torch.arange(scale.numel(), device=scale.device, dtype=torch.int32).view(*scale.shape, 1)
+        # With the strides of the weight, which the view is of.
+        rows = view.of(torch.empty_like(qweight, dtype=torch.int32).copy_(row))
+        if bool((rows == rows[..., :1]).all()):
+            return view.of(qweight), scale.flatten()[rows[..., 0].long()]
+        weight = torch.empty_like(qweight, dtype=torch.float32).copy_(qweight * scale[..., None])
+        again, scales = quantize_weight(view.of(weight))
+        return again, scales
 
 
 @contextlib.contextmanager

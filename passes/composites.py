@@ -1,7 +1,8 @@
 """Opens what hides linears, so that the other passes see them.
 
-Dynamo keeps `F.multi_head_attention_forward` (all of `nn.MultiheadAttention`) as one call. It is traced into ATen
-operators and those are put in its place. torch.export makes a graph of its own of what stands under autocast or another
+Dynamo keeps `F.multi_head_attention_forward` (all of `nn.MultiheadAttention`) as one call, and in inference
+`nn.TransformerEncoderLayer` is one operator. They are traced into ATen operators and those are put in their place.
+torch.export makes a graph of its own of what stands under autocast or another
 grad mode. It is put in the place of its call, between two nodes that switch, as Dynamo writes it.
 """
 
@@ -10,19 +11,79 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from int8compile.passes.regions import Region
-from int8compile.passes.static import attribute
+from int8compile.passes.static import attribute, meta_tensor
 
 log = logging.getLogger(__name__)
 
-COMPOSITES = (torch.nn.functional.multi_head_attention_forward,)
+
+def _encoder_layer(
+    src: Tensor,
+    embed_dim: int,
+    heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """`torch._transformer_encoder_layer_fwd` of a dense `src` [B, L, E]."""
+    keep = None
+    if mask is not None:
+        # 0: of positions, [L, L]; 1: of what is padded, [B, L]; 2: both, [B, heads, L, L]. True, or -inf, is left out.
+        keep = (mask[:, None, None] if mask_type == 1 else mask) == 0
+
+    def attention(x: Tensor) -> Tensor:
+        parts = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, heads, embed_dim // heads))
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keep)
+        return F.linear(mixed.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+
+    def feed_forward(x: Tensor) -> Tensor:
+        inner = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(inner) if use_gelu else F.relu(inner), ffn_weight_2, ffn_bias_2)
+
+    def norm_1(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def norm_2(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        x = src + attention(norm_1(src))
+        return x + feed_forward(norm_2(x))
+    x = norm_1(src + attention(src))
+    return norm_2(x + feed_forward(x))
+
+
+# What is opened, and what is traced for it.
+COMPOSITES: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: F.multi_head_attention_forward,
+    torch._transformer_encoder_layer_fwd: _encoder_layer,
+    torch.ops.aten._transformer_encoder_layer_fwd.default: _encoder_layer,
+}
 
 
 def open_composites(module: GraphModule) -> None:
@@ -35,14 +96,14 @@ def open_composites(module: GraphModule) -> None:
 def _open(module: GraphModule, node: Node) -> None:
     # Each distinct node becomes one input: the composite tests whether query, key and value are the same tensor.
     inputs = list(dict.fromkeys(node.all_input_nodes))
-    values = [arg.meta.get("example_value") for arg in inputs]
-    if any(value is None for value in values):
+    values = [meta_tensor(arg) for arg in inputs]
+    if any(value is None or value.is_nested for value in values):
         return
 
     def call(*tensors: Any) -> Any:
         given = dict(zip(inputs, tensors, strict=True))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return COMPOSITES[node.target](*args, **kwargs)
 
     try:
         # In the mode of the inputs, so that what the composite makes anew (a row of zeros) is fake too.
@@ -66,8 +127,10 @@ def _open(module: GraphModule, node: Node) -> None:
                 }
                 replaced[inner] = copied
     (results,) = traced.graph.output_node().args
+    if isinstance(results, Node):
+        node.replace_all_uses_with(replaced[results])
     for user in list(node.users):
-        # The composite returns (output, attention weights): its users are getitems.
+        # Attention returns (output, attention weights): its users are getitems.
         result = cast(tuple[Node | None, ...], results)[cast(int, user.args[1])]
         if result is not None:
             user.replace_all_uses_with(replaced[result])

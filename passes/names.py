@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
 
-from int8compile import errors
+from int8compile import errors, ops
 
 # Frames of these folders are not the user's code.
 _NOT_THE_USERS = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (torch, errors))
@@ -33,6 +33,8 @@ def parameter_name(source: Node) -> str:
     """The qualified name of a parameter's node, e.g. `layers.0.mlp.up_proj.weight`."""
     if source.op == "get_attr":
         return str(source.target)
+    if source.target is ops.module_weight.default:
+        return parameter_name(cast(Node, source.args[0])).removesuffix("qweight") + "weight"
     grapharg = source.meta.get("grapharg")
     name = getattr(getattr(grapharg, "source", None), "name", source.name)
     return clean_path(name() if callable(name) else name)

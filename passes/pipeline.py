@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from int8compile import ops
 from int8compile.config import Int8Config
@@ -14,6 +15,7 @@ from int8compile.passes import names, vocabulary
 from int8compile.passes.binding import Binder
 from int8compile.passes.composites import open_composites, open_regions
 from int8compile.passes.contraction import Contraction, Labels, roles
+from int8compile.passes.module_weights import ModuleWeight, apply_writes, is_stored, module_weights
 from int8compile.passes.regions import Region
 from int8compile.passes.rewrite import NEEDS_GRAD, emit
 from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, weight_only
@@ -53,6 +55,7 @@ def rewrite_graph(
     """
     open_composites(module)
     open_regions(module)
+    apply_writes(module)
     report = _rewrite_linears(module, parameters, config, binder, rules)
     module.graph.lint()
     module.recompile()
@@ -67,6 +70,9 @@ def _rewrite_linears(
     rules: tuple[Rule, ...],
 ) -> Report:
     report = Report(graphs=1)
+    held = dict(module_weights(module.graph))
+    # Fake tensors, but with all that is asked of a parameter.
+    parameters = {**parameters, **{node: traced(node) for node in held}}
     memory = Memory(module.graph)
     tables = {
         weight.source
@@ -84,20 +90,34 @@ def _rewrite_linears(
         if call is None:
             report.activation_matmuls += vocabulary.is_attention(node)
             continue
-        site = _site(node, call, parameters, tables, memory, region)
+        site = _site(node, call, parameters, held, tables, memory, region)
         if site is None:
             report.activation_matmuls += 1
             continue
-        verdict = next((found for rule in rules if (found := rule(site, config))), None)
-        view = emit(module.graph, site, config, binder) if verdict is None else None
-        report.sites.append(_row(site, verdict, view, view is not None and weight_only(site, config)))
+        options = config if site.held is None else _options(site.held, config)
+        verdict = next((found for rule in rules if (found := rule(site, options))), None)
+        view = emit(module.graph, site, options, binder) if verdict is None else None
+        report.sites.append(_row(site, verdict, view, view is not None and weight_only(site, options)))
+    for node in held:
+        if node.users:
+            where = ", ".join(dict.fromkeys(filter(None, map(names.source_line, node.users))))
+            note = f"{names.parameter_name(node)} is int8, and dequantized at every call for what reads it in float"
+            report.notes += (f"{note} ({where or 'outside of the graph'})",)
     return report
+
+
+def _options(held: ModuleWeight, config: Int8Config) -> Int8Config:
+    """Those of the module that holds a weight: it is int8 already, whatever the others ask for."""
+    return dataclasses.replace(
+        config, threshold=held.threshold, outliers=held.outliers, skip_modules=(), lm_head="int8", min_features=1
+    )
 
 
 def _site(
     node: Node,
     call: Contraction,
     parameters: Mapping[Node, Tensor],
+    held: Mapping[Node, ModuleWeight],
     tables: set[Node],
     memory: Memory,
     region: Region,
@@ -121,6 +141,7 @@ def _site(
         roles=roles(call.labels[position], weight_labels, call.out),
         static=found,
         parameter=parameters[found.source] if found else None,
+        held=held.get(found.source) if found else None,
         problem=problem,
         sharing=memory.sharing(found.source) if found else (),
         tied=found is not None and not tables.isdisjoint(memory.same(found.source)),
@@ -145,12 +166,13 @@ def holds_int8(node: Node) -> bool:
     """Whether a node is a linear of a module that `quantize_` made: its weight is int8 already."""
     if node.op != "call_function" or node.target not in _HELD:
         return False
-    return all(isinstance(weight, Node) and _is_stored(weight) for weight in node.args[1:3])
+    return all(map(is_stored, node.args[1:3]))
 
 
-def _is_stored(weight: Node) -> bool:
-    """Whether a tensor is the model's; others are inputs of the call, or computed."""
-    return weight.op == "get_attr" or "_dynamo_static_input_type" in weight.meta.get("tensor_dict", {})
+def int8_tensors(graph: Graph) -> set[Node]:
+    """The int8 weights, and their scales, of modules that `quantize_` made."""
+    called = {tensor for node in graph.nodes if holds_int8(node) for tensor in node.args[1:3]}
+    return called | {tensor for _, held in module_weights(graph) for tensor in (held.qweight, held.scale)}
 
 
 # The operators that modules call.
@@ -194,11 +216,14 @@ def _held_row(node: Node, config: Int8Config, binder: Binder, region: Region) ->
 
 def _row(site: LinearSite, verdict: Verdict, view: WeightView | None, only_weight: bool) -> Site:
     weight = traced(site.weight)
-    if site.static is not None and site.parameter is not None:
-        weight_name, whole = names.parameter_name(site.static.source), site.parameter.nbytes
+    if site.held is not None:
+        name = names.parameter_name(site.held.qweight)
+        before = whole = traced(site.held.qweight).numel() + 4 * traced(site.held.scale).numel()
+    elif site.static is not None and site.parameter is not None:
+        name, whole = names.parameter_name(site.static.source), site.parameter.nbytes
         before = weight.numel() * site.parameter.element_size()
     else:
-        weight_name = site.weight.name
+        name = site.weight.name
         before = whole = weight.numel() * weight.element_size()
     after = before
     groups: tuple[Labels, ...] = ()
@@ -217,8 +242,8 @@ def _row(site: LinearSite, verdict: Verdict, view: WeightView | None, only_weigh
         op=site.contraction.spelling,
         source=names.source_line(site.node),
         shape=tuple(map(str, shape)),
-        weight=weight_name,
-        layout=str(view),
+        weight=name,
+        layout="" if site.held is not None and view is not None and site.held.is_all(view) else str(view),
         weight_bytes=whole,
         bytes_before=before,
         bytes_after=after,

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from int8compile.config import Int8Config
-from int8compile.passes.binding import Binder
+from int8compile.passes.binding import Binder, QuantizedNodes
 from int8compile.passes.contraction import Labels, merged_size, permutation
 from int8compile.passes.rules import LinearSite, weight_only
 from int8compile.passes.static import WeightView, is_view, traced, weight_view
@@ -91,7 +91,7 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     assert site.static is not None
     batch, summed, rows, outputs = site.roles
     sizes = site.sizes()
-    weight = binder.bind(site.static.source, view, site.path)
+    weight = _weight(site, view, config, binder)
 
     x = site.x
     if site.contraction.steps:
@@ -129,6 +129,16 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     elif not outputs:
         y = emitter.method("squeeze", y, -1)
     return emitter.permute(y, (*batch, *rows, *outputs), site.contraction.out)
+
+
+def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Binder) -> QuantizedNodes:
+    """The nodes of the weight in int8; those of the module that holds it, where there is one and they serve."""
+    assert site.static is not None
+    if site.held is None:
+        return binder.bind(site.static.source, view, site.path)
+    if site.held.is_all(view) and not config.free_weights:
+        return QuantizedNodes(site.held.qweight, site.held.scale)
+    return binder.bind(site.held.qweight, view, site.path, site.held.scale)
 
 
 def _trace(site: LinearSite, x: Node, y: Node, view: WeightView) -> None:

@@ -16,6 +16,7 @@ from int8compile.config import Int8Config
 from int8compile.errors import InputError
 from int8compile.ops import MAX_K, SUPPORTED_DTYPES
 from int8compile.passes.contraction import Contraction, Labels, Roles, merged_size
+from int8compile.passes.module_weights import ModuleWeight
 from int8compile.passes.static import StaticWeight, changed_in_graph, traced
 from int8compile.report import SkipReason
 
@@ -32,6 +33,7 @@ class LinearSite:
         roles: What each label is; None where the call is no plain matmul.
         static: The parameter behind the weight; None where the weight is no view of one.
         parameter: That parameter itself.
+        held: What stands for the weight, where the parameter is one of an int8 module.
         problem: Why there is no static weight, where there is none.
         constant: Whether it is a matmul of two parameters, as in a merge of LoRA weights.
         sharing: The inputs and attributes of the graph that share the parameter's memory, that itself among them.
@@ -47,6 +49,7 @@ class LinearSite:
     roles: Roles | None
     static: StaticWeight | None
     parameter: Tensor | None
+    held: ModuleWeight | None
     problem: SkipReason | None
     constant: bool
     sharing: Sequence[Node]
@@ -122,7 +125,7 @@ def weight_only(site: LinearSite, config: Int8Config) -> bool:
 
     Because the configuration asks for it, or because the GPU leaves no other way.
     """
-    if config.lm_head == "int8_weight" and site.is_lm_head:
+    if site.held.weight_only if site.held else config.lm_head == "int8_weight" and site.is_lm_head:
         return True
     if site.parameter is None or site.roles is None or site.roles.batch:
         return False
@@ -174,6 +177,8 @@ def static(site: LinearSite, config: Int8Config) -> Verdict:
 
 def plain_tensor(site: LinearSite, config: Int8Config) -> Verdict:
     """The weight must be an ordinary tensor."""
+    if site.held is not None:
+        return None
     # Transformers and our own FreedWeight subclass Parameter in Python; only __torch_dispatch__ changes what data is.
     dispatch = getattr(type(site.parameter), "__torch_dispatch__", None)
     if dispatch is not None and dispatch is not torch.Tensor.__torch_dispatch__:
@@ -227,7 +232,7 @@ def finite(site: LinearSite, config: Int8Config) -> Verdict:
     """The weight must hold no NaN or Inf. Only `explain` asks: when compiling, the weight store raises."""
     assert site.static is not None
     assert site.parameter is not None
-    if site.parameter.is_meta:
+    if site.parameter.is_meta or site.held is not None:
         return None
     weight = site.static.of(site.parameter)
     bad = weight.numel() - int(weight.isfinite().sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,10 @@ class WeightView(NamedTuple):
     stride: tuple[int, ...]
     offset: int
     shape: tuple[int, ...]
+
+    def is_all_of(self, parameter: Tensor) -> bool:
+        """Whether it is the parameter as it is."""
+        return self == WeightView(tuple(parameter.shape), parameter.stride(), 0, tuple(parameter.shape))
 
     def of(self, parameter: Tensor) -> Tensor:
         """Takes the view of a parameter of the layout it was made for."""
@@ -130,7 +135,7 @@ def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight
     for step in reversed(chain):
         if step.target not in _STEPS:
             continue  # It writes to the weight, so that no rule lets it pass.
-        if step.target in _SAME_VALUES:
+        if step.target in SAME_VALUES:
             cast = meta_tensor(step)
             if cast is None or not cast.is_floating_point() or cast.element_size() < 2:
                 return None  # Rounded to fewer bits than int8 keeps.
@@ -276,7 +281,21 @@ def written(call: Node) -> set[Node]:
     name = str(call.target) if call.op == "call_method" else getattr(call.target, "__name__", "")
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
     in_place = in_place or call.kwargs.get("inplace") is True
-    return _nodes([call.kwargs.get("out"), call.args[0] if in_place and call.args else None])
+    # torch.nn.init hands its arguments on by name.
+    first = next(iter((*call.args, *call.kwargs.values())), None)
+    return _nodes([call.kwargs.get("out"), first if in_place else None])
+
+
+def scaling(call: Node) -> float | None:
+    """The number that an in-place call multiplies all of its first argument by; None for any other call."""
+    if call.target not in _MULTIPLY | _DIVIDE or len(call.args) != 2 or call.kwargs:
+        return None
+    number = call.args[1]
+    if not isinstance(number, int | float) or not math.isfinite(number):
+        return None
+    if call.target in _MULTIPLY:
+        return float(number)
+    return 1 / number if number else None
 
 
 def _by_schema(call: Node) -> Iterator[tuple[Any, Any]]:
@@ -334,11 +353,14 @@ def is_view(node: Node) -> bool:
     if not node.args or not isinstance(node.args[0], Node):
         return False
     # All but the tensor must be constants, and sizes of a weight are. What it is cast to need not be: `w.to(x)`.
-    return node.target in _SAME_VALUES or node.all_input_nodes == [node.args[0]]
+    return node.target in SAME_VALUES or node.all_input_nodes == [node.args[0]]
 
 
 # Writes whose name does not end with an underscore.
 _IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
+
+_MULTIPLY: set[Any] = {"mul_", "multiply_", operator.imul, aten.mul_.Tensor, aten.mul_.Scalar}
+_DIVIDE: set[Any] = {"div_", "divide_", "true_divide_", operator.itruediv, aten.div_.Tensor, aten.div_.Scalar}
 
 # Operations that choose from their first tensor.
 _CHOICES: set[Any] = {
@@ -366,18 +388,24 @@ _VIEWS: set[Any] = {
     *(aten.matrix_H.default, aten.mH.default, aten.adjoint.default, aten.expand.default),
 }
 
+# Other names of the same tensor; the last is x.data in newer graphs.
+ALIASES: set[Any] = {
+    *("detach", torch.detach, aten.detach.default, aten.alias.default),
+    getattr(torch._C._autograd, "_get_data_attr", None),
+}
+
 # Steps that change neither the values (up to the precision that int8 keeps) nor their order.
-_SAME_VALUES: set[Any] = {
-    *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double", "type", "type_as"),
-    *(torch.clone, torch.detach, getattr(torch._C._autograd, "_get_data_attr", None)),  # x.data in newer graphs
-    *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.type_as.default),
+SAME_VALUES: set[Any] = {
+    *ALIASES,
+    *("contiguous", "clone", "to", "float", "half", "bfloat16", "double", "type", "type_as"),
+    *(torch.clone, aten.contiguous.default, aten.clone.default, aten.type_as.default),
     *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other),
     aten.lift_fresh_copy.default,
 }
 
 # Dynamo leaves the overload open where the user writes `torch.ops.aten.t(w)`.
-for _targets in (_VIEWS, _SAME_VALUES):
+for _targets in (_VIEWS, SAME_VALUES):
     _targets.update([target.overloadpacket for target in _targets if isinstance(target, torch._ops.OpOverload)])
 
 # What a weight may be read through.
-_STEPS = _VIEWS | _SAME_VALUES
+_STEPS = _VIEWS | SAME_VALUES

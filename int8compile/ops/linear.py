@@ -5,6 +5,7 @@
 | `linear`, `batched_linear` | [N, K], [B, N, K] int8 | `reference.linear`: all in int8, but outliers |
 | `weight_only_linear` | [N, K] int8 | `reference.weight_only_linear`: weights in int8, activations in float |
 | `grouped_linear` | [E, N, K] int8 | `linear` of each row with the weight of its expert |
+| `module_weight` | [..., N, K] int8 | the float weight; the options say how to multiply with it, for the passes |
 | `quantize_weight` | [..., N, K] float | `reference.quantize_weight` |
 | `pack_weight` | [..., N, K] int8 | the layout of `packing` |
 | `packed_...` | as `packing.pack_weight` makes it | the same |
@@ -173,7 +174,7 @@ def _register(
         def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
             weight, scale = ctx.saved_tensors
             along_x, _, _, along_bias, *_ = tangents
-            along = weight.new_zeros(1, dtype=ctx.dtype)
+            along: Tensor = weight.new_zeros(1, dtype=ctx.dtype)
             with _all_derivatives():
                 if along_x is not None:
                     along = along_x @ dequantized(weight, scale, ctx.k, ctx.dtype).mT
@@ -224,10 +225,13 @@ def _register_derivatives(name: str, op: Any, function: Any) -> None:
     """Has calls that autograd records, or that carry tangents, go through a function.
 
     `torch.library.register_autograd` knows no derivatives in forward mode and drops tangents in silence, and what it
-    makes cannot be used under `torch.func`, which calls this once for each level: so of a single level, as in functorch.
+    makes cannot be used under `torch.func`. That calls the operator once for each of its levels, hence the functions of
+    a single level.
     """
     overload = op.default
 
+    # Dynamo would compile it by itself where the code that calls it is not captured.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def autograd(keys: Any, *args: Any) -> Any:
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         # Tangents there are inside of `forward_ad.dual_level` and `torch.func` only.
@@ -358,6 +362,22 @@ _LIBRARY.impl("quantize_weight", _quantize_weight, "CompositeExplicitAutograd")
 _LIBRARY.impl("quantize_weight", torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_fake("int8compile::quantize_weight", _quantize_weight_fake, lib=_LIBRARY)
 quantize_weight = torch.ops.int8compile.quantize_weight
+
+
+def _module_weight(
+    qweight: Tensor, scale: Tensor, dtype: torch.dtype, threshold: float, outliers: str, weight_only: bool
+) -> Tensor:
+    return reference.dequantize_weight(qweight, scale, dtype)
+
+
+# A composite of PyTorch's operators, so that other compilers, and packages, do without it.
+_LIBRARY.define(
+    "module_weight(Tensor qweight, Tensor scale, ScalarType dtype, float threshold, str outliers, bool weight_only)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("module_weight", _module_weight, "CompositeImplicitAutograd")
+module_weight = torch.ops.int8compile.module_weight
 
 linear = _register("linear", reference.linear)
 batched_linear = _register("batched_linear", reference.batched_linear, batch_dims=1)
