@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import ShortenTraceback
 from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from int8compile import cpu, hardware, triton_kernels
+from int8compile import cpu, frames, hardware, triton_kernels
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning
 from int8compile.passes import (
@@ -34,6 +35,7 @@ from int8compile.passes import (
     rewrite_graph,
 )
 from int8compile.passes.binding import WeightSlot
+from int8compile.passes.module_weights import STORED
 from int8compile.passes.names import parameter_name
 from int8compile.report import Report
 from int8compile.weights import FREED, STORE, FreedWeight, free
@@ -72,6 +74,7 @@ def register() -> None:
 
     An installed package needs no import for that: its entry point says where the backend is.
     """
+    frames.watch()
     installed = importlib.metadata.entry_points(group="torch_dynamo_backends", name="int8")
     if not installed and "int8" not in torch._dynamo.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(int8, name="int8")
@@ -79,12 +82,15 @@ def register() -> None:
 
 def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) -> Compiled:
     module = copy_graph(gm)
+    lifted = lift_attributes(module)
+    example_inputs = [*example_inputs, *lifted]
     parameters = captured_parameters(module, example_inputs)
     binder, report = rewrite_captured(module, example_inputs, config)
     if report.rewritten and _any_on("cpu", parameters) and cpu.available():
         lower_for_cpu(module, binder, parameters)
         module.graph.lint()
-    patches = config.inductor_patches()
+    # Frozen weights would go stale, and Inductor cannot freeze what is an input.
+    patches = {"freezing": False, **config.inductor_patches()}
     if report.rewritten and _any_on("cuda", parameters) and _gpu_kernels(parameters):
         lowered = lower_for_gpu(module, binder, parameters)
         module.graph.lint()
@@ -95,7 +101,35 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     log.info("%s", report.summary())
     log.debug("%s", report)
     _warn_if_nothing_rewritten(report)
-    return _compile(module, example_inputs, binder.slots, config, patches)
+    compiled = _compile(module, example_inputs, binder.slots, config, patches)
+    return functools.partial(_with_lifted, compiled, lifted) if lifted else compiled
+
+
+def lift_attributes(module: GraphModule) -> list[Tensor]:
+    """Makes inputs of the tensors that a Dynamo graph holds; it holds the model's where Inductor is to freeze them.
+
+    Returns:
+        What the new placeholders, behind the others, are given at every call.
+    """
+    if not inductor_config.freezing:
+        return []
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    graph, lifted = module.graph, []
+    for node in graph.find_nodes(op="get_attr"):
+        if (tensor := tensors.get(str(node.target))) is None:
+            continue
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            placeholder = graph.placeholder(node.name)
+        placeholder.meta = {**node.meta, **STORED}
+        placeholder._dynamo_source = None  # AOTAutograd asks for it.
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+        lifted.append(tensor)
+    return lifted
+
+
+def _with_lifted(compiled: Compiled, lifted: Sequence[Tensor], *args: Any) -> Any:
+    return compiled(*args, *lifted)
 
 
 @contextlib.contextmanager

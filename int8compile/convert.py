@@ -240,6 +240,8 @@ def _verdict(
         return (SkipReason.TIED if len(sharing) > 1 else SkipReason.LM_HEAD), ""
     if not target.path:
         return SkipReason.MODULE, "it is the model itself; quantize a module that holds it"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Bilinear):
+        return SkipReason.FORM, type(module).__name__
     if target.source == "linear" and not _is_plain_linear(module):
         return SkipReason.MODULE, type(module).__name__
     if any(not _is_replaceable(owner) for owner in sharing):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame
+from torch._inductor import config as inductor_config
 from torch.fx import GraphModule
 
 from int8compile import cpu, hardware, roofline, triton_kernels
@@ -99,8 +100,17 @@ def explain(
         return model(*args, **kwargs)
 
     # Only what is marked dynamic is a symbol. Dynamo would make one of each size that an earlier call had otherwise.
-    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-    with torch.no_grad(), static, torch.random.fork_rng(), _buffers_restored(model), _dynamo_caches_dropped():
+    static: Any = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    # Parameters that Inductor is to freeze would be no inputs.
+    thawed: Any = inductor_config.patch(freezing=False)
+    with (
+        torch.no_grad(),
+        static,
+        thawed,
+        torch.random.fork_rng(),
+        _buffers_restored(model),
+        _dynamo_caches_dropped(),
+    ):
         torch.compile(_with_code_of_its_own(call), backend=record)(*args, **kwargs)
     report.sites += [
         _not_captured(name, owner, parameter)

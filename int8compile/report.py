@@ -27,7 +27,7 @@ class SkipReason(enum.Enum):
     UNINITIALIZED = "it has no weight before its first call; run the model once, then quantize it"
     SUBCLASS = "its weight is a tensor subclass (sharded, or quantized already); give a plain parameter"
     MODULE = (
-        "the code around it reads its weight, so no module can take its place; "
+        "it is no nn.Linear, or the code around it reads its weight, so no module can take its place; "
         "torch.compile(backend='int8') can rewrite it"
     )
     HOOKED = (

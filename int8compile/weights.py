@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from int8compile.changes import Snapshot, fingerprint
 from int8compile.errors import BadWeightError, FreedWeightError, Int8Warning
+from int8compile.frames import is_ours
 from int8compile.ops import pack_weight, quantize_weight
 from int8compile.passes.static import WeightView
 
@@ -115,10 +116,7 @@ def _traced_for_int8() -> bool:
     except AttributeError:
         # Nothing is traced: this is eager mode, unless AOTAutograd or Inductor is at work on what a backend gave it.
         return CompileContext.try_get() is not None
-    while backend is not None and getattr(backend, "__module__", None) != "int8compile.backend":
-        wrapped = (getattr(backend, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn"))
-        backend = next((inner for inner in wrapped if inner is not None), None)
-    return backend is not None
+    return is_ours(backend)
 
 
 _ATTRIBUTES = (
