@@ -204,16 +204,16 @@ def _plan(func: Any, leaves: list[Any], spec: Any) -> Plan:
             if factor is None or not leaves[position].whole or call.node.args[0] is not call.inputs[position]:
                 raise _not_writable(leaves[position], _name(func))
             return functools.partial(_scale, position, factor)
-    if len(positions) > 1:
-        return read
-    (position,) = positions
-    if is_view(call.node) and call.node.args[0] is call.inputs[position]:
-        return call.view(position) or read
-    return call.product(position) or read
+    (first, *others) = positions
+    if not others and is_view(call.node) and call.node.args[0] is call.inputs[first]:
+        return call.view(first) or read
+    return call.product() or read
 
 
 class _Call:
     """A call as a graph: tensors become placeholders, and int8 weights the operator that stands for them.
+
+    Plans are kept, so they must not hold it: it holds the tensors.
 
     Attributes:
         inputs: The nodes that the call is given, by the positions of its tensors.
@@ -285,24 +285,33 @@ class _Call:
             _viewed(leaves[position], result, (step, take), False) for result, take in zip(results, takes, strict=True)
         )
 
-    def product(self, position: int) -> Plan | None:
-        """A plan that multiplies in int8; None where the call is no matmul, or has no int8 counterpart."""
-        graph = self.node.graph
-        graph.output(self.node)
+    def product(self) -> Plan | None:
+        """A plan that multiplies in int8; None where the call has no matmul, or none with an int8 counterpart."""
+        graph, made = self.node.graph, self.node.meta["example_value"]
+        if isinstance(made, tuple):
+            parts = [_append(graph, operator.getitem, (self.node, i), {}) for i in range(len(made))]
+            graph.output(tuple(None if made[i] is None else part for i, part in enumerate(parts)))
+        else:
+            graph.output(self.node)
         module = GraphModule({}, graph)
         binder = PlaceholderBinder(module)
-        parameters = {node: node.meta["example_value"] for node in self._placeholders[position]}
+        stored = {node: i for i, nodes in self._placeholders.items() if len(nodes) > 1 for node in nodes}
+        parameters = {node: node.meta["example_value"] for node in stored}
         report = rewrite_graph(module, parameters, Int8Config(), binder)
         if not report.rewritten:
             return None
-        views = [slot.members[0].view for slot in binder.slots]
+        for note in report.notes:
+            warn_once(note)
+        views = [(stored[slot.members[0].source], slot.members[0].view) for slot in binder.slots]
+        order = list(self._placeholders)
 
         def run(leaves: list[Any]) -> Any:
-            held = leaves[position].held
             inputs: list[Tensor] = []
-            for i in self._placeholders:
-                inputs += (held.qweight, held.scale) if i == position else (leaves[i],)
-            for view in views:
+            for i in order:
+                leaf = leaves[i]
+                inputs += (leaf.held.qweight, leaf.held.scale) if isinstance(leaf, Int8Weight) else (leaf,)
+            for i, view in views:
+                held = leaves[i].held
                 weight = STORE.get(held.qweight, view, held.path, scale=held.scale)
                 inputs += (weight.qweight, weight.scale)
             return module(*inputs)

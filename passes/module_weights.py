@@ -82,10 +82,13 @@ def _apply_writes(graph: Graph, node: Node, held: ModuleWeight) -> None:
         with graph.inserting_after(call):
             again = graph.node_copy(node)
         # What reads it from here on reads the product.
-        for name in (node, *_names(node)):
+        named = (node, *_names(node))
+        for name in named:
             name.replace_all_uses_with(again, lambda user: again < user)  # noqa: B023  called at once
         call.replace_all_uses_with(again)
-        graph.erase_node(call)
+        for name in (call, *reversed(named)):
+            if not name.users:
+                graph.erase_node(name)
         return _apply_writes(graph, again, held)
     if is_written([node]):
         raise Int8WeightError(

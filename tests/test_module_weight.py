@@ -1,0 +1,367 @@
+"""Code that reads the weight of an int8 module itself: matmuls in int8, other reads in float, most writes refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pathlib
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import int8compile
+from int8compile import Int8Warning, Int8WeightError, SkipReason, module_weight
+from int8compile.module_weight import Int8Weight
+from int8compile.passes.static import WeightView
+from int8compile.weights import STORE, view_of_int8
+from tests.implementations import profiled
+from tests.models import INT8_ERROR, relative_error
+
+Call = Callable[[Tensor, nn.Module], Tensor]
+
+
+class Reader(nn.Module):
+    """A parent that calls a function of its input and its linear, instead of the linear."""
+
+    def __init__(self, call: Call, k: int = 64, n: int = 96) -> None:
+        super().__init__()
+        self.call = call
+        self.inner = nn.Linear(k, n)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.inner)
+
+
+def quantized(call: Call, **options: Any) -> tuple[Reader, Reader]:
+    """A model in float, and the same one in int8."""
+    model = Reader(call).eval()
+    other = copy.deepcopy(model)
+    report = int8compile.quantize_(other, options, progress=False)
+    assert len(report.rewritten) == 1
+    return model, other
+
+
+@pytest.fixture(autouse=True)
+def _warns_again() -> None:
+    module_weight.warn_once.cache_clear()
+
+
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+H = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+X3 = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(3))
+
+# The calls, their inputs, and the linears that each is.
+MATMULS: dict[str, tuple[Call, Tensor, int]] = {
+    "F.linear": (lambda x, m: F.linear(x, m.weight, m.bias), X3, 1),
+    "keywords": (lambda x, m: F.linear(input=x, weight=m.weight, bias=m.bias), X, 1),
+    "x @ w.t()": (lambda x, m: x @ m.weight.t(), X, 1),
+    "x @ w.T": (lambda x, m: x @ m.weight.T, X, 1),
+    "x @ w.mT": (lambda x, m: x @ m.weight.mT, X3, 1),
+    "x @ w": (lambda x, m: x @ m.weight, H, 1),
+    "w @ x": (lambda x, m: (m.weight @ x.t()).t(), X, 1),
+    "F.linear of w.t()": (lambda x, m: F.linear(x, m.weight.t()), H, 1),
+    "mm": (lambda x, m: torch.mm(x, m.weight.transpose(0, 1)), X, 1),
+    "mv": (lambda x, m: torch.mv(m.weight, x[0]), X, 1),
+    "addmm": (lambda x, m: torch.addmm(m.bias, x, m.weight.t(), alpha=2, beta=3), X, 1),
+    "bias.addmm": (lambda x, m: m.bias.addmm(x, m.weight.t()), X, 1),
+    "bmm": (lambda x, m: torch.bmm(x, m.weight.view(2, 48, 64).mT), X3, 1),
+    "baddbmm": (lambda x, m: torch.baddbmm(x[..., :48], x, m.weight.view(2, 48, 64).mT), X3, 1),
+    "einsum": (lambda x, m: torch.einsum("bk,nk->bn", x, m.weight), X, 1),
+    "einsum over outputs": (lambda x, m: torch.einsum("bn,nk->bk", x, m.weight), H, 1),
+    "heads": (lambda x, m: torch.einsum("bk,hdk->bhd", x, m.weight.view(4, 24, 64)), X, 1),
+    "heads, back": (lambda x, m: torch.einsum("bhd,hdk->bk", x.view(5, 4, 24), m.weight.view(4, 24, 64)), H, 1),
+    "tensordot": (lambda x, m: torch.tensordot(x, m.weight, dims=([1], [1])), X, 1),
+    "inner": (lambda x, m: torch.inner(x, m.weight), X, 1),
+    "conv1d": (lambda x, m: F.conv1d(x.mT, m.weight[:, :, None]), X3, 1),
+    "aten": (lambda x, m: torch.ops.aten.mm(x, m.weight.t()), X, 1),
+    "linalg": (lambda x, m: torch.linalg.matmul(x, m.weight.t()), X, 1),
+    "chunk": (lambda x, m: torch.cat([F.linear(x, part) for part in m.weight.chunk(3)], -1), X, 3),
+    "split": (lambda x, m: sum(F.linear(x, part) for part in m.weight.split(32)), X, 3),
+    "unbind": (lambda x, m: sum(F.linear(x, part) for part in m.weight.view(3, 32, 64).unbind(0)), X, 3),
+    "rows": (lambda x, m: F.linear(x, m.weight[:64], m.bias[:64]), X, 1),
+    "columns": (lambda x, m: F.linear(x[:, :32], m.weight[:, :32]), X, 1),
+    "data": (lambda x, m: F.linear(x, m.weight.data), X, 1),
+    "detach": (lambda x, m: F.linear(x, m.weight.detach()), X, 1),
+    "to": (lambda x, m: F.linear(x.bfloat16(), m.weight.to(torch.bfloat16)).float(), X, 1),
+    "type_as": (lambda x, m: F.linear(x.half(), m.weight.type_as(x.half())).float(), X, 1),
+    "clone": (lambda x, m: F.linear(x, m.weight.clone()), X, 1),
+    "the module as well": (lambda x, m: m(x) + F.linear(x, m.weight), X, 2),
+}
+
+
+@pytest.mark.parametrize("name", MATMULS)
+def test_matmuls_run_in_int8(name: str) -> None:
+    call, x, linears = MATMULS[name]
+    model, other = quantized(call)
+    other(x)  # The first call finds out, on tensors without data, what a float product would look like.
+    operators = profiled(lambda: other(x))
+    assert operators["int8compile::linear"] + operators["int8compile::batched_linear"] == linears
+    assert not [op for op in operators if op.startswith("aten::") and op.endswith(("mm", "matmul", "linear"))]
+    assert 0 < relative_error(other(x), model(x)) < INT8_ERROR
+    report = int8compile.explain(other, x)
+    assert [site.path for site in report.sites] == ["inner"] * linears
+    assert len(report.rewritten) == linears
+    assert not report.notes[:-1]  # The last names the CPU.
+
+
+@pytest.mark.parametrize("name", ["F.linear", "x @ w", "heads", "heads, back", "chunk", "baddbmm", "conv1d", "columns"])
+def test_compiled_as_in_eager_mode(name: str) -> None:
+    call, x, _ = MATMULS[name]
+    _, other = quantized(call)
+    compiled = torch.compile(other, backend="int8", fullgraph=True)
+    assert torch.equal(compiled(x), other(x))
+    assert not torch.equal(other(x), torch.compile(other, backend="aot_eager", fullgraph=True)(x))  # That is in float.
+
+
+def test_the_weight_as_it_is_takes_no_more_memory() -> None:
+    _, other = quantized(MATMULS["chunk"][0])
+    before = int8compile.memory_footprint(other)
+    other(X)
+    assert int8compile.memory_footprint(other) - before <= 4 * 96  # Its scales; the rows are views.
+    _, other = quantized(MATMULS["F.linear"][0])
+    other(X3)
+    torch.compile(other, backend="int8")(X3)
+    assert not STORE.weights(other.inner.qweight)
+
+
+def test_a_transposed_weight_is_quantized_again_by_its_rows() -> None:
+    qweight, scale = int8compile.ops.quantize_weight(torch.randn(6, 4))
+    values = qweight * scale[:, None]
+    again, scales = view_of_int8(qweight, scale, WeightView((4, 6), (1, 4), 0, (4, 6)))
+    assert torch.equal(again, int8compile.ops.quantize_weight(values.t().contiguous())[0])
+    assert relative_error(again * scales[:, None], values.t()) < 0.01
+    part, rows = view_of_int8(qweight, scale, WeightView((2, 4), (4, 1), 8, (2, 4)))
+    assert part.data_ptr() == qweight[2:].data_ptr()
+    assert torch.equal(rows, scale[2:4])
+
+
+READS: dict[str, Call] = {
+    "multiplied": lambda x, m: F.linear(x, m.weight * 2),
+    "chosen rows": lambda x, m: F.linear(x, m.weight[torch.tensor([0, 1, 2])]),
+    "norm": lambda x, m: x * m.weight.norm(),
+    "table": lambda x, m: F.embedding(torch.arange(5), m.weight),
+    "concatenated": lambda x, m: F.linear(x, torch.cat([m.weight, m.weight])),
+    "copied from": lambda x, m: torch.zeros(96, 64).copy_(m.weight) @ x.t(),
+    "NumPy": lambda x, m: x * float(m.weight.numpy().sum()),
+    "out": lambda x, m: torch.mm(x, m.weight.t(), out=torch.empty(5, 96)),
+    "with itself": lambda x, m: m.weight @ m.weight.t() + x.sum(),
+    "equal": lambda x, m: x * torch.equal(m.weight, m.weight),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_other_reads_get_it_in_float_with_a_warning(name: str) -> None:
+    _, other = quantized(READS[name])
+    expected = copy.deepcopy(other)
+    int8compile.dequantize_(expected)
+    with torch.no_grad(), pytest.warns(Int8Warning, match=r"^inner: .* reads its weight, which is dequant") as caught:
+        y = other(X)
+    with torch.no_grad():
+        assert torch.equal(y, expected(X))
+        assert len(caught) == 1
+        other(X)  # Once only: another warning would be an error.
+
+
+def test_a_read_in_a_compiled_graph_is_named() -> None:
+    _, other = quantized(lambda x, m: F.linear(x, m.weight * 2))
+    expected = copy.deepcopy(other)
+    int8compile.dequantize_(expected)
+    with pytest.warns(Int8Warning) as caught:
+        y = torch.compile(other, backend="int8")(X)
+    assert relative_error(y, expected(X)) < 1e-6
+    said = [str(warning.message) for warning in caught if warning.category is Int8Warning]
+    assert len(said) == 2
+    assert "inner.weight is int8, and dequantized at every call for what reads it in float (test_module_w" in said[0]
+    assert SkipReason.COMPUTED.value in said[1]
+
+
+def test_metadata_needs_no_values() -> None:
+    _, other = quantized(lambda x, m: x)
+    weight, plain = other.inner.weight, torch.empty(96, 64)
+    for name in ("shape", "dtype", "device", "ndim", "nbytes", "itemsize", "is_sparse", "is_quantized", "is_meta"):
+        assert getattr(weight, name) == getattr(plain, name), name
+    for name in ("numel", "stride", "is_contiguous", "get_device", "element_size", "is_floating_point", "is_complex"):
+        assert getattr(weight, name)() == getattr(plain, name)(), name
+    assert len(weight) == 96
+    assert isinstance(weight, Int8Weight)
+    assert "Int8Weight('inner', shape=[96, 64], dtype=torch.float32" in repr(weight)
+    assert weight.to(torch.bfloat16).dtype == torch.bfloat16
+    assert weight.t().shape == (64, 96)
+    assert not hasattr(weight, "SCB")
+
+
+def in_place(call: Callable[[nn.Module], Any]) -> Call:
+    """Runs a call before the first use, as a model does that scales its weights when it first runs."""
+
+    def run(x: Tensor, module: nn.Module) -> Tensor:
+        if not hasattr(module, "done"):
+            with torch.no_grad():
+                call(module)
+            module.done = True
+        return module(x) + F.linear(x, module.weight)
+
+    return run
+
+
+SCALINGS: dict[str, Callable[[nn.Module], Any]] = {
+    "mul_": lambda m: m.weight.mul_(2),
+    "div_": lambda m: m.weight.div_(2**3),
+    "negative": lambda m: m.weight.mul_(-2),
+    "twice": lambda m: (m.weight.mul_(2), m.weight.div_(3)),
+    "detach": lambda m: m.weight.detach().mul_(2),
+    "zero": lambda m: m.weight.mul_(0),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_multiplying_by_a_number_multiplies_the_scales(name: str, how: str) -> None:
+    model, other = quantized(in_place(SCALINGS[name]))
+    values = other.inner.qweight.clone()
+    expected = model(X)
+    run = torch.compile(other, backend="int8") if how == "compiled" else other
+    for _ in range(2):  # It is scaled once; and what comes later sees it.
+        assert relative_error(run(X), expected) < INT8_ERROR
+    assert torch.equal(other.inner.qweight, -values if name == "negative" else values)
+    assert (other.inner.scale >= 0).all()
+
+
+def test_a_product_assigned_in_place() -> None:
+    def multiply(module: nn.Module) -> None:
+        module.weight *= 3
+        module.weight.data *= 2
+
+    model, other = quantized(in_place(multiply))
+    assert relative_error(other(X), model(X)) < INT8_ERROR
+
+
+WRITES: dict[str, Callable[[nn.Module], Any]] = {
+    "zero_": lambda m: m.weight.zero_(),
+    "add_": lambda m: m.weight.add_(1),
+    "copy_": lambda m: m.weight.copy_(torch.zeros(96, 64)),
+    "a part": lambda m: m.weight[:4].mul_(2),
+    "by a vector": lambda m: m.weight.mul_(torch.ones(96, 1)),
+    "by infinity": lambda m: m.weight.mul_(float("inf")),
+    "by nothing": lambda m: m.weight.div_(0),
+    "item": lambda m: m.weight.__setitem__(0, 1.0),
+    "a list": lambda m: torch._foreach_mul_([m.weight], 2),
+    "out": lambda m: torch.add(m.bias[:, None], torch.ones(64), out=m.weight),
+    "init": lambda m: nn.init.normal_(m.weight),
+    "a copy": lambda m: m.weight.to(torch.bfloat16).mul_(2),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_other_writes_are_refused(name: str, how: str) -> None:
+    _, other = quantized(in_place(WRITES[name]))
+    before = copy.deepcopy(other)
+    run = torch.compile(other, backend="int8") if how == "compiled" else other
+    with pytest.raises(Int8WeightError, match=r"inner.* int8.*skip_modules"):
+        run(X)
+    assert torch.equal(other.inner.qweight, before.inner.qweight)
+    assert torch.equal(other.inner.scale, before.inner.scale)
+
+
+def test_the_weight_is_not_replaced() -> None:
+    _, other = quantized(lambda x, m: x)
+    with pytest.raises(Int8WeightError, match=r"inner\.weight cannot be replaced, it is int8"):
+        other.inner.weight = nn.Parameter(torch.zeros(96, 64))
+    with pytest.raises(Int8WeightError, match=r"inner\.weight cannot be replaced, it is int8"):
+        other.inner.weight = torch.zeros(96, 64)
+    with pytest.raises(Int8WeightError, match=r"inner: an assignment would write to its weight"):
+        other.inner.weight.data = torch.zeros(96, 64)
+    with pytest.raises(Int8WeightError, match=r"would write"):  # As PEFT merges.
+        other.inner.weight.data += torch.ones(96, 64)
+
+
+def test_gradients_go_through_what_reads_the_weight() -> None:
+    model, other = quantized(MATMULS["x @ w.t()"][0])
+    gradients = []
+    for each in (model, other):
+        x = X.clone().requires_grad_()
+        each(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert relative_error(gradients[1], gradients[0]) < INT8_ERROR
+
+
+def test_nothing_keeps_a_model_that_was_read() -> None:
+    for call in (MATMULS["chunk"][0], READS["norm"], MATMULS["heads, back"][0]):
+        _, other = quantized(call)
+        x = H if call is MATMULS["heads, back"][0] else X
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other(x)
+        kept = weakref.ref(other.inner.qweight)
+        del other
+        gc.collect()
+        assert kept() is None
+
+
+def test_free_weights_reads_what_is_left() -> None:
+    model, other = quantized(lambda x, m: F.linear(x, m.weight))
+    compiled = torch.compile(other, backend="int8", options={"free_weights": True})
+    assert relative_error(compiled(X), model(X)) < INT8_ERROR
+    other.inner.scale.mul_(2)
+    assert relative_error(compiled(X), 2 * model(X)) < INT8_ERROR
+
+
+def test_an_exported_model_reads_it_too(tmp_path: pathlib.Path) -> None:
+    model, other = quantized(lambda x, m: F.linear(F.linear(x, m.weight), m.weight.t()))
+    report = int8compile.export(other, (X,), tmp_path / "reader.pt2")
+    assert len(report.rewritten) == 2
+    y = torch._inductor.aoti_load_package(tmp_path / "reader.pt2")(X)
+    assert torch.equal(y, other(X))
+    assert relative_error(y, model(X)) < INT8_ERROR
+
+
+def test_embeddings_are_multiplied_with_their_activations_in_float() -> None:
+    """A tied head: `F.linear(x, self.embedding.weight)`."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(96, 64), nn.Linear(64, 96, bias=False)
+            self.head.weight = self.table.weight
+            self.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.table.weight)
+
+    model = Tied().eval()
+    other = copy.deepcopy(model)
+    int8compile.quantize_(other, {"lm_head": "int8_weight"}, progress=False)
+    assert profiled(lambda: other(X))["int8compile::weight_only_linear"] == 1
+    assert relative_error(other(X), model(X)) < INT8_ERROR
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_encoder_layers_of_pytorch(activation: str, norm_first: bool, padded: bool) -> None:
+    """PyTorch's fused operator for them reads every weight, and would compute in float."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation=activation, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().requires_grad_(False)
+    x, mask = torch.randn(3, 7, 64), torch.zeros(3, 7, dtype=torch.bool)
+    mask[1, 4:] = True
+    given = {"src_key_padding_mask": mask} if padded else {}
+    other = copy.deepcopy(model)
+    report = int8compile.quantize_(other, progress=False)
+    assert len(report.rewritten) == 4
+    with torch.no_grad():
+        expected = model(x, **given)[~mask]
+        for each, linears in ((model, 8), (other, 8)):
+            torch._dynamo.reset()
+            compiled = torch.compile(each, backend="int8")
+            assert 1e-4 < relative_error(compiled(x, **given)[~mask], expected) < INT8_ERROR
+            assert len(int8compile.explain(each, x, **given).rewritten) == linears
+        operators = profiled(lambda: other(x, **given))
+        assert operators["int8compile::linear"] == 4
+        assert "aten::_transformer_encoder_layer_fwd" not in operators
