@@ -81,6 +81,7 @@ def register() -> None:
 
 
 def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) -> Compiled:
+    frames.watch()
     module = copy_graph(gm)
     lifted = lift_attributes(module)
     example_inputs = [*example_inputs, *lifted]

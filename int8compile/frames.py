@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch._dynamo.callback import on_compile_end
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import Unsupported
 
 from int8compile.errors import Int8Warning, first_line, listed
@@ -26,8 +26,9 @@ def is_ours(backend: Any) -> bool:
 
 
 def watch() -> None:
-    """Has Dynamo tell of code that it gives up on, for a warning."""
-    on_compile_end(_warn_of_float)
+    """Has Dynamo tell of code that it gives up on, for a warning; until the next `torch._dynamo.reset()`."""
+    if _warn_of_float not in callback_handler.end_callbacks:
+        callback_handler.register_end_callback(_warn_of_float)
 
 
 def _warn_of_float(_: Any) -> None:

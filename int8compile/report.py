@@ -40,8 +40,8 @@ class SkipReason(enum.Enum):
     FORM = "this form of the call has no int8 counterpart; write it as F.linear or as x @ W"
     BAD_VALUES = "its weight holds NaN or Inf, which has no int8 value; compiling it raises BadWeightError"
     FUSED_OP = (
-        "it is inside an operator that PyTorch has fused already; "
-        "torch.backends.mha.set_fastpath_enabled(False) lets the linears be seen"
+        "it is inside an operator that PyTorch has fused already; call the module that it is for "
+        "(nn.MultiheadAttention, nn.TransformerEncoderLayer), whose linears are seen"
     )
     NOT_CAPTURED = (
         "no captured graph uses it: Dynamo skipped its code after a graph break (TORCH_LOGS=graph_breaks shows where), "

@@ -82,7 +82,6 @@ def _encoder_layer(
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: F.multi_head_attention_forward,
     torch._transformer_encoder_layer_fwd: _encoder_layer,
-    torch.ops.aten._transformer_encoder_layer_fwd.default: _encoder_layer,
 }
 
 

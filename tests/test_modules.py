@@ -297,24 +297,34 @@ def test_eager_runs_the_kernel() -> None:
 
 
 @every_module
-def test_weight_tells_what_it_would_be_and_nothing_else(make: Callable[[], nn.Module]) -> None:
-    """PEFT adds to `weight.data` when it merges: into a copy that would be lost in silence."""
-    weight = make().weight
-    assert (weight.shape, weight.dtype) == (make().qweight.shape, torch.float32)
-    assert (weight.device, weight.ndim, weight.numel()) == (torch.device("cpu"), weight.dim(), make().qweight.numel())
+def test_weight_tells_what_it_would_be(make: Callable[[], nn.Module]) -> None:
+    """Readers of its values are in test_module_weight.py."""
+    module = make()
+    weight = module.weight
+    assert (weight.shape, weight.dtype) == (module.qweight.shape, torch.float32)
+    assert (weight.device, weight.ndim, weight.numel()) == (torch.device("cpu"), weight.dim(), module.qweight.numel())
     assert isinstance(weight, Tensor)
-    for use in (
-        lambda: weight.data,
-        lambda: weight + 1,
-        weight.zero_,
-        lambda: nn.init.normal_(weight),
-        lambda: nn.functional.linear(torch.ones(weight.shape[-1]), weight),
-        weight.clone,
-        lambda: torch.equal(weight, weight),
-    ):
-        with pytest.raises(Int8WeightError, match=r"which has none in float\. module\.dequantize\(\) makes a copy"):
-            use()
-    assert "WeightMetadata" in repr(weight)
+    with pytest.raises(Int8WeightError, match="would write to its weight"):
+        weight.zero_()
+    assert "Int8Weight" in repr(weight)
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.ones(2, 40, dtype=torch.float64), r"torch\.float64 \[2, 40\]"),
+        (torch.ones(2, 40, dtype=torch.int64), r"torch\.int64 \[2, 40\]"),
+        (torch.ones(2, 39), r"torch\.float32 \[2, 39\]"),
+        (torch.tensor(1.0), r"torch\.float32 \[\]"),
+        (torch.ones(2, 40).to_sparse(), r"a torch\.sparse_coo tensor"),
+    ],
+)
+def test_a_wrong_input_names_the_module(x: Tensor, found: str) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(40, 32)}).requires_grad_(False)
+    int8compile.quantize_(model, progress=False)
+    for run in (model["up"], torch.compile(model["up"], backend="int8")):
+        with pytest.raises(InputError, match=rf"^up: its input is {found}; give a dense tensor \[\.\.\., 40\] of"):
+            run(x)
 
 
 def test_weight_of_a_compiled_module() -> None:
