@@ -65,9 +65,9 @@ def tied() -> tuple[Report, Report]:
 
 
 def not_static() -> tuple[Report, Report]:
-    buffer = Uses(lambda m, x: x @ m.w)
+    buffer = Uses(lambda m, x: F.linear(x, m.w))
     buffer.register_buffer("w", torch.randn(64, 64))
-    return explain(buffer), explain(Uses(lambda m, x: x @ m.w, w=parameter()))
+    return explain(buffer), explain(Uses(lambda m, x: F.linear(x, m.w), w=parameter()))
 
 
 def computed() -> tuple[Report, Report]:
