@@ -7,7 +7,6 @@ that is read is checked: the description by a checksum of its own, each tensor b
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from int8compile.atomic import put_in_place, remove_leftovers, sync, temporary_folder
+from int8compile.checksum import THREADS, sha256
 from int8compile.config import Int8Config
 from int8compile.convert import attach, describe, put_described
 from int8compile.errors import CheckpointError, ConfigError, listed
@@ -53,8 +53,6 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _AGAIN = "Copy the checkpoint again, or save it again from the model"
 _CONFIG = "Have model_factory build the model, with the config, that was saved"
-
-_READERS = min(4, os.cpu_count() or 1)
 
 # Where a tensor is: its module and its name there.
 _Place: TypeAlias = tuple[nn.Module, str]
@@ -158,7 +156,7 @@ def load(
         raise CheckpointError(f"model_factory returned {type(model).__name__}. It must return the float model")
     if done := list(describe(model)):
         raise CheckpointError(f"model_factory returned a model with int8 modules: {listed(done)}. Return it in float")
-    targets = put_described(model, index.modules, f"{_CONFIG}. If it does: {_AGAIN[0].lower()}{_AGAIN[1:]}")
+    put_described(model, index.modules, f"{_CONFIG}. If it does: {_AGAIN[0].lower()}{_AGAIN[1:]}")
     places = _places(model)
     _check_names(index, places)
     for name, entry in index.tensors.items():
@@ -167,7 +165,7 @@ def load(
     total = sum(entry.nbytes for entry in index.tensors.values())
     bar = tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not progress or not total, leave=False)
     # In threads: hashing takes longer than reading, and leaves Python's lock alone.
-    with bar, ThreadPoolExecutor(max_workers=_READERS) as pool:
+    with bar, ThreadPoolExecutor(max_workers=THREADS) as pool:
         read = pool.map(lambda item: _read_tensor(folder / item[1].shard, *item), index.tensors.items())
         for (name, entry), tensor in zip(index.tensors.items(), read, strict=True):
             _assign(tensor.to(device or "cpu"), [places[each] for each in _names(index, name)])
@@ -178,7 +176,7 @@ def load(
                 f"{name} has no data: it is not in the checkpoint, and model_factory made it on the meta device or "
                 "from a parameter. Compute it from other values in model_factory, or make it persistent and save again"
             )
-    attach(model, {target.name for target in targets}, Int8Config())
+    attach(model, Int8Config())
     return model if device is None else model.to(device)  # Buffers that are not saved are not there yet.
 
 
@@ -282,7 +280,7 @@ def _write(
                     "shard": file,
                     "dtype": str(tensor.dtype).removeprefix("torch."),
                     "shape": list(tensor.shape),
-                    "sha256": _checksum(tensor),
+                    "sha256": sha256(tensor),
                 }
             save_file(group, new / file, metadata={"format": "pt"})
             sync(new / file)
@@ -309,11 +307,6 @@ def _alone(tensor: Tensor, taken: set[int]) -> Tensor:
         alone = alone.clone()
     taken.add(alone.untyped_storage().data_ptr())
     return alone
-
-
-def _checksum(tensor: Tensor) -> str:
-    data = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
-    return hashlib.sha256(data).hexdigest()
 
 
 def _index_checksum(index: dict[str, Any]) -> str:
@@ -414,7 +407,7 @@ def _typed(file: Path, values: dict[str, Any], key: str, kind: type[Any]) -> Any
 
 def _entry(file: Path, tensors: dict[str, Any], name: str, shards: dict[str, int]) -> _Entry:
     values = _typed(file, tensors, name, dict)
-    shard, dtype, sha256 = (_typed(file, values, key, str) for key in ("shard", "dtype", "sha256"))
+    shard, dtype, digest = (_typed(file, values, key, str) for key in ("shard", "dtype", "sha256"))
     shape = _typed(file, values, "shape", list)
     if shard not in shards:
         raise CheckpointError(f"{file}: {name} is in shard {shard!r}, which is not among its shards. {_AGAIN}")
@@ -422,7 +415,7 @@ def _entry(file: Path, tensors: dict[str, Any], name: str, shards: dict[str, int
         raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; allowed are {', '.join(_DTYPES)}. {_AGAIN}")
     if any(type(size) is not int or size < 0 for size in shape):
         raise CheckpointError(f"{file}: {name} has shape {shape}; sizes are whole numbers. {_AGAIN}")
-    return _Entry(shard, _DTYPES[dtype], tuple(shape), sha256)
+    return _Entry(shard, _DTYPES[dtype], tuple(shape), digest)
 
 
 def _check_shards(folder: Path, index: _Index) -> None:
@@ -572,7 +565,7 @@ def _read_tensor(file: Path, name: str, entry: _Entry) -> Tensor:
                 f"{list(entry.shape)}. {_AGAIN}"
             )
         tensor = mapped.clone()
-    if (found := _checksum(tensor)) != entry.sha256:
+    if (found := sha256(tensor)) != entry.sha256:
         raise CheckpointError(
             f"{name} in {file} is damaged: the SHA-256 of its bytes is {found}, {INDEX} says {entry.sha256}. {_AGAIN}"
         )

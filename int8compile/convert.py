@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import importlib
 import itertools
 import sys
 import warnings
@@ -94,7 +95,6 @@ def quantize_(
     chosen = [target for target in targets if target.reason is None and not isinstance(target.module, Int8Module)]
     found = _report(targets, config)  # Before the weights are gone.
     convert = Converter(model, config)
-    names = {target.name for target in chosen}
     weights = collections.Counter(id(target.weight) for target in chosen)
     del targets
     with tqdm(total=len(chosen), desc="Quantizing", disable=not progress or not chosen, leave=False) as bar:
@@ -104,7 +104,7 @@ def quantize_(
             bar.set_postfix_str(target.path, refresh=False)
             convert(target, shared=weights[id(target.weight)] > 1)
             bar.update()
-    attach(model, names, config)
+    attach(model, config)
     warn_if_all_float(found, "quantize_()")
     return found
 
@@ -433,26 +433,62 @@ def quantized(target: Target) -> tuple[Tensor, Tensor]:
     )
 
 
-def _integration(model: nn.Module) -> Any:
-    """What tells transformers that a model of its is int8, so that `save_pretrained` writes what loads again."""
-    pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    if pretrained is None or not isinstance(model, pretrained):
-        return None
-    from int8compile.integrations import transformers
-
-    return transformers
+# Libraries whose models save themselves, and their base class of such models.
+_LIBRARIES = {
+    "transformers": ("transformers.modeling_utils", "PreTrainedModel"),
+    "diffusers": ("diffusers.models.modeling_utils", "ModelMixin"),
+}
 
 
-def attach(model: nn.Module, names: set[str], config: Int8Config) -> None:
-    """Has a model of transformers save and load as int8; nothing for other models.
+def saving_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+    """Return the models inside a module, itself included, that save themselves with `save_pretrained`.
+
+    The integration of a library that is imported is imported here, even if the module holds no model of that library:
+    the module may be a part of one, which is found when the whole model is saved.
+
+    Returns:
+        Path, model and the module of `int8compile.integrations` for it; outer models before inner ones.
+    """
+    kinds: dict[type[Any], Any] = {}
+    for library, (module, name) in _LIBRARIES.items():
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is None:
+            continue
+        try:
+            kinds[kind] = importlib.import_module(f"int8compile.integrations.{library}")
+        except ImportError:  # A version of the library that is not supported, which matters only for its models.
+            if any(isinstance(inner, kind) for inner in model.modules()):
+                raise
+    return [
+        (path, inner, integration)
+        for path, inner in model.named_modules()
+        for kind, integration in kinds.items()
+        if isinstance(inner, kind)
+    ]
+
+
+def attach(model: nn.Module, config: Int8Config) -> None:
+    """Have every model of transformers or diffusers inside a module, or the module itself, save and load as int8.
 
     Args:
-        model: A model with int8 modules.
-        names: The names that the weights had in float.
-        config: What led to it.
+        model: A module with int8 modules; models inside it that have none stay as they are.
+        config: The options that led to it.
     """
-    if names and (integration := _integration(model)) is not None:
-        integration.attach(model, names, config)
+    outer: list[str] = []
+    for path, inner, integration in saving_models(model):
+        if any(isinstance(module, Int8Module) for module in inner.modules()):
+            nested = any(not above or path.startswith(f"{above}.") for above in outer)
+            integration.attach(inner, config, nested=nested)
+            outer.append(path)
+
+
+def float_names(model: nn.Module) -> set[str]:
+    """Return the names that the weights of int8 modules had in float, those of shared modules under every path."""
+    return {
+        path if module.source == "experts" else f"{path}.weight"
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Int8Module)
+    }
 
 
 def without_data(target: Target) -> tuple[Tensor, Tensor]:
@@ -520,8 +556,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 parent.config = getattr(parent.config, "_float_experts", parent.config)
         else:
             replace(places[id(module)], _float_module(module, weights[key]))
-    if int8 and (integration := _integration(model)) is not None:
-        integration.detach(model)
+    for _, inner, integration in saving_models(model) if int8 else ():
+        integration.detach(inner)
 
 
 def _float_module(module: Any, weight: nn.Parameter) -> nn.Module:

@@ -179,11 +179,12 @@ def test_the_folder_says_how_it_is_loaded(tmp_path: Path, float_folder: str) -> 
     folder = tmp_path / "int8"
     saved(load(float_folder, quantization_config=config), folder)
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert said.keys() == {"quant_method", "checkpoint_format", "modules"}
+    assert said.keys() == {"quant_method", "checkpoint_format", "modules", "checksums"}
     assert (said["quant_method"], said["checkpoint_format"]) == ("int8compile", "int8compile")
     one = {"source": "linear", "threshold": 5.0, "outliers": "column", "weight_only": False}
     assert said["modules"] == dict.fromkeys(int8_paths(load(str(folder))), one)
     assert len(said["modules"]) == 6
+    assert said["checksums"].keys() == {f"{path}.{name}" for path in said["modules"] for name in ("qweight", "scale")}
     state = safetensors.load_file(folder / "model.safetensors")
     assert state["model.layers.0.mlp.up_proj.qweight"].dtype == torch.int8
     assert state["model.layers.0.mlp.up_proj.scale"].dtype == torch.float32
@@ -332,7 +333,7 @@ def test_bad_scales(value: float, tmp_path: Path, float_folder: str) -> None:
     tensors = safetensors.load_file(file)
     tensors["model.layers.0.mlp.up_proj.scale"][3:5] = value
     safetensors.save_file(tensors, file, {"format": "pt"})
-    message = r"model\.layers\.0\.mlp\.up_proj\.scale holds 2 NaN, Inf or negative of 128 entries"
+    message = r"model\.layers\.0\.mlp\.up_proj\.scale in .*model\.safetensors holds 2 NaN, Inf or negative of 128 entries"
     with pytest.raises(CheckpointError, match=message):
         load(folder)
     model = load(float_folder, quantization_config=Int8CompileConfig())
