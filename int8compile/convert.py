@@ -26,6 +26,12 @@ from int8compile.passes.static import WeightView
 from int8compile.report import Report, Site, SkipReason
 from int8compile.weights import STORE, quantize_checked
 
+# Libraries whose models save themselves, and their base class of such models.
+_LIBRARIES = {
+    "transformers": ("transformers.modeling_utils", "PreTrainedModel"),
+    "diffusers": ("diffusers.models.modeling_utils", "ModelMixin"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
@@ -135,6 +141,7 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
             if parameter is not None:
                 owners[id(parameter)].append(module)
     head = output_projection(model)
+    in_float = _saved_in_float(model)
     targets = []
     for path, module in modules.items():
         for target in _targets(path, module):
@@ -142,6 +149,8 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
             tied = any(isinstance(owner, nn.Embedding) for owner in sharing)
             is_head = tied or module is head or matches("lm_head", path)
             reason, detail = _verdict(target, config, is_head, sharing)
+            if reason is None and id(module) in in_float and not isinstance(module, Int8Module):
+                reason, detail = SkipReason.SAVED_IN_FLOAT, in_float[id(module)]
             if reason is None and isinstance(module, Int8Linear):
                 weight_only = module.weight_only
             else:
@@ -156,6 +165,34 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
         if isinstance(module, nn.Embedding) and id(module.weight) in converted
     ]
     return targets
+
+
+def _saved_in_float(model: nn.Module) -> dict[int, str]:
+    """The modules that a library saves and loads by itself, in float only: their ids and its name.
+
+    PEFT does so with adapters (LoRA and the like, trained copies of layers), sentence-transformers with the layers that
+    follow a model.
+    """
+    adapters = _kinds(("peft.tuners.tuners_utils", "BaseTunerLayer"), ("peft.utils.other", "AuxiliaryTrainingWrapper"))
+    layers = _kinds(("sentence_transformers.base.modules.module", "Module"))
+    models = _kinds(*_LIBRARIES.values())
+    found: dict[int, str] = {}
+    within: set[int] = set()
+    for module in model.modules() if adapters or layers else ():
+        if isinstance(module, adapters):
+            held = [getattr(module, name, None) for name in module.adapter_layer_names]
+            found |= {id(inner): "PEFT" for part in held if isinstance(part, nn.Module) for inner in part.modules()}
+        elif isinstance(module, models):
+            within |= {id(inner) for inner in module.modules()}
+        elif isinstance(module, layers):
+            found |= {id(inner): "sentence-transformers" for inner in module.modules() if id(inner) not in found}
+    return {key: library for key, library in found.items() if library == "PEFT" or key not in within}
+
+
+def _kinds(*names: tuple[str, str]) -> tuple[type[Any], ...]:
+    """The classes, by their modules and names, whose modules are imported."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(kind for kind in found if kind is not None)
 
 
 def _experts_together(targets: list[Target]) -> list[Target]:
@@ -431,13 +468,6 @@ def quantized(target: Target) -> tuple[Tensor, Tensor]:
     return quantize_checked(
         target.weight, WeightView(tuple(weight.shape), weight.stride(), 0, target.shape), target.path
     )
-
-
-# Libraries whose models save themselves, and their base class of such models.
-_LIBRARIES = {
-    "transformers": ("transformers.modeling_utils", "PreTrainedModel"),
-    "diffusers": ("diffusers.models.modeling_utils", "ModelMixin"),
-}
 
 
 def saving_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
