@@ -455,6 +455,8 @@ class _OnMeta(threading.local):
     """Whether parameters that this thread registers lose their data, and what became of those that did."""
 
     known: WeakTensorKeyDictionary | None = None
+    # Where those that lost their data were.
+    devices: WeakTensorKeyDictionary | None = None
 
 
 _ON_META = _OnMeta()
@@ -471,6 +473,8 @@ def _watch_parameters() -> None:
         if parameter not in known:
             known[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             vars(known[parameter]).update(vars(parameter))
+            assert _ON_META.devices is not None
+            _ON_META.devices[known[parameter]] = parameter.device
         result: nn.Parameter = known[parameter]
         return result
 
@@ -479,31 +483,42 @@ def _watch_parameters() -> None:
 
 
 _watching = threading.Lock()
+_DEVICE: Any = Tensor.device.__get__
 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters that this thread registers lose their data; those registered in several places stay one.
 
-    Buffers keep theirs: those that are not saved (rotary frequencies) are computed by the constructor.
+    Buffers keep theirs: those that are not saved (rotary frequencies) are computed by the constructor. Meanwhile the
+    parameters say that they are where they were, because constructors compute buffers on the device of a parameter.
     """
     with _watching:
         _watch_parameters()
     # Weakly, or memory would hold the float model.
-    _ON_META.known = WeakTensorKeyDictionary()
+    _ON_META.known, _ON_META.devices = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
     try:
-        with _NothingToInitialize():
+        with _AsIfThereWereData(_ON_META.devices):
             yield
     finally:
-        _ON_META.known = None
+        _ON_META.known = _ON_META.devices = None
 
 
-class _NothingToInitialize(TorchFunctionMode):
-    """Random values of tensors without data, which torch is slow to leave out: a millisecond for each parameter."""
+class _AsIfThereWereData(TorchFunctionMode):
+    """Leaves out random values of tensors without data, and answers for parameters where they would be.
+
+    torch is slow to leave the former out itself: a millisecond for each parameter.
+    """
+
+    def __init__(self, devices: WeakTensorKeyDictionary) -> None:
+        super().__init__()
+        self._devices = devices
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
             return args[0]
+        if func == _DEVICE and args[0] in self._devices:
+            return self._devices[args[0]]
         return func(*args, **(kwargs or {}))
 
 
