@@ -33,7 +33,7 @@ from int8compile.atomic import put_in_place, remove_leftovers, sync, temporary_f
 from int8compile.checksum import THREADS, sha256
 from int8compile.config import Int8Config
 from int8compile.convert import attach, describe, put_described
-from int8compile.errors import CheckpointError, ConfigError, listed
+from int8compile.errors import CheckpointError, ConfigError, first_line, listed
 from int8compile.modules import BUFFERS, Int8Module
 from int8compile.weights import FREED
 
@@ -96,7 +96,8 @@ def save(
         progress: Whether to show a progress bar.
 
     Raises:
-        CheckpointError: The model is not int8 or has tensors that cannot be saved; or the folder holds other files.
+        CheckpointError: The model is not int8 or has tensors that cannot be saved; or the folder holds other files, or
+            cannot be written. A checkpoint that was there is still there then, whole.
         ConfigError: `max_shard_bytes` is not allowed.
     """
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
@@ -115,14 +116,19 @@ def save(
             "module that holds it, e.g. nn.Sequential(model)"
         )
     tensors, aliases = _tensors_of(model)
-    folder = Path(folder).resolve()
-    _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(folder) as new:
-        _write(new, modules, tensors, aliases, max_shard_bytes, progress)
-        _check_replaceable(folder)  # Again: writing takes a while.
-        put_in_place(new, folder)
-    remove_leftovers(folder)
+    folder = Path(os.path.realpath(folder))
+    try:
+        _check_replaceable(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as new:
+            _write(new, modules, tensors, aliases, max_shard_bytes, progress)
+            _check_replaceable(folder)  # Again: writing takes a while.
+            put_in_place(new, folder)
+        remove_leftovers(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {first_line(error)}. Make room or name another folder, and save again"
+        ) from error
 
 
 def load(
@@ -145,11 +151,13 @@ def load(
         The factory's model, its modules in training or evaluation mode as the factory made them.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, of a newer version or in float, or does not fit the model.
+        CheckpointError: The checkpoint is damaged, cannot be read, is of a newer version or in float, does not fit the
+            model, or was replaced meanwhile.
     """
     folder = Path(folder)
     index = _read_index(folder)
-    _check_shards(folder, index)
+    with _unless_replaced(folder, index):
+        _check_shards(folder, index)
     with _parameters_on_meta():
         model = model_factory()
     if not isinstance(model, nn.Module):
@@ -165,7 +173,7 @@ def load(
     total = sum(entry.nbytes for entry in index.tensors.values())
     bar = tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not progress or not total, leave=False)
     # In threads: hashing takes longer than reading, and leaves Python's lock alone.
-    with bar, ThreadPoolExecutor(max_workers=THREADS) as pool:
+    with _unless_replaced(folder, index), bar, ThreadPoolExecutor(max_workers=THREADS) as pool:
         read = pool.map(lambda item: _read_tensor(folder / item[1].shard, *item), index.tensors.items())
         for (name, entry), tensor in zip(index.tensors.items(), read, strict=True):
             _assign(tensor.to(device or "cpu"), [places[each] for each in _names(index, name)])
@@ -178,6 +186,35 @@ def load(
             )
     attach(model, Int8Config())
     return model if device is None else model.to(device)  # Buffers that are not saved are not there yet.
+
+
+@contextlib.contextmanager
+def _unless_replaced(folder: Path, index: _Index) -> Iterator[None]:
+    """Name the cause where what is wrong with a checkpoint is that another save replaced it while it was read.
+
+    Tensors of two checkpoints are never mixed: each is compared with the checksum that the description has.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        replaced = True
+        with contextlib.suppress(CheckpointError):
+            replaced = _read_index(folder) != index
+        if not replaced:
+            raise
+        raise CheckpointError(f"{folder} was replaced or removed while it was loaded. Load it again") from error
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn errors of the file system into `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {first_line(error)}. Check that it exists and its permissions, or copy the "
+            "checkpoint again"
+        ) from error
 
 
 def _places(model: nn.Module) -> dict[str, _Place]:
@@ -336,10 +373,12 @@ def _read_index(folder: Path) -> _Index:
         CheckpointError: There is none, or it is damaged, or of another version.
     """
     file = folder / INDEX
-    if not file.is_file():
-        raise CheckpointError(_what_is_there(folder))
+    with _readable(file):
+        if not file.is_file():
+            raise CheckpointError(_what_is_there(folder))
+        content = file.read_bytes()
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON ({error}): it is cut off or damaged. {_AGAIN}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
@@ -420,16 +459,19 @@ def _entry(file: Path, tensors: dict[str, Any], name: str, shards: dict[str, int
 
 def _check_shards(folder: Path, index: _Index) -> None:
     """Checks that the shards are there, are whole and hold the tensors they should; reads only their headers."""
-    files = sorted(file.name for file in folder.iterdir())
+    with _readable(folder):
+        files = sorted(file.name for file in folder.iterdir())
     extra = [file for file in files if _SHARD.fullmatch(file) and file not in index.shards]
     if extra:
         raise CheckpointError(f"{folder} has shards that {INDEX} does not name: {listed(extra)}. {_AGAIN}")
     for shard, size in index.shards.items():
         file = folder / shard
         expected = [name for name, entry in index.tensors.items() if entry.shard == shard]
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; it holds {listed(expected)}. {_AGAIN}")
-        if (found := file.stat().st_size) != size:
+        with _readable(file):
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing; it holds {listed(expected)}. {_AGAIN}")
+            found = file.stat().st_size
+        if found != size:
             raise CheckpointError(
                 f"{file} has {found} bytes, {INDEX} says {size}: it is cut off or was changed. It holds "
                 f"{listed(expected)}. {_AGAIN}"
@@ -445,7 +487,7 @@ def _check_shards(folder: Path, index: _Index) -> None:
 @contextlib.contextmanager
 def _opened(file: Path, names: list[str]) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="pt") as opened:
+        with _readable(file), safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}). It holds {listed(names)}. {_AGAIN}") from error

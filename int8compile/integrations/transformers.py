@@ -128,7 +128,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         self.lm_head = config.lm_head
         self.min_features = config.min_features
         if checkpoint_format not in (METHOD, "bitsandbytes"):
-            raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are {METHOD!r} and 'bitsandbytes'")
+            raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are '{METHOD}' and 'bitsandbytes'")
         self.checkpoint_format = checkpoint_format
         self.modules = _of_names("modules", modules, Mapping)
         self.checksums = _of_names("checksums", checksums, str)
@@ -175,7 +175,7 @@ def _of_names(option: str, given: object, kind: type[Any]) -> dict[str, Any]:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(value, kind) for value in given.values()):
         raise ConfigError(
-            f"{option} of the quantization_config is {given!r:.60}; it has a {kind.__name__} for each name. The "
+            f"{option} of the quantization_config is {given!r:.60}; it must have a {kind.__name__} for each name. The "
             f"config.json is damaged or was edited. {ADVICE}"
         )
     return dict(given)
