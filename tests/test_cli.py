@@ -294,7 +294,7 @@ def test_quantize_to_a_full_disk(monkeypatch, capsys, saved, tmp_path):
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", full)
     code, _, said = run(capsys, "quantize", saved / "llama", tmp_path / "int8")
-    assert code == 1
+    assert code == 2
     assert f"{str(tmp_path / 'int8')!r} cannot be written: I/O error: No space left on device (os error 28)" in said
     assert not list(tmp_path.iterdir())
 

@@ -168,12 +168,15 @@ def llava() -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["t5", "clip", "whisper", "llava"])
-def test_composite_models(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "lm_head"),
+    [*((name, "native") for name in ("t5", "clip", "whisper", "llava", "mixtral")), ("t5", "int8"), ("gpt2", "int8")],
+)
+def test_composite_models(name: str, lm_head: str, tmp_path: Path) -> None:
     """Models whose config has the configs of models inside."""
     build, inputs = (llava, {"input_ids": IDS}) if name == "llava" else (CASES[name].build, CASES[name].inputs)
     model = build().eval()
-    quantize_(model, progress=False)
+    quantize_(model, {"lm_head": lm_head}, progress=False)
     expected = model(**inputs)[0]
     inner = [part for part in model.modules() if isinstance(part, transformers.PreTrainedModel) and int8_modules(part)]
     assert len(inner) > 1
@@ -198,6 +201,17 @@ def test_a_part_of_a_composite_model(tmp_path: Path) -> None:
     again = assert_comes_back(model, tmp_path / "int8", 7)
     assert json.dumps(saved_config(tmp_path / "int8")).count('"quantization_config"') == 1
     assert_comes_back(again.model.language_model, tmp_path / "inner", 7)
+
+
+def test_a_float_model_of_the_same_config(tmp_path: Path) -> None:
+    """The config says that another model is int8, which this one is not."""
+    model = llama()
+    quantize_(model, progress=False)
+    floats = type(model)(model.config).eval()
+    floats.save_pretrained(tmp_path / "float")
+    assert "quantization_config" not in saved_config(tmp_path / "float")
+    assert torch.equal(run(type(model).from_pretrained(tmp_path / "float")), run(floats))
+    assert_comes_back(model, tmp_path / "int8", 7)
 
 
 @torch.no_grad()

@@ -224,6 +224,7 @@ def detach(model: Any) -> None:
     if isinstance(getattr(model, "hf_quantizer", None), Int8CompileDiffusersQuantizer):
         del model.hf_quantizer
         del model.quantization_method
+    if isinstance(model.config.get("quantization_config"), Int8CompileConfig):
         _set_config(model, None)
 
 
@@ -240,7 +241,7 @@ def _described(model: Any) -> Iterator[None]:
     Modules and values may have changed since it was quantized or loaded.
     """
     if not has_int8(model):
-        detach(model)  # Its parts may have been dequantized, and it was not told.
+        detach(model)  # Its parts may have been dequantized, or it was made from the config of an int8 model.
         yield
         return
     attach(model, Int8Config())

@@ -601,31 +601,37 @@ def _described(model: Any) -> Iterator[None]:
 
     Modules and values may have changed since it was quantized or loaded.
     """
-    if not has_int8(model):
-        if isinstance(getattr(model, "hf_quantizer", None), Int8CompileQuantizer):
-            detach(model)  # Its parts were dequantized, and it was not told.
-        yield
-        return
     if getattr(model, "_hf_peft_config_loaded", False):
         yield  # Only the adapter is saved.
         return
-    attach(model, Int8Config(), nested=True)
-    quantizer = model.hf_quantizer
-    config = quantizer.quantization_config
-    # The configs of models inside are parts of this one's, and would be saved with it.
+    int8 = has_int8(model)
+    if int8:
+        attach(model, Int8Config(), nested=True)
+    elif isinstance(getattr(model, "hf_quantizer", None), Int8CompileQuantizer):
+        detach(model)  # Its parts were dequantized, and it was not told.
+    # The configs of models inside are parts of this one's, and would be saved with it. A float model may have been made
+    # from the config of an int8 one.
     configs = {id(model.config): model.config}
     configs |= {id(inner.config): inner.config for inner in model.modules() if isinstance(inner, PreTrainedModel)}
-    before = {key: vars(held).pop("quantization_config", None) for key, held in configs.items()}
-    model.config.quantization_config = config
-    config.checksums = checksums(model)
+    before = [(held, vars(held).pop("quantization_config")) for held in configs.values() if _is_ours(held)]
+    described = model.hf_quantizer.quantization_config if int8 else None
+    if described is not None:
+        described.checksums = checksums(model)
+        model.config.quantization_config = described
     try:
         yield
     finally:
-        config.checksums = {}
-        for key, held in configs.items():
-            vars(held).pop("quantization_config", None)
-            if before[key] is not None:
-                held.quantization_config = before[key]
+        if described is not None:
+            described.checksums = {}
+            del model.config.quantization_config
+        for held, quantization_config in before:
+            held.quantization_config = quantization_config
+
+
+def _is_ours(config: Any) -> bool:
+    """Whether a model's config says that it is int8 by this package."""
+    said = vars(config).get("quantization_config")
+    return isinstance(said, Int8CompileConfig) or (isinstance(said, dict) and said.get("quant_method") == METHOD)
 
 
 describe_when_saved(PreTrainedModel, _described)
