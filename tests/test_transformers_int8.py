@@ -143,11 +143,19 @@ def test_architecture(name: str, lm_head: str, tmp_path: Path) -> None:
 
 
 def test_a_new_process_gives_the_same_bits(tmp_path: Path, float_folder: str) -> None:
+    """One that does not import the integration gets an error, and no random weights."""
     model = load(float_folder, quantization_config=Int8CompileConfig(lm_head="int8_weight"))
     folder = saved(model, tmp_path / "int8")
     script = f"""
-import torch, int8compile.integrations.transformers
+import torch
 from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({folder!r})
+except RuntimeError as error:
+    assert "ignore_mismatched_sizes" in str(error)
+else:
+    raise AssertionError("random weights")
+import int8compile.integrations.transformers
 model = AutoModelForCausalLM.from_pretrained({folder!r})
 with torch.no_grad():
     torch.save(model(torch.arange(14).view(2, 7), use_cache=False).logits, {str(tmp_path / "logits.pt")!r})
@@ -196,6 +204,7 @@ def test_the_folder_says_how_it_is_loaded(tmp_path: Path, float_folder: str) -> 
     assert state["model.layers.0.mlp.up_proj.scale"].dtype == torch.float32
     assert state["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float32
     assert "model.layers.0.mlp.up_proj.weight" not in state
+    assert [name for name, tensor in state.items() if not tensor.numel()] == ["model.layers.0.self_attn.q_proj.weight"]
     model = load(str(folder))
     assert model.model.layers[0].mlp.up_proj.outliers == "column"
     assert model.is_quantized
@@ -399,6 +408,17 @@ def test_checksums_under_another_head(tmp_path: Path, float_folder: str) -> None
         )
         with pytest.raises(CheckpointError, match=r"down_proj\.qweight in .* is damaged or of another checkpoint"):
             kind.from_pretrained(source)
+
+
+def test_a_state_dict_of_the_files(tmp_path: Path, float_folder: str) -> None:
+    """The empty weight that transformers stumbles over is ignored."""
+    folder = int8_folder(tmp_path, float_folder)
+    model = llama()
+    quantize_(model, progress=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.load_state_dict(safetensors.load_file(folder / "model.safetensors"), strict=True)
+    assert torch.equal(logits(model), logits(load(str(folder))))
 
 
 def test_what_is_offloaded_is_not_checked(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """int8 models in transformers: import this module, then pass an `Int8CompileConfig` to `from_pretrained`.
 
 Weights are read one after the other and quantized on the device that they are for; the float model is never in memory
-as a whole. What `save_pretrained` writes loads again without a config, as long as this module was imported.
+as a whole. What `save_pretrained` writes loads again without a config, as long as this module was imported. Where it
+was not, transformers warns of an unknown quantization type and raises an error about the shape of a weight.
 """
 
 from __future__ import annotations
@@ -252,9 +253,9 @@ class Int8CompileQuantizer(HfQuantizer):
                 if isinstance(module, Int8Module):
                     _as_parameters(module)
         _rename_ties(model, {target.name for target in targets})
-        if config.checkpoint_format != METHOD:
-            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = ignored | {r"\.weight_format$"}
+        if self.pre_quantized:
+            unknown = [r"\.weight_format$"] if config.checkpoint_format != METHOD else _guard_patterns(model)
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unknown}
 
     def _plan(self, model: Any) -> list[Target]:
         """Finds what becomes int8, by the options.
@@ -324,6 +325,17 @@ class Int8CompileQuantizer(HfQuantizer):
         self.mapped = _MappedFiles(())
         # Models inside this one can be saved alone.
         attach_all(model, self.quantization_config.config())
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """Return what is saved: the tensors of the model and, under the name of a float weight, an empty one.
+
+        Where this module was not imported, transformers takes the model for one in float, and would initialize at
+        random what it finds no tensors for. It raises an error about the shape of the empty one instead.
+        """
+        name = next(_guards(model), None)
+        if name is None or getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        return {**model.state_dict(), name: torch.empty(0, device="cpu")}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # A string, after `save_pretrained` has made one of the config's.
@@ -534,6 +546,18 @@ def _check_checkpoint(model: Any, files: Iterable[str]) -> dict[str, str]:
     if files and missing:
         raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")
     return found
+
+
+def _guards(model: nn.Module) -> Iterator[str]:
+    """The names of float weights that an int8 model does not have: those of its linears."""
+    for path, module in model.named_modules():
+        if isinstance(module, Int8Module) and module.source in ("linear", "conv1d"):
+            yield f"{path}.weight"
+
+
+def _guard_patterns(model: Any) -> list[str]:
+    """Patterns for what `get_state_dict_and_metadata` adds, in a model with another head, too."""
+    return [rf"^{re.escape(spelling)}$" for name in _guards(model) for spelling in _spellings(name, model)]
 
 
 def _rename_ties(model: Any, converted: set[str]) -> None:
