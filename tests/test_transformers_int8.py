@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
+import os
 import pickle
+import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +38,8 @@ from tests.test_transformers import CASES, DECODER, FIRST, IDS, TEXT
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
+from safetensors import SafetensorError  # noqa: E402
+
 from int8compile.integrations import transformers as integration  # noqa: E402
 from int8compile.integrations.transformers import Int8CompileConfig, bitsandbytes_config  # noqa: E402
 
@@ -137,11 +143,19 @@ def test_architecture(name: str, lm_head: str, tmp_path: Path) -> None:
 
 
 def test_a_new_process_gives_the_same_bits(tmp_path: Path, float_folder: str) -> None:
+    """One that does not import the integration gets an error, and no random weights."""
     model = load(float_folder, quantization_config=Int8CompileConfig(lm_head="int8_weight"))
     folder = saved(model, tmp_path / "int8")
     script = f"""
-import torch, int8compile.integrations.transformers
+import torch
 from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({folder!r})
+except RuntimeError as error:
+    assert "ignore_mismatched_sizes" in str(error)
+else:
+    raise AssertionError("random weights")
+import int8compile.integrations.transformers
 model = AutoModelForCausalLM.from_pretrained({folder!r})
 with torch.no_grad():
     torch.save(model(torch.arange(14).view(2, 7), use_cache=False).logits, {str(tmp_path / "logits.pt")!r})
@@ -179,16 +193,18 @@ def test_the_folder_says_how_it_is_loaded(tmp_path: Path, float_folder: str) -> 
     folder = tmp_path / "int8"
     saved(load(float_folder, quantization_config=config), folder)
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert said.keys() == {"quant_method", "checkpoint_format", "modules"}
+    assert said.keys() == {"quant_method", "checkpoint_format", "modules", "checksums"}
     assert (said["quant_method"], said["checkpoint_format"]) == ("int8compile", "int8compile")
     one = {"source": "linear", "threshold": 5.0, "outliers": "column", "weight_only": False}
     assert said["modules"] == dict.fromkeys(int8_paths(load(str(folder))), one)
     assert len(said["modules"]) == 6
+    assert said["checksums"].keys() == {f"{path}.{name}" for path in said["modules"] for name in ("qweight", "scale")}
     state = safetensors.load_file(folder / "model.safetensors")
     assert state["model.layers.0.mlp.up_proj.qweight"].dtype == torch.int8
     assert state["model.layers.0.mlp.up_proj.scale"].dtype == torch.float32
     assert state["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float32
     assert "model.layers.0.mlp.up_proj.weight" not in state
+    assert [name for name, tensor in state.items() if not tensor.numel()] == ["model.layers.0.self_attn.q_proj.weight"]
     model = load(str(folder))
     assert model.model.layers[0].mlp.up_proj.outliers == "column"
     assert model.is_quantized
@@ -316,6 +332,216 @@ def test_wrong_dtypes(tmp_path: Path, float_folder: str, name: str, dtype: torch
         load(folder)
 
 
+# Checksums
+
+
+def int8_folder(tmp_path: Path, float_folder: str, **options: Any) -> Path:
+    folder = tmp_path / "int8"
+    load(float_folder, quantization_config=Int8CompileConfig()).save_pretrained(folder, **options)
+    return folder
+
+
+def places(file: Path) -> dict[str, tuple[int, int]]:
+    """Where the int8 tensors and scales of a safetensors file begin and end."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    offsets = {name: said["data_offsets"] for name, said in header.items() if name.endswith(("qweight", "scale"))}
+    return {name: (8 + size + low, 8 + size + high) for name, (low, high) in offsets.items()}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_every_flipped_byte_is_refused(shards: bool, tmp_path: Path, float_folder: str) -> None:
+    """The first, the last and some byte of each int8 tensor and each scale."""
+    folder = int8_folder(tmp_path, float_folder, **({"max_shard_size": "40KB"} if shards else {}))
+    files = sorted(folder.glob("*.safetensors"))
+    assert (len(files) > 1) == shards
+    found = {name: (file, *place) for file in files for name, place in places(file).items()}
+    assert len(found) == 14
+    random.seed(0)
+    for name, (file, low, high) in found.items():
+        data = file.read_bytes()
+        for at in (
+            (low, random.randrange(low, high), high - 1) if name.endswith("scale") else (random.randrange(low, high),)
+        ):
+            changed = bytearray(data)
+            changed[at] ^= 1 << random.randrange(8)
+            file.write_bytes(changed)
+            with pytest.raises(
+                CheckpointError, match=rf"{re.escape(name)} in {file}.*(is damaged|the file is damaged)"
+            ):
+                load(str(folder))
+        file.write_bytes(data)
+    assert len(int8_paths(load(str(folder)))) == 7
+
+
+def test_checksums_are_of_what_is_saved(tmp_path: Path, float_folder: str) -> None:
+    """Of values that were changed after loading; and they are not kept where they could get old."""
+    folder = int8_folder(tmp_path, float_folder)
+    model = load(str(folder))
+    assert "checksums" not in model.config.quantization_config.to_dict()
+    model.model.layers[0].mlp.up_proj.qweight.neg_()
+    assert reloads(model, tmp_path / "changed")
+    assert "checksums" not in model.config.quantization_config.to_dict()
+    said = [json.loads((each / "config.json").read_text()) for each in (folder, tmp_path / "changed")]
+    first, second = (each["quantization_config"]["checksums"] for each in said)
+    assert {name for name in first if first[name] != second[name]} == {"model.layers.0.mlp.up_proj.qweight"}
+
+
+def test_folders_without_checksums_load(tmp_path: Path, float_folder: str) -> None:
+    folder = int8_folder(tmp_path, float_folder)
+    edit_config(str(folder), lambda c: c["quantization_config"].pop("checksums"))
+    assert len(int8_paths(load(str(folder)))) == 7
+
+
+def test_checksums_under_another_head(tmp_path: Path, float_folder: str) -> None:
+    """The names of the tensors have a part less or more then."""
+    folder = int8_folder(tmp_path, float_folder)
+    load(str(folder)).model.save_pretrained(tmp_path / "base")
+    for source, kind in ((folder, transformers.LlamaModel), (tmp_path / "base", transformers.LlamaForCausalLM)):
+        assert len(int8_paths(kind.from_pretrained(source))) == 7
+        edit_config(
+            str(source),
+            lambda c: c["quantization_config"]["checksums"].update(
+                {name: "0" for name in c["quantization_config"]["checksums"] if "down_proj.qweight" in name}
+            ),
+        )
+        with pytest.raises(CheckpointError, match=r"down_proj\.qweight in .* is damaged or of another checkpoint"):
+            kind.from_pretrained(source)
+
+
+def test_a_state_dict_of_the_files(tmp_path: Path, float_folder: str) -> None:
+    """The empty weight that transformers stumbles over is ignored."""
+    folder = int8_folder(tmp_path, float_folder)
+    model = llama()
+    quantize_(model, progress=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.load_state_dict(safetensors.load_file(folder / "model.safetensors"), strict=True)
+    assert torch.equal(logits(model), logits(load(str(folder))))
+
+
+def test_what_is_offloaded_is_not_checked(tmp_path: Path) -> None:
+    folder = tmp_path / "int8"
+    model = llama(2)
+    quantize_(model, progress=False)
+    saved(model, folder)
+    edit_config(
+        str(folder), lambda c: c["quantization_config"]["checksums"].update({"model.layers.1.mlp.up_proj.qweight": "0"})
+    )
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.qweight"):
+        load(str(folder))
+    options = {"device_map": PLACES, "offload_folder": str(tmp_path / "offload")}
+    offloaded = load(str(folder), **options)
+    assert offloaded.model.layers[1].mlp.up_proj.qweight.is_meta
+    saved(offloaded, tmp_path / "again")
+    said = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["checksums"]
+    assert len(said) == 14
+    assert all(".layers.0." in name for name in said)
+    assert torch.equal(logits(load(str(tmp_path / "again"))), logits(model))
+
+
+def test_a_folder_that_is_replaced_while_it_is_loaded(
+    tmp_path: Path, float_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config of one checkpoint with the tensors of another."""
+    folder = int8_folder(tmp_path, float_folder)
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
+    quantize_(other, progress=False)
+    check = integration._check_checkpoint
+
+    def replacing(*args: Any) -> Any:
+        saved(other, folder)
+        return check(*args)
+
+    monkeypatch.setattr(integration, "_check_checkpoint", replacing)
+    with pytest.raises(
+        CheckpointError, match=r"is damaged or of another checkpoint: .* The same goes for .* and 10 more"
+    ):
+        load(str(folder))
+
+
+# Errors of the file system
+
+
+def unreadable(file: Path, how: str) -> None:
+    data = file.read_bytes()
+    file.unlink()
+    if how == "a folder":
+        file.mkdir()
+    elif how == "a link to nothing":
+        file.symlink_to("nothing")
+    elif how != "missing":
+        file.write_bytes({"empty": b"", "cut off": data[: len(data) // 2], "of zeros": bytes(len(data))}[how])
+
+
+@pytest.mark.parametrize("how", ["a folder", "a link to nothing", "missing", "empty", "cut off", "of zeros"])
+def test_unreadable_shards(how: str, tmp_path: Path, float_folder: str) -> None:
+    folder = int8_folder(tmp_path, float_folder, max_shard_size="40KB")
+    file = sorted(folder.glob("*.safetensors"))[1]
+    unreadable(file, how)
+    with pytest.raises(CheckpointError, match=rf"{file} cannot be read .* Copy the checkpoint again"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("modules", ["model"]),
+        ("modules", "all"),
+        ("modules", {"model.layers.0.mlp.up_proj": 3}),
+        ("checksums", ["0"]),
+        ("checksums", {"model.layers.0.mlp.up_proj.scale": 0}),
+        ("checkpoint_format", 3),
+        ("threshold", "high"),
+        ("surplus", 1),
+    ],
+)
+def test_configs_of_wrong_types(option: str, value: object, tmp_path: Path, float_folder: str) -> None:
+    folder = int8_folder(tmp_path, float_folder)
+    edit_config(str(folder), lambda c: c["quantization_config"].update({option: value}))
+    with pytest.raises(ConfigError, match=option):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("before", ["nothing", "an empty folder", "a checkpoint"])
+@pytest.mark.parametrize("full", ["shards", "config"])
+def test_a_full_disk(
+    full: str, before: str, tmp_path: Path, float_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left of what was written; what was there may be overwritten, and does not load then."""
+    folder = tmp_path / "int8"
+    if before == "a checkpoint":
+        other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
+        quantize_(other, progress=False)
+        saved(other, folder)
+    elif before == "an empty folder":
+        folder.mkdir()
+    model = load(float_folder, quantization_config=Int8CompileConfig())
+
+    def no_shards(tensors: object, file: str, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def no_config(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "config.json"))
+
+    with monkeypatch.context() as patch:
+        if full == "shards":
+            patch.setattr(transformers.modeling_utils, "safe_save_file", no_shards)
+        else:
+            patch.setattr(transformers.LlamaConfig, "save_pretrained", no_config)
+        with pytest.raises(CheckpointError, match=rf"{folder} cannot be written: .*No space left on device"):
+            model.save_pretrained(folder)
+    if before == "nothing":
+        assert not folder.exists()
+    elif before == "an empty folder":
+        assert not list(folder.iterdir())
+    elif full == "shards":
+        with pytest.raises(CheckpointError, match="is damaged or of another checkpoint"):
+            load(str(folder))
+    assert reloads(model, tmp_path / "elsewhere")
+
+
 # What is saved is what is in the model
 
 
@@ -332,7 +558,9 @@ def test_bad_scales(value: float, tmp_path: Path, float_folder: str) -> None:
     tensors = safetensors.load_file(file)
     tensors["model.layers.0.mlp.up_proj.scale"][3:5] = value
     safetensors.save_file(tensors, file, {"format": "pt"})
-    message = r"model\.layers\.0\.mlp\.up_proj\.scale holds 2 NaN, Inf or negative of 128 entries"
+    message = (
+        r"model\.layers\.0\.mlp\.up_proj\.scale( in .*model\.safetensors)? holds 2 NaN, Inf or negative of 128 entries"
+    )
     with pytest.raises(CheckpointError, match=message):
         load(folder)
     model = load(float_folder, quantization_config=Int8CompileConfig())

@@ -1,7 +1,8 @@
 """int8 models in transformers: import this module, then pass an `Int8CompileConfig` to `from_pretrained`.
 
 Weights are read one after the other and quantized on the device that they are for; the float model is never in memory
-as a whole. What `save_pretrained` writes loads again without a config, as long as this module was imported.
+as a whole. What `save_pretrained` writes loads again without a config, as long as this module was imported. Where it
+was not, transformers warns of an unknown quantization type and raises an error about the shape of a weight.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import enum
 import functools
 import logging
 import mmap
@@ -20,9 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -34,6 +35,7 @@ from int8compile.convert import (
     Target,
     dequantize_,
     describe,
+    float_names,
     plan,
     put_described,
     quantized,
@@ -41,12 +43,30 @@ from int8compile.convert import (
     warn_if_all_float,
     without_data,
 )
+from int8compile.convert import attach as attach_all
 from int8compile.errors import CheckpointError, ConfigError, listed
-from int8compile.modules import BUFFERS, Int8Module, bad_scales, bitsandbytes_weight, check_layout
+from int8compile.integrations.folders import (
+    ADVICE,
+    check_dtype,
+    check_loaded,
+    checksums,
+    describe_when_saved,
+    has_int8,
+    is_offloaded,
+    opened,
+)
+from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout
 
 log = logging.getLogger(__name__)
 
-METHOD = "int8compile"
+
+class _Method(enum.StrEnum):
+    """What `quant_method` says in a config.json; diffusers asks for its `value`."""
+
+    INT8COMPILE = "int8compile"
+
+
+METHOD = _Method.INT8COMPILE
 FIELDS = ("threshold", "outliers", "skip_modules", "lm_head", "min_features")
 # Names that users know from bitsandbytes, and ours.
 _RENAMED = {"llm_int8_threshold": "threshold", "llm_int8_skip_modules": "skip_modules"}
@@ -72,6 +92,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         checkpoint_format: "int8compile", or "bitsandbytes" for checkpoints that it saved, see `bitsandbytes_config`.
         modules: What a checkpoint has in int8, by path, as `int8compile.convert.describe` has it; not for users. Where
             it is given it decides, and the options above do not count.
+        checksums: The SHA-256 of a checkpoint's int8 tensors and scales, by their names; not for users.
         **options: `llm_int8_threshold`, `llm_int8_skip_modules` and `load_in_8bit` of bitsandbytes are understood.
 
     Raises:
@@ -87,6 +108,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         min_features: int = 16,
         checkpoint_format: str = METHOD,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
+        checksums: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -107,17 +129,21 @@ class Int8CompileConfig(QuantizationConfigMixin):
         self.lm_head = config.lm_head
         self.min_features = config.min_features
         if checkpoint_format not in (METHOD, "bitsandbytes"):
-            raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are {METHOD!r} and 'bitsandbytes'")
+            raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are '{METHOD}' and 'bitsandbytes'")
         self.checkpoint_format = checkpoint_format
-        self.modules = dict(modules or {})
+        self.modules = _of_names("modules", modules, Mapping)
+        self.checksums = _of_names("checksums", checksums, str)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says: of a model that is int8, what is in it, and not the options that led to it."""
         shown = super().to_dict()
+        if not self.checksums:
+            del shown["checksums"]
         if not self.modules:
             del shown["modules"]
             return dict(shown)
-        return {name: shown[name] for name in ("quant_method", "checkpoint_format", "modules")}
+        names = ("quant_method", "checkpoint_format", "modules", "checksums")
+        return {name: shown[name] for name in names if name in shown}
 
     def config(self) -> Int8Config:
         """The same as int8compile's own config."""
@@ -138,6 +164,22 @@ class Int8CompileConfig(QuantizationConfigMixin):
             path: {name: value for name, value in options.items() if (name, value) != ("dtype", own)}
             for path, options in describe(model).items()
         }
+
+
+def _of_names(option: str, given: object, kind: type[Any]) -> dict[str, Any]:
+    """An option of a checkpoint that has something of a kind for each name.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(value, kind) for value in given.values()):
+        raise ConfigError(
+            f"{option} of the quantization_config is {given!r:.60}; it must have a {kind.__name__} for each name. The "
+            f"config.json is damaged or was edited. {ADVICE}"
+        )
+    return dict(given)
 
 
 def _from_bitsandbytes(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,6 +215,8 @@ class Int8CompileQuantizer(HfQuantizer):
         self.targets: dict[str, list[Target]] = {}
         self.converter: Converter | None = None
         self.mapped = _MappedFiles(())
+        # Where each tensor of a checkpoint that is int8 already is.
+        self.files: dict[str, str] = {}
 
     @property
     def quantized_element_size(self) -> float:
@@ -200,18 +244,18 @@ class Int8CompileQuantizer(HfQuantizer):
         files = [str(file) for file in checkpoint_files or ()]
         self.mapped = _MappedFiles(files)
         if self.pre_quantized and config.modules:
-            targets = put_described(model, _fitted(config.modules, model), _ADVICE)
+            targets = put_described(model, _fitted(config.modules, model), ADVICE)
         else:
             targets = self._plan(model)
         if self.pre_quantized:
-            _check_checkpoint(model, files)
+            self.files = _check_checkpoint(model, files)
             for module in model.modules():
                 if isinstance(module, Int8Module):
                     _as_parameters(module)
         _rename_ties(model, {target.name for target in targets})
-        if config.checkpoint_format != METHOD:
-            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = ignored | {r"\.weight_format$"}
+        if self.pre_quantized:
+            unknown = [r"\.weight_format$"] if config.checkpoint_format != METHOD else _guard_patterns(model)
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unknown}
 
     def _plan(self, model: Any) -> list[Target]:
         """Finds what becomes int8, by the options.
@@ -262,15 +306,14 @@ class Int8CompileQuantizer(HfQuantizer):
         for path, module in model.named_modules():
             if not isinstance(module, Int8Module):
                 continue
-            if not getattr(getattr(module, "_hf_hook", None), "offload", False):
+            if not is_offloaded(module):
                 missing += [f"{path}.{name}" for name in BUFFERS if not _is_loaded(getattr(module, name))]
                 _as_buffers(module, plain)
         if missing:
-            raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {_ADVICE}")
-        # What is offloaded stays on the disk, unread.
-        for path, module in model.named_modules():
-            if isinstance(module, Int8Module) and (why := bad_scales(module.scale)):
-                raise CheckpointError(f"{path}.scale {why}. Get it again")
+            raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")
+        check_loaded(model, _fitted_names(self.quantization_config.checksums, model), self.files)
+        self.quantization_config.checksums = {}
+        self.files = {}
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             _rescale(model)
             self.quantization_config.checkpoint_format = METHOD
@@ -280,11 +323,19 @@ class Int8CompileQuantizer(HfQuantizer):
         self.targets.clear()
         self.converter = None
         self.mapped = _MappedFiles(())
+        # Models inside this one can be saved alone.
+        attach_all(model, self.quantization_config.config())
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
-        """What transformers asks for before it saves a model, whose modules may have changed since it was loaded."""
-        self.quantization_config.describe(model)
-        return None, {}
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """Return what is saved: the tensors of the model and, under the name of a float weight, an empty one.
+
+        Where this module was not imported, transformers takes the model for one in float, and would initialize at
+        random what it finds no tensors for. It raises an error about the shape of the empty one instead.
+        """
+        name = next(_guards(model), None)
+        if name is None or getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        return {**model.state_dict(), name: torch.empty(0, device="cpu")}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # A string, after `save_pretrained` has made one of the config's.
@@ -414,11 +465,6 @@ def _tie(model: Any) -> None:
         setattr(model.get_submodule(path), attribute, model.get_parameter(source))
 
 
-# Of tensors in safetensors files, by the end of their names.
-_STORED_AS = {"qweight": "I8", "scale": "F32"}
-_ADVICE = "Copy the checkpoint again, or quantize the float model again"
-
-
 def _fitted(modules: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, dict[str, Any]]:
     """The int8 modules of a checkpoint that a model has, under its names, and with its dtype where none is given.
 
@@ -436,40 +482,52 @@ def _fitted(modules: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, d
     return fitted
 
 
+def _fitted_names(digests: Mapping[str, str], model: Any) -> dict[str, str]:
+    """The checksums of a checkpoint under the names that a model has for the tensors."""
+    known = {path for path, module in model.named_modules() if isinstance(module, Int8Module)}
+    fitted = {}
+    for name, digest in digests.items():
+        path, _, last = name.rpartition(".")
+        for spelling in _spellings(path, model):
+            if spelling in known:
+                fitted[f"{spelling}.{last}"] = digest
+                break
+    return fitted
+
+
 def _spellings(path: str, model: Any) -> tuple[str, str, str]:
     prefix = f"{model.base_model_prefix}."
     return path, path.removeprefix(prefix), prefix + path
 
 
-def _check_checkpoint(model: Any, files: Iterable[str]) -> None:
+def _check_checkpoint(model: Any, files: Iterable[str]) -> dict[str, str]:
     """Compares what is int8 in a checkpoint with what is in the model.
 
     transformers reports what is missing in a checkpoint, initializes it at random, and goes on.
 
+    Returns:
+        The file of each tensor, by the name that it has in the model.
+
     Raises:
-        CheckpointError: A layer is int8 in the one and float in the other, or its tensors have other dtypes or a layout
-            that is not known.
+        CheckpointError: A layer is int8 in the one and float in the other, its tensors have other dtypes or a layout
+            that is not known, or a file cannot be read.
     """
     modules = dict(model.named_modules())
     files = [file for file in files if file.endswith(".safetensors")]
-    found = set()
+    found: dict[str, str] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118  it is no dictionary
                 path, _, name = key.rpartition(".")
                 path = next((spelling for spelling in _spellings(path, model) if spelling in modules), path)
                 module = modules.get(path)
-                found.add(f"{path}.{name}")
+                found[f"{path}.{name}"] = file
                 if name == "qweight" and module is not None and not isinstance(module, Int8Module):
                     raise CheckpointError(
-                        f"{key} of the checkpoint is int8, but by its config.json {path} is float. {_ADVICE}"
+                        f"{key} of the checkpoint is int8, but by its config.json {path} is float. {ADVICE}"
                     )
-                if isinstance(module, Int8Module) and name in _STORED_AS:
-                    dtype = tensors.get_slice(key).get_dtype()
-                    if dtype != _STORED_AS[name]:
-                        raise CheckpointError(
-                            f"{key} of the checkpoint is {dtype}; it must be {_STORED_AS[name]}. {_ADVICE}"
-                        )
+                if isinstance(module, Int8Module):
+                    check_dtype(key, name, tensors)
                 if name == "weight_format":
                     check_layout(path, tensors.get_tensor(key))
     # bitsandbytes' names are changed into ours while its checkpoints are loaded.
@@ -482,11 +540,24 @@ def _check_checkpoint(model: Any, files: Iterable[str]) -> None:
     missing = [
         f"{path}.{name}" for path, module in modules.items() if isinstance(module, Int8Module) for name in BUFFERS
     ]
-    missing = [name for name in missing if name not in found | renamed]
+    missing = [name for name in missing if name not in found.keys() | renamed]
     tied = {name.removesuffix("weight") for name in model.all_tied_weights_keys}
     missing = [name for name in missing if name.rpartition(".")[0] + "." not in tied]
     if files and missing:
-        raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {_ADVICE}")
+        raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")
+    return found
+
+
+def _guards(model: nn.Module) -> Iterator[str]:
+    """The names of float weights that an int8 model does not have: those of its linears."""
+    for path, module in model.named_modules():
+        if isinstance(module, Int8Module) and module.source in ("linear", "conv1d"):
+            yield f"{path}.weight"
+
+
+def _guard_patterns(model: Any) -> list[str]:
+    """Patterns for what `get_state_dict_and_metadata` adds, in a model with another head, too."""
+    return [rf"^{re.escape(spelling)}$" for name in _guards(model) for spelling in _spellings(name, model)]
 
 
 def _rename_ties(model: Any, converted: set[str]) -> None:
@@ -516,32 +587,78 @@ def _rescale(model: nn.Module) -> None:
             done.add(id(module.scale))
 
 
-def attach(model: Any, converted: set[str], config: Int8Config) -> None:
-    """Has a model whose modules were made int8 without transformers save and load as one that it quantized.
+def attach(model: Any, config: Int8Config, *, nested: bool = False) -> None:
+    """Have a model whose modules were made int8 without transformers save and load as one that it quantized.
 
     Args:
         model: The model.
-        converted: The names that the weights had.
         config: What led to it.
+        nested: Whether a model that holds this one saves itself, too. Their configs are then often one object or parts
+            of one, so only the outer model's says that it is int8.
     """
-    _rename_ties(model, converted)
-    quantizer = Int8CompileQuantizer(Int8CompileConfig.of(config), pre_quantized=True)
+    _rename_ties(model, float_names(model))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, Int8CompileQuantizer):
+        quantizer = Int8CompileQuantizer(Int8CompileConfig.of(config), pre_quantized=True)
     quantizer.quantization_config.describe(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
-    model.config.quantization_config = quantizer.quantization_config
+    if not nested:
+        model.config.quantization_config = quantizer.quantization_config
     model._weight_conversions = []
 
 
 def detach(model: Any) -> None:
-    """Undoes `attach`, and what loading does: the model saves and loads as a float one."""
+    """Undo `attach`, and what loading does: the model saves and loads as a float one."""
     for name in ("_tied_weights_keys", "_weight_conversions"):
         vars(model).pop(name, None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, Int8CompileQuantizer):
         quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _described(model: Any) -> Iterator[None]:
+    """While a model is saved, its config describes its int8 modules and has their checksums.
+
+    Modules and values may have changed since it was quantized or loaded.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        yield  # Only the adapter is saved.
+        return
+    int8 = has_int8(model)
+    if int8:
+        attach(model, Int8Config(), nested=True)
+    elif isinstance(getattr(model, "hf_quantizer", None), Int8CompileQuantizer):
+        detach(model)  # Its parts were dequantized, and it was not told.
+    # The configs of models inside are parts of this one's, and would be saved with it. A float model may have been made
+    # from the config of an int8 one.
+    configs = {id(model.config): model.config}
+    configs |= {id(inner.config): inner.config for inner in model.modules() if isinstance(inner, PreTrainedModel)}
+    before = [(held, vars(held).pop("quantization_config")) for held in configs.values() if _is_ours(held)]
+    described = model.hf_quantizer.quantization_config if int8 else None
+    if described is not None:
+        described.checksums = checksums(model)
+        model.config.quantization_config = described
+    try:
+        yield
+    finally:
+        if described is not None:
+            described.checksums = {}
+            del model.config.quantization_config
+        for held, quantization_config in before:
+            held.quantization_config = quantization_config
+
+
+def _is_ours(config: Any) -> bool:
+    """Whether a model's config says that it is int8 by this package."""
+    said = vars(config).get("quantization_config")
+    return isinstance(said, Int8CompileConfig) or (isinstance(said, dict) and said.get("quant_method") == METHOD)
+
+
+describe_when_saved(PreTrainedModel, _described)
 
 
 def bitsandbytes_config(name: str, **kwargs: Any) -> Any:

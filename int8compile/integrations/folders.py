@@ -1,0 +1,157 @@
+"""Hugging Face folders of int8 models: their checksums, and errors while they are read or written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from int8compile.checksum import sha256_of_all
+from int8compile.errors import CheckpointError, first_line, listed
+from int8compile.modules import BUFFERS, Int8Module, bad_scales
+
+ADVICE = "Copy the checkpoint again, or quantize the float model again"
+# Of tensors in safetensors files, by the end of their names.
+_STORED_AS = {"qweight": "I8", "scale": "F32"}
+
+
+def has_int8(model: nn.Module) -> bool:
+    """Return whether a model has int8 modules."""
+    return any(isinstance(module, Int8Module) for module in model.modules())
+
+
+def is_offloaded(module: Any) -> bool:
+    """Return whether accelerate keeps a module's tensors elsewhere and brings them for each call."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def _in_memory(model: nn.Module) -> dict[str, Tensor]:
+    """The int8 tensors and scales of a model by their names, without those that are offloaded or parts of one."""
+    return {
+        f"{path}.{name}": tensor
+        for path, module in model.named_modules()
+        if isinstance(module, Int8Module)
+        for name in BUFFERS
+        if type(tensor := getattr(module, name)) in (Tensor, nn.Parameter) and not tensor.is_meta
+    }
+
+
+def checksums(model: nn.Module) -> dict[str, str]:
+    """Return the SHA-256 of the int8 tensors and scales of a model that are in memory, by their names.
+
+    What is offloaded to a disk has none, and is not checked when the folder is loaded.
+    """
+    return sha256_of_all(_in_memory(model))
+
+
+def check_loaded(model: nn.Module, expected: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Check that int8 tensors have the bytes with which they were saved.
+
+    Tensors that are offloaded to a disk are not read for this, so they are not checked.
+
+    Args:
+        model: The model, loaded.
+        expected: The SHA-256 of its tensors, by their names in the model. A folder of an older version has none.
+        files: The files in which they are, by the same names.
+
+    Raises:
+        CheckpointError: A scale is no finite positive number or 0, or the bytes of a tensor have changed.
+    """
+    tensors = _in_memory(model)
+    for name, tensor in tensors.items():
+        if name.endswith(".scale") and (why := bad_scales(tensor)):
+            raise CheckpointError(f"{name}{_where(files.get(name))} {why}. {ADVICE}")
+    found = sha256_of_all({name: tensor for name, tensor in tensors.items() if name in expected})
+    changed = [name for name, digest in found.items() if digest != expected[name]]
+    if changed:
+        name = changed[0]
+        more = f" The same goes for {listed(changed[1:])}." if changed[1:] else ""
+        raise CheckpointError(
+            f"{name}{_where(files.get(name))} is damaged or of another checkpoint: the SHA-256 of its bytes is "
+            f"{found[name]}, the quantization_config says {expected[name]}.{more} {ADVICE}"
+        )
+
+
+def _where(file: str | None) -> str:
+    return f" in {file}" if file else ""
+
+
+@contextlib.contextmanager
+def opened(file: str) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        CheckpointError: It is not there, cannot be read, or is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({first_line(error)}): it is missing or damaged. {ADVICE}"
+        ) from error
+
+
+def check_dtype(key: str, name: str, tensors: Any) -> None:
+    """Check the dtype of an int8 module's tensor in an open safetensors file.
+
+    Raises:
+        CheckpointError: It is another than int8 modules have.
+    """
+    dtype = tensors.get_slice(key).get_dtype()
+    if name in _STORED_AS and dtype != _STORED_AS[name]:
+        raise CheckpointError(f"{key} of the checkpoint is {dtype}; it must be {_STORED_AS[name]}. {ADVICE}")
+
+
+@contextlib.contextmanager
+def written(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of the file system while a folder is written into `CheckpointError`, and remove what was written.
+
+    Files that were there before stay, but may have been overwritten.
+    """
+    path = Path(folder)
+    before = set(path.iterdir()) if path.is_dir() else None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        for new in {path} if before is None else set(path.iterdir()) - before:
+            if new.is_dir():
+                shutil.rmtree(new, ignore_errors=True)
+            else:
+                new.unlink(missing_ok=True)
+        kept = " Files that were there may be overwritten, so do not load from it." if before else ""
+        raise CheckpointError(
+            f"{path} cannot be written: {first_line(error)}.{kept} Make room or name another folder, and save again"
+        ) from error
+
+
+def describe_when_saved(kind: type[Any], described: Callable[[Any], AbstractContextManager[None]]) -> None:
+    """Have a class's `save_pretrained` describe what is int8 in the model that is saved.
+
+    `quantize_` tells the models that it finds in what it is given. The model around a part that was quantized alone is
+    found only here, because parts do not know what holds them.
+
+    Args:
+        kind: The base class of models that save themselves.
+        described: Takes a model that has int8 modules, or had some; what it returns is entered while it is saved.
+    """
+    original = kind.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            # A network has errors of its own, and what was written is whole then.
+            if has_int8(self) and not kwargs.get("push_to_hub"):
+                stack.enter_context(written(save_directory))
+            stack.enter_context(described(self))
+            return original(self, save_directory, *args, **kwargs)
+
+    kind.save_pretrained = save_pretrained
