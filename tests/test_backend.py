@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -441,3 +441,49 @@ def test_a_quantized_model_takes_nested_tensors(weight_only: bool) -> None:
     assert (y + model(x)).shape == y.shape  # Of the same ragged size.
     compiled = torch.compile(model, backend="int8")
     assert torch.equal(compiled(x).values(), y.values())
+
+
+# Inductor's freezing, which guides for CPUs recommend
+
+
+@pytest.fixture
+def freezing() -> Iterator[None]:
+    with torch._inductor.config.patch(freezing=True):
+        yield
+
+
+@pytest.mark.usefixtures("freezing")
+def test_freezing_makes_parameters_int8_and_freezes_nothing() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval()
+    model.append(nn.BatchNorm1d(4).eval())
+    x = torch.randn(3, 4, 64)
+    report = int8compile.explain(model, x)
+    assert [(site.path, site.reason) for site in report.sites] == [("1", None), ("3", None)]
+    quantized = STORE.quantized
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="int8", fullgraph=True)
+        assert 0 < relative_error(compiled(x), model(x)) < INT8_ERROR
+        assert STORE.quantized == quantized + 2
+        for change in (
+            lambda: model[1].weight.mul_(-2),
+            lambda: model[0].weight.mul_(-2),
+            lambda: model[4].running_mean.add_(2),
+            lambda: setattr(model[1].weight, "data", torch.randn(96, 64)),
+            lambda: setattr(model[3], "weight", nn.Parameter(torch.randn(64, 96))),
+        ):
+            before = model(x)
+            change()
+            assert relative_error(before, model(x)) > 0.1
+            assert 0 < relative_error(compiled(x), model(x)) < INT8_ERROR
+
+
+@pytest.mark.usefixtures("freezing")
+def test_freezing_of_a_quantized_model() -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval().requires_grad_(False)
+    int8compile.quantize_(model, progress=False)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="int8", fullgraph=True)
+        assert torch.equal(compiled(x), model(x))
+        model[0].scale.mul_(2)
+        assert torch.equal(compiled(x), model(x))

@@ -171,9 +171,9 @@ def test_what_cannot_be_replaced_is_named() -> None:
         "attention.out_proj": SkipReason.MODULE,
         "hooked": SkipReason.HOOKED,
         "double": SkipReason.DTYPE,
-        "bilinear.weight": SkipReason.MODULE,
-        "recurrent.weight_ih_l0": SkipReason.MODULE,
-        "recurrent.weight_hh_l0": SkipReason.MODULE,
+        "bilinear.weight": SkipReason.FORM,
+        "recurrent.weight_ih_l0": SkipReason.FORM,
+        "recurrent.weight_hh_l0": SkipReason.FORM,
         "experts": SkipReason.MODULE,
         "pointwise.weight": SkipReason.MODULE,
     }
@@ -414,3 +414,15 @@ def test_experts_keep_their_models_config() -> None:
     assert experts.config._experts_implementation == implementation
     assert isinstance(experts.gate_up_proj, nn.Parameter)
     assert relative_error(model(**case.inputs).logits, expected) < INT8_ERROR
+
+
+def test_linears_without_weights_yet_have_a_row() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(64), nn.LazyConv1d(64, 1))
+    report = quantize_(model, progress=False)
+    assert [(site.path, site.reason) for site in report.sites] == [("0", None), ("1", SkipReason.UNINITIALIZED)]
+    assert "float: 1: it has no weight before its first call" in str(report)
+    assert int8compile.memory_footprint(model) == memory_of(model[0])
+
+
+def memory_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import int8compile
 from int8compile import FreedWeightError, Int8Embedding, Int8Experts, Int8Linear, backend, ops
@@ -454,3 +455,87 @@ def test_tensors_of_bitsandbytes() -> None:
         model.load_state_dict({**state, "0.weight_format": torch.tensor(2)})
     with pytest.raises(CheckpointError, match=r"0\.weight and 0\.SCB are no 8 bit layer"):
         model.load_state_dict({**state, "0.weight": qweight.float()})
+
+
+# Derivatives: those of the product with the dequantized weight
+
+
+def models() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """One in int8, the float one that it stands for, and the float one that it was made from."""
+    model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 24)).eval().requires_grad_(False)
+    other = copy.deepcopy(model)
+    int8compile.quantize_(other, progress=False)
+    dequantized = copy.deepcopy(other)
+    int8compile.dequantize_(dequantized)
+    return other, dequantized.requires_grad_(False), model
+
+
+def loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(x).square().sum()
+
+
+def forward_mode(model: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (x.cos(),))[1],
+    "dual numbers": forward_mode,
+    "grad": lambda model, x: torch.func.grad(loss(model))(x),
+    "vjp": lambda model, x: torch.func.vjp(model, x)[1](x[:, :24].cos())[0],
+    "jacrev": lambda model, x: torch.func.jacrev(model)(x[0]),
+    "jacfwd": lambda model, x: torch.func.jacfwd(model)(x[0]),
+    "vmap": lambda model, x: torch.func.vmap(model)(x[:, None]),
+    "grad of each": lambda model, x: torch.func.vmap(torch.func.grad(loss(model)))(x),
+    "hessian": lambda model, x: torch.func.hessian(loss(model))(x[0]),
+    "grad of grad": lambda model, x: torch.func.grad(lambda x: torch.func.grad(loss(model))(x).square().sum())(x),
+    "forward over forward": lambda model, x: torch.func.jacfwd(torch.func.jacfwd(loss(model)))(x[0]),
+    "with respect to a bias": lambda model, x: torch.func.grad(
+        lambda bias: torch.func.functional_call(model, {"0.bias": bias}, (x,)).square().sum()
+    )(torch.ones(48)),
+    "along a bias": lambda model, x: torch.func.jvp(
+        lambda bias: torch.func.functional_call(model, {"0.bias": bias}, (x,)), (torch.ones(48),), (torch.ones(48),)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_torch_func(name: str) -> None:
+    model, dequantized, _ = models()
+    x = torch.randn(5, 40)
+    transform = TRANSFORMS[name]
+    # They differ by how activations are rounded, which derivatives see through the tanh only.
+    assert relative_error(transform(model, x), transform(dequantized, x)) < INT8_ERROR
+
+
+@pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # PyTorch's own
+@pytest.mark.parametrize("name", ["jvp", "grad", "jacrev", "vmap", "grad of each"])
+def test_torch_func_in_a_compiled_function(name: str) -> None:
+    x = torch.randn(5, 40)
+    transform = TRANSFORMS[name]
+    for model in models():
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, model=model: transform(model, x), backend="int8")
+        assert relative_error(compiled(x), transform(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"outliers": "column"}, {"weight_only": True}])
+def test_tangents_are_those_of_the_dequantized_product(options: dict[str, Any]) -> None:
+    module, (x, along) = int8_linear(**options), torch.randn(2, 5, 40)
+    y, tangent = torch.func.jvp(module, (x,), (along,))
+    assert torch.equal(y, module(x))
+    assert torch.equal(tangent, along @ module.dequantize().mT)
+    batched = torch.func.vmap(module)(x[:, None])
+    assert torch.equal(batched, torch.stack([module(row) for row in x[:, None]]))
+
+
+def test_tangents_of_experts() -> None:
+    module, (x, along) = int8_experts(), torch.randn(2, 5, 40)
+    ends = torch.tensor([2, 2, 4], dtype=torch.int32)
+    tangent = torch.func.jvp(lambda x: module(x, ends), (x,), (along,))[1]
+    weights = module.dequantize()
+    assert torch.equal(tangent[:2], along[:2] @ weights[0].mT)
+    assert torch.equal(tangent[2:4], along[2:4] @ weights[2].mT)
+    assert not tangent[4:].any()

@@ -107,6 +107,14 @@ def hooked() -> tuple[Report, Report]:
     return quantize(model), quantize(other)
 
 
+def saved_in_float() -> tuple[Report, Report]:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["0"], r=32)
+    model = peft.get_peft_model(nn.Sequential(linear()), config).eval()
+    after = explain(model)
+    return quantize(model), after
+
+
 def uninitialized() -> tuple[Report, Report]:
     model = nn.Sequential(nn.LazyLinear(64))
     before = quantize(model)
@@ -205,6 +213,7 @@ CASES: dict[SkipReason, list[Callable[[], tuple[Report, Report]]]] = {
     SkipReason.SUBCLASS: [subclass],
     SkipReason.MODULE: [module],
     SkipReason.HOOKED: [hooked],
+    SkipReason.SAVED_IN_FLOAT: [saved_in_float],
     SkipReason.UNINITIALIZED: [uninitialized],
     SkipReason.SMALL: [small],
     SkipReason.LARGE: [large],

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import int8compile
-from int8compile.errors import Int8WeightError
 from int8compile.modules import Int8Module
 from tests.timm_models import timm
 
@@ -32,18 +31,10 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "vit_tiny_patch16_224": (BLOCKS, 8),
     "xcit_nano_12_p8_224": (BLOCKS, 20),
 }
-# Their attention calls F.linear(x, self.qkv.weight, ...) with the weight of a module that is int8.
-READ_A_WEIGHT = {"beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(raises=Int8WeightError) if name in READ_A_WEIGHT else [])
-        for name in MODELS
-    ],
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_what_is_saved_comes_back(name: str, tmp_path: Path) -> None:
     options, count = MODELS[name]
 
