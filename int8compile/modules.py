@@ -61,7 +61,7 @@ class Int8Module(nn.Module):
         _load_kernels()
 
     def _check_input(self, x: Tensor) -> None:
-        # The operators check it, too, but do not know what module it is.
+        # For what an operator has refused: it does not know what module it is of. Checking first would cost every call.
         k = self.qweight.shape[-1]
         plain = x.layout == torch.strided and not x.is_nested
         if not plain or x.dtype not in ops.SUPPORTED_DTYPES or not x.dim() or x.shape[-1] != k:
@@ -280,11 +280,17 @@ class Int8Linear(Int8Module):
             nested: Any = x
             rows = self.forward(nested.values())
             return torch.nested.nested_tensor_from_jagged(rows, nested.offsets(), nested.lengths())
-        self._check_input(x)
-        if self.weight_only:
-            result: Tensor = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
-        else:
-            result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
+        if torch.compiler.is_compiling():
+            self._check_input(x)  # What a fake operator raises, Dynamo wraps.
+        result: Tensor
+        try:
+            if self.weight_only:
+                result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
+            else:
+                result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
+        except (RuntimeError, InputError):
+            self._check_input(x)
+            raise
         return result
 
     def extra_repr(self) -> str:
@@ -363,8 +369,14 @@ class Int8Experts(Int8Module):
         Raises:
             InputError: x has another dtype or another K, or `ends` do not ascend.
         """
-        self._check_input(x)
-        result: Tensor = ops.grouped_linear.default(x, self.qweight, self.scale, ends, self.threshold, self.outliers)
+        if torch.compiler.is_compiling():
+            self._check_input(x)
+        result: Tensor
+        try:
+            result = ops.grouped_linear.default(x, self.qweight, self.scale, ends, self.threshold, self.outliers)
+        except (RuntimeError, InputError):
+            self._check_input(x)
+            raise
         return result
 
     def extra_repr(self) -> str:
