@@ -11,7 +11,6 @@ import mmap
 import re
 import shlex
 import subprocess
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,14 +27,13 @@ _LAST_ERROR = "AOTInductorGetLastError"
 _INTERFACE = Path("include", "torch", "csrc", "inductor", "aoti_runtime", "interface.h")
 _COMMENT = re.compile(r"//.*")
 _FUNCTION = re.compile(r"\bAOTIRuntimeError\s+(AOTInductor\w+)\(([^)]*)\);")
-# Besides stub.cpp: what tells of the CPU.
+STUB = "stub.cpp"
+# What tells of the CPU, compiled with it.
 _SOURCES = ("features.cpp", "cpuid.cpp")
-# As small as possible: nothing checks the stub before it is opened. By default the linker gives each kind of content
-# pages of its own.
+# As small as possible: nothing checks the stub before it is opened.
 _FLAGS = (
     *(flag for flag in build.FLAGS if flag != "-O3"),
     *("-Os", "-fno-exceptions", "-fno-rtti", "-s", "-shared"),
-    *(("-Wl,-z,noseparate-code",) if sys.platform == "linux" else ()),
 )
 _PLAIN = ("bool", "int32_t", "int64_t", "uint64_t", "size_t")
 
@@ -62,16 +60,17 @@ def add_stub(files: Sequence[str], folder: Path, needs: Sequence[str], isa: str)
     rest = [Path(file) for file in files if Path(file) != library] + [model]
     (folder / "stub_contents.h").write_text(_contents(model, rest, needs, isa))
     units = [unit for unit in build.units(build.architecture(), torch=False) if unit.source in _SOURCES]
-    sources = [str(build.SOURCES / name) for name in ("stub.cpp", *(unit.source for unit in units))]
+    sources = [str(build.SOURCES / name) for name in (STUB, *(unit.source for unit in units))]
     headers = [word for place in (folder, build.SOURCES) for word in ("-iquote", str(place))]
-    command = [*build.find_compiler().command, *_FLAGS, *headers, *sources, "-o", str(library)]
+    compiler = build.find_compiler().command
+    command = [*compiler, *_FLAGS, *headers, *sources, "-o", str(library)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=build.COMPILES)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ExportError(f"`{shlex.join(command[:1])}` cannot compile the package's stub library: {error}") from error
+        raise ExportError(f"`{shlex.join(compiler)}` cannot compile the package's stub library: {error}") from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
-        raise ExportError(f"`{shlex.join(command[:1])}` cannot compile the package's stub library: {said}")
+        raise ExportError(f"`{shlex.join(compiler)}` cannot compile the package's stub library: {said}")
     # With its own CRC-32 behind it, the CRC-32 of the whole is a constant: so the stub checks itself.
     content = library.read_bytes()
     library.write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
