@@ -24,7 +24,7 @@ from int8compile.errors import (
 from int8compile.explain import explain
 from int8compile.export import export
 from int8compile.modules import Int8Embedding, Int8Experts, Int8Linear
-from int8compile.package import inspect
+from int8compile.package import inspect, load_exported
 from int8compile.report import Report, Site, SkipReason
 from int8compile.weights import refresh
 
@@ -57,6 +57,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_exported",
     "memory_footprint",
     "quantize_",
     "refresh",

@@ -1,7 +1,8 @@
 """A rewritten graph to the files of a package, by AOTInductor.
 
-`Target` says what for; `compile_graph` compiles, has the generated code check itself and its inputs, and looks in it
-whether the int8 linears are there. For a GPU it adds the Triton kernels that the graph needs (`triton_kernels.plan`).
+`Target` says what for; `compile_graph` compiles, has the generated code check its inputs, and looks in it whether the
+int8 linears are there. For a GPU it adds the Triton kernels that the graph needs (`triton_kernels.plan`). It adds the
+library that checks the package before the model's is opened (`cpu.stub`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from int8compile import cpu, ops, package
 from int8compile.config import Int8Config
+from int8compile.cpu.stub import add_stub
 from int8compile.errors import ExportError, Int8CompileError, first_line, listed
 from int8compile.ops import digits
 from int8compile.passes import EXACT_DIVISION, AttributeBinder
@@ -218,7 +220,7 @@ def compile_graph(
         # do for such a dimension. What the model itself asks of sizes is in the export.
         V.graph.sizevars.shape_env.var_to_range.update(program.range_constraints)
         source, *rest = generate(wrapper, is_inference)
-        return dataclasses.replace(source, value=_with_checks(source.value, target, guards, plan)), *rest
+        return dataclasses.replace(source, value=_with_checks(source.value, guards, plan)), *rest
 
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
@@ -236,7 +238,7 @@ def compile_graph(
     for name, cubin in planner.cubins.items() if planner else ():
         (folder / name).write_bytes(cubin)
         files.append(str(folder / name))
-    return files
+    return add_stub(files, folder, target.needs, target.isa)
 
 
 def _guards(program: ExportedProgram) -> list[sympy.Basic]:
@@ -329,25 +331,20 @@ _STRIDE = re.compile(r"if \((\d+) != (\w+)_stride\[(\d+)\]\)")
 _SIZES_KNOWN = "    inputs.clear();\n"
 
 
-def _with_checks(source: str, target: Target, guards: Sequence[sympy.Basic] = (), plan: str = "") -> str:
-    """Generated code that checks the package and the device when it is loaded, and its inputs at every call."""
+def _with_checks(source: str, guards: Sequence[sympy.Basic] = (), plan: str = "") -> str:
+    """Generated code that checks its inputs at every call, and where it has a plan the device when it is loaded."""
     from torch._inductor.codegen.cpp_utils import cexpr
 
-    check = (
-        "void int8compile_check_package(const char* macros, const char* isa);\n"
-        f'int8compile_check_package("{" ".join(target.needs)}", "{target.isa}");\n'
+    begin = (
+        "void int8compile_use_plan(const ::int8compile::Plan&, int, ::int8compile::CurrentStream);\n"
+        "int8compile_use_plan(::int8compile_plan(), this->device_idx_, &::aoti_torch_get_current_cuda_stream);\n"
     )
-    if plan:
-        check += (
-            "void int8compile_use_plan(const ::int8compile::Plan&, int, ::int8compile::CurrentStream);\n"
-            "int8compile_use_plan(::int8compile_plan(), this->device_idx_, &::aoti_torch_get_current_cuda_stream);\n"
-        )
-    source, constructors = _CONSTRUCTOR.subn(lambda found: found[0] + check, source)
+    source, constructors = _CONSTRUCTOR.subn(lambda found: found[0] + begin * bool(plan), source)
     source, unchecked = _UNCHECKED.subn("", source)
     if (constructors, unchecked, source.count(_SIZES_KNOWN)) != (1, 1, 1):
         raise ExportError(
             f"torch {torch.__version__} generates code that this version of int8compile does not know, so that the "
-            "package could not check itself; use torch 2.11 to 2.13, or a newer int8compile"
+            "package could not check its inputs; use torch 2.11 to 2.13, or a newer int8compile"
         )
     source = _STRIDES.sub(r"\1", source)
     source = _STRIDE.sub(r"if (\2_size[\3] != 1 && \1 != \2_stride[\3])", source)

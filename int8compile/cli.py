@@ -299,7 +299,8 @@ def _export(args: argparse.Namespace) -> int:
     for note in report.notes:
         print(f"\n{note}")
     size = args.out.stat().st_size / 2**20
-    print(f"\nWritten to {args.out}, {size:.1f} MiB. torch._inductor.aoti_load_package() loads it.")
+    print(f"\nWritten to {args.out}, {size:.1f} MiB. int8compile.load_exported() checks and loads it.")
+    print("torch._inductor.aoti_load_package() loads it where int8compile is not installed.")
     return 0
 
 

@@ -46,7 +46,7 @@ class ExportError(Int8CompileError, RuntimeError):
 
 
 class PackageError(Int8CompileError, ValueError):
-    """A file that was to be an exported model is none, or is damaged, edited or too new."""
+    """A file is not an exported model, is damaged or edited, too new, or cannot run on this machine."""
 
 
 class InputError(Int8CompileError, ValueError):

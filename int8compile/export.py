@@ -3,7 +3,7 @@
 torch.export captures the model, `int8compile.passes` rewrite its graph by the rules that torch.compile follows, and
 AOTInductor compiles it. The file's own library has the C++ kernels for CPUs (csrc/package.cpp), or starts the compiled
 Triton kernels for a GPU that lie beside it (csrc/launcher.cpp). The generated code calls them as C functions, without
-the dispatcher. That library checks the file, the CPU and the GPU when it is loaded.
+the dispatcher. A stub library checks the file and the CPU before that library is opened (int8compile/cpu/stub.py).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def export(
 ) -> Report:
     """Compiles a model to int8 and writes it to a file that runs without this package, in Python and in C++.
 
-    `torch._inductor.aoti_load_package(path)` loads it; it needs PyTorch and nothing else, not even a compiler.
+    `int8compile.load_exported(path)` checks and loads it. `torch._inductor.aoti_load_package(path)` loads it where
+    there is PyTorch and nothing else, not even a compiler.
 
     Args:
         model: In evaluation mode, in float or made by `quantize_`, on one device. It is not changed.

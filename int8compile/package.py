@@ -1,20 +1,25 @@
 """The .pt2 file that `export` writes: what it holds beside the compiled model, and how to read that.
 
-A package is a zip file that AOTInductor's loaders read. Its metadata has three entries of ours: `METADATA`, all that
-`inspect` shows as JSON, and `INPUTS` and `OUTPUTS`, their dtypes and sizes in a form that C++ reads without a parser.
-And beside the model's files lies `CHECKSUMS`, with which the model's library checks them when it is loaded.
+A package is a zip file that AOTInductor's loaders read. int8compile adds three entries to its metadata: `METADATA`, all
+that `inspect` shows as JSON, and `INPUTS` and `OUTPUTS`, their dtypes and sizes in a form that C++ reads without a
+parser.
+
+The file ends with the SHA-256 of all that comes before, as the zip file's comment. `verify` compares it. Where
+int8compile is not installed, the package's own stub library checks the files that PyTorch's loader has unpacked
+(int8compile/cpu/stub.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import struct
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from tabulate import tabulate
@@ -23,11 +28,17 @@ from int8compile.atomic import sync
 from int8compile.errors import ExportError, PackageError
 from int8compile.report import readable
 
+if TYPE_CHECKING:
+    from torch.export.pt2_archive._package import AOTICompiledModel
+
 FORMAT = 1
 METADATA = "int8compile"
 INPUTS, OUTPUTS = "int8compile.inputs", "int8compile.outputs"
-# As in csrc/package.cpp.
-CHECKSUMS = "int8compile.crc32"
+# What a package ends with, before the 64 digits of its SHA-256.
+MARK = b"int8compile sha256 "
+_DIGITS = 64
+# How a zip file ends: the signature, six fields, and the length of the comment.
+_END = struct.Struct("<4s4H2LH")
 
 _FORMS = {
     "fast": "kernels of int8compile, which are in the file",
@@ -95,7 +106,7 @@ def check_name(path: Path) -> None:
 
 
 def inspect(path: str | os.PathLike[str]) -> Package:
-    """Reads what a package says of itself, and checks that it is as it was exported. Runs nothing of it.
+    """Read what a package says of itself, after `verify`. Runs nothing of it.
 
     Args:
         path: A .pt2 file that `export` wrote.
@@ -104,56 +115,103 @@ def inspect(path: str | os.PathLike[str]) -> Package:
         The package: `print` shows it, `to_dict()` is data.
 
     Raises:
-        PackageError: It is no such file, is damaged or edited, or of a newer format.
+        PackageError: The file is no such package, is damaged or edited, or of a newer format.
     """
     file = Path(path)
     name = repr(str(path))
+    verify(file)
     try:
         size = file.stat().st_size
         with zipfile.ZipFile(file) as archive:
-            if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
-                raise PackageError(f"{name} was edited: export compresses nothing, and {packed[0]} is; {_AGAIN}")
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise PackageError(f"{name} is damaged in {PurePosixPath(damaged).name}; {_AGAIN}")
-            members = [info for info in archive.infolist() if _of_model(info)]
-            described = [_text(archive, info) for info in members if info.filename.endswith(".wrapper_metadata.json")]
-            listed = [_text(archive, info) for info in members if PurePosixPath(info.filename).name == CHECKSUMS]
-    except OSError as error:
-        raise PackageError(f"{name} cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-        raise PackageError(f"{name} is no .pt2 file, or is truncated ({error}); {_AGAIN}") from error
-    try:
+            described = [archive.read(name) for name in archive.namelist() if name.endswith(".wrapper_metadata.json")]
         metadata = json.loads(json.loads(described[0])[METADATA])
         version, maker = int(metadata["format"]), str(metadata["int8compile"])
-    except (IndexError, KeyError, TypeError, ValueError, RecursionError):
-        raise PackageError(f"{name} was not made by int8compile.export: it has no metadata of it") from None
+    except OSError as error:
+        raise PackageError(f"{name} cannot be read: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, EOFError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise PackageError(f"{name} was not made by int8compile.export: it has no metadata of it ({error})") from error
     if version > FORMAT:
         raise PackageError(
             f"{name} is of format {version}, made by int8compile {maker}; this version reads up to {FORMAT}. "
             "Update int8compile"
         )
-    if not listed:
-        raise PackageError(f"{name} was edited: it has no list of checksums; {_AGAIN}")
-    names = [(PurePosixPath(info.filename).name, info) for info in members]
-    found = [f"{info.CRC:08x} {info.file_size} {each}" for each, info in names if each != CHECKSUMS]
-    if sorted(found) != sorted(listed[0].splitlines()):
-        raise PackageError(f"{name} was edited: its files are not those that were exported; {_AGAIN}")
     return Package(file, size, metadata)
 
 
-def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
-    if info.file_size > 1 << 28:
-        raise ValueError(f"{info.filename} is of {readable(info.file_size)}")
-    return archive.read(info).decode()
+def load_exported(
+    path: str | os.PathLike[str], *, run_single_threaded: bool = False, device_index: int = -1
+) -> AOTICompiledModel:
+    """Load a package after checking every byte of it: PyTorch's loader opens nothing of a file that fails.
+
+    `torch._inductor.aoti_load_package(path)` loads the same file where int8compile is not installed. The checks of both
+    are against damage and not against an attacker: a package is code, so load only packages that you trust.
+
+    Args:
+        path: A .pt2 file that `export` wrote.
+        run_single_threaded: As in `aoti_load_package`: whether calls leave out the locks between threads.
+        device_index: As in `aoti_load_package`: which GPU; -1 for the current one.
+
+    Returns:
+        What `aoti_load_package` returns: call it with the model's inputs.
+
+    Raises:
+        PackageError: The file is no such package, is damaged or edited, of a newer format, or cannot run here.
+    """
+    from torch._inductor import aoti_load_package
+
+    inspect(path)
+    try:
+        return aoti_load_package(os.fspath(path), run_single_threaded, device_index)
+    except (RuntimeError, ValueError) as error:
+        raise PackageError(f"{str(path)!r} is whole, and PyTorch cannot load it here: {error}") from error
 
 
-def _of_model(info: zipfile.ZipInfo) -> bool:
-    return "/data/aotinductor/" in f"/{info.filename}"
+def verify(path: str | os.PathLike[str]) -> None:
+    """Compare a package with the SHA-256 that `export` wrote at its end, which is of all bytes before it.
+
+    Args:
+        path: A .pt2 file that `export` wrote.
+
+    Raises:
+        PackageError: The file cannot be read, is not a package that `export` wrote, or has changed since.
+    """
+    name = repr(str(path))
+    try:
+        if not Path(path).is_file():
+            raise PackageError(f"{name} {'is no file' if Path(path).exists() else 'does not exist'}; name a .pt2 file")
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            end = max(0, size - len(MARK) - _DIGITS)
+            file.seek(end)
+            marked = file.read(len(MARK)) == MARK
+            expected = file.read(_DIGITS)
+            file.seek(0)
+            if marked and _sha256(file, size - _DIGITS) == expected.decode(errors="replace"):
+                return
+    except OSError as error:
+        raise PackageError(f"{name} cannot be read: {error.strerror or error}") from error
+    if marked:
+        raise PackageError(f"{name} is damaged or was edited: it is not as it was exported; {_AGAIN}")
+    if zipfile.is_zipfile(path):
+        raise PackageError(
+            f"{name} has no checksum of int8compile at its end: it was not made by int8compile.export, or was edited "
+            f"or damaged since. If it should be, {_AGAIN}; if not, torch.export.load or "
+            "torch._inductor.aoti_load_package may load it"
+        )
+    raise PackageError(f"{name} is no .pt2 file, or is truncated; {_AGAIN}")
+
+
+def _sha256(file: BinaryIO, size: int) -> str:
+    """SHA-256 of a file's next bytes."""
+    digest = hashlib.sha256()
+    while size > 0 and (part := file.read(min(size, 1 << 22))):
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest()
 
 
 def write(path: Path, files: Sequence[str], folder: Path) -> None:
-    """Makes a package of the files that AOTInductor wrote. It is there when it is complete, and not before.
+    """Make a package of the files that AOTInductor wrote. It is there when it is complete, and not before.
 
     Args:
         path: Where to; what is there is replaced.
@@ -165,21 +223,32 @@ def write(path: Path, files: Sequence[str], folder: Path) -> None:
     """
     from torch.export.pt2_archive._package import package_pt2
 
-    checksums = folder / CHECKSUMS
-    checksums.write_text("".join(f"{_checksum(Path(file))} {Path(file).name}\n" for file in files))
     made = folder / "made.pt2"
-    package_pt2(str(made), aoti_files={"model": [*files, str(checksums)]})
+    package_pt2(str(made), aoti_files={"model": list(files)})
+    seal(made)
     sync(made)
     os.replace(made, path)
 
 
-def _checksum(file: Path) -> str:
-    """CRC-32 and size, as zip files know them."""
-    crc = 0
-    with open(file, "rb") as opened:
-        while part := opened.read(1 << 22):
-            crc = zlib.crc32(part, crc)
-    return f"{crc:08x} {file.stat().st_size}"
+def seal(path: Path) -> None:
+    """Append the checksum of a zip file to it, as the file's comment: `MARK` and the SHA-256 of all bytes before.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: It is no zip file, or has a comment.
+    """
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END) - _END.size
+        file.seek(max(0, end))
+        signature, *_, comment = _END.unpack(file.read(_END.size))
+        if signature != b"PK\5\6" or comment:
+            raise ValueError(f"{str(path)!r} is no zip file without a comment")
+        file.seek(-2, os.SEEK_END)
+        file.write((len(MARK) + _DIGITS).to_bytes(2, "little") + MARK)
+        file.seek(0)
+        digest = _sha256(file, end + _END.size + len(MARK))
+        file.seek(0, os.SEEK_END)
+        file.write(digest.encode())
 
 
 def described(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[dict[str, Any]]:

@@ -71,6 +71,22 @@ def test_every_variant_of_this_machine_agrees(native: tuple[list[str], str]) -> 
     assert native[0][-1] == "portable"
 
 
+def test_no_behaviour_is_undefined(native: tuple[list[str], str], tmp_path: Path) -> None:
+    # Without alignment: vectors are read from anywhere, by types that allow it on every CPU here.
+    command = ["g++", "-fsanitize=undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=all"]
+    if subprocess.run(
+        [*command, "-x", "c++", "-", "-o", os.devnull],
+        input="int main() {}",
+        text=True,
+        check=False,
+        capture_output=True,
+    ).returncode:
+        pytest.skip("g++ has no library of the sanitizer (libubsan)")
+    objects = build.compile_units(command, [*build.units(build.architecture(), torch=False), CHECK], tmp_path)
+    subprocess.run([*command, *objects.of("library"), "-o", str(tmp_path / "check")], check=True)
+    assert run_check(str(tmp_path / "check")) == native
+
+
 @pytest.mark.skipif(platform.system() != "Linux" or platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
 def test_clang_agrees_with_gcc(native: tuple[list[str], str], tmp_path: Path) -> None:
     # With the C++ library of g++: to compile zig's own takes minutes.

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch._inductor import aoti_load_package
 from torch.export import Dim
 
 import int8compile
-from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, PackageError, aot, cli, cpu, package
+from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, aot, cli, cpu, package
 from int8compile.cli import main
 from tests.test_modules import int8_experts
 
@@ -181,99 +180,7 @@ def test_inspect_tells_what_is_inside(block: Any, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))
 
 
-# --- damage ---
-
-
-def refused(path: Path, told: str) -> None:
-    """Neither our reader nor PyTorch's loader takes it."""
-    with pytest.raises(PackageError, match=told):
-        int8compile.inspect(path)
-    assert main(["inspect", str(path)]) == 2
-    with pytest.raises((RuntimeError, ValueError)):
-        aoti_load_package(str(path))
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.97, 0.9999])
-def test_a_truncated_package_is_refused(block: Any, tmp_path: Path, kept: float) -> None:
-    whole = block[1].read_bytes()
-    path = tmp_path / "cut.pt2"
-    path.write_bytes(whole[: int(kept * len(whole))])
-    refused(path, "is no .pt2 file, or is truncated")
-
-
-def members(path: Path) -> dict[str, tuple[int, int]]:
-    """Where the contents of each member begin, and how many bytes they are."""
-    found = {}
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            with archive.open(info) as opened:
-                found[info.filename.rpartition("/")[2]] = (opened._orig_compress_start, info.file_size)  # type: ignore[attr-defined]
-    return found
-
-
-@pytest.mark.parametrize("suffix", [".so", ".wrapper.cpp", ".wrapper_metadata.json", "int8compile.crc32"])
-@pytest.mark.parametrize("where", [0.5, 0.9])
-def test_a_changed_byte_is_noticed(block: Any, tmp_path: Path, suffix: str, where: float) -> None:
-    whole = bytearray(block[1].read_bytes())
-    (begin, size) = next(place for name, place in members(block[1]).items() if name.endswith(suffix))
-    # A digit for a digit, so that what is read as text stays text.
-    whole[begin + int(where * size)] ^= 1
-    path = tmp_path / "changed.pt2"
-    path.write_bytes(whole)
-    refused(path, "is damaged in|truncated|no list of checksums|was edited")
-
-
-def edited(path: Path, to: Path, change: Callable[[str, bytes], bytes | None]) -> None:
-    """Writes a package anew, with checksums of the zip format that fit."""
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(to, "w") as other:
-        for info in archive.infolist():
-            content = change(info.filename, archive.read(info))
-            if content is not None:
-                other.writestr(info.filename, content)
-
-
-def test_an_edited_package_is_refused(block: Any, tmp_path: Path) -> None:
-    path = tmp_path / "edited.pt2"
-
-    def other_weights(name: str, content: bytes) -> bytes:
-        return content[:-100] + bytes(100) if name.endswith(".so") else content
-
-    edited(block[1], path, other_weights)
-    refused(path, "its files are not those that were exported")
-    edited(block[1], path, lambda name, content: None if name.endswith("crc32") else content)
-    refused(path, "it has no list of checksums")
-
-
-@pytest.mark.parametrize(
-    "metadata", ["", "5", "[]", "{}", '{"int8compile": "oops"}', '{"int8compile": "[1]"}', "[" * 100_000]
-)
-def test_metadata_of_any_kind_is_no_traceback(block: Any, tmp_path: Path, metadata: str) -> None:
-    edited(block[1], tmp_path / "odd.pt2", lambda name, old: metadata.encode() if name.endswith(".json") else old)
-    with pytest.raises(PackageError, match=r"was not made by int8compile\.export"):
-        int8compile.inspect(tmp_path / "odd.pt2")
-
-
-def test_a_compressed_package_is_refused_before_it_is_unpacked(block: Any, tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "bomb.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/aotinductor/model/a.wrapper_metadata.json", bytes(10**7))
-    with pytest.raises(PackageError, match="export compresses nothing"):
-        int8compile.inspect(tmp_path / "bomb.pt2")
-
-
-def test_what_is_no_package_of_ours_is_told_apart(block: Any, tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match="cannot be read"):
-        int8compile.inspect(tmp_path / "none.pt2")
-    plain = tmp_path / "plain.pt2"
-    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), plain)
-    with pytest.raises(PackageError, match=r"was not made by int8compile\.export"):
-        int8compile.inspect(plain)
-
-    def newer(name: str, content: bytes) -> bytes:
-        return content.replace(rb"{\"format\": 1,", rb"{\"format\": 9,")
-
-    edited(block[1], tmp_path / "newer.pt2", newer)
-    with pytest.raises(PackageError, match=r"is of format 9.*Update int8compile"):
-        int8compile.inspect(tmp_path / "newer.pt2")
+# --- what is refused at loading ---
 
 
 def native_target() -> Any:
@@ -597,7 +504,7 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path, mo
 def test_generated_code_that_is_not_known_is_refused() -> None:
     target = native_target()
     with pytest.raises(ExportError, match="generates code that this version of int8compile does not know"):
-        aot._with_checks("int main() {}", target)
+        aot._with_checks("int main() {}")
     with pytest.raises(ExportError, match="did not keep the int8 linears"):
         aot._check_generated("", torch.fx.symbolic_trace(nn.ReLU()), target)
 
@@ -627,4 +534,4 @@ def test_export_on_the_command_line_refuses(tmp_path: Path, capsys: pytest.Captu
     assert main(["export", "smollm2", str(tmp_path / "out.pt2"), "--isa", "sse"]) == 2
     assert "invalid choice: 'sse'" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "none.pt2")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err

@@ -97,7 +97,7 @@ UNITS = (
     Unit("package.cpp", flags=TORCH_FLAGS, torch=True, part="export"),
     Unit("launcher.cpp", flags=TORCH_FLAGS, torch=True, part="export"),
     Unit("linear.cpp"),
-    Unit("features.cpp"),
+    Unit("features.cpp", part="library"),
     Unit("portable.cpp", variant="portable"),
     Unit("cpuid.cpp", "x86_64"),
     Unit(

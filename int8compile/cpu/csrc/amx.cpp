@@ -74,9 +74,10 @@ struct Scratch {
 
   template <typename T>
   T* get(int64_t count) {
-    if (size_t(count) * sizeof(T) > size) {
+    // Not null for nothing either: memset may not be given that.
+    if (!data || size_t(count) * sizeof(T) > size) {
       std::free(data);
-      size = (count * sizeof(T) + 63) / 64 * 64;
+      size = count * sizeof(T) / 64 * 64 + 64;
       data = std::aligned_alloc(64, size);
       if (!data) std::abort();
     }

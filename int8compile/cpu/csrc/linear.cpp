@@ -409,7 +409,7 @@ void quantize_weight(const Variant& variant, const Activations& weight, int8_t* 
       const RowStatistics statistics = variant.quantize(float_row(variant, weight, row), k, k_padded,
                                                         {Policy::row, 0}, row_q, outlier_k, outlier_value);
       if (variant.q_bytes == 1) {
-        std::memcpy(q + row * k, row_q, k);
+        if (k > 0) std::memcpy(q + row * k, row_q, k);  // An empty tensor has no address, which memcpy may not be given.
       } else {
         std::copy_n(static_cast<const int16_t*>(row_q), k, q + row * k);
       }

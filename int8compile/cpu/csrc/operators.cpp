@@ -348,7 +348,8 @@ Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scal
     if (part.m > 0) linear(variant(), part, split, &weight, &output, 1, parallel_for);
     begin = end[e];
   }
-  std::memset(to + begin * n * element, 0, size_t((rows - begin) * n * element));
+  // An empty tensor has no address, which memset may not be given.
+  if (const int64_t rest = (rows - begin) * n * element) std::memset(to + begin * n * element, 0, size_t(rest));
   return y;
 }
 

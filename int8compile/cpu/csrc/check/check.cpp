@@ -24,6 +24,17 @@ uint32_t random_bits() {  // splitmix64
 
 uint32_t random_below(uint32_t limit) { return random_bits() % limit; }
 
+// As PyTorch has it: what is empty has no address.
+template <typename T>
+T* address(std::vector<T>& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
+template <typename T>
+const T* address(const std::vector<T>& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
 float from_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
@@ -102,8 +113,8 @@ Bytes activations(int64_t m, int64_t k, Dtype dtype, int first) {
       if (kind == Kind::zero) value = sign;
       put(x, row * k + i, format, value);
     }
-    if (kind == Kind::inf) put(x, row * k + random_below(uint32_t(k)), format, format.infinity);
-    if (kind == Kind::nan) put(x, row * k + random_below(uint32_t(k)), format, format.infinity + 1);
+    if (kind == Kind::inf && k) put(x, row * k + random_below(uint32_t(k)), format, format.infinity);
+    if (kind == Kind::nan && k) put(x, row * k + random_below(uint32_t(k)), format, format.infinity + 1);
   }
   return x;
 }
@@ -134,7 +145,9 @@ struct Matrix {
     }
   }
 
-  Weight weight() const { return {packed.data(), scale.data(), bias.empty() ? nullptr : bias.data(), n}; }
+  Weight weight() const { return {address(packed), address(scale), address(bias), n}; }
+  // As a user's weight lies, packed at every call.
+  Weight rows() const { return {nullptr, address(scale), address(bias), n, address(q)}; }
 };
 
 // Elements of an output row beyond its n, which nobody may write to.
@@ -148,7 +161,7 @@ struct Result {
 
   Result(int64_t m_, int64_t n_, Dtype dtype_)
       : m(m_), n(n_), dtype(dtype_), bytes(m * (n + MARGIN) * format_of(dtype).bytes, UNTOUCHED) {}
-  Output output() { return {bytes.data(), n + MARGIN, dtype}; }
+  Output output() { return {address(bytes), n + MARGIN, dtype}; }
   uint32_t at(int64_t row, int64_t column) const { return get(bytes, row * (n + MARGIN) + column, format_of(dtype)); }
 };
 
@@ -212,7 +225,7 @@ bool integers_are_exact(const Variant& variant, int64_t m, int64_t k, int64_t n,
   std::vector<float> x(m * k);
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t i = 0; i < k; ++i) x[row * k + i] = float(int(random_below(255)) - 127);
-    x[row * k + random_below(uint32_t(k))] = random_below(2) ? 127 : -127;
+    if (k) x[row * k + random_below(uint32_t(k))] = random_below(2) ? 127 : -127;
   }
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t row = 0; row < 2 && row < m; ++row) x[row * k + i] = float(extreme(row, i, -127));
@@ -220,7 +233,7 @@ bool integers_are_exact(const Variant& variant, int64_t m, int64_t k, int64_t n,
   Result result(m, n, Dtype::float32);
   const Weight weight = matrix.weight();
   const Output output = result.output();
-  linear(variant, {x.data(), Dtype::float32, m, k}, {Policy::row, 0.0}, &weight, &output, 1, parallel_for);
+  linear(variant, {address(x), Dtype::float32, m, k}, {Policy::row, 0.0}, &weight, &output, 1, parallel_for);
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t column = 0; column < n; ++column) {
       int32_t acc = 0;
@@ -240,7 +253,7 @@ bool integers_are_exact(const Variant& variant, int64_t m, int64_t k, int64_t n,
 bool floats_agree(const std::vector<const Variant*>& variants, int64_t m, int64_t k, int64_t n, Dtype dtype, int first,
                   Counts& counts) {
   const Bytes data = activations(m, k, dtype, first);
-  const Activations x = {data.data(), dtype, m, k};
+  const Activations x = {address(data), dtype, m, k};
   const Matrix matrices[] = {Matrix(n, k, true), Matrix(n / 2 + 1, k, false), Matrix(LANES, k, true)};
   char sizes[100];
   std::snprintf(sizes, sizeof(sizes), "m=%" PRId64 " k=%" PRId64 " n=%" PRId64 " %s", m, k, n, name_of(dtype));
@@ -253,7 +266,7 @@ bool floats_agree(const std::vector<const Variant*>& variants, int64_t m, int64_
       std::vector<Weight> weights;
       for (const Matrix& each : matrices) {
         results.emplace_back(m, each.n, dtype);
-        weights.push_back(each.weight());
+        weights.push_back(each.bias.empty() ? each.rows() : each.weight());
       }
       const bool agree = all_agree(variants, results, what, counts, [&](const Variant& variant, auto& made) {
         std::vector<Output> outputs;
@@ -270,10 +283,31 @@ bool floats_agree(const std::vector<const Variant*>& variants, int64_t m, int64_
   });
 }
 
+bool quantizes(const std::vector<const Variant*>& variants, int64_t n, int64_t k, Dtype dtype, int first) {
+  const Bytes data = activations(n, k, dtype, first);
+  std::vector<int8_t> expected;
+  std::vector<float> expected_scale;
+  for (size_t v = variants.size(); v-- > 0;) {
+    std::vector<int8_t> q(n * k);
+    std::vector<float> scale(n);
+    quantize_weight(*variants[v], {address(data), dtype, n, k}, address(q), address(scale), parallel_for);
+    for (float& each : scale) each = each == each ? each : -1;  // NaN is not equal to itself.
+    if (v + 1 == variants.size()) {
+      expected = q;
+      expected_scale = scale;
+    } else if (q != expected || scale != expected_scale) {
+      std::printf("check: %s: a weight n=%" PRId64 " k=%" PRId64 " %s is quantized differently\n", variants[v]->name, n, k,
+                  name_of(dtype));
+      return false;
+    }
+  }
+  return true;
+}
+
 bool packs(int64_t n, int64_t k) {
   const Matrix matrix(n, k, false);
   std::vector<uint8_t> packed(matrix.packed.size());
-  pack(matrix.q.data(), n, k, packed.data(), parallel_for);
+  pack(address(matrix.q), n, k, address(packed), parallel_for);
   if (packed == matrix.packed) return true;
   std::printf("check: n=%" PRId64 " k=%" PRId64 " is packed wrongly\n", n, k);
   return false;
@@ -285,8 +319,10 @@ constexpr int64_t MAX_K = 131071;
 struct Shape {
   int64_t m, k, n;
 };
-// One row, tiles and what is left of them, lines and what is left of them.
-constexpr Shape SHAPES[] = {{1, 1, 1},    {1, 64, 16},  {1, 700, 90}, {2, 63, 17},   {3, 65, 32},   {4, 128, 200},
+// Nothing, before there is memory from an earlier call; one row, tiles and what is left of them, lines and what is left of
+// them.
+constexpr Shape SHAPES[] = {{1, 0, 17},   {33, 0, 48},  {0, 64, 17},  {5, 64, 0},
+                            {1, 1, 1},    {1, 64, 16},  {1, 700, 90}, {2, 63, 17},   {3, 65, 32},   {4, 128, 200},
                             {5, 100, 33}, {6, 257, 70}, {7, 64, 128}, {13, 300, 47}, {33, 128, 48}, {70, 190, 65}};
 
 }  // namespace
@@ -300,10 +336,6 @@ int main() {
     names += std::string(names.empty() ? "" : " ") + (*each)->name;
   }
   Counts counts;
-  for (const Variant* variant : here) {
-    state = 0;
-    if (!integers_are_exact(*variant, 2, MAX_K, LANES, counts)) return 1;
-  }
   int first = 0;
   for (const Shape& shape : SHAPES) {
     if (!packs(shape.n, shape.k)) return 1;
@@ -312,11 +344,16 @@ int main() {
       if (!integers_are_exact(*variant, shape.m, shape.k, shape.n, counts)) return 1;
     }
     for (const Dtype dtype : DTYPES) {
+      if (!quantizes(here, shape.n, shape.k, dtype, first)) return 1;
       // A problem of few rows has few kinds of rows.
       for (int again = 0; again < (shape.m < KINDS ? KINDS : 1); ++again) {
         if (!floats_agree(here, shape.m, shape.k, shape.n, dtype, first++, counts)) return 1;
       }
     }
+  }
+  for (const Variant* variant : here) {
+    state = 0;
+    if (!integers_are_exact(*variant, 2, MAX_K, LANES, counts)) return 1;
   }
   std::printf("check: %s: %" PRId64 " integer products are exact, %" PRId64
               " results equal the portable ones; digest %016" PRIx64 "\n",
