@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
+from torch.compiler import is_compiling
 
 from int8compile import cpu, ops, triton_kernels
 from int8compile.errors import CheckpointError, InputError, Int8WeightError
@@ -61,7 +62,7 @@ class Int8Module(nn.Module):
         _load_kernels()
 
     def _check_input(self, x: Tensor) -> None:
-        # For what an operator has refused: it does not know what module it is of. Checking first would cost every call.
+        # The operators check it, too, but do not know what module they are called by.
         k = self.qweight.shape[-1]
         plain = x.layout == torch.strided and not x.is_nested
         if not plain or x.dtype not in ops.SUPPORTED_DTYPES or not x.dim() or x.shape[-1] != k:
@@ -86,7 +87,7 @@ class Int8Module(nn.Module):
         Matmuls with it run in int8 and multiplying it in place by a number scales the weight; other writes raise
         `Int8WeightError`, and any other use dequantizes it, with one warning.
         """
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             return self._read()  # type: ignore[no-any-return]
         # Not computed where all matmuls with it become int8.
         weight = self._held().in_float()
@@ -275,23 +276,29 @@ class Int8Linear(Int8Module):
         Raises:
             InputError: x has another dtype or another K.
         """
+        if is_compiling():  # What an operator refuses while it is traced, Dynamo would wrap.
+            return self._checked(x)
+        try:
+            return self._multiply(x)
+        except (RuntimeError, InputError):
+            return self._checked(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        result: Tensor
+        if self.weight_only:
+            result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
+        else:
+            result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
+        return result
+
+    def _checked(self, x: Tensor) -> Tensor:
         if x.is_nested and x.layout == torch.jagged:
             # Its rows lie one behind the other, and none depends on another.
             nested: Any = x
             rows = self.forward(nested.values())
             return torch.nested.nested_tensor_from_jagged(rows, nested.offsets(), nested.lengths())
-        if torch.compiler.is_compiling():
-            self._check_input(x)  # What a fake operator raises, Dynamo wraps.
-        result: Tensor
-        try:
-            if self.weight_only:
-                result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
-            else:
-                result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
-        except (RuntimeError, InputError):
-            self._check_input(x)
-            raise
-        return result
+        self._check_input(x)
+        return self._multiply(x)
 
     def extra_repr(self) -> str:
         """The format, for `print(model)`."""
@@ -369,14 +376,8 @@ class Int8Experts(Int8Module):
         Raises:
             InputError: x has another dtype or another K, or `ends` do not ascend.
         """
-        if torch.compiler.is_compiling():
-            self._check_input(x)
-        result: Tensor
-        try:
-            result = ops.grouped_linear.default(x, self.qweight, self.scale, ends, self.threshold, self.outliers)
-        except (RuntimeError, InputError):
-            self._check_input(x)
-            raise
+        self._check_input(x)
+        result: Tensor = ops.grouped_linear.default(x, self.qweight, self.scale, ends, self.threshold, self.outliers)
         return result
 
     def extra_repr(self) -> str:
