@@ -23,7 +23,7 @@ def test_examples_run_in_order() -> None:
     assert names["y"].shape == (1, 512)
     assert isinstance(names["model"][0], int8compile.Int8Linear)
     assert isinstance(names["again"].model.layers[0].mlp.up_proj, int8compile.Int8Linear)
-    assert blocks[0].strip() == 'model = torch.compile(model, backend="int8")'
+    assert blocks[0].startswith('model.compile(backend="int8")')
 
 
 def test_the_table_of_options_is_complete() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import int8compile
+from tests.models import CountingBackend
 
 transformers = pytest.importorskip("transformers")
 
@@ -181,9 +182,13 @@ def test_generate(cache: str) -> None:
         for _ in range(5):
             logits = compiled(expected, use_cache=False).logits[:, -1]
             expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
-    model.forward = torch.compile(model.forward, backend="int8", fullgraph=cache == "static")
+    torch._dynamo.reset()
+    graphs = CountingBackend()
+    # In place: `torch.compile(model).generate` is the float model's.
+    model.compile(backend=graphs, fullgraph=cache == "static")
     options = {"cache_implementation": "static"} if cache == "static" else {}
     actual = model.generate(
         IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, min_new_tokens=5, do_sample=False, **options
     )
     assert torch.equal(actual, expected)
+    assert graphs.graphs
