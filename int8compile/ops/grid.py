@@ -1,0 +1,308 @@
+"""The definition of the numerics, in plain PyTorch. Kernels are compared with these functions, bit for bit.
+
+`y = (acc * s_x[m]) * s_w[n] + bias[n]`, where `acc` is one exact int32 sum: activations are rotated, then written as
+integers on one grid for each row. Almost all fit in 8 bits; the few that do not, outliers, have a second digit.
+
+Symbols: M rows (tokens), K inputs, N outputs; `q` int8, `Q` integers of up to 16 bits; `scale` multiplies to
+dequantize.
+Every float step rounds to float32, half to even: no fused multiply-add, no approximate division, no flushed results.
+
+Sources: Dettmers et al. 2022, "LLM.int8()", https://arxiv.org/abs/2208.07339 (one scale for each row, outliers kept
+precise); Ashkboos et al. 2024, "QuaRot", https://arxiv.org/abs/2404.00456 (rotation by Hadamard matrices); Xiao et al.
+2022, "SmoothQuant", https://arxiv.org/abs/2211.10438 (scales of inputs, moved into the weight).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+QMAX = 127
+# The largest |Q|: two digits of 8 bits, of which the upper one is at most 127.
+Q_LARGEST = 32639
+# The largest K whose int32 sum cannot overflow, see `linear`.
+MAX_K = 131071
+MAX_ROTATION, MIN_ROTATION = 128, 16
+# A row whose largest element is below counts as zero.
+TINY = 2.0**-100
+# Below this absmax a weight's row counts as zero: 127 / absmax would overflow float32.
+TINY_WEIGHT = 2.0**-120
+# Elements of a row as fixed point: integers of so many bits, and a sign.
+BITS = 22
+# A sum of this many products of two int8 values, -128 included, is at most 2**24, so float32 holds every partial sum.
+EXACT_K = 2**24 // 128**2
+_NO_LIMIT = 2.0**100
+
+
+class Grid(NamedTuple):
+    """Activations on their grid.
+
+    Shapes:
+        Q: [M, K] int32, |Q| <= 32639; an outlier is what does not fit in 8 bits.
+        scale: [M] float32. NaN for a row with NaN or Inf, 0 for one that counts as zero; Q is 0 in both.
+    """
+
+    Q: Tensor
+    scale: Tensor
+
+
+def rotation_size(k: int) -> int:
+    """B: how many elements of a row each butterfly network mixes; 1 where K has too few factors of two to rotate."""
+    b = min(MAX_ROTATION, k & -k)
+    return b if b >= MIN_ROTATION else 1
+
+
+def signs(k: int, device: torch.device | None = None) -> Tensor:
+    """Signs fixed by K alone: without them a row whose mean is large would have one large element when it is rotated.
+
+    Shapes:
+        result: [K] float32, of 1 and -1: where the hash is odd.
+    """
+    # In int64 with masks: PyTorch has little arithmetic for uint32.
+    h = (torch.arange(k, dtype=torch.int64, device=device) * 0x9E3779B1 + k) & 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    h = h ^ (h >> 13)
+    return 1.0 - 2.0 * (h & 1).to(torch.float32)
+
+
+def butterflies(x: Tensor, size: int) -> Tensor:
+    """`x'[i*C + j] = sum_b H[i,b] * x[b*C + j]`, H Sylvester's Hadamard matrix, `H[i,b] = (-1)**popcount(i & b)`.
+
+    Additions and subtractions at distances of 1, 2, 4, ... runs of C = K / size elements, in this order, which float32
+    depends on; integers do not. Applied twice it multiplies by `size`.
+
+    Shapes:
+        x: [..., K]; result: the same.
+    """
+    k, distance = x.shape[-1], 1
+    while distance < size:
+        pairs = x.reshape(*x.shape[:-1], size // (2 * distance), 2, distance * (k // size))
+        u, v = pairs.unbind(-2)
+        x = torch.stack([u + v, u - v], dim=-2).reshape(*x.shape[:-1], k)
+        distance *= 2
+    return x
+
+
+def rotation(d: Tensor | None) -> int:
+    """B of a weight: that of its K where it has a `d`, 1 where it has none."""
+    return 1 if d is None else rotation_size(d.shape[0])
+
+
+def fixed_point(x: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows times d as integers, rotated: `x * d = X * 2**(p - 22)`, rounded. No order of additions matters to integers.
+
+    |X| <= 2**22 before the rotation and 2**29 after it, which int32 holds exactly.
+
+    Shapes:
+        x: [M, K], any float dtype; d: [K] float32; result: X [M, K] int32, `2**(p - 22)` [M] float32, and [M] bool,
+            which rows count as zero. The scale of a row with NaN or Inf, or whose product with d is not finite, is NaN;
+            X is 0 there and in rows that count as zero.
+    """
+    v = x.to(torch.float32) if d is None else x.to(torch.float32) * d
+    magnitude = v.view(torch.int32) & 0x7FFFFFFF
+    u = magnitude.amax(dim=-1) if v.shape[-1] else magnitude.new_zeros(v.shape[0])
+    zero, special = u < _bits(TINY), u >= 0x7F800000
+    p = torch.where(zero | special, 0, (u >> 23) - 126)
+    up, down = _power(BITS - p), _power(p - BITS)
+    integers = (v.masked_fill((zero | special)[:, None], 0) * up[:, None]).round().to(torch.int32)
+    return butterflies(integers, rotation(d)), torch.where(special, math.nan, down), zero
+
+
+def quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> Grid:
+    """Writes rows as integers on one grid each, `x' = Q * scale`.
+
+    The step of the grid is a 127th of the largest magnitude, or of `threshold` times the mean magnitude where that is
+    less: what lies above, at most K / threshold elements of a row, has more than 8 bits. Not of the rms, which one huge
+    element inflates, and with it everybody's grid.
+
+    Shapes:
+        x: [M, K]; d: [K] float32, or None for a weight that is not rotated.
+    """
+    integers, unit, zero = fixed_point(x, d)
+    k = x.shape[-1]
+    size = integers.abs()
+    largest = size.amax(dim=-1) if k else size.new_zeros(size.shape[0])
+    total = size.sum(dim=-1, dtype=torch.int64)
+    c1, c3 = _float32(1 / QMAX), _float32(1 / Q_LARGEST)
+    c2 = _float32(threshold / (QMAX * max(k, 1)) if threshold else _NO_LIMIT)
+    top = largest.to(torch.float32)
+    step = torch.maximum(torch.minimum(top * c1, total.to(torch.float32) * c2), top * c3)
+    # 1 where all elements are 0, which only rows are that count as zero, or hold NaN or Inf.
+    inverse = torch.where(largest == 0, 1, step).reciprocal()
+    Q = (integers.to(torch.float32) * inverse[:, None]).round().to(torch.int32)
+    return Grid(Q, torch.where(zero, 0, step * unit))
+
+
+def digits(Q: Tensor) -> tuple[Tensor, Tensor]:
+    """`Q = 256 * q1 + q0`, both int8; an element is an outlier where q1 is not 0. q0 reaches -128."""
+    q0 = ((Q + 128) & 255) - 128
+    return q0.to(torch.int8), ((Q - q0) >> 8).to(torch.int8)
+
+
+def int_matmul(q: Tensor, qweight: Tensor) -> Tensor:
+    """The exact integer product `acc[m,n] = sum_k q[m,k] * qweight[n,k]`.
+
+    It runs as float32 matmuls over slices of K short enough that every partial sum is an integer of at most 2**24,
+    hence exact in any order of summation (in TF32 and bfloat16 mode too: int8 values are exact in both and the
+    accumulator is float32). PyTorch's own int8 matmul on CPUs is slower and was wrong on some.
+
+    Shapes:
+        q: [M, K] int8; qweight: [N, K] int8; result: [M, N] int32.
+    """
+    acc = torch.zeros(q.shape[0], qweight.shape[0], dtype=torch.int32, device=q.device)
+    for begin in range(0, q.shape[1], EXACT_K):
+        part = slice(begin, begin + EXACT_K)
+        acc += (q[:, part].to(torch.float32) @ qweight[:, part].to(torch.float32).mT).to(torch.int32)
+    return acc
+
+
+def product(rows: Grid, qweight: Tensor) -> Tensor:
+    """`acc[m,n] = sum_k Q[m,k] * qweight[n,k]`, int32.
+
+    It cannot overflow: the step of a row's grid is at least S / (127 * K), S the sum of magnitudes, so the sum of |Q|
+    is at most 127 * K and half a unit of rounding for each element, and |acc| <= (127 * K + K / 2) * 127 < 2**31 for
+    K <= 131071.
+    Where the third term decides the step, it is larger still. Partial sums may wrap, which does no harm.
+    """
+    q0, q1 = digits(rows.Q)
+    columns = q1.any(dim=0).nonzero().squeeze(1)
+    return int_matmul(q0, qweight) + 256 * int_matmul(q1[:, columns], qweight[:, columns])
+
+
+def linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """The whole operator, `y = x @ W.T + bias`, rounded once to x's dtype. No row's result depends on another row.
+
+    Args:
+        x: Activations.
+        qweight: The weight, rotated and quantized by `quantize_weight`.
+        scale: One float32 for each output.
+        d: What the weight was rotated with, or None where it was not.
+        bias: Added in float32, or none.
+        threshold: Elements of more than this times the mean magnitude of their row are outliers; 0 for none. At least 1
+            otherwise.
+
+    Shapes:
+        x: [..., K], float32, float16 or bfloat16; qweight: [N, K] int8; scale: [N]; d: [K] float32; bias: [N];
+        result: [..., N] in x's dtype.
+    """
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = quantize_rows(flat, d, threshold)
+    y = _affine(product(rows, qweight).to(torch.float32) * rows.scale[:, None], scale, bias)
+    return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
+
+
+def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
+    """int8 weights, activations in fixed point of 23 bits: about what float32 keeps of the largest element of a row.
+
+    The sum of products, each below 2**29 * 2**7, is exact in float64 in any order: there are less than 2**17.
+
+    Shapes:
+        As of `linear`.
+    """
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    integers, unit, _ = fixed_point(flat, d)
+    acc = (integers.to(torch.float64) @ qweight.to(torch.float64).mT).to(torch.float32)
+    return _affine(acc * unit[:, None], scale, bias).to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
+
+
+def quantize_weight(weight: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotates a weight and quantizes it with one scale for each output: `q = rne(W' * (127 * (1 / absmax)))`.
+
+    `W'[n, i*C + j] = (1/B) * sum_b H[i,b] * W[n, b*C + j] / d[b*C + j]`, so that `x' @ W'.T = x @ W.T`.
+
+    Shapes:
+        weight: [..., N, K], any float dtype, computed in float32; d: [K] float32, or [..., 1, K].
+
+    Returns:
+        `qweight` [..., N, K] int8 in [-127, 127] and `scale` [..., N] float32, `absmax / 127`. A zero row gives zeros
+        and scale 0; one with NaN or Inf a scale that is not finite, and any values.
+    """
+    rotated = weight.to(torch.float32)
+    if d is not None:
+        size = rotation_size(d.shape[-1])
+        rotated = butterflies(rotated * d.reciprocal(), size) * (1 / size)
+    absmax = rotated.abs().amax(dim=-1) if rotated.shape[-1] else rotated.new_zeros(rotated.shape[:-1])
+    absmax = absmax.masked_fill(absmax < TINY_WEIGHT, 0)
+    # Rounded twice, as bitsandbytes does on CPUs (`127 / tensor` is the same in PyTorch); 127 / absmax rounded once
+    # decides ties differently, and ties are common among float16 and bfloat16 values.
+    inverse = torch.where(absmax == 0, 0, absmax.reciprocal() * QMAX)
+    # round() is round-half-to-even. absmax * inverse is at most 127 * (1 + 3 * 2**-24), which rounds to 127.
+    return (rotated * inverse[..., None]).round().to(torch.int8), absmax / QMAX
+
+
+def dequantize_weight(qweight: Tensor, scale: Tensor, d: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The float weight that the int8 weight stands for: `d * H(qweight * scale)`.
+
+    Shapes:
+        qweight: [..., N, K] int8; scale: [..., N] float32; d: [K] float32, or [..., 1, K]; result: [..., N, K] in
+            `dtype`.
+    """
+    return unrotated(qweight * scale[..., None], d).to(dtype)
+
+
+def unrotated(x: Tensor, d: Tensor | None) -> Tensor:
+    """`d * H(x)`: of a weight's rows, or of `grad_y * scale @ qweight`, the gradient of x without a rotation.
+
+    Shapes:
+        x: [..., K] float32; result: the same.
+    """
+    return x if d is None else butterflies(x, rotation_size(d.shape[-1])) * d
+
+
+def input_scales(weights: Sequence[Tensor], activations: Tensor | None = None) -> Tensor:
+    """The c of linears that read the same x: inputs are divided by it, and their weights multiplied.
+
+    From the weights alone, `clamp(sqrt(mean(w) / w), 1, 32)`, w the rms of each column: a massive activation that meets
+    weights which suppress it keeps those weights. With statistics of activations, `sqrt(a / w)` over its geometric
+    mean, clamped to [1/32, 32]: under a full rotation both errors scale with sum(a**2 / c**2) * sum(w**2 * c**2), of
+    which that is the least (Cauchy-Schwarz).
+
+    Args:
+        weights: [N, K] each, any float dtype.
+        activations: a [K]: the root of the mean, over rows, of the squares of x, each row divided by its rms.
+
+    Shapes:
+        result: [K] float32.
+    """
+    w = _floored(torch.cat([weight.to(torch.float64) for weight in weights]).square().mean(dim=0).sqrt())
+    if activations is None:
+        return (w.mean() / w).sqrt().clamp(1, 32).to(torch.float32)
+    c = (_floored(activations.to(torch.float64)) / w).sqrt()
+    return (c / c.log().mean().exp()).clamp(1 / 32, 32).to(torch.float32)
+
+
+def rotation_of(c: Tensor) -> Tensor:
+    """Divides signs by the c of inputs: their d.
+
+    Shapes:
+        c: [K] float32; result: the same.
+    """
+    return signs(c.shape[0], c.device) / c
+
+
+def _floored(x: Tensor) -> Tensor:
+    return x.clamp_min(1e-3 * float(x.mean())).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _affine(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = y * scale
+    return y if bias is None else y + bias.to(torch.float32)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2.0**exponent in float32, by its bits: exp2 and ldexp need not be exact."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def _bits(x: float) -> int:
+    return int(torch.tensor(x, dtype=torch.float32).view(torch.int32))
+
+
+def _float32(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float32))
