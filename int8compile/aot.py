@@ -44,30 +44,18 @@ if TYPE_CHECKING:
 # As GCC and Clang name the levels of x86-64, and the bits of their registers.
 _LEVELS = {"avx512": ("x86-64-v4", 512), "avx2": ("x86-64-v3", 256)}
 
-# The operators that a package has, with the parameters of the C functions: for CPUs,
-_WEIGHT = "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale, AtenTensorHandle* bias"
-_POLICY = "double threshold, int32_t by_column"
-_CPU_FUNCTIONS: dict[Any, str] = {
-    ops.packed_linear_no_grad.default: f"{_WEIGHT}, {_POLICY}, AtenTensorHandle* y",
-    ops.packed_linear_pair_no_grad.default: f"{_WEIGHT}, int64_t n0, {_POLICY}, AtenTensorHandle* y0, "
-    "AtenTensorHandle* y1",
-    ops.packed_linear_triple_no_grad.default: f"{_WEIGHT}, int64_t n0, int64_t n1, {_POLICY}, AtenTensorHandle* y0, "
-    "AtenTensorHandle* y1, AtenTensorHandle* y2",
-    ops.packed_batched_linear.default: f"{_WEIGHT}, double threshold, const char* outliers, AtenTensorHandle* y",
-    ops.packed_weight_only_linear_no_grad.default: f"{_WEIGHT}, AtenTensorHandle* y",
-    ops.linear_no_grad.default: f"{_WEIGHT}, {_POLICY}, AtenTensorHandle* y",
-    ops.weight_only_linear_no_grad.default: f"{_WEIGHT}, AtenTensorHandle* y",
-    ops.grouped_linear.default: "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale, "
-    "AtenTensorHandle ends, double threshold, const char* outliers, AtenTensorHandle* y",
-}
-# and for GPUs.
-_GPU_FUNCTIONS: dict[Any, str] = {
-    ops.quantize_rows.default: f"AtenTensorHandle x, {_POLICY}, AtenTensorHandle* planes, AtenTensorHandle* info",
-    ops.quantized_linear.default: "AtenTensorHandle planes, AtenTensorHandle info, AtenTensorHandle qweight, "
-    f"AtenTensorHandle scale, AtenTensorHandle* bias, {_POLICY}, int64_t activation, int64_t n0, int64_t n1, "
-    "int32_t dtype, AtenTensorHandle* y",
-    ops.weight_only_linear.default: f"{_WEIGHT}, AtenTensorHandle* y",
-}
+# The operators that a package has, for CPUs and for GPUs. What their C functions take follows from their schemas.
+_CPU_OPERATORS = (
+    ops.packed_linear_no_grad.default,
+    ops.packed_linear_pair_no_grad.default,
+    ops.packed_linear_triple_no_grad.default,
+    ops.packed_batched_linear.default,
+    ops.packed_weight_only_linear_no_grad.default,
+    ops.linear_no_grad.default,
+    ops.weight_only_linear_no_grad.default,
+    ops.grouped_linear.default,
+)
+_GPU_OPERATORS = (ops.quantize_rows.default, ops.quantized_linear.default, ops.weight_only_linear.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +129,9 @@ class Target:
     @functools.cached_property
     def functions(self) -> dict[Any, list[str]]:
         """Declarations of the C functions by the operators that they compute."""
-        functions = {} if self.form == "portable" else _GPU_FUNCTIONS if self.gpu else _CPU_FUNCTIONS
+        operators = () if self.form == "portable" else _GPU_OPERATORS if self.gpu else _CPU_OPERATORS
         return {
-            op: [f"AOTITorchError aoti_torch_{self.device}_{op._opname}({parameters})"]
-            for op, parameters in functions.items()
+            op: [f"AOTITorchError aoti_torch_{self.device}_{op._opname}({ops.c_parameters(op)})"] for op in operators
         }
 
 

@@ -1,9 +1,10 @@
 """The operators: schema, fake, reference and autograd of each. Read `reference.py` first: it is the definition."""
 
+from int8compile.ops.declaration import SUPPORTED_DTYPES, c_parameters
 from int8compile.ops.linear import (
     OUTLIER_POLICIES,
-    SUPPORTED_DTYPES,
     batched_linear,
+    column_linear,
     grouped_linear,
     linear,
     linear_no_grad,
@@ -22,7 +23,14 @@ from int8compile.ops.linear import (
 )
 from int8compile.ops.packing import packed_shape, unpack_weight
 from int8compile.ops.quantized import quantize_rows, quantized_linear
-from int8compile.ops.reference import MAX_K, QMAX, dequantize_weight
+from int8compile.ops.reference import (
+    MAX_K,
+    QMAX,
+    dequantize_weight,
+    input_scales,
+    rotation_of,
+    rotation_size,
+)
 
 __all__ = [
     "MAX_K",
@@ -30,8 +38,11 @@ __all__ = [
     "QMAX",
     "SUPPORTED_DTYPES",
     "batched_linear",
+    "c_parameters",
+    "column_linear",
     "dequantize_weight",
     "grouped_linear",
+    "input_scales",
     "linear",
     "linear_no_grad",
     "module_weight",
@@ -47,6 +58,8 @@ __all__ = [
     "quantize_rows",
     "quantize_weight",
     "quantized_linear",
+    "rotation_of",
+    "rotation_size",
     "unpack_weight",
     "weight_only_linear",
     "weight_only_linear_no_grad",

@@ -2,9 +2,10 @@
 
 | operator | weight | what it computes |
 |---|---|---|
-| `linear`, `batched_linear` | [N, K], [B, N, K] int8 | `reference.linear`: all in int8, but outliers |
-| `weight_only_linear` | [N, K] int8 | `reference.weight_only_linear`: weights in int8, activations in float |
+| `linear`, `batched_linear` | [N, K], [B, N, K] int8 | `reference.linear`: all in int8, on one grid for each row |
+| `weight_only_linear` | [N, K] int8 | `reference.weight_only_linear`: weights in int8, activations in fixed point |
 | `grouped_linear` | [E, N, K] int8 | `linear` of each row with the weight of its expert |
+| `column_linear` | [N, K] int8 | `column.column_linear`: LLM.int8() as published, outlier columns in float |
 | `module_weight` | [..., N, K] int8 | the float weight; the options say how to multiply with it, for the passes |
 | `quantize_weight` | [..., N, K] float | `reference.quantize_weight` |
 | `pack_weight` | [..., N, K] int8 | the layout of `packing` |
@@ -13,20 +14,20 @@
 | `packed_linear_pair_no_grad`, `..._triple_no_grad` | several, one behind the other | `linear` of one x with each |
 | `quantize_rows`, `quantized_linear` | [N, K] int8 | `linear` in two steps (`quantized.py`), for GPUs |
 
-Each is defined once here: schema, fake, implementation in PyTorch (`reference.py`), autograd, autocast. CPU kernels
-(`int8compile.cpu`) implement those that are not in two steps or grouped for the dispatch key CPU, and so take the place
-of the PyTorch implementation once they are loaded.
+`d` rotates x as it did the weight; a weight without one is not rotated. Each operator is declared once
+(`declaration.py`), with its definition in PyTorch; autograd and autocast are the same for all. CPU kernels
+(`int8compile.cpu`) implement those that are not in two steps, grouped or by column for the dispatch key CPU, and so
+take the place of the PyTorch implementation once they are loaded.
 
 `define` + `impl` rather than `torch.library.custom_op`: a call costs 6 us instead of 31. The no_grad operators are
-there because `torch.library.register_autograd` costs 8 us a call even when no gradient is asked for; and their schemas
-hold no strings and no lists, so that Inductor's C++ wrapper calls them without Python.
+there because `torch.library.register_autograd` costs 8 us a call even when no gradient is asked for. Schemas hold no
+strings and no lists, so that Inductor's C++ wrapper calls operators without Python.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,112 +38,24 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from int8compile.errors import InputError
-from int8compile.ops import packing, reference
+from int8compile.ops import column, packing, reference
+from int8compile.ops.declaration import SUPPORTED_DTYPES, Declaration, check_d
 
 OUTLIER_POLICIES = ("row", "column")
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _LIBRARY = torch.library.Library("int8compile", "DEF")
 
-# x, weight, scale, bias, and what says how x is quantized: (threshold, outliers), or nothing for weight-only operators.
-Compute = Callable[..., Tensor]
 
-
-def check(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    policy: Sequence[Any],
-    *,
-    batch_dims: int = 0,
-    packed: bool = False,
-) -> None:
-    """Validates a call. Fakes and implementations both run it: a check in a fake alone is not seen in eager mode.
-
-    Raises:
-        InputError: Names the argument, what it was and what is allowed.
-    """
-    name = f"int8compile::{name}"
-    if x.dtype not in SUPPORTED_DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
-        raise InputError(f"{name}: x is {x.dtype}; allowed are {allowed}. Convert it, e.g. x.to(torch.float32)")
-    dims = batch_dims + (4 if packed else 2)
-    if weight.dtype != (torch.uint8 if packed else torch.int8) or weight.dim() != dims:
-        raise InputError(
-            f"{name}: {'packed' if packed else 'qweight'} is {weight.dtype} {list(weight.shape)}; give "
-            f"{'uint8' if packed else 'int8'} of {dims} dimensions, as int8compile.ops."
-            f"{'pack_weight' if packed else 'quantize_weight'} makes"
-        )
-    rows = [*weight.shape[:batch_dims], scale.shape[-1] if packed and scale.dim() else weight.shape[batch_dims]]
-    if scale.dtype != torch.float32 or list(scale.shape) != rows:
-        raise InputError(
-            f"{name}: scale is {scale.dtype} {list(scale.shape)}; give float32 "
-            f"{'[..., N]' if packed else rows}, one for each output of the weight"
-        )
-    fits = x.dim() == 3 and x.shape[0] == weight.shape[0] if batch_dims else x.dim() >= 1
-    if fits and packed:
-        fits = tuple(weight.shape[batch_dims:]) == packing.packed_shape(scale.shape[-1], x.shape[-1])
-    elif fits:
-        fits = x.shape[-1] == weight.shape[-1]
-    if not fits:
-        shape = "[B, M, K] for [B, N, K]" if batch_dims else "[..., K] for [N, K]"
-        given = (
-            f"packed {list(weight.shape)} of {scale.shape[-1]} outputs" if packed else f"qweight {list(weight.shape)}"
-        )
-        raise InputError(f"{name}: x is {list(x.shape)} and {given}; x must be {shape}")
-    if x.shape[-1] > reference.MAX_K:
-        raise InputError(
-            f"{name}: K is {x.shape[-1]}; at most {reference.MAX_K} is exact in int32. Split the layer or skip it"
-        )
-    if bias is not None and (bias.shape != scale.shape or not bias.is_floating_point()):
-        raise InputError(
-            f"{name}: bias is {bias.dtype} {list(bias.shape)}; give {list(scale.shape)} of a float dtype, or None"
-        )
-    if policy:
-        threshold, outliers = policy
-        if not (math.isfinite(threshold) and threshold >= 0):
-            raise InputError(f"{name}: threshold is {threshold}; give a finite number >= 0 (0 turns the split off)")
-        if outliers not in OUTLIER_POLICIES:
-            raise InputError(f"{name}: outliers is {outliers!r}; allowed are 'row' and 'column'")
-
-
-def _calls(name: str, compute: Compute, *, batch_dims: int = 0, packed: bool = False) -> tuple[Compute, Compute]:
-    """What an operator runs in PyTorch, and its fake; both check first."""
-
-    def validate(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, policy: Sequence[Any]) -> None:
-        check(name, x, weight, scale, bias, policy, batch_dims=batch_dims, packed=packed)
-
-    def implementation(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
-        validate(x, weight, scale, bias, policy)
-        qweight = packing.unpack_weight(weight, scale.shape[-1], x.shape[-1]) if packed else weight
-        return compute(x, qweight, scale, bias, *policy)
-
-    def fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any) -> Tensor:
-        validate(x, weight, scale, bias, policy)
-        return x.new_empty(*x.shape[:-1], scale.shape[-1])
-
-    return implementation, fake
-
-
-def _register(
-    name: str, compute: Compute, *, batch_dims: int = 0, packed: bool = False, weight_only: bool = False
-) -> Any:
-    """Defines a differentiable operator whose weight is [N, K] (or [B, N, K]), packed or not."""
-    weight_name = "packed" if packed else "qweight"
-    how = "" if weight_only else ", float threshold, str outliers"
-    _LIBRARY.define(
-        f"{name}(Tensor x, Tensor {weight_name}, Tensor scale, Tensor? bias{how}) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    qualified = f"int8compile::{name}"
+def _register(declared: Declaration) -> Any:
+    """Define a differentiable operator."""
+    name, batch_dims, packed = declared.name, declared.batch_dims, declared.packed
+    _LIBRARY.define(declared.schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.int8compile, name)
-    implementation, fake = _calls(name, compute, batch_dims=batch_dims, packed=packed)
+    bias_at = list(declared.parameters).index("bias")
 
-    def dequantized(weight: Tensor, scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    def rotated_weight(weight: Tensor, scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
         qweight = packing.unpack_weight(weight, scale.shape[-1], k) if packed else weight
-        return reference.dequantize_weight(qweight, scale, dtype)
+        return reference.dequantize_weight(qweight, scale, None, dtype)
 
     class Derivatives(_SingleLevelFunction):
         """Those of the product with the dequantized weight; they are not quantized (LLM.int8(), 2022, appendix E)."""
@@ -153,41 +66,56 @@ def _register(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x, weight, scale, bias, *policy = inputs
-            ctx.save_for_backward(weight, scale)
-            ctx.save_for_forward(weight, scale)
-            ctx.k, ctx.dtype, ctx.policies = x.shape[-1], x.dtype, len(policy)
+            given = declared.given(inputs)
+            x, bias = given["x"], given["bias"]
+            saved = (given[declared.weight], given["scale"], given.get("d"))
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
+            ctx.k, ctx.dtype, ctx.count = x.shape[-1], x.dtype, len(inputs)
             ctx.bias_dtype = None if bias is None else bias.dtype
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            weight, scale = ctx.saved_tensors
-            grad_x = grad_bias = None
+            weight, scale, d = ctx.saved_tensors
+            grads: list[Tensor | None] = [None] * ctx.count
             if ctx.needs_input_grad[0]:
-                grad_x = grad @ dequantized(weight, scale, ctx.k, grad.dtype)
-            if ctx.needs_input_grad[3]:
+                grads[0] = _grad_x(grad, rotated_weight(weight, scale, ctx.k, grad.dtype), d)
+            if ctx.needs_input_grad[bias_at]:
                 rows = grad.flatten(batch_dims, -2) if grad.dim() > batch_dims + 1 else grad.unsqueeze(-2)
-                grad_bias = rows.sum(dim=-2, dtype=torch.float32).to(ctx.bias_dtype)
-            return grad_x, None, None, grad_bias, *[None] * ctx.policies
+                grads[bias_at] = rows.sum(dim=-2, dtype=torch.float32).to(ctx.bias_dtype)
+            return tuple(grads)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-            weight, scale = ctx.saved_tensors
-            along_x, _, _, along_bias, *_ = tangents
+            weight, scale, d = ctx.saved_tensors
+            along_x, along_bias = tangents[0], tangents[bias_at]
             along: Tensor = weight.new_zeros(1, dtype=ctx.dtype)
             with _all_derivatives():
                 if along_x is not None:
-                    along = along_x @ dequantized(weight, scale, ctx.k, ctx.dtype).mT
+                    along = _along_x(along_x, rotated_weight(weight, scale, ctx.k, ctx.dtype), d)
                 if along_bias is not None:
                     along = along + (along_bias.unsqueeze(-2) if batch_dims else along_bias).to(ctx.dtype)
                 return along
 
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, declared.implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"int8compile::{name}", declared.fake, lib=_LIBRARY)
     _register_derivatives(name, op, Derivatives)
-    _register_vmap(name, op, rows_alone=not batch_dims)
+    # Which columns are multiplied in float depends on all rows.
+    _register_vmap(name, op, rows_alone=not batch_dims and declared.rotates)
     _register_autocast(name, op)
     return op
+
+
+def _grad_x(grad: Tensor, weight: Tensor, d: Tensor | None) -> Tensor:
+    """Return the gradient of x: `d * H(grad @ W')`, the rotation in float32."""
+    product = grad @ weight
+    return product if d is None else reference.unrotated(product.to(torch.float32), d).to(grad.dtype)
+
+
+def _along_x(along: Tensor, weight: Tensor, d: Tensor | None) -> Tensor:
+    """Return the derivative of y along x: `H(along * d) @ W'.T`, the rotation in float32."""
+    rows = along if d is None else reference.rotated(along.to(torch.float32), d).to(along.dtype)
+    return rows @ weight.mT
 
 
 def _register_vmap(name: str, op: Any, *, rows_alone: bool) -> None:
@@ -195,8 +123,7 @@ def _register_vmap(name: str, op: Any, *, rows_alone: bool) -> None:
 
     def vectorized(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         x, *rest = args
-        by_column = not isinstance(rest[-1], Tensor) and rest[-1] in ("column", True)
-        if rows_alone and not by_column and all(dim is None for dim in in_dims[1:]):
+        if rows_alone and all(dim is None for dim in in_dims[1:]):
             return op(x.movedim(in_dims[0], 0), *rest), 0
         each = [
             op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
@@ -278,86 +205,34 @@ def register_no_grad(name: str, schema: str, implementation: Callable[..., Any],
     return op
 
 
-def _with_flag(run: Compute) -> Compute:
-    """Takes the outlier policy as the flag that schemas without strings have."""
-
-    def call(
-        x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, by_column: bool
-    ) -> Tensor:
-        return run(x, packed, scale, bias, threshold, OUTLIER_POLICIES[by_column])
-
-    return call
-
-
-def _register_several(name: str, count: int) -> Any:
-    """Defines `linear` of one x with `count` weights, packed one behind the other; the last gets what `sizes` leave.
-
-    Each has panels of its own: the packed weight of N outputs has ceil(N / 16) of them. Scales and biases lie one
-    behind the other without gaps.
-    """
-    sizes = [f"n{i}" for i in range(count - 1)]
-    ints = "".join(f", int {size}" for size in sizes)
-    schema = (
-        f"(Tensor x, Tensor packed, Tensor scale, Tensor? bias{ints}, float threshold, bool by_column)"
-        f" -> ({', '.join(['Tensor'] * count)})"
-    )
-
-    def parts(packed: Tensor, scale: Tensor, bias: Tensor | None, given: Sequence[int]) -> Any:
-        if scale.dim() != 1 or (bias is not None and bias.shape != scale.shape):
-            shape = None if bias is None else f"{bias.dtype} {list(bias.shape)}"
-            raise InputError(
-                f"int8compile::{name}: scale is {scale.dtype} {list(scale.shape)} and bias is {shape}; give float32 "
-                "[N] of all outputs together, and [N] of a float dtype or None"
-            )
-        outputs = [*given, scale.shape[0] - sum(given)]
-        if min(outputs) < 0:
-            raise InputError(f"int8compile::{name}: outputs {outputs} do not add up to scale's {scale.shape[0]}")
-        panels = [packing.packed_shape(n, 1)[0] for n in outputs]
-        if packed.dim() == 0 or packed.shape[0] != sum(panels):
-            raise InputError(
-                f"int8compile::{name}: packed is {list(packed.shape)}; outputs {outputs} have {sum(panels)} panels"
-            )
-        biases = [None] * count if bias is None else bias.split(outputs)
-        return zip(packed.split(panels), scale.split(outputs), biases, strict=True)
-
-    def of_each(run: Compute) -> Callable[..., Any]:
-        def call(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-            *given, threshold, by_column = rest
-            return tuple(run(x, *part, threshold, by_column) for part in parts(packed, scale, bias, given))
-
-        return call
-
-    implementation, fake = (of_each(_with_flag(run)) for run in _calls(name, reference.linear, packed=True))
-    return register_no_grad(name, schema, implementation, fake)
-
-
 _LIBRARY.define("pack_weight(Tensor qweight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl("pack_weight", packing.pack_weight, "CompositeExplicitAutograd")
 torch.library.register_fake("int8compile::pack_weight", packing.pack_weight, lib=_LIBRARY)
 pack_weight = torch.ops.int8compile.pack_weight
 
 
-def _check_weight(weight: Tensor) -> None:
+def _check_weight(weight: Tensor, d: Tensor | None) -> None:
     if weight.dtype not in SUPPORTED_DTYPES or weight.dim() < 1:
         allowed = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
         raise InputError(
             f"int8compile::quantize_weight: weight is {weight.dtype} {list(weight.shape)}; give [..., N, K] of "
             f"{allowed}"
         )
+    check_d("int8compile::quantize_weight", d, weight.shape[-1], weight.shape[:-2])
 
 
-def _quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    _check_weight(weight)
-    return reference.quantize_weight(weight)
+def _quantize_weight(weight: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_weight(weight, d)
+    return reference.quantize_weight(weight, d)
 
 
-def _quantize_weight_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
-    _check_weight(weight)
+def _quantize_weight_fake(weight: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_weight(weight, d)
     scale = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
     return weight.new_empty(weight.shape, dtype=torch.int8), scale
 
 
-_LIBRARY.define("quantize_weight(Tensor weight) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("quantize_weight(Tensor weight, Tensor? d) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl("quantize_weight", _quantize_weight, "CompositeExplicitAutograd")
 _LIBRARY.impl("quantize_weight", torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_fake("int8compile::quantize_weight", _quantize_weight_fake, lib=_LIBRARY)
@@ -365,32 +240,23 @@ quantize_weight = torch.ops.int8compile.quantize_weight
 
 
 def _module_weight(
-    qweight: Tensor, scale: Tensor, dtype: torch.dtype, threshold: float, outliers: str, weight_only: bool
+    qweight: Tensor, scale: Tensor, d: Tensor | None, dtype: torch.dtype, threshold: float, weight_only: bool
 ) -> Tensor:
-    return reference.dequantize_weight(qweight, scale, dtype)
+    return reference.dequantize_weight(qweight, scale, d, dtype)
 
 
 # A composite of PyTorch's operators, so that other compilers, and packages, do without it.
 _LIBRARY.define(
-    "module_weight(Tensor qweight, Tensor scale, ScalarType dtype, float threshold, str outliers, bool weight_only)"
+    "module_weight(Tensor qweight, Tensor scale, Tensor? d, ScalarType dtype, float threshold, bool weight_only)"
     " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("module_weight", _module_weight, "CompositeImplicitAutograd")
 module_weight = torch.ops.int8compile.module_weight
 
-linear = _register("linear", reference.linear)
-batched_linear = _register("batched_linear", reference.batched_linear, batch_dims=1)
-weight_only_linear = _register("weight_only_linear", reference.weight_only_linear, weight_only=True)
-packed_linear = _register("packed_linear", reference.linear, packed=True)
-packed_batched_linear = _register("packed_batched_linear", reference.batched_linear, batch_dims=1, packed=True)
-packed_weight_only_linear = _register(
-    "packed_weight_only_linear", reference.weight_only_linear, packed=True, weight_only=True
-)
-
 
 def grouped_parts(ends: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and their rows. Reads `ends`, so a GPU is waited for."""
+    """Yield the experts that have rows, and their rows. Reads `ends`, so a GPU is waited for."""
     begin = 0
     for expert, end in enumerate(ends.tolist()):
         if not begin <= end <= rows:
@@ -400,28 +266,13 @@ def grouped_parts(ends: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
         begin = end
 
 
-def _check_grouped(x: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, threshold: float, outliers: str) -> None:
-    if x.dim() != 2 or qweight.dim() != 3 or scale.dim() != 2 or ends.shape != qweight.shape[:1]:
-        raise InputError(
-            f"int8compile::grouped_linear: x is {list(x.shape)}, qweight {list(qweight.shape)}, scale "
-            f"{list(scale.shape)} and ends {list(ends.shape)}; give [S, K], [E, N, K], [E, N] and [E]"
-        )
-    check("grouped_linear", x, qweight[0], scale[0], None, (threshold, outliers))
-
-
-def _grouped_linear(x: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, threshold: float, outliers: str) -> Tensor:
-    _check_grouped(x, qweight, scale, ends, threshold, outliers)
+def _grouped_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, ends: Tensor, threshold: float
+) -> Tensor:
     y = x.new_zeros(x.shape[0], scale.shape[1])
     for expert, part in grouped_parts(ends, x.shape[0]):
-        y[part] = linear(x[part], qweight[expert], scale[expert], None, threshold, outliers)
+        y[part] = linear(x[part], qweight[expert], scale[expert], reference.of_each(d, expert), None, threshold)
     return y
-
-
-def _grouped_linear_fake(
-    x: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, threshold: float, outliers: str
-) -> Tensor:
-    _check_grouped(x, qweight, scale, ends, threshold, outliers)
-    return x.new_empty(x.shape[0], scale.shape[1])
 
 
 class _GroupedDerivatives(_SingleLevelFunction):
@@ -431,8 +282,8 @@ class _GroupedDerivatives(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:4])
-        ctx.save_for_forward(*inputs[1:4])
+        ctx.save_for_backward(*inputs[1:5])
+        ctx.save_for_forward(*inputs[1:5])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -442,69 +293,75 @@ class _GroupedDerivatives(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        along, (qweight, scale, ends) = tangents[0], ctx.saved_tensors
+        along, (qweight, scale, d, ends) = tangents[0], ctx.saved_tensors
         assert along is not None
         with _all_derivatives():
             y = along.new_zeros(along.shape[0], scale.shape[1])
             for expert, part in grouped_parts(ends, along.shape[0]):
-                y[part] = along[part] @ reference.dequantize_weight(qweight[expert], scale[expert], along.dtype).mT
+                weight = reference.dequantize_weight(qweight[expert], scale[expert], None, along.dtype)
+                y[part] = _along_x(along[part], weight, reference.of_each(d, expert))
             return y
 
 
-def _grouped_grad_x(grad: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+def _grouped_grad_x(grad: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, ends: Tensor) -> Tensor:
     grad_x = grad.new_zeros(grad.shape[0], qweight.shape[-1])
     for expert, part in grouped_parts(ends, grad.shape[0]):
-        grad_x[part] = grad[part] @ reference.dequantize_weight(qweight[expert], scale[expert], grad.dtype)
+        weight = reference.dequantize_weight(qweight[expert], scale[expert], None, grad.dtype)
+        grad_x[part] = _grad_x(grad[part], weight, reference.of_each(d, expert))
     return grad_x
 
 
-def _grouped_grad_x_fake(grad: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+def _grouped_grad_x_fake(grad: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, ends: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[-1])
 
 
+linear = _register(Declaration("linear", reference.linear))
+batched_linear = _register(Declaration("batched_linear", reference.batched_linear, batch_dims=1))
+weight_only_linear = _register(Declaration("weight_only_linear", reference.weight_only_linear, quantizes=False))
+column_linear = _register(Declaration("column_linear", column.column_linear, rotates=False))
+packed_linear = _register(Declaration("packed_linear", reference.linear, packed=True))
+packed_batched_linear = _register(
+    Declaration("packed_batched_linear", reference.batched_linear, packed=True, batch_dims=1)
+)
+packed_weight_only_linear = _register(
+    Declaration("packed_weight_only_linear", reference.weight_only_linear, packed=True, quantizes=False)
+)
+
+_GROUPED = Declaration("grouped_linear", _grouped_linear, grouped=True)
 _LIBRARY.define(
-    "grouped_linear_backward(Tensor grad, Tensor qweight, Tensor scale, Tensor ends) -> Tensor",
+    "grouped_linear_backward(Tensor grad, Tensor qweight, Tensor scale, Tensor? d, Tensor ends) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("grouped_linear_backward", _grouped_grad_x, "CompositeExplicitAutograd")
 torch.library.register_fake("int8compile::grouped_linear_backward", _grouped_grad_x_fake, lib=_LIBRARY)
-_LIBRARY.define(
-    "grouped_linear(Tensor x, Tensor qweight, Tensor scale, Tensor ends, float threshold, str outliers) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("int8compile::grouped_linear", _grouped_linear_fake, lib=_LIBRARY)
+_LIBRARY.define(_GROUPED.schema, tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("grouped_linear", _GROUPED.implementation, "CompositeExplicitAutograd")
+torch.library.register_fake("int8compile::grouped_linear", _GROUPED.fake, lib=_LIBRARY)
 grouped_linear = torch.ops.int8compile.grouped_linear
 _register_derivatives("grouped_linear", grouped_linear, _GroupedDerivatives)
 _register_autocast("grouped_linear", grouped_linear)
 
 
-def _weight(name: str) -> str:
-    return f"(Tensor x, Tensor {name}, Tensor scale, Tensor? bias"
+def _register_inference(declared: Declaration) -> Any:
+    """Define an operator for graphs that need no gradients."""
+    schema = declared.schema.removeprefix(declared.name)
+    op = register_no_grad(declared.name, schema, declared.implementation, declared.fake)
+    if not declared.packed:
+        _register_vmap(declared.name, op, rows_alone=True)
+    return op
 
 
-_POLICY = ", float threshold, bool by_column"
-linear_no_grad = register_no_grad(
-    "linear_no_grad",
-    f"{_weight('qweight')}{_POLICY}) -> Tensor",
-    *(_with_flag(run) for run in _calls("linear_no_grad", reference.linear)),
+linear_no_grad = _register_inference(Declaration("linear_no_grad", reference.linear))
+weight_only_linear_no_grad = _register_inference(
+    Declaration("weight_only_linear_no_grad", reference.weight_only_linear, quantizes=False)
 )
-_register_vmap("linear_no_grad", linear_no_grad, rows_alone=True)
-weight_only_linear_no_grad = register_no_grad(
-    "weight_only_linear_no_grad",
-    f"{_weight('qweight')}) -> Tensor",
-    *_calls("weight_only_linear_no_grad", reference.weight_only_linear),
+packed_linear_no_grad = _register_inference(Declaration("packed_linear_no_grad", reference.linear, packed=True))
+packed_linear_pair_no_grad = _register_inference(
+    Declaration("packed_linear_pair_no_grad", reference.linear, packed=True, results=2)
 )
-_register_vmap("weight_only_linear_no_grad", weight_only_linear_no_grad, rows_alone=True)
-packed_linear_no_grad = register_no_grad(
-    "packed_linear_no_grad",
-    f"{_weight('packed')}{_POLICY}) -> Tensor",
-    *(_with_flag(run) for run in _calls("packed_linear_no_grad", reference.linear, packed=True)),
+packed_linear_triple_no_grad = _register_inference(
+    Declaration("packed_linear_triple_no_grad", reference.linear, packed=True, results=3)
 )
-packed_linear_pair_no_grad = _register_several("packed_linear_pair_no_grad", 2)
-packed_linear_triple_no_grad = _register_several("packed_linear_triple_no_grad", 3)
-packed_weight_only_linear_no_grad = register_no_grad(
-    "packed_weight_only_linear_no_grad",
-    f"{_weight('packed')}) -> Tensor",
-    *_calls("packed_weight_only_linear_no_grad", reference.weight_only_linear, packed=True),
+packed_weight_only_linear_no_grad = _register_inference(
+    Declaration("packed_weight_only_linear_no_grad", reference.weight_only_linear, packed=True, quantizes=False)
 )

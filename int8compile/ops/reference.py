@@ -1,240 +1,362 @@
-"""The definition of the numerics, in plain PyTorch. Kernels are compared with these functions.
+"""The definition of the numerics, in plain PyTorch. Kernels are compared with these functions, bit for bit.
 
-Symbols: M rows (tokens), K inputs, N outputs; `q` int8; `scale` multiplies to dequantize; `acc` int32.
-Source: Dettmers et al. 2022, "LLM.int8()", https://arxiv.org/abs/2208.07339, with the outlier policies of
-`int8compile.Int8Config.outliers`.
+`y = (acc * s_x[m]) * s_w[n] + bias[n]`, where `acc` is one exact int32 sum: activations are rotated, then written as
+integers on one grid for each row. Almost all fit in 8 bits; the few that do not, outliers, have a second digit.
+
+Symbols: M rows (tokens), K inputs, N outputs; `q` int8, `Q` integers of up to 16 bits; `scale` multiplies to
+dequantize.
+Every float step rounds to float32, half to even: no fused multiply-add, no approximate division, no flushed results.
+
+Sources: Dettmers et al. 2022, "LLM.int8()", https://arxiv.org/abs/2208.07339 (one scale for each row, outliers kept
+precise); Ashkboos et al. 2024, "QuaRot", https://arxiv.org/abs/2404.00456 (rotation by Hadamard matrices); Xiao et al.
+2022, "SmoothQuant", https://arxiv.org/abs/2211.10438 (scales of inputs, moved into the weight).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 QMAX = 127
-# Below this absmax a row counts as zero: 127 / absmax would overflow float32. It is where subnormals begin.
-TINY = 2.0**-120
+# The largest |Q|: two digits of 8 bits, of which the upper one is at most 127.
+Q_LARGEST = 32639
+# The largest K whose int32 sum cannot overflow, see `linear`.
+MAX_K = 131071
+MAX_ROTATION, MIN_ROTATION = 128, 16
+# A row whose largest element is below counts as zero.
+TINY = 2.0**-100
+# Below this absmax a weight's row counts as zero: 127 / absmax would overflow float32.
+TINY_WEIGHT = 2.0**-120
+# Elements of a row as fixed point: integers of so many bits, and a sign.
+BITS = 22
 # A sum of this many products of two int8 values, -128 included, is at most 2**24, so float32 holds every partial sum.
 EXACT_K = 2**24 // 128**2
-# The largest K whose int32 sum cannot overflow: 2**31 / 127**2, less what saturating int8 instructions need.
-MAX_K = 131071
+_NO_LIMIT = 2.0**100
 
 
-class QuantizedRows(NamedTuple):
-    """Activations after quantization.
+class Grid(NamedTuple):
+    """Activations on their grid.
 
     Shapes:
-        q: [M, K] int8, 0 at outlier elements.
-        scale: [M] float32, `absmax / 127`.
-        outlier: [M, K] bool, the elements that are left out of `q`.
+        Q: [M, K] int32, |Q| <= 32639; an outlier is what does not fit in 8 bits.
+        scale: [M] float32. NaN for a row with NaN or Inf, 0 for one that counts as zero; Q is 0 in both.
     """
 
-    q: Tensor
+    Q: Tensor
     scale: Tensor
-    outlier: Tensor
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes a weight with one scale per output row: `q = rne(W * (127 * (1 / absmax)))`, `scale = absmax / 127`.
-
-    Shapes:
-        weight: [..., N, K], any float dtype; computed in float32.
-
-    Returns:
-        `qweight` [..., N, K] int8 in [-127, 127] and `scale` [..., N] float32. A zero row gives zeros and scale 0; one
-        with NaN or Inf a scale that is not finite, and any values.
-    """
-    weight = weight.to(torch.float32)
-    return _quantize(weight)
+def rotation_size(k: int) -> int:
+    """Return B, how many elements of a row are mixed with each other; 1, none, where K has few factors of two."""
+    b = min(MAX_ROTATION, k & -k)
+    return b if b >= MIN_ROTATION else 1
 
 
-def outlier_mask(x: Tensor, threshold: float, outliers: str) -> Tensor:
-    """Decides which elements of x are outliers.
-
-    `row`: `x[m,k]^2 * K >= threshold^2 * sum(x[m,:]^2)`, that is `|x[m,k]| >= threshold * rms(x[m,:])`, with the
-    squares of `fixed_point_squares`: their sum is exact, so every kernel that follows them comes to the same decision,
-    however it splits the sum.
-    `column`: `|x[m,k]| >= threshold`.
-    NaN and Inf always are outliers (they cannot be quantized), zeros never, and `threshold` 0 turns the rest off.
+def signs(k: int, device: torch.device | None = None) -> Tensor:
+    """Return the signs of inputs, fixed by K alone: without them rotating a row of large mean gives one large element.
 
     Shapes:
-        x: [M, K] float32; result: [M, K] bool.
+        result: [K] float32, of 1 and -1: where the hash is odd.
     """
-    mask = ~x.isfinite()
-    if threshold == 0:
-        return mask
-    if outliers == "column":
-        return mask | ((x.abs() >= threshold) & (x != 0))
-    square = fixed_point_squares(x.masked_fill(mask, 0))
-    # Not threshold**2, which raises where the square is not finite.
-    limit = square.sum(dim=-1, keepdim=True) * (threshold * threshold)
-    return mask | ((square * x.shape[-1] >= limit) & (x != 0))
+    # In int64 with masks: PyTorch has little arithmetic for uint32.
+    h = (torch.arange(k, dtype=torch.int64, device=device) * 0x9E3779B1 + k) & 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    h = h ^ (h >> 13)
+    return 1.0 - 2.0 * (h & 1).to(torch.float32)
 
 
-def fixed_point_squares(x: Tensor) -> Tensor:
-    """The squares of a row, over that of the power of two above its largest element, rounded to multiples of 2**-35.
+def butterflies(x: Tensor, size: int) -> Tensor:
+    """Return `x'[i*C + j] = sum_b H[i,b] * x[b*C + j]`, H Sylvester's Hadamard matrix.
 
-    They are below 1, so up to 2**17 of them (more than `MAX_K`) have a sum that float64 holds exactly, whatever the
-    order of the additions; and squares of float32 values neither overflow nor vanish. The rounding shifts the rms by
-    less than 2**-18 of it.
+    `H[i,b] = (-1)**popcount(i & b)`.
+    Additions and subtractions at distances of 1, 2, 4, ... runs of C = K / size elements, in this order, which float32
+    depends on; integers do not. Applied twice it multiplies by `size`.
 
     Shapes:
-        x: [M, K] float32, finite; result: [M, K] float64.
+        x: [..., K]; result: the same.
     """
-    if x.shape[-1] == 0:
-        return x.to(torch.float64)
-    exponent = torch.frexp(x.abs().amax(dim=-1, keepdim=True)).exponent.to(torch.int64)
-    # 2.0**-exponent by its bits: exp2 and ldexp need not be exact.
-    scale = ((1023 - exponent) << 52).view(torch.float64)
-    square = (x.to(torch.float64) * scale).square()
-    # In [2**17, 2**18) the unit in the last place is 2**-35.
-    return (square + 1.5 * 2**17) - 1.5 * 2**17
+    k, distance = x.shape[-1], 1
+    while distance < size:
+        pairs = x.reshape(*x.shape[:-1], size // (2 * distance), 2, distance * (k // size))
+        u, v = pairs.unbind(-2)
+        x = torch.stack([u + v, u - v], dim=-2).reshape(*x.shape[:-1], k)
+        distance *= 2
+    return x
 
 
-def quantize_rows(x: Tensor, threshold: float, outliers: str) -> QuantizedRows:
-    """Quantizes activations with one scale per row, over the elements that are not outliers.
+def rotation(d: Tensor | None) -> int:
+    """Return B of a weight: that of its K where it has a `d`, 1 where it has none."""
+    return 1 if d is None else rotation_size(d.shape[-1])
+
+
+def over_rows(d: Tensor) -> Tensor:
+    """Return d so that it multiplies the rows of a matrix, or those of each matrix of a batch.
 
     Shapes:
-        x: [M, K] float32.
+        d: [K], or [..., K] for matrices [..., M, K]; result: [K], or [..., 1, K].
     """
-    outlier = outlier_mask(x, threshold, outliers)
-    return QuantizedRows(*_quantize(x.masked_fill(outlier, 0)), outlier)
+    return d if d.dim() == 1 else d.unsqueeze(-2)
 
 
-def int_matmul(q_x: Tensor, qweight: Tensor) -> Tensor:
-    """The exact integer product `acc[m,n] = sum_k q_x[m,k] * qweight[n,k]`.
+def fixed_point(x: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Write rows times d as integers, `x * d = X * 2**(p - 22)`, and rotate these: their sums depend on no order.
 
-    It runs as float32 matmuls over slices of K short enough that every partial sum is an integer below 2**24, hence
-    exact in any order of summation (in TF32 and bfloat16 mode too: int8 values are exact in both and the
+    |X| <= 2**22 before the rotation and 2**29 after it, which int32 holds exactly.
+
+    Shapes:
+        x: [M, K], any float dtype; d: [K] float32; result: X [M, K] int32, `2**(p - 22)` [M] float32, and [M] bool,
+            which rows count as zero. The scale of a row with NaN or Inf, or whose product with d is not finite, is NaN;
+            X is 0 there and in rows that count as zero.
+    """
+    v = x.to(torch.float32) if d is None else x.to(torch.float32) * d
+    magnitude = v.view(torch.int32) & 0x7FFFFFFF
+    u = magnitude.amax(dim=-1) if v.shape[-1] else magnitude.new_zeros(v.shape[0])
+    zero, special = u < _bits(TINY), u >= 0x7F800000
+    p = torch.where(zero | special, 0, (u >> 23) - 126)
+    up, down = _power(BITS - p), _power(p - BITS)
+    integers = (v.masked_fill((zero | special)[:, None], 0) * up[:, None]).round().to(torch.int32)
+    return butterflies(integers, rotation(d)), torch.where(special, math.nan, down), zero
+
+
+def quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> Grid:
+    """Write rows as integers on one grid each, `x' = Q * scale`.
+
+    The step of the grid is a 127th of the largest magnitude, or of `threshold` times the mean magnitude where that is
+    less: what lies above, at most K / threshold elements of a row, has more than 8 bits. Not of the rms, which one huge
+    element inflates, and with it everybody's grid.
+
+    Shapes:
+        x: [M, K]; d: [K] float32, or None for a weight that is not rotated.
+    """
+    integers, unit, zero = fixed_point(x, d)
+    k = x.shape[-1]
+    size = integers.abs()
+    largest = size.amax(dim=-1) if k else size.new_zeros(size.shape[0])
+    total = size.sum(dim=-1, dtype=torch.int64)
+    c1, c3 = _float32(1 / QMAX), _float32(1 / Q_LARGEST)
+    c2 = _float32(threshold / (QMAX * max(k, 1)) if threshold else _NO_LIMIT)
+    top = largest.to(torch.float32)
+    step = torch.maximum(torch.minimum(top * c1, total.to(torch.float32) * c2), top * c3)
+    # 1 where all elements are 0, which only rows are that count as zero, or hold NaN or Inf.
+    inverse = torch.where(largest == 0, 1, step).reciprocal()
+    Q = (integers.to(torch.float32) * inverse[:, None]).round().to(torch.int32)
+    return Grid(Q, torch.where(zero, 0, step * unit))
+
+
+def digits(Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Split `Q = 256 * q1 + q0` into q0 and q1, both int8. Outliers are where q1 is not 0. q0 reaches -128."""
+    q0 = ((Q + 128) & 255) - 128
+    return q0.to(torch.int8), ((Q - q0) >> 8).to(torch.int8)
+
+
+def int_matmul(q: Tensor, qweight: Tensor) -> Tensor:
+    """Return the exact integer product `acc[m,n] = sum_k q[m,k] * qweight[n,k]`.
+
+    It runs as float32 matmuls over slices of K short enough that every partial sum is an integer of at most 2**24,
+    hence exact in any order of summation (in TF32 and bfloat16 mode too: int8 values are exact in both and the
     accumulator is float32). PyTorch's own int8 matmul on CPUs is slower and was wrong on some.
 
     Shapes:
-        q_x: [M, K] int8; qweight: [N, K] int8; result: [M, N] int32. K is at most 131071, where int32 could overflow.
+        q: [M, K] int8; qweight: [N, K] int8; result: [M, N] int32.
     """
-    acc = torch.zeros(q_x.shape[0], qweight.shape[0], dtype=torch.int32, device=q_x.device)
-    for begin in range(0, q_x.shape[1], EXACT_K):
+    acc = torch.zeros(q.shape[0], qweight.shape[0], dtype=torch.int32, device=q.device)
+    for begin in range(0, q.shape[1], EXACT_K):
         part = slice(begin, begin + EXACT_K)
-        acc += (q_x[:, part].to(torch.float32) @ qweight[:, part].to(torch.float32).mT).to(torch.int32)
+        acc += (q[:, part].to(torch.float32) @ qweight[:, part].to(torch.float32).mT).to(torch.int32)
     return acc
 
 
-def outlier_product(x: Tensor, rows: QuantizedRows, qweight: Tensor, outliers: str) -> Tensor:
-    """What the outliers add, in units of the weight's scale: `out[m,n] = sum_{k in O} r[m,k] * qweight[n,k]`.
+def product(rows: Grid, qweight: Tensor) -> Tensor:
+    """Return `acc[m,n] = sum_k Q[m,k] * qweight[n,k]`, int32.
 
-    `row`: r is x at the outlier elements, else 0. `column`: r is `x - scale * q` in every column that holds an
-    outlier, which equals "zero the column and multiply it in float" and needs no second pass over x.
-
-    The sum runs in float64 and is rounded once. For the row policy it is exact whatever the order of summation, which
-    makes a row's result independent of the batch: with t the threshold, outliers are at least t * rms, so all products
-    are multiples of t * rms * 2**-24; there are at most K / t**2 of them, and their absolute sum is at most
-    127 * K / t * rms, which is below 2**53 units while K / t**2 < 2**22 (for any K allowed, if t >= 0.18).
-
-    Shapes:
-        x: [M, K] float32; qweight: [N, K] int8; result: [M, N] float32.
+    It cannot overflow: the step of a row's grid is at least S / (127 * K), S the sum of magnitudes, so the sum of |Q|
+    is at most 127 * K and half a unit of rounding for each element, and |acc| <= (127 * K + K / 2) * 128 < 2**31 for
+    K <= 131071, weights of -128 included. Where the third term decides the step, it is larger still. Partial sums may
+    wrap, which does no harm.
     """
-    columns = rows.outlier.any(dim=0).nonzero().squeeze(1)
-    x, q, outlier = x[:, columns], rows.q[:, columns], rows.outlier[:, columns]
-    residual = x - rows.scale[:, None] * q if outliers == "column" else x.masked_fill(~outlier, 0)
-    return (residual.to(torch.float64) @ qweight[:, columns].to(torch.float64).mT).to(torch.float32)
+    q0, q1 = digits(rows.Q)
+    columns = q1.any(dim=0).nonzero().squeeze(1)
+    return int_matmul(q0, qweight) + 256 * int_matmul(q1[:, columns], qweight[:, columns])
 
 
-def linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
-    """The whole operator: `y = (acc * s_x[m] + out) * scale[n] + bias[n]`, rounded once to x's dtype.
+def linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """Return `y = x @ W.T + bias`, rounded once to x's dtype. No row's result depends on another row.
 
     Args:
         x: Activations.
-        qweight: Weight, already quantized.
-        scale: One float32 scale per output.
+        qweight: The weight, rotated and quantized by `quantize_weight`.
+        scale: One float32 for each output.
+        d: What the weight was rotated with, or None where it was not.
         bias: Added in float32, or none.
-        threshold: See `outlier_mask`.
-        outliers: "row" or "column"; a column's outliers are looked for over all rows of x.
+        threshold: Elements of more than this times the mean magnitude of their row are outliers; 0 for none. At least 1
+            otherwise.
 
     Shapes:
-        x: [..., K], float32, float16 or bfloat16; qweight: [N, K] int8; scale: [N] float32; bias: [N];
+        x: [..., K], float32, float16 or bfloat16; qweight: [N, K] int8; scale: [N]; d: [K] float32; bias: [N];
         result: [..., N] in x's dtype.
     """
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.float32)
-    rows = quantize_rows(flat, threshold, outliers)
-    acc = int_matmul(rows.q, qweight)
-    y = (acc * rows.scale[:, None] + outlier_product(flat, rows, qweight, outliers)) * scale
-    if bias is not None:
-        y = y + bias.to(torch.float32)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = quantize_rows(flat, d, threshold)
+    y = _affine(product(rows, qweight).to(torch.float32) * rows.scale[:, None], scale, bias)
     return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
 
 
-def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """int8 weights, float activations: `y = (sum_k x[m,k] * qweight[n,k]) * scale[n] + bias[n]`.
+def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Multiply int8 weights by activations in fixed point of 23 bits, about what float32 keeps of a row's largest.
 
-    x is taken as fixed point, integers of 23 bits in units of about absmax / 2**22 of the row: about what float32 keeps
-    of the largest element, and what a float32 sum would keep of the others. It makes the sum exact whatever its order:
-    results do not depend on batch, threads or instruction set. A row with NaN or Inf is NaN.
+    The sum of products, each below 2**29 * 2**7, is exact in float64 in any order: there are less than 2**17.
 
     Shapes:
-        x: [..., K], float32, float16 or bfloat16; qweight: [N, K] int8; scale: [N] float32; bias: [N];
-        result: [..., N] in x's dtype.
+        As of `linear`.
     """
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.float32)
-    d, unit = fixed_point_rows(flat)
-    y = (d @ qweight.to(torch.float64).mT * unit[:, None]).to(torch.float32) * scale
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
-
-
-def fixed_point_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as integers of 23 bits: `d = rne(x / unit)`, `unit` the power of two with `absmax < 2**22 * unit`.
-
-    Their products with int8 weights have sums below 2**22 * 2**7 * 2**17, which float64 holds exactly.
-
-    Shapes:
-        x: [M, K] float32; result: d [M, K] and unit [M], float64. unit is NaN where the row has NaN or Inf.
-    """
-    absmax = x.abs().amax(dim=-1) if x.shape[-1] else x.new_zeros(x.shape[0])
-    finite = absmax.isfinite()
-    exponent = torch.frexp(absmax.masked_fill(~finite, 0)).exponent.to(torch.int64)
-    # 2.0**(exponent - 22) by its bits: exp2 and ldexp need not be exact.
-    unit = ((1023 + exponent - 22) << 52).view(torch.float64)
-    d = (x.masked_fill(~finite[:, None], 0).to(torch.float64) / unit[:, None]).round()
-    return d, unit.masked_fill(~finite, math.nan)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    integers, unit, _ = fixed_point(flat, d)
+    # Adding 0 makes 0 of -0, as integers have it.
+    acc = (integers.to(torch.float64) @ qweight.to(torch.float64).mT + 0.0).to(torch.float32)
+    return _affine(acc * unit[:, None], scale, bias).to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
 
 
 def batched_linear(
-    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
+    x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    """`linear` for each of B independent weights, e.g. the experts of a mixture.
+    """Return `linear` of each of B independent weights, e.g. the experts of a mixture.
 
     Shapes:
-        x: [B, M, K]; qweight: [B, N, K] int8; scale: [B, N] float32; bias: [B, N]; result: [B, M, N] in x's dtype.
+        x: [B, M, K]; qweight: [B, N, K] int8; scale: [B, N] float32; d: [K] or [B, K] float32; bias: [B, N];
+        result: [B, M, N] in x's dtype.
     """
-    return each_of(linear, x, qweight, scale, bias, threshold, outliers)
+    return each_of(linear, x, qweight, scale, d, bias, threshold)
 
 
 def each_of(
-    compute: Callable[..., Tensor], x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, *policy: Any
+    compute: Callable[..., Tensor],
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    d: Tensor | None,
+    bias: Tensor | None,
+    *policy: Any,
 ) -> Tensor:
-    """A linear of each of B weights, as `batched_linear`."""
-    biases = [None] * x.shape[0] if bias is None else list(bias)
-    products = [compute(*each, *policy) for each in zip(x, qweight, scale, biases, strict=True)]
-    return torch.stack(products) if products else x.new_empty(0, x.shape[1], qweight.shape[1])
+    """Return a linear of each of B weights, as `batched_linear`."""
+    count = x.shape[0]
+    products = [
+        compute(x[i], qweight[i], scale[i], of_each(d, i), None if bias is None else bias[i], *policy)
+        for i in range(count)
+    ]
+    return torch.stack(products) if count else x.new_empty(0, x.shape[1], qweight.shape[1])
 
 
-def dequantize_weight(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float weight that the int8 weight stands for: `qweight * scale`.
+def of_each(d: Tensor | None, i: int) -> Tensor | None:
+    """Return the d of the i-th of several weights, which may share one."""
+    return d if d is None or d.dim() == 1 else d[i]
+
+
+def quantize_weight(weight: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotate a weight and quantize it with one scale for each output: `q = rne(W' * (127 * (1 / absmax)))`.
+
+    `W'[n, i*C + j] = (1/B) * sum_b H[i,b] * W[n, b*C + j] / d[b*C + j]`, so that `x' @ W'.T = x @ W.T`.
 
     Shapes:
-        qweight: [..., N, K] int8; scale: [..., N] float32; result: [..., N, K] in `dtype`.
+        weight: [..., N, K], any float dtype, computed in float32; d: [K] float32, or [..., K].
+
+    Returns:
+        `qweight` [..., N, K] int8 in [-127, 127] and `scale` [..., N] float32, `absmax / 127`. A zero row gives zeros
+        and scale 0; one with NaN or Inf a scale that is not finite, and any values.
     """
-    return (qweight * scale[..., None]).to(dtype)
-
-
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    absmax = x.abs().amax(dim=-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
-    absmax = absmax.masked_fill(absmax < TINY, 0)
+    rows = weight.to(torch.float32)
+    if d is not None:
+        rows = butterflies(rows * over_rows(d).reciprocal(), rotation(d)) * (1 / rotation(d))
+    absmax = rows.abs().amax(dim=-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
+    absmax = absmax.masked_fill(absmax < TINY_WEIGHT, 0)
     # Rounded twice, as bitsandbytes does on CPUs (`127 / tensor` is the same in PyTorch); 127 / absmax rounded once
     # decides ties differently, and ties are common among float16 and bfloat16 values.
     inverse = torch.where(absmax == 0, 0, absmax.reciprocal() * QMAX)
     # round() is round-half-to-even. absmax * inverse is at most 127 * (1 + 3 * 2**-24), which rounds to 127.
-    return (x * inverse[..., None]).round().to(torch.int8), absmax / QMAX
+    return (rows * inverse[..., None]).round().to(torch.int8), absmax / QMAX
+
+
+def dequantize_weight(qweight: Tensor, scale: Tensor, d: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the float weight that the int8 weight stands for: `d * H(qweight * scale)`.
+
+    Shapes:
+        qweight: [..., N, K] int8; scale: [..., N] float32; d: [K] float32, or [..., K]; result: [..., N, K] in
+            `dtype`.
+    """
+    return unrotated(qweight * scale[..., None], d).to(dtype)
+
+
+def rotated(x: Tensor, d: Tensor | None) -> Tensor:
+    """Return `H(x * d)` in floats: what `fixed_point` writes as integers.
+
+    Shapes:
+        x: [..., M, K] float32; d: [K], or [..., K]; result: that of x.
+    """
+    return x if d is None else butterflies(x * over_rows(d), rotation(d))
+
+
+def unrotated(x: Tensor, d: Tensor | None) -> Tensor:
+    """Return `d * H(x)`: of a weight's rows, or of `grad_y * scale @ qweight`, the gradient of rotated activations.
+
+    Shapes:
+        x: [..., M, K] float32; d: [K], or [..., K]; result: that of x.
+    """
+    return x if d is None else butterflies(x, rotation(d)) * over_rows(d)
+
+
+def input_scales(weights: Sequence[Tensor], activations: Tensor | None = None) -> Tensor:
+    """Return the c of linears that read the same x: inputs are divided by it, and their weights multiplied.
+
+    From the weights alone, `clamp(sqrt(mean(w) / w), 1, 32)`, w the rms of each column: a massive activation that meets
+    weights which suppress it keeps those weights. With statistics of activations, `sqrt(a / w)` over its geometric
+    mean, clamped to [1/32, 32]: under a full rotation both errors scale with sum(a**2 / c**2) * sum(w**2 * c**2), of
+    which that is the least (Cauchy-Schwarz).
+
+    Args:
+        weights: [N, K] each, any float dtype.
+        activations: a [K]: the root of the mean, over rows, of the squares of x, each row divided by its rms.
+
+    Shapes:
+        result: [K] float32.
+    """
+    w = _floored(torch.cat([weight.to(torch.float64) for weight in weights]).square().mean(dim=0).sqrt())
+    if activations is None:
+        return (w.mean() / w).sqrt().clamp(1, 32).to(torch.float32)
+    c = (_floored(activations.to(torch.float64)) / w).sqrt()
+    return (c / c.log().mean().exp()).clamp(1 / 32, 32).to(torch.float32)
+
+
+def rotation_of(c: Tensor) -> Tensor:
+    """Divide signs by the c of inputs, which makes their d.
+
+    Shapes:
+        c: [K] float32; result: the same.
+    """
+    return signs(c.shape[0], c.device) / c
+
+
+def _floored(x: Tensor) -> Tensor:
+    return x.clamp_min(1e-3 * float(x.mean())).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _affine(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = y * scale
+    return y if bias is None else y + bias.to(torch.float32)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """Return 2.0**exponent in float32, by its bits: exp2 and ldexp need not be exact."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def _bits(x: float) -> int:
+    return int(torch.tensor(x, dtype=torch.float32).view(torch.int32))
+
+
+def _float32(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float32))
