@@ -19,7 +19,7 @@ constexpr int VL = 16;
 
 extern const Variant avx512vnni = {
     "avx512vnni", has_avx512vnni, sizeof(Q), TILE_P,
-    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
+    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
 };
 
 }  // namespace int8compile

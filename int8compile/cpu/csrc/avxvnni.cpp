@@ -41,7 +41,7 @@ inline uint32_t lanes_above(Ints a, Ints b) { return uint32_t(_mm256_movemask_ps
 
 extern const Variant avxvnni = {
     "avxvnni", has_avxvnni, sizeof(Q), TILE_P,
-    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
+    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
 };
 
 }  // namespace int8compile

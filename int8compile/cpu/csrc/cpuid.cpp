@@ -34,7 +34,7 @@ bool has_avx512vnni() {
 
 bool has_amx() {
   if (!has_avx512vnni() || !has_bit(7, 1, EAX, 5) || !os_saves(TILES)) return false;  // AVX512_BF16
-  if (!has_bit(7, 0, EDX, 22) || !has_bit(7, 0, EDX, 24) || !has_bit(7, 0, EDX, 25)) return false;  // BF16, TILE, INT8
+  if (!has_bit(7, 0, EDX, 24) || !has_bit(7, 0, EDX, 25)) return false;  // TILE, INT8
 #if defined(__linux__)
   // Linux gives a process its tile registers when it asks.
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;

@@ -1,4 +1,4 @@
-// From int32 sums to the output: outliers, scales, bias, rounding. Included by every variant inside its own anonymous
+// From int32 sums to the output: the rest of outliers, scales, bias, rounding. Included by every variant inside its own anonymous
 // namespace.
 
 // Vectors of a panel.
@@ -15,51 +15,22 @@ inline V column(const uint8_t* panel, int32_t k, int n) {
   return (load<V>(panel + (k / GROUP * LANES + n) * GROUP) >> shift) & 0xff;
 }
 
-// sum_k value[k] * q[n][k] over the outliers of P panels, rounded to float32 once. Fused multiply-adds are allowed here
-// because every product is exact.
+// Adds rest[k] * q[n][k] of a row's outliers to its sums of P panels, with the offset that they have.
 template <int P>
-FUSED_MULTIPLY_ADD void outlier_sums(const Outliers& outliers, const uint8_t* packed, int64_t panel_bytes,
-                                     float* result) {
-  ALLOW_FUSED
-  const int64_t count = outliers.count;
-  if (outliers.sum == Summation::in_double) {
-    for (int v = 0; v < 2 * P * PANEL_VECTORS; ++v) {
-      const uint8_t* panel = packed + v / (2 * PANEL_VECTORS) * panel_bytes;
-      const int n = v % (2 * PANEL_VECTORS) * DL;
-      Doubles sum = {};
-      for (int64_t i = 0; i < count; ++i) {
-        const FewInts weights = column<FewInts>(panel, outliers.k[i], n) - 128;
-        sum += double(outliers.value[i]) * __builtin_convertvector(weights, Doubles);
-      }
-      save(result + v * DL, __builtin_convertvector(sum, FewFloats));
+inline void add_outliers(const Outliers& outliers, const uint8_t* packed, int64_t panel_bytes, int32_t* acc) {
+  constexpr int V = P * PANEL_VECTORS;
+  Words sum[V];
+  for (int v = 0; v < V; ++v) sum[v] = load<Words>(acc + v * VL);
+  for (int64_t i = 0; i < outliers.count; ++i) {
+    const Outlier outlier = outliers.list[i];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const uint8_t* panel = packed + v / PANEL_VECTORS * panel_bytes;
+      const Words weights = column<Words>(panel, outlier.k, v % PANEL_VECTORS * VL) - (128 - OFFSET);
+      sum[v] += weights * uint32_t(outlier.rest);
     }
-  } else if (outliers.sum == Summation::in_two) {
-    Floats sum[P * PANEL_VECTORS], rest[P * PANEL_VECTORS];
-    for (int v = 0; v < P * PANEL_VECTORS; ++v) {
-      sum[v] = Floats{} + outliers.value_offset;
-      rest[v] = Floats{} + outliers.rest_offset;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      for (int v = 0; v < P * PANEL_VECTORS; ++v) {
-        const uint8_t* panel = packed + v / PANEL_VECTORS * panel_bytes;
-        const Ints weights = column<Ints>(panel, outliers.k[i], v % PANEL_VECTORS * VL);
-        sum[v] += outliers.value[i] * __builtin_convertvector(weights, Floats);
-        rest[v] += outliers.rest[i] * __builtin_convertvector(weights, Floats);
-      }
-    }
-    for (int v = 0; v < P * PANEL_VECTORS; ++v) save(result + v * VL, sum[v] + rest[v]);
-  } else {
-    Floats sum[P * PANEL_VECTORS];
-    for (int v = 0; v < P * PANEL_VECTORS; ++v) sum[v] = Floats{} + outliers.value_offset;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int v = 0; v < P * PANEL_VECTORS; ++v) {
-        const uint8_t* panel = packed + v / PANEL_VECTORS * panel_bytes;
-        const Ints weights = column<Ints>(panel, outliers.k[i], v % PANEL_VECTORS * VL);
-        sum[v] += outliers.value[i] * __builtin_convertvector(weights, Floats);
-      }
-    }
-    for (int v = 0; v < P * PANEL_VECTORS; ++v) save(result + v * VL, sum[v]);
   }
+  for (int v = 0; v < V; ++v) save(acc + v * VL, sum[v]);
 }
 
 // The first `count` lanes; all of them, as nearly always, in one store.
@@ -173,67 +144,44 @@ struct Affine {
   }
 };
 
-// Finishes M rows of P panels. `parts` [M][P][LANES] is what their outliers add, null where they have none.
+// Finishes rows of P panels from their sums `acc` [count][P][LANES].
 template <int P>
-inline void finish_with(const float* parts, const Rows& rows, int64_t row, int64_t count, const Affine<P>& affine,
-                        const int32_t* acc) {
+inline void finish(const Rows& rows, int64_t row, int64_t count, const Weight& weight, int64_t panel,
+                   const Affine<P>& affine, int32_t* acc) {
+  const int64_t panel_bytes = LANES * rows.k_padded;
+  for (int64_t m = 0; m < count; ++m) {
+    const Outliers& outliers = rows.outliers[row + m];
+    if (outliers.count) {
+      add_outliers<P>(outliers, weight.packed + panel * panel_bytes, panel_bytes, acc + m * P * LANES);
+    }
+  }
   const float* scale = rows.scale + row;
   const int32_t* sum = rows.sum + row;
-  auto exact = [scale, sum, acc](int64_t m, int v) {
+  affine.finish(row, count, [scale, sum, acc](int64_t m, int v) {
     // Unsigned: with the offset the sums may pass 2**31, and come back when it is taken off.
     const Words words = load<Words>(acc + (m * P * PANEL_VECTORS + v) * VL) - OFFSET * uint32_t(sum[m]);
     return __builtin_convertvector((Ints)words, Floats) * scale[m];
-  };
-  if (parts) {
-    affine.finish(row, count, [exact, parts](int64_t m, int v) {
-      return exact(m, v) + load<Floats>(parts + (m * P * PANEL_VECTORS + v) * VL);
-    });
-  } else {
-    affine.finish(row, count, exact);
-  }
+  });
 }
 
-template <int P>
-inline void finish(const Rows& rows, int64_t row, int64_t count, const Weight& weight, int64_t panel,
-                   const Affine<P>& affine, const int32_t* acc) {
-  constexpr int64_t MOST = 8;
-  const int64_t panel_bytes = LANES * rows.k_padded;
-  const uint8_t* packed = weight.packed + panel * panel_bytes;
-  alignas(64) float parts[MOST * P * LANES];
-  for (int64_t first = 0; first < count; first += MOST) {
-    const int64_t some = count - first < MOST ? count - first : MOST;
-    bool any = false;
-    for (int64_t m = 0; m < some; ++m) any |= rows.outliers[row + first + m].count > 0;
-    for (int64_t m = 0; any && m < some; ++m) {
-      float* part = parts + m * P * LANES;
-      const Outliers& outliers = rows.outliers[row + first + m];
-      if (outliers.count) {
-        outlier_sums<P>(outliers, packed, panel_bytes, part);
-      } else {
-        std::memset(part, 0, P * LANES * sizeof(float));
-      }
-    }
-    finish_with<P>(any ? parts : nullptr, rows, row + first, some, affine, acc + first * P * LANES);
-  }
-}
-
-// Finishes rows from the sums of their digits, each row DIGITS of `acc`.
+// Finishes rows from the sums of their digits, each row `digits` of `acc`.
 template <int P>
 inline void finish(const FixedPointRows& rows, int64_t row, int64_t count, const Weight&, int64_t,
-                   const Affine<P>& affine, const int32_t* acc) {
+                   const Affine<P>& affine, int32_t* acc) {
   affine.finish(row, count, [&](int64_t m, int v) {
     float parts[VL];
     for (int part = 0; part < 2; ++part) {
+      // Below 2**50, so exact.
       Doubles sum = {};
-      for (int digit = DIGITS - 1; digit >= 0; --digit) {
+      for (int64_t digit = rows.digits - 1; digit >= 0; --digit) {
         typedef uint32_t FewWords __attribute__((vector_size(4 * DL)));
-        const int64_t from = DIGITS * m + digit;
+        const int64_t from = rows.digits * m + digit;
         const FewWords exact = load<FewWords>(acc + (from * P * PANEL_VECTORS + v) * VL + part * DL) -
-                               OFFSET * uint32_t(rows.sum[DIGITS * row + from]);
+                               OFFSET * uint32_t(rows.sum[rows.digits * row + from]);
         sum = sum * 256.0 + __builtin_convertvector((FewInts)exact, Doubles);
       }
-      save(parts + part * DL, __builtin_convertvector(sum * rows.unit[row + m], FewFloats));
+      save(parts + part * DL, __builtin_convertvector(sum, FewFloats));
     }
-    return load<Floats>(parts);
+    return load<Floats>(parts) * rows.unit[row + m];
   });
 }

@@ -1,7 +1,7 @@
 // The CPU kernel's types. Symbols as everywhere: M rows, K inputs, N outputs.
 //
-// Every variant computes the same numbers, bit for bit: the integer product is exact, and floats are added in an order
-// (or with a precision) that does not depend on the variant. int8compile/ops/reference.py is the definition.
+// Every variant computes the same numbers, bit for bit: sums are of integers, exact in any order, and every step in
+// floats is one operation of float32. int8compile/ops/reference.py is the definition.
 //
 // The packed weight: panels of LANES outputs; in a panel, for every group of GROUP inputs, LANES * GROUP bytes
 //     packed[n / LANES][k / GROUP][n % LANES][k % GROUP] = q[n][k] + 128
@@ -21,48 +21,44 @@ constexpr int K_STEP = 64;
 constexpr int ROW_PADDING = 32;
 
 enum class Dtype { float32, bfloat16, float16 };
-enum class Policy { row, column };
 
-struct Split {
-  Policy policy;
-  double threshold;
+// A row of activations or of a weight.
+struct Row {
+  const void* x;  // [k]
+  Dtype dtype;
+  int64_t k, k_padded;
+  const float* d;    // [k], what x is multiplied with; null for ones
+  int64_t rotation;  // B; 1 where it is not rotated
 };
 
-// How the products of outliers are summed.
-enum class Summation {
-  in_float,  // float32 holds every partial sum exactly
-  in_two,    // so it does for `value` and for `rest`, which together are the outlier
-  in_double,
+// An element that has more than 8 bits: the rest of it, a multiple of 256.
+struct Outlier {
+  int32_t k, rest;
 };
 
-// A row's elements that are multiplied in float, in ascending order of k.
 struct Outliers {
-  const int32_t* k;
-  const float* value;
-  const float* rest;
+  const Outlier* list;
   int64_t count;
-  Summation sum;
-  // -128 * the sums of value and of rest, which take the offset off the weights (not for in_double).
-  float value_offset, rest_offset;
 };
 
 // Quantized activations.
 struct Rows {
-  const void* q;        // [M + ROW_PADDING][stride], of the variant's type
-  const float* scale;   // [M]
-  const int32_t* sum;   // [M], of q over the row
+  const void* q;             // [M + ROW_PADDING][stride], of the variant's type: the low 8 bits of Q
+  const float* scale;        // [M]
+  const int32_t* sum;        // [M], of Q over the row
   const Outliers* outliers;  // [M]
   int64_t k_padded;
   int64_t stride;
 };
 
-// Activations as integers d of 23 bits, x = unit * d, for weight-only products. Each row is three of the buffer's:
-// d = digit[0] + 256 * digit[1] + 65536 * digit[2].
-constexpr int DIGITS = 3;
+// Activations as integers for weight-only products, x = unit * X. Each row is several of the buffer's, digits of X to
+// the base of 256: 23 bits take three, and a rotation adds up to 7.
+constexpr int MOST_DIGITS = 4;
 struct FixedPointRows {
-  const void* q;       // [DIGITS * M][stride]
-  const double* unit;  // [M]
-  const int32_t* sum;  // [DIGITS * M]
+  const void* q;       // [digits * M][stride]
+  const float* unit;   // [M]
+  const int32_t* sum;  // [digits * M]
+  int64_t digits;
   int64_t k_padded;
   int64_t stride;
 };
@@ -95,24 +91,19 @@ struct Variant {
   int64_t q_bytes;  // of one quantized element
   // Panels that are best computed together: ranges handed to `multiply` should be multiples of it.
   int64_t panel_tile;
-  // float32, from any dtype.
-  void (*to_float)(const void* x, Dtype dtype, int64_t count, float* result);
-  // Quantizes a row of k elements, zeros after them up to a multiple of LANES, into k_padded ones; lists its outliers
-  // in room for k of them.
-  RowStatistics (*quantize)(const float* x, int64_t k, int64_t k_padded, Split split, void* q, int32_t* outlier_k,
-                            float* outlier_value);
-  // Sets the flags of elements that are outliers under the column policy.
-  void (*flag_outliers)(const float* x, int64_t count, double threshold, unsigned char* flags);
-  // The residual x - scale * q at the columns given (column policy).
-  void (*residual)(const float* x, const void* q, float scale, const int32_t* columns, int64_t count, float* result);
+  // Quantizes a row into k_padded elements of q, and lists its outliers in room for k of them. `mean_factor` is t / (127
+  // * K). `integers` is room for the row, with each run of k / rotation elements padded to a multiple of LANES.
+  RowStatistics (*quantize)(const Row& row, float mean_factor, int32_t* integers, void* q, Outlier* outliers);
   // y[row_begin:row_end, 16 * panel_begin : 16 * panel_end].
   void (*multiply)(const Rows& rows, int64_t row_begin, int64_t row_end, const Weight& weight, int64_t panel_begin,
                    int64_t panel_end, const Output& y);
-  // Makes a row's digits, DIGITS rows of `stride` elements; returns the unit, NaN where x has NaN or Inf.
-  double (*quantize_digits)(const float* x, int64_t k, int64_t k_padded, int64_t stride, void* q, int32_t* sum);
+  // Makes a row's digits, `digits` rows of `stride` elements; returns the unit, NaN where x has NaN or Inf.
+  float (*quantize_digits)(const Row& row, int64_t digits, int64_t stride, int32_t* integers, void* q, int32_t* sum);
   // As `multiply`, weight-only.
   void (*multiply_digits)(const FixedPointRows& rows, int64_t row_begin, int64_t row_end, const Weight& weight,
                           int64_t panel_begin, int64_t panel_end, const Output& y);
+  // Quantizes a weight's row into k_padded elements of q; returns the scale, NaN where it has NaN or Inf.
+  float (*quantize_weight)(const Row& row, int32_t* floats, void* q);
 };
 
 }  // namespace int8compile

@@ -13,7 +13,6 @@ constexpr int DL = VL / 2;
 typedef int32_t FewInts __attribute__((vector_size(4 * DL)));
 typedef float FewFloats __attribute__((vector_size(4 * DL)));
 typedef double Doubles __attribute__((vector_size(8 * DL)));
-typedef int64_t Longs __attribute__((vector_size(8 * DL)));
 
 template <typename V>
 inline V load(const void* from) {
@@ -25,12 +24,4 @@ inline V load(const void* from) {
 template <typename V>
 inline void save(void* to, V value) {
   std::memcpy(to, &value, sizeof(V));
-}
-
-inline Doubles widen(FewFloats value) {
-#if defined(__AVX512F__)
-  return (Doubles)_mm512_cvtps_pd((__m256)value);  // of the line below, GCC makes four instructions
-#else
-  return __builtin_convertvector(value, Doubles);
-#endif
 }

@@ -1,7 +1,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -43,19 +42,13 @@ struct Workspace {
   Buffer<float> scale;
   Buffer<int32_t> sum;
   Buffer<Outliers> outliers;
-  Buffer<float> residual;
-  std::vector<std::vector<int32_t>> outlier_k;
-  std::vector<std::vector<float>> outlier_value, outlier_rest;
-  Buffer<double> unit;
-  std::vector<unsigned char> is_outlier_column;
-  std::vector<int32_t> columns;
+  std::vector<std::vector<Outlier>> lists;
 };
 
 // One for each thread that quantizes.
 struct RowScratch {
-  Buffer<float> x;
-  Buffer<int32_t> outlier_k;
-  Buffer<float> outlier_value, outlier_rest;
+  Buffer<int32_t> integers;
+  Buffer<Outlier> outliers;
   Buffer<uint8_t> packed;
 };
 
@@ -65,77 +58,14 @@ thread_local RowScratch row_scratch;
 // An odd number of K_STEPs: rows a power of two apart would share a few sets of the first-level cache.
 int64_t row_stride(int64_t k_padded) { return (k_padded / K_STEP | 1) * K_STEP; }
 
-// A row as float32 with zeros up to a multiple of LANES: in place where it is that, else converted.
-const float* float_row(const Variant& variant, const Activations& x, int64_t row) {
+Row row_of(const Activations& x, int64_t row, const float* d) {
   const char* from = static_cast<const char*>(x.data) + row * x.k * size_of(x.dtype);
-  const int64_t padded = round_up(x.k, LANES);
-  if (x.dtype == Dtype::float32 && padded == x.k) return reinterpret_cast<const float*>(from);
-  float* result = row_scratch.x.get(padded);
-  variant.to_float(from, x.dtype, x.k, result);
-  std::fill(result + x.k, result + padded, 0.0f);
-  return result;
+  return {from, x.dtype, x.k, padded(x.k), d, d ? rotation_size(x.k) : 1};
 }
 
-// 2**exponent, which is normal.
-double power_of_two(int exponent) {
-  const uint64_t bits = uint64_t(1023 + exponent) << 52;
-  double result;
-  std::memcpy(&result, &bits, 8);
-  return result;
-}
-
-// The weight of the last set bit of a finite float, as a power of two; large for zero.
-int last_bit(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const int exponent = std::max<int>((bits >> 23) & 0xff, 1);
-  const uint32_t mantissa = (bits & 0x7fffff) | ((bits & 0x7f800000) ? 0x800000 : 0);
-  return mantissa ? exponent - 150 + __builtin_ctz(mantissa) : 1000;
-}
-
-// Finds the cheapest exact way to sum value * (q + 128) over a row's outliers; `value` is split where that takes two.
-// float32 holds all partial sums, in any order, if they are integers below 2**24 in units of the last bit that any
-// value has. That is so for bfloat16 rows of usual length (a row's outliers are within a factor of sqrt(K) / threshold
-// of each other), and for float32 rows after splitting them.
-void choose_sum(float* value, float* rest, Outliers& outliers) {
-  constexpr double LARGEST_Q = 256;  // 127 + the offset, and one more for the offset taken off
-  constexpr double LIMIT = 0x1p24;
-  constexpr int SMALLEST = -120;  // no product underflows
-  const int64_t count = outliers.count;
-  double total = 0, sum = 0;
-  int last = 1000;
-  outliers.sum = Summation::in_double;
-  for (int64_t i = 0; i < count; ++i) {
-    total += std::fabs(double(value[i]));
-    sum += value[i];
-    last = std::min(last, last_bit(value[i]));
-  }
-  // Written so that NaN and Inf fail.
-  if (!(total * LARGEST_Q < 0x1p120) || last < SMALLEST || last > 200) return;
-  outliers.value_offset = float(-128 * sum);
-  outliers.rest_offset = 0;
-  if (total * LARGEST_Q < LIMIT * power_of_two(last)) {
-    outliers.sum = Summation::in_float;
-    return;
-  }
-  // Units of `value` such that twice its sums fit, which leaves room for the rounding.
-  uint64_t total_bits;
-  std::memcpy(&total_bits, &total, 8);
-  const int unit = int(total_bits >> 52) - 1023 + 8 + 2 - 24;  // of total * LARGEST_Q, rounded up
-  const double magic = 1.5 * power_of_two(52 + unit);
-  double rest_total = 0, value_sum = 0, rest_sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double high = (value[i] + magic) - magic;
-    rest[i] = float(value[i] - high);
-    value_sum += high;
-    rest_sum += rest[i];
-    rest_total += std::fabs(double(rest[i]));
-  }
-  if (!(rest_total * LARGEST_Q < LIMIT * power_of_two(last))) return;
-  for (int64_t i = 0; i < count; ++i) value[i] -= rest[i];
-  outliers.value_offset = float(-128 * value_sum);
-  outliers.rest_offset = float(-128 * rest_sum);
-  outliers.sum = Summation::in_two;
+// Room for a row's integers, see Variant::quantize.
+int32_t* room_for(const Row& row) {
+  return row_scratch.integers.get(row.rotation * round_up(row.k / row.rotation, LANES));
 }
 
 template <typename F>
@@ -149,86 +79,40 @@ void in_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// The columns that hold an outlier in any row (column policy), ascending.
-void find_outlier_columns(const Variant& variant, const Activations& x, double threshold, ParallelFor parallel_for) {
-  workspace.is_outlier_column.assign(x.k, 0);
-  unsigned char* flags = workspace.is_outlier_column.data();
-  // Each thread has columns of its own.
-  in_parallel(parallel_for, round_up(x.k, 64) / 64, round_up(GRAIN_BYTES / (64 * std::max<int64_t>(x.m, 1)), 1) + 1,
-              [&, flags](int64_t begin, int64_t end) {
-    const int64_t first = begin * 64, last = std::min(end * 64, x.k);
-    float* part = row_scratch.x.get(last - first);
-    for (int64_t row = 0; row < x.m; ++row) {
-      const char* from = static_cast<const char*>(x.data) + (row * x.k + first) * size_of(x.dtype);
-      variant.to_float(from, x.dtype, last - first, part);
-      variant.flag_outliers(part, last - first, threshold, flags + first);
-    }
-  });
-  workspace.columns.clear();
-  for (int64_t k = 0; k < x.k; ++k) {
-    if (flags[k]) workspace.columns.push_back(int32_t(k));
-  }
-}
+// Rows for a thread that are worth waking it up.
+int64_t rows_grain(int64_t k) { return GRAIN_BYTES / std::max<int64_t>(k * 4, 1) + 1; }
 
 // Quantizes m rows from `first` on into the workspace of the calling thread.
-Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, int64_t m, Split split,
-                   ParallelFor parallel_for) {
+Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, int64_t m, const float* d,
+                   double threshold, ParallelFor parallel_for) {
   Workspace& w = workspace;
-  const int64_t k_padded = padded(x.k);
-  const int64_t stride = row_stride(k_padded);
+  const int64_t k_padded = padded(x.k), stride = row_stride(k_padded);
   char* q = w.q.get((m + ROW_PADDING) * stride * variant.q_bytes);
   float* scale = w.scale.get(m);
   int32_t* sum = w.sum.get(m);
   Outliers* outliers = w.outliers.get(m);
-  const bool by_column = split.policy == Policy::column;
-  const int64_t columns = int64_t(w.columns.size());
-  float* residual = by_column ? w.residual.get(m * columns) : nullptr;
+  const float mean_factor = threshold > 0 ? float(threshold / (127.0 * std::max<int64_t>(x.k, 1))) : 0x1p100f;
   const int64_t blocks = round_up(m, OUTLIER_ROWS) / OUTLIER_ROWS;
-  if (int64_t(w.outlier_k.size()) < blocks) {
-    w.outlier_k.resize(blocks);
-    w.outlier_value.resize(blocks);
-    w.outlier_rest.resize(blocks);
-  }
-  const int64_t grain = GRAIN_BYTES / std::max<int64_t>(OUTLIER_ROWS * x.k * 4, 1) + 1;
-  in_parallel(parallel_for, blocks, grain, [&](int64_t begin, int64_t end) {
+  if (int64_t(w.lists.size()) < blocks) w.lists.resize(blocks);
+  in_parallel(parallel_for, blocks, rows_grain(OUTLIER_ROWS * x.k), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      std::vector<int32_t>& list_k = w.outlier_k[block];
-      std::vector<float>& list_value = w.outlier_value[block];
-      std::vector<float>& list_rest = w.outlier_rest[block];
-      list_k.clear();
-      list_value.clear();
-      list_rest.clear();
+      std::vector<Outlier>& list = w.lists[block];
+      list.clear();
       const int64_t row_begin = block * OUTLIER_ROWS, row_end = std::min(m, row_begin + OUTLIER_ROWS);
-      for (int64_t row = row_begin; row < row_end; ++row) {
-        const float* values = float_row(variant, x, first + row);
-        int32_t* found_k = row_scratch.outlier_k.get(x.k);
-        float* found = row_scratch.outlier_value.get(x.k);
-        void* to = q + row * stride * variant.q_bytes;
-        const RowStatistics statistics = variant.quantize(values, x.k, k_padded, split, to, found_k, found);
-        scale[row] = statistics.scale;
-        sum[row] = statistics.sum;
-        if (by_column) {
-          float* rest = residual + row * columns;
-          variant.residual(values, to, statistics.scale, w.columns.data(), columns, rest);
-          outliers[row] = {w.columns.data(), rest, nullptr, columns, Summation::in_double, 0, 0};
-        } else {
-          const int64_t count = statistics.outliers;
-          float* rest = row_scratch.outlier_rest.get(x.k);
-          outliers[row].count = count;
-          choose_sum(found, rest, outliers[row]);
-          list_k.insert(list_k.end(), found_k, found_k + count);
-          list_value.insert(list_value.end(), found, found + count);
-          list_rest.insert(list_rest.end(), rest, rest + (outliers[row].sum == Summation::in_two ? count : 0));
-        }
+      for (int64_t i = row_begin; i < row_end; ++i) {
+        const Row row = row_of(x, first + i, d);
+        Outlier* found = row_scratch.outliers.get(x.k);
+        void* to = q + i * stride * variant.q_bytes;
+        const RowStatistics statistics = variant.quantize(row, mean_factor, room_for(row), to, found);
+        scale[i] = statistics.scale;
+        sum[i] = statistics.sum;
+        outliers[i].count = statistics.outliers;
+        if (statistics.outliers) list.insert(list.end(), found, found + statistics.outliers);
       }
-      if (by_column) continue;
-      int64_t at = 0, rest_at = 0;  // The lists have stopped moving.
-      for (int64_t row = row_begin; row < row_end; ++row) {
-        outliers[row].k = list_k.data() + at;
-        outliers[row].value = list_value.data() + at;
-        outliers[row].rest = list_rest.data() + rest_at;
-        at += outliers[row].count;
-        rest_at += outliers[row].sum == Summation::in_two ? outliers[row].count : 0;
+      const Outlier* at = list.data();  // It has stopped moving.
+      for (int64_t i = row_begin; i < row_end; ++i) {
+        outliers[i].list = at;
+        at += outliers[i].count;
       }
     }
   });
@@ -351,15 +235,14 @@ void over_packed(const Weight& weight, int64_t k, int64_t panel_tile, int64_t pa
 
 }  // namespace
 
-void linear(const Variant& variant, const Activations& x, Split split, const Weight* weights, const Output* y,
-            int64_t count, ParallelFor parallel_for) {
-  if (split.policy == Policy::column) find_outlier_columns(variant, x, split.threshold, parallel_for);
+void linear(const Variant& variant, const Activations& x, const float* d, double threshold, const Weight* weights,
+            const Output* y, int64_t count, ParallelFor parallel_for) {
   const int64_t k_padded = padded(x.k);
   const int64_t row_bytes = row_stride(k_padded) * variant.q_bytes;
   const int64_t chunk = std::max<int64_t>(ROW_PADDING, CHUNK_BYTES / std::max<int64_t>(row_bytes, 1));
   for (int64_t first = 0; first < x.m; first += chunk) {
     const int64_t m = std::min(chunk, x.m - first);
-    const Rows rows = quantize_rows(variant, x, first, m, split, parallel_for);
+    const Rows rows = quantize_rows(variant, x, first, m, d, threshold, parallel_for);
     over_tiles(weights, count, m, row_bytes, k_padded, variant.panel_tile, parallel_for,
                [&](int64_t weight, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
       over_packed(weights[weight], x.k, variant.panel_tile, panel_begin, panel_end, from_row(y[weight], first),
@@ -370,23 +253,24 @@ void linear(const Variant& variant, const Activations& x, Split split, const Wei
   }
 }
 
-void weight_only_linear(const Variant& variant, const Activations& x, const Weight& weight, const Output& y,
-                        ParallelFor parallel_for) {
+void weight_only_linear(const Variant& variant, const Activations& x, const float* d, const Weight& weight,
+                        const Output& y, ParallelFor parallel_for) {
   const int64_t k_padded = padded(x.k), stride = row_stride(k_padded);
-  const int64_t row_bytes = DIGITS * stride * variant.q_bytes;
+  const int64_t digits = d && rotation_size(x.k) > 1 ? MOST_DIGITS : MOST_DIGITS - 1;
+  const int64_t row_bytes = digits * stride * variant.q_bytes;
   const int64_t chunk = std::max<int64_t>(ROW_PADDING, CHUNK_BYTES / std::max<int64_t>(row_bytes, 1));
   for (int64_t first = 0; first < x.m; first += chunk) {
     const int64_t m = std::min(chunk, x.m - first);
-    char* q = workspace.q.get((DIGITS * m + ROW_PADDING) * stride * variant.q_bytes);
-    double* unit = workspace.unit.get(m);
-    int32_t* sum = workspace.sum.get(DIGITS * m);
-    in_parallel(parallel_for, m, GRAIN_BYTES / std::max<int64_t>(x.k * 4, 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        unit[row] = variant.quantize_digits(float_row(variant, x, first + row), x.k, k_padded, stride,
-                                            q + row * row_bytes, sum + DIGITS * row);
+    char* q = workspace.q.get((digits * m + ROW_PADDING) * stride * variant.q_bytes);
+    float* unit = workspace.scale.get(m);
+    int32_t* sum = workspace.sum.get(digits * m);
+    in_parallel(parallel_for, m, rows_grain(x.k), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Row row = row_of(x, first + i, d);
+        unit[i] = variant.quantize_digits(row, digits, stride, room_for(row), q + i * row_bytes, sum + digits * i);
       }
     });
-    const FixedPointRows rows = {q, unit, sum, k_padded, stride};
+    const FixedPointRows rows = {q, unit, sum, digits, k_padded, stride};
     over_tiles(&weight, 1, m, row_bytes, k_padded, variant.panel_tile, parallel_for,
                [&](int64_t, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
       over_packed(weight, x.k, variant.panel_tile, panel_begin, panel_end, from_row(y, first),
@@ -397,23 +281,21 @@ void weight_only_linear(const Variant& variant, const Activations& x, const Weig
   }
 }
 
-void quantize_weight(const Variant& variant, const Activations& weight, int8_t* q, float* scale,
+void quantize_weight(const Variant& variant, const Activations& weight, const float* d, int8_t* q, float* scale,
                      ParallelFor parallel_for) {
-  const int64_t k = weight.k, k_padded = padded(k);
-  in_parallel(parallel_for, weight.m, GRAIN_BYTES / std::max<int64_t>(k * 4, 1) + 1, [&](int64_t begin, int64_t end) {
-    void* row_q = row_scratch.packed.get(k_padded * variant.q_bytes);
-    int32_t* outlier_k = row_scratch.outlier_k.get(k);
-    float* outlier_value = row_scratch.outlier_value.get(k);
-    for (int64_t row = begin; row < end; ++row) {
-      // Activations without a threshold are quantized as weights are; their outliers are NaN and Inf.
-      const RowStatistics statistics = variant.quantize(float_row(variant, weight, row), k, k_padded,
-                                                        {Policy::row, 0}, row_q, outlier_k, outlier_value);
+  const int64_t k = weight.k;
+  std::vector<float> inverse;
+  for (int64_t i = 0; d && i < k; ++i) inverse.push_back(1 / d[i]);
+  in_parallel(parallel_for, weight.m, rows_grain(k), [&](int64_t begin, int64_t end) {
+    void* row_q = row_scratch.packed.get(padded(k) * variant.q_bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      const Row row = row_of(weight, i, d ? inverse.data() : nullptr);
+      scale[i] = variant.quantize_weight(row, room_for(row), row_q);
       if (variant.q_bytes == 1) {
-        if (k > 0) std::memcpy(q + row * k, row_q, k);  // An empty tensor has no address, which memcpy may not be given.
+        if (k > 0) std::memcpy(q + i * k, row_q, k);  // An empty tensor has no address, which memcpy may not be given.
       } else {
-        std::copy_n(static_cast<const int16_t*>(row_q), k, q + row * k);
+        std::copy_n(static_cast<const int16_t*>(row_q), k, q + i * k);
       }
-      scale[row] = statistics.outliers ? std::nanf("") : statistics.scale;
     }
   });
 }

@@ -8,6 +8,11 @@ namespace int8compile {
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t panels_for(int64_t n) { return round_up(n, LANES) / LANES; }
 inline int64_t padded(int64_t k) { return round_up(k, K_STEP); }
+// B of int8compile/ops/reference.py.
+inline int64_t rotation_size(int64_t k) {
+  const int64_t power = k & -k;
+  return power < 16 ? 1 : power < 128 ? power : 128;
+}
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // `run(begin, end, context)` for ranges that together are [begin, end), in parallel.
@@ -20,16 +25,17 @@ struct Activations {
   int64_t m, k;
 };
 
-// y[i] = x @ weights[i], for `count` weights over the same k.
-void linear(const Variant& variant, const Activations& x, Split split, const Weight* weights, const Output* y,
-            int64_t count, ParallelFor parallel_for);
+// y[i] = x @ weights[i], for `count` weights over the same k, all rotated with d [k], or none where it is null.
+void linear(const Variant& variant, const Activations& x, const float* d, double threshold, const Weight* weights,
+            const Output* y, int64_t count, ParallelFor parallel_for);
 
-// The same with int8 weights and float activations.
-void weight_only_linear(const Variant& variant, const Activations& x, const Weight& weight, const Output& y,
-                        ParallelFor parallel_for);
+// The same with int8 weights and activations in fixed point.
+void weight_only_linear(const Variant& variant, const Activations& x, const float* d, const Weight& weight,
+                        const Output& y, ParallelFor parallel_for);
 
-// Quantizes the rows of a weight: q [m][k] and scale [m], which is NaN where a row has NaN or Inf.
-void quantize_weight(const Variant& variant, const Activations& weight, int8_t* q, float* scale,
+// Rotates with d, or not, and quantizes the rows of a weight: q [m][k] and scale [m], which is NaN where a row has NaN
+// or Inf.
+void quantize_weight(const Variant& variant, const Activations& weight, const float* d, int8_t* q, float* scale,
                      ParallelFor parallel_for);
 
 // A weight [n][k] in the layout of kernel.h.

@@ -55,7 +55,7 @@ bool has_dot_product() {
 
 extern const Variant neon = {
     "neon", has_dot_product, sizeof(Q), TILE_P,
-    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
+    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
 };
 
 }  // namespace int8compile

@@ -7,21 +7,20 @@
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY_IMPL(int8compile, CPU, m) {
-  using namespace int8compile;
-  m.impl("pack_weight", TORCH_BOX(&pack_weight));
-  m.impl("quantize_weight", TORCH_BOX(&quantized_weight));
-  m.impl("packed_linear", TORCH_BOX(&packed_linear));
-  m.impl("packed_linear_no_grad", TORCH_BOX(&packed_linear_no_grad));
-  m.impl("packed_linear_pair_no_grad", TORCH_BOX(&packed_linear_pair_no_grad));
-  m.impl("packed_linear_triple_no_grad", TORCH_BOX(&packed_linear_triple_no_grad));
-  m.impl("packed_batched_linear", TORCH_BOX(&packed_batched_linear));
-  m.impl("packed_weight_only_linear", TORCH_BOX(&packed_weight_only_linear));
-  m.impl("packed_weight_only_linear_no_grad", TORCH_BOX(&packed_weight_only_linear_no_grad));
-  m.impl("linear", TORCH_BOX(&unpacked_linear));
-  m.impl("linear_no_grad", TORCH_BOX(&linear_no_grad));
-  m.impl("batched_linear", TORCH_BOX(&batched_linear));
-  m.impl("weight_only_linear", TORCH_BOX(&unpacked_weight_only_linear));
-  m.impl("weight_only_linear_no_grad", TORCH_BOX(&weight_only_linear_no_grad));
+  m.impl("pack_weight", TORCH_BOX(&int8compile::pack_weight));
+  m.impl("quantize_weight", TORCH_BOX(&int8compile::quantized_weight));
+  m.impl("linear", TORCH_BOX(&int8compile::unpacked_linear));
+  m.impl("linear_no_grad", TORCH_BOX(&int8compile::unpacked_linear));
+  m.impl("packed_linear", TORCH_BOX(&int8compile::packed_linear));
+  m.impl("packed_linear_no_grad", TORCH_BOX(&int8compile::packed_linear));
+  m.impl("packed_linear_pair_no_grad", TORCH_BOX(&int8compile::packed_linear_pair));
+  m.impl("packed_linear_triple_no_grad", TORCH_BOX(&int8compile::packed_linear_triple));
+  m.impl("batched_linear", TORCH_BOX(&int8compile::batched_linear));
+  m.impl("packed_batched_linear", TORCH_BOX(&int8compile::packed_batched_linear));
+  m.impl("weight_only_linear", TORCH_BOX(&int8compile::unpacked_weight_only_linear));
+  m.impl("weight_only_linear_no_grad", TORCH_BOX(&int8compile::unpacked_weight_only_linear));
+  m.impl("packed_weight_only_linear", TORCH_BOX(&int8compile::packed_weight_only_linear));
+  m.impl("packed_weight_only_linear_no_grad", TORCH_BOX(&int8compile::packed_weight_only_linear));
 }
 
 #define EXPORTED __attribute__((visibility("default")))

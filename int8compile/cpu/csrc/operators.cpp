@@ -108,9 +108,9 @@ struct Input {
 // Scales and bias of a weight, checked, float32 and kept alive.
 struct Affine {
   Tensor scale;
-  std::optional<Tensor> bias;
+  Maybe bias;
 
-  Affine(const char* op, const Tensor& scale_, const std::optional<Tensor>& bias_) : scale(dense(scale_)), bias(bias_) {
+  Affine(const char* op, const Tensor& scale_, const Maybe& bias_) : scale(dense(scale_)), bias(bias_) {
     STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale must be float32");
     if (!bias) return;
     const ScalarType dtype = bias->scalar_type();
@@ -162,22 +162,37 @@ const uint8_t* packed_bytes(const char* op, const Tensor& packed, int64_t batch_
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
 
-Split split_of(const char* op, double threshold, bool by_column) {
-  STD_TORCH_CHECK(std::isfinite(threshold) && threshold >= 0, op, ": threshold must be a finite number >= 0");
-  return {by_column ? Policy::column : Policy::row, threshold};
-}
+// What rotates x, checked and kept alive: one for all of `weights`, or one for each.
+struct Rotation {
+  Maybe d;
+  int64_t step = 0;
 
-Split split_of(const char* op, double threshold, const std::string& outliers) {
-  STD_TORCH_CHECK(outliers == "row" || outliers == "column", op, ": outliers is '", outliers,
-                  "'; allowed are 'row' and 'column'");
-  return split_of(op, threshold, outliers == "column");
+  Rotation(const char* op, const Maybe& d_, int64_t k, int64_t weights = 0) {
+    if (!d_) return;
+    d = dense(*d_);
+    step = d->dim() == 2 ? k : 0;
+    const bool fits = d->dim() == 1 || (weights > 0 && d->dim() == 2 && d->size(0) == weights);
+    STD_TORCH_CHECK(d->scalar_type() == ScalarType::Float && fits && d->size(-1) == k, op, ": d is ", text(d->sizes()),
+                    "; give float32 [K=", k, "] or one such row for each weight");
+  }
+
+  const float* of(int64_t weight) const {
+    return d ? static_cast<const float*>(d->const_data_ptr()) + weight * step : nullptr;
+  }
+};
+
+double checked(const char* op, double threshold) {
+  STD_TORCH_CHECK(std::isfinite(threshold) && (threshold >= 1 || threshold == 0), op, ": threshold is ", threshold,
+                  "; give a finite number >= 1, or 0 for no outliers");
+  return threshold;
 }
 
 // x @ several weights that lie one behind the other, of sizes[i] outputs.
 template <size_t COUNT>
 std::array<Tensor, COUNT> run(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
-                              const std::optional<Tensor>& bias, std::array<int64_t, COUNT> sizes, Split split) {
+                              const Maybe& d, const Maybe& bias, std::array<int64_t, COUNT> sizes, double threshold) {
   const Input input(op, x);
+  const Rotation rotation(op, d, input.rows.k);
   const Affine affine(op, scale, bias);
   STD_TORCH_CHECK(scale.dim() == 1, op, ": scale must be [N]");
   sizes.back() = scale.size(0);
@@ -199,139 +214,110 @@ std::array<Tensor, COUNT> run(const char* op, const Tensor& x, const Tensor& pac
     first += sizes[i];
     panel += panels_for(sizes[i]);
   }
-  linear(variant(), input.rows, split, weights.data(), outputs.data(), COUNT, parallel_for);
+  linear(variant(), input.rows, rotation.of(0), checked(op, threshold), weights.data(), outputs.data(), COUNT,
+         parallel_for);
   return results;
-}
-
-// The same with one weight that is not packed.
-Tensor run_unpacked(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& scale,
-                    const std::optional<Tensor>& bias, Split split) {
-  const Input input(op, x);
-  const Affine affine(op, scale, bias);
-  const PlainWeight rows(op, x, qweight, scale, 2);
-  const int64_t n = scale.size(0);
-  const Weight weight = affine.unpacked(rows.data, 0, n);
-  const Tensor y = new_output(input.x, n);
-  const Output output = {y.mutable_data_ptr(), n, input.rows.dtype};
-  linear(variant(), input.rows, split, &weight, &output, 1, parallel_for);
-  return y;
 }
 
 // x [B, M, K], scale and bias [B, N]; `weight_of(b)` is the weight of a batch.
 template <typename F>
-Tensor run_batched(const char* op, const Tensor& x, const Tensor& scale, Split split, const F& weight_of) {
+Tensor run_batched(const char* op, const Tensor& x, const Tensor& scale, const Maybe& d, double threshold,
+                   const F& weight_of) {
   const Input input(op, x);
+  checked(op, threshold);
   STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && x.size(0) == scale.size(0), op,
                   ": give x [B, M, K] and scale [B, N]");
   const int64_t m = x.size(1), k = x.size(2), n = scale.size(1);
+  const Rotation rotation(op, d, k, x.size(0));
   const Tensor y = new_output(input.x, n);
   const int64_t element = size_of(input.rows.dtype);
   for (int64_t b = 0; b < x.size(0); ++b) {
     const Activations rows = {static_cast<const char*>(input.rows.data) + b * m * k * element, input.rows.dtype, m, k};
     const Weight weight = weight_of(b);
     const Output output = {static_cast<char*>(y.mutable_data_ptr()) + b * m * n * element, n, input.rows.dtype};
-    linear(variant(), rows, split, &weight, &output, 1, parallel_for);
+    linear(variant(), rows, rotation.of(b), threshold, &weight, &output, 1, parallel_for);
   }
   return y;
 }
 
-Tensor run_weight_only(const char* op, const Tensor& x, const Weight& weight) {
+Tensor run_weight_only(const char* op, const Tensor& x, const Maybe& d, const Weight& weight) {
   const Input input(op, x);
+  const Rotation rotation(op, d, input.rows.k);
   const Tensor y = new_output(input.x, weight.n);
-  weight_only_linear(variant(), input.rows, weight, {y.mutable_data_ptr(), weight.n, input.rows.dtype}, parallel_for);
+  weight_only_linear(variant(), input.rows, rotation.of(0), weight,
+                     {y.mutable_data_ptr(), weight.n, input.rows.dtype}, parallel_for);
   return y;
-}
-
-Tensor run_packed_weight_only(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
-                              const std::optional<Tensor>& bias) {
-  const Affine affine(op, scale, bias);
-  STD_TORCH_CHECK(scale.dim() == 1 && x.dim() >= 1, op, ": give x [..., K] and scale [N]");
-  const int64_t n = scale.size(0);
-  return run_weight_only(op, x, affine.weight(packed_bytes(op, packed, 0, panels_for(n), x.size(-1)), 0, n));
-}
-
-Tensor run_unpacked_weight_only(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& scale,
-                                const std::optional<Tensor>& bias) {
-  const Affine affine(op, scale, bias);
-  const PlainWeight rows(op, x, qweight, scale, 2);
-  return run_weight_only(op, x, affine.unpacked(rows.data, 0, scale.size(0)));
 }
 
 }  // namespace
 
-Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
-                     double threshold, const std::string& outliers) {
-  constexpr const char* op = "int8compile::packed_linear";
-  return run<1>(op, x, packed, scale, bias, {}, split_of(op, threshold, outliers))[0];
+Tensor unpacked_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d, const Maybe& bias,
+              double threshold) {
+  constexpr const char* op = "int8compile::linear";
+  const Input input(op, x);
+  const Affine affine(op, scale, bias);
+  const PlainWeight rows(op, x, qweight, scale, 2);
+  const Rotation rotation(op, d, input.rows.k);
+  const int64_t n = scale.size(0);
+  const Weight weight = affine.unpacked(rows.data, 0, n);
+  const Tensor y = new_output(input.x, n);
+  const Output output = {y.mutable_data_ptr(), n, input.rows.dtype};
+  linear(variant(), input.rows, rotation.of(0), checked(op, threshold), &weight, &output, 1, parallel_for);
+  return y;
 }
 
-Tensor packed_linear_no_grad(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                             const std::optional<Tensor>& bias, double threshold, bool by_column) {
-  constexpr const char* op = "int8compile::packed_linear_no_grad";
-  return run<1>(op, x, packed, scale, bias, {}, split_of(op, threshold, by_column))[0];
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d, const Maybe& bias,
+                     double threshold) {
+  return run<1>("int8compile::packed_linear", x, packed, scale, d, bias, {}, threshold)[0];
 }
 
-std::tuple<Tensor, Tensor> packed_linear_pair_no_grad(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                                                      const std::optional<Tensor>& bias, int64_t n0, double threshold,
-                                                      bool by_column) {
-  constexpr const char* op = "int8compile::packed_linear_pair_no_grad";
-  const auto y = run<2>(op, x, packed, scale, bias, {n0, 0}, split_of(op, threshold, by_column));
+std::tuple<Tensor, Tensor> packed_linear_pair(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                              const Maybe& d, const Maybe& bias, int64_t n0, double threshold) {
+  const auto y = run<2>("int8compile::packed_linear_pair_no_grad", x, packed, scale, d, bias, {n0, 0}, threshold);
   return {y[0], y[1]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> packed_linear_triple_no_grad(const Tensor& x, const Tensor& packed,
-                                                                const Tensor& scale, const std::optional<Tensor>& bias,
-                                                                int64_t n0, int64_t n1, double threshold,
-                                                                bool by_column) {
+std::tuple<Tensor, Tensor, Tensor> packed_linear_triple(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                                        const Maybe& d, const Maybe& bias, int64_t n0, int64_t n1,
+                                                        double threshold) {
   constexpr const char* op = "int8compile::packed_linear_triple_no_grad";
-  const auto y = run<3>(op, x, packed, scale, bias, {n0, n1, 0}, split_of(op, threshold, by_column));
+  const auto y = run<3>(op, x, packed, scale, d, bias, {n0, n1, 0}, threshold);
   return {y[0], y[1], y[2]};
 }
 
-Tensor unpacked_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
-                       double threshold, const std::string& outliers) {
-  constexpr const char* op = "int8compile::linear";
-  return run_unpacked(op, x, qweight, scale, bias, split_of(op, threshold, outliers));
+Tensor batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d, const Maybe& bias,
+                      double threshold) {
+  constexpr const char* op = "int8compile::batched_linear";
+  const Affine affine(op, scale, bias);
+  const PlainWeight rows(op, x, qweight, scale, 3);
+  const int64_t k = x.size(-1), n = scale.size(1);
+  return run_batched(op, x, scale, d, threshold,
+                     [&](int64_t b) { return affine.unpacked(rows.data + b * n * k, b * n, n); });
 }
 
-Tensor linear_no_grad(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
-                      double threshold, bool by_column) {
-  constexpr const char* op = "int8compile::linear_no_grad";
-  return run_unpacked(op, x, qweight, scale, bias, split_of(op, threshold, by_column));
-}
-
-Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                             const std::optional<Tensor>& bias, double threshold, const std::string& outliers) {
+Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d,
+                             const Maybe& bias, double threshold) {
   constexpr const char* op = "int8compile::packed_batched_linear";
   const Affine affine(op, scale, bias);
   STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && packed.dim() == 5 && packed.size(0) == scale.size(0), op,
                   ": give x [B, M, K], packed [B, ...] and scale [B, N]");
   const int64_t k = x.size(2), n = scale.size(1);
   const uint8_t* bytes = packed_bytes(op, packed, 1, panels_for(n), k);
-  return run_batched(op, x, scale, split_of(op, threshold, outliers), [&](int64_t b) {
+  return run_batched(op, x, scale, d, threshold, [&](int64_t b) {
     return affine.weight(bytes + b * panels_for(n) * LANES * padded(k), b * n, n);
   });
 }
 
-Tensor batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
-                      double threshold, const std::string& outliers) {
-  constexpr const char* op = "int8compile::batched_linear";
-  const Affine affine(op, scale, bias);
-  const PlainWeight rows(op, x, qweight, scale, 3);
-  const int64_t k = x.size(-1), n = scale.size(1);
-  return run_batched(op, x, scale, split_of(op, threshold, outliers),
-                     [&](int64_t b) { return affine.unpacked(rows.data + b * n * k, b * n, n); });
-}
-
-Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Tensor& ends, double threshold,
-                      const std::string& outliers) {
+Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d, const Tensor& ends,
+                      double threshold) {
   constexpr const char* op = "int8compile::grouped_linear";
-  const Split split = split_of(op, threshold, outliers);
+  checked(op, threshold);
   const Input input(op, x);
   const Affine affine(op, scale, std::nullopt);
   STD_TORCH_CHECK(x.dim() == 2, op, ": x must be [S, K]");
   const PlainWeight weights(op, x, qweight, scale, 3);
   const int64_t experts = scale.size(0), n = scale.size(1), k = x.size(1), rows = x.size(0);
+  const Rotation rotation(op, d, k, experts);
   const Tensor last = dense(torch::stable::to(ends, ScalarType::Long));
   STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == experts, op, ": ends must be [E]");
   const int64_t* end = static_cast<const int64_t*>(last.const_data_ptr());
@@ -345,7 +331,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scal
     const Activations part = {from + begin * k * element, input.rows.dtype, end[e] - begin, k};
     const Weight weight = affine.unpacked(weights.data + e * n * k, e * n, n);
     const Output output = {to + begin * n * element, n, input.rows.dtype};
-    if (part.m > 0) linear(variant(), part, split, &weight, &output, 1, parallel_for);
+    if (part.m > 0) linear(variant(), part, rotation.of(e), threshold, &weight, &output, 1, parallel_for);
     begin = end[e];
   }
   // An empty tensor has no address, which memset may not be given.
@@ -353,34 +339,56 @@ Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scal
   return y;
 }
 
-Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                                 const std::optional<Tensor>& bias) {
-  return run_packed_weight_only("int8compile::packed_weight_only_linear", x, packed, scale, bias);
+Tensor unpacked_weight_only_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d,
+                          const Maybe& bias) {
+  constexpr const char* op = "int8compile::weight_only_linear";
+  const Affine affine(op, scale, bias);
+  const PlainWeight rows(op, x, qweight, scale, 2);
+  return run_weight_only(op, x, d, affine.unpacked(rows.data, 0, scale.size(0)));
 }
 
-Tensor packed_weight_only_linear_no_grad(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                                         const std::optional<Tensor>& bias) {
-  return run_packed_weight_only("int8compile::packed_weight_only_linear_no_grad", x, packed, scale, bias);
+Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d,
+                                 const Maybe& bias) {
+  constexpr const char* op = "int8compile::packed_weight_only_linear";
+  const Affine affine(op, scale, bias);
+  STD_TORCH_CHECK(scale.dim() == 1 && x.dim() >= 1, op, ": give x [..., K] and scale [N]");
+  const int64_t n = scale.size(0);
+  return run_weight_only(op, x, d, affine.weight(packed_bytes(op, packed, 0, panels_for(n), x.size(-1)), 0, n));
 }
 
-Tensor unpacked_weight_only_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale,
-                                   const std::optional<Tensor>& bias) {
-  return run_unpacked_weight_only("int8compile::weight_only_linear", x, qweight, scale, bias);
-}
-
-Tensor weight_only_linear_no_grad(const Tensor& x, const Tensor& qweight, const Tensor& scale,
-                                  const std::optional<Tensor>& bias) {
-  return run_unpacked_weight_only("int8compile::weight_only_linear_no_grad", x, qweight, scale, bias);
-}
-
-std::tuple<Tensor, Tensor> quantized_weight(const Tensor& weight_) {
-  const Input weight("int8compile::quantize_weight", weight_);
+std::tuple<Tensor, Tensor> quantized_weight(const Tensor& weight_, const Maybe& d) {
+  constexpr const char* op = "int8compile::quantize_weight";
+  const Input weight(op, weight_);
+  const int64_t dims = weight.x.dim(), k = weight.rows.k;
   std::vector<int64_t> sizes(weight.x.sizes().begin(), weight.x.sizes().end());
   const Tensor q = torch::stable::new_empty(weight.x, sizes, ScalarType::Char);
   sizes.pop_back();
   const Tensor scale = torch::stable::new_empty(weight.x, sizes, ScalarType::Float);
-  quantize_weight(variant(), weight.rows, static_cast<int8_t*>(q.mutable_data_ptr()),
-                  static_cast<float*>(scale.mutable_data_ptr()), parallel_for);
+  int8_t* to = static_cast<int8_t*>(q.mutable_data_ptr());
+  float* scales = static_cast<float*>(scale.mutable_data_ptr());
+  if (!d || d->dim() == 1) {
+    const Rotation rotation(op, d, k);
+    quantize_weight(variant(), weight.rows, rotation.of(0), to, scales, parallel_for);
+    return {q, scale};
+  }
+  STD_TORCH_CHECK(dims >= 3 && d->dim() == dims - 1, op, ": d is ", text(d->sizes()), "; give float32 [K=", k,
+                  "], or one such row for each weight [N, K]");
+  int64_t weights = 1;
+  for (int64_t i = 0; i + 2 < dims; ++i) {
+    STD_TORCH_CHECK(d->size(i) == weight.x.size(i), op, ": d is ", text(d->sizes()), " for a weight ",
+                    text(weight.x.sizes()), "; give [K], or one row for each weight [N, K]");
+    weights *= weight.x.size(i);
+  }
+  STD_TORCH_CHECK(d->scalar_type() == ScalarType::Float && d->size(-1) == k, op, ": d is ", text(d->sizes()),
+                  "; its last dimension must be K=", k, ", in float32");
+  const Tensor rows = dense(*d);
+  const float* each = static_cast<const float*>(rows.const_data_ptr());
+  const int64_t n = weight.x.size(dims - 2);
+  for (int64_t i = 0; i < weights; ++i) {
+    const char* from = static_cast<const char*>(weight.rows.data) + i * n * k * size_of(weight.rows.dtype);
+    quantize_weight(variant(), {from, weight.rows.dtype, n, k}, each + i * k, to + i * n * k, scales + i * n,
+                    parallel_for);
+  }
   return {q, scale};
 }
 

@@ -44,71 +44,64 @@ std::string folder() {
 
 using namespace int8compile;
 
+// What generated code calls: a C function for each operator, whose parameters follow from the operator's schema
+// (int8compile.ops.c_parameters; tests/test_cpu_kernel.py compares them).
+#define WEIGHT(weight) AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale, AtenTensorHandle* d
+#define GIVEN(weight) borrowed(x), borrowed(weight), borrowed(scale), borrowed(d)
+
 extern "C" {
 
-AOTITorchError aoti_torch_cpu_packed_linear_no_grad(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale,
-                                                    AtenTensorHandle* bias, double threshold, int32_t by_column,
-                                                    AtenTensorHandle* y) {
-  give(packed_linear_no_grad(borrowed(x), borrowed(packed), borrowed(scale), borrowed(bias), threshold, by_column), y);
+AOTITorchError aoti_torch_cpu_linear_no_grad(WEIGHT(qweight), AtenTensorHandle* bias, double threshold,
+                                             AtenTensorHandle* y) {
+  give(unpacked_linear(GIVEN(qweight), borrowed(bias), threshold), y);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_packed_linear_pair_no_grad(AtenTensorHandle x, AtenTensorHandle packed,
-                                                         AtenTensorHandle scale, AtenTensorHandle* bias, int64_t n0,
-                                                         double threshold, int32_t by_column, AtenTensorHandle* y0,
-                                                         AtenTensorHandle* y1) {
-  const auto y = packed_linear_pair_no_grad(borrowed(x), borrowed(packed), borrowed(scale), borrowed(bias), n0,
-                                            threshold, by_column);
+AOTITorchError aoti_torch_cpu_packed_linear_no_grad(WEIGHT(packed), AtenTensorHandle* bias, double threshold,
+                                                    AtenTensorHandle* y) {
+  give(packed_linear(GIVEN(packed), borrowed(bias), threshold), y);
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_packed_linear_pair_no_grad(WEIGHT(packed), AtenTensorHandle* bias, int64_t n0,
+                                                         double threshold, AtenTensorHandle* y0, AtenTensorHandle* y1) {
+  const auto y = packed_linear_pair(GIVEN(packed), borrowed(bias), n0, threshold);
   give(std::get<0>(y), y0);
   give(std::get<1>(y), y1);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_packed_linear_triple_no_grad(AtenTensorHandle x, AtenTensorHandle packed,
-                                                           AtenTensorHandle scale, AtenTensorHandle* bias, int64_t n0,
-                                                           int64_t n1, double threshold, int32_t by_column,
-                                                           AtenTensorHandle* y0, AtenTensorHandle* y1,
-                                                           AtenTensorHandle* y2) {
-  const auto y = packed_linear_triple_no_grad(borrowed(x), borrowed(packed), borrowed(scale), borrowed(bias), n0, n1,
-                                              threshold, by_column);
+AOTITorchError aoti_torch_cpu_packed_linear_triple_no_grad(WEIGHT(packed), AtenTensorHandle* bias, int64_t n0,
+                                                           int64_t n1, double threshold, AtenTensorHandle* y0,
+                                                           AtenTensorHandle* y1, AtenTensorHandle* y2) {
+  const auto y = packed_linear_triple(GIVEN(packed), borrowed(bias), n0, n1, threshold);
   give(std::get<0>(y), y0);
   give(std::get<1>(y), y1);
   give(std::get<2>(y), y2);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_packed_batched_linear(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale,
-                                                    AtenTensorHandle* bias, double threshold, const char* outliers,
+AOTITorchError aoti_torch_cpu_packed_batched_linear(WEIGHT(packed), AtenTensorHandle* bias, double threshold,
                                                     AtenTensorHandle* y) {
-  give(packed_batched_linear(borrowed(x), borrowed(packed), borrowed(scale), borrowed(bias), threshold, outliers), y);
+  give(packed_batched_linear(GIVEN(packed), borrowed(bias), threshold), y);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_linear_no_grad(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
-                                             AtenTensorHandle* bias, double threshold, int32_t by_column,
+AOTITorchError aoti_torch_cpu_grouped_linear(WEIGHT(qweight), AtenTensorHandle ends, double threshold,
                                              AtenTensorHandle* y) {
-  give(linear_no_grad(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(bias), threshold, by_column), y);
+  give(grouped_linear(GIVEN(qweight), borrowed(ends), threshold), y);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_weight_only_linear_no_grad(AtenTensorHandle x, AtenTensorHandle qweight,
-                                                         AtenTensorHandle scale, AtenTensorHandle* bias,
+AOTITorchError aoti_torch_cpu_weight_only_linear_no_grad(WEIGHT(qweight), AtenTensorHandle* bias,
                                                          AtenTensorHandle* y) {
-  give(weight_only_linear_no_grad(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(bias)), y);
+  give(unpacked_weight_only_linear(GIVEN(qweight), borrowed(bias)), y);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_grouped_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
-                                             AtenTensorHandle ends, double threshold, const char* outliers,
-                                             AtenTensorHandle* y) {
-  give(grouped_linear(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(ends), threshold, outliers), y);
-  return AOTI_TORCH_SUCCESS;
-}
-
-AOTITorchError aoti_torch_cpu_packed_weight_only_linear_no_grad(AtenTensorHandle x, AtenTensorHandle packed,
-                                                                AtenTensorHandle scale, AtenTensorHandle* bias,
+AOTITorchError aoti_torch_cpu_packed_weight_only_linear_no_grad(WEIGHT(packed), AtenTensorHandle* bias,
                                                                 AtenTensorHandle* y) {
-  give(packed_weight_only_linear_no_grad(borrowed(x), borrowed(packed), borrowed(scale), borrowed(bias)), y);
+  give(packed_weight_only_linear(GIVEN(packed), borrowed(bias)), y);
   return AOTI_TORCH_SUCCESS;
 }
 

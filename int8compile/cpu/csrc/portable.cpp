@@ -54,7 +54,7 @@ bool always() { return true; }
 
 extern const Variant portable = {
     "portable", always, sizeof(Q), TILE_P,
-    to_float, quantize, flag_outliers, residual, multiply, quantize_digits, multiply_digits,
+    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
 };
 
 }  // namespace int8compile

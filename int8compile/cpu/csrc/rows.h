@@ -1,5 +1,5 @@
-// Row statistics and quantization, in C++ that compilers vectorize for the flags a variant is built with. Included by
-// every variant inside its own anonymous namespace.
+// Rows to integers: fixed point, rotation, grid. Included by every variant inside its own anonymous namespace.
+// int8compile/ops/reference.py is the definition (`fixed_point`, `quantize_rows`, `quantize_weight`).
 
 inline uint32_t float_bits(float x) {
   uint32_t bits;
@@ -7,298 +7,351 @@ inline uint32_t float_bits(float x) {
   return bits;
 }
 
-// Bits of a float32 without its sign. They order magnitudes as integers do.
-inline uint32_t magnitude(float x) { return float_bits(x) & 0x7fffffffu; }
-
 inline float from_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
 }
 
-inline int64_t bits_of(double x) {
-  int64_t bits;
-  std::memcpy(&bits, &x, 8);
-  return bits;
-}
-
-inline double double_from_bits(int64_t bits) {
-  double x;
-  std::memcpy(&x, &bits, 8);
-  return x;
-}
-
 constexpr uint32_t INFINITE = 0x7f800000u;
+// 2**-100: a row whose largest element is below counts as zero; and so does a weight's below 2**-120.
+constexpr uint32_t TINY = (127u - 100) << 23, TINY_WEIGHT = (127u - 120) << 23;
+constexpr int BITS = 22;
+// Its sum with a float32 of up to 2**22 is rounded half to even, to an integer that stands in the low bits.
+constexpr float MAGIC = 12582912.0f;
+constexpr int32_t MAGIC_BITS = 0x4b400000;
 
-void to_float(const void* x, Dtype dtype, int64_t count, float* __restrict result) {
-  if (dtype == Dtype::float32) {
-    std::memcpy(result, x, count * sizeof(float));
-    return;
-  }
-  const uint16_t* __restrict half = static_cast<const uint16_t*>(x);
-  if (dtype == Dtype::bfloat16) {
-    for (int64_t i = 0; i < count; ++i) result[i] = from_bits(uint32_t(half[i]) << 16);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    // Moved to float32's fields, the exponent is short by 112; the product also normalizes subnormals, exactly.
-    const uint32_t moved = uint32_t(half[i] & 0x7fffu) << 13;
-    const float finite = from_bits(moved) * 0x1p112f;
-    const uint32_t bits = (half[i] & 0x7fffu) >= 0x7c00u ? (moved | INFINITE) : float_bits(finite);
-    result[i] = from_bits(bits | (uint32_t(half[i] & 0x8000u) << 16));
-  }
-}
+inline Ints to_ints(Floats x) { return (Ints)(x + MAGIC) - MAGIC_BITS; }
 
-// Variants define lanes_above(a, b): a bit for each lane of `a` that is larger than that of `b`.
-
-// The largest magnitude up to `limit`. Magnitudes are positive as int32 too, whose maximum every instruction set has.
-inline uint32_t largest_to(uint32_t limit, const float* x, int64_t count) {
-  constexpr int U = 2;  // two maxima in flight
-  const Ints last = Ints{} + int32_t(limit);
-  Ints best[U] = {};
-  int64_t i = 0;
-  auto take = [&](int u, int64_t at) {
-    const Ints bits = load<Ints>(x + at) & 0x7fffffff;
-    const Ints counted = bits & (bits <= last);
-    best[u] = best[u] > counted ? best[u] : counted;
-  };
-  for (; i + U * VL <= count; i += U * VL) {
-    for (int u = 0; u < U; ++u) take(u, i + u * VL);
-  }
-  for (; i < count; i += VL) take(0, i);
-  int32_t result = 0;
-  for (int u = 0; u < U; ++u) {
-    for (int lane = 0; lane < VL; ++lane) result = result > best[u][lane] ? result : best[u][lane];
-  }
-  return uint32_t(result);
-}
-
-// The same with no limit, and the sum of squares by the way, as float32 has it.
-FUSED_MULTIPLY_ADD uint32_t largest_and_squares(const float* x, int64_t count, float* squares) {
-  ALLOW_FUSED
-  constexpr int U = 2;
-  Ints best[U] = {};
-  Floats sum[U] = {};
-  auto take = [&](int u, int64_t at) __attribute__((always_inline)) {
-    const Floats value = load<Floats>(x + at);
-    const Ints bits = (Ints)value & 0x7fffffff;
-    best[u] = best[u] > bits ? best[u] : bits;
-    sum[u] += value * value;
-  };
-  int64_t i = 0;
-  for (; i + U * VL <= count; i += U * VL) {
-    for (int u = 0; u < U; ++u) take(u, i + u * VL);
-  }
-  for (; i < count; i += VL) take(0, i);
-  int32_t result = 0;
-  *squares = 0;
-  for (int u = 0; u < U; ++u) {
-    for (int lane = 0; lane < VL; ++lane) {
-      result = result > best[u][lane] ? result : best[u][lane];
-      *squares += sum[u][lane];
-    }
-  }
-  return uint32_t(result);
-}
-
-// Adding `magic` rounds a square to units of 2**-35 * 4**exponent, where absmax < 2**exponent.
-inline double square_magic(int64_t exponent) { return 1.5 * double_from_bits((1023 + 17 + 2 * exponent) << 52); }
-
-// The sum of squares in those units. As integers the rounded squares are summed exactly.
-template <bool ALL_FINITE>
-FUSED_MULTIPLY_ADD int64_t sum_of_squares(const float* x, int64_t count, double magic) {
-  ALLOW_FUSED  // The square of a float32 is exact in float64.
-  constexpr int U = LANES / DL;
-  Longs sum[U] = {};
-  for (int64_t i = 0; i < count; i += U * DL) {
-    for (int u = 0; u < U; ++u) {
-      FewFloats values = load<FewFloats>(x + i + u * DL);
-      if (!ALL_FINITE) {
-        const FewInts bits = (FewInts)values;
-        values = (FewFloats)(bits & ((bits & 0x7fffffff) < int32_t(INFINITE)));
-      }
-      const Doubles wide = widen(values);
-      sum[u] += (Longs)(wide * wide + magic);
-    }
-  }
-  int64_t total = 0;
-  for (int u = 0; u < U; ++u) {
-    for (int lane = 0; lane < DL; ++lane) total += sum[u][lane];
-  }
-  // Wraps around and back.
-  return total - count * bits_of(magic);
-}
-
-// The smallest magnitude that is an outlier of its row under the row policy (`fixed_point_squares` of the reference,
-// whose unit of squares is 4**exponent). The test is monotonic in |x|, so a row needs one number, found by a search
-// around its approximate value.
-uint32_t row_cutoff(const float* x, int64_t k, int64_t count, uint32_t absmax, bool all_finite, double threshold) {
-  if (absmax == 0) return INFINITE;
-  const double top = from_bits(absmax);
-  const int64_t exponent = ((bits_of(top) >> 52) & 0x7ff) - 1022;
-  const double magic = square_magic(exponent);
-  const int64_t sum = all_finite ? sum_of_squares<true>(x, count, magic) : sum_of_squares<false>(x, count, magic);
-  const double limit = (double(sum) * 0x1p-35) * (threshold * threshold);
-  auto is_outlier = [&](uint32_t bits) {
-    const double wide = from_bits(bits);
-    const int64_t square = bits_of(wide * wide + magic) - bits_of(magic);
-    return (double(square) * 0x1p-35) * double(k) >= limit;
-  };
-  if (!is_outlier(absmax)) return INFINITE;
-  const double guess = __builtin_sqrt(limit / double(k)) * double_from_bits((1023 + exponent) << 52);
-  // Invariant: `high` is an outlier, `low` is not (or is zero, which never is).
-  uint32_t high = absmax, low = 0, step = 1;
-  uint32_t at = guess < top ? magnitude(float(guess)) : absmax;
-  if (at > absmax) at = absmax;
-  if (at > 0 && is_outlier(at)) {
-    for (high = at; high > step && is_outlier(high - step); step *= 2) high -= step;
-    low = high > step ? high - step : 0;
-  } else {
-    for (low = at; low + step < absmax && !is_outlier(low + step); step *= 2) low += step;
-    high = low + step < absmax ? low + step : absmax;
-  }
-  while (high - low > 1) {
-    const uint32_t middle = low + (high - low) / 2;
-    (is_outlier(middle) ? high : low) = middle;
-  }
-  return high;
-}
-
-// Bounds of `row_cutoff`, close to each other, from a sum of squares in float32; zeros where that cannot be told.
-struct Bounds {
-  uint32_t low, high;
+// How a row lies in the buffer for its integers. Runs of C = K / B elements are padded with zeros to whole vectors
+// where they are not: then a butterfly never takes part of a vector.
+struct Layout {
+  int64_t runs, length, padded;  // as one run where nothing lies between them
+  int64_t count;                 // of elements, with padding
+  int64_t distance;              // of neighbouring runs of C; all of the row where it is not rotated
 };
 
-inline Bounds row_cutoff_bounds(float squares, int64_t k, uint32_t absmax, double threshold) {
-  const double top = from_bits(absmax);
-  // Squares that matter must not leave the range of float32, however many there are.
-  if (!(top > 0x1p-40 && top < 0x1p50)) return {};
-  // Relative: each lane sums 1 / (2 * VL) of the elements, and the definition rounds squares to units of 2**-35 *
-  // 4**exponent, where the sum is at least 4**(exponent - 1) and the cutoff's square threshold**2 / k of it.
-  const double factor = threshold * threshold;
-  const double error = double(k / (2 * VL) + 2 * VL + 4) * 0x1p-24 + double(k) * 0x1p-33 * (1 + 1 / factor);
-  if (!(error < 0x1p-8)) return {};
-  const double limit = double(squares) / double(k) * factor;
-  const double low = __builtin_sqrt(limit * (1 - error)), high = __builtin_sqrt(limit * (1 + error));
-  if (low > top) return {INFINITE, INFINITE};
-  return {magnitude(float(low)) - 1, high < top ? magnitude(float(high)) + 1 : absmax + 1};
+inline int64_t whole_vectors(int64_t count) { return (count + VL - 1) / VL * VL; }
+
+inline Layout layout_of(const Row& row) {
+  const int64_t run = row.k / row.rotation, padded = whole_vectors(run);
+  if (run == padded) return {1, row.k, row.k, row.k, run};
+  return {row.rotation, run, padded, row.rotation * padded, padded};
 }
 
-// The same under the column policy.
-inline uint32_t column_cutoff(double threshold) {
-  if (!(threshold > 0)) return INFINITE;
-  const uint32_t given = magnitude(float(threshold));
-  return given < 1 ? 1 : given > INFINITE ? INFINITE : given;
+template <Dtype D>
+inline Floats load_floats(const void* from) {
+  if constexpr (D == Dtype::float32) {
+    return load<Floats>(from);
+  } else {
+    const Words half = __builtin_convertvector(load<Halves>(from), Words);
+    if constexpr (D == Dtype::bfloat16) return (Floats)(half << 16);
+    // Moved to float32's fields, the exponent is short by 112; the product also normalizes subnormals, exactly.
+    const Words moved = (half & 0x7fff) << 13;
+    const Words finite = (Words)((Floats)moved * 0x1p112f);
+    const Ints special = (Ints)moved >= (0x7c00 << 13);
+    return (Floats)((finite | ((Words)special & INFINITE)) | (half & 0x8000) << 16);
+  }
+}
+
+// A row times d, laid out; returns the largest magnitude, as bits: they order magnitudes as integers do.
+template <Dtype D, bool HAS_D>
+uint32_t products(const Row& row, const Layout& layout, int32_t* to) {
+  constexpr int64_t BYTES = D == Dtype::float32 ? 4 : 2;
+  const char* x = static_cast<const char*>(row.x);
+  Ints best = {};
+  auto take = [&](const void* from, const float* d, Ints mask) __attribute__((always_inline)) {
+    Floats value = load_floats<D>(from);
+    if (HAS_D) value *= load<Floats>(d);
+    const Ints bits = (Ints)value & mask, size = bits & 0x7fffffff;
+    best = best > size ? best : size;
+    save(to, bits);
+    to += VL;
+  };
+  const Ints all = ~Ints{};
+  Ints rest = {};
+  for (int lane = 0; lane < VL; ++lane) rest[lane] = lane < layout.length % VL ? -1 : 0;
+  int64_t at = 0;
+  for (int64_t run = 0; run < layout.runs; ++run) {
+    const int64_t end = at + layout.length;
+    for (; at + VL <= end; at += VL) take(x + at * BYTES, HAS_D ? row.d + at : nullptr, all);
+    if (at == end) continue;
+    if (at + VL <= row.k) {
+      take(x + at * BYTES, HAS_D ? row.d + at : nullptr, rest);
+    } else {  // Nothing may be read beyond the row.
+      char last[VL * BYTES] = {};
+      float last_d[VL] = {};
+      std::memcpy(last, x + at * BYTES, (row.k - at) * BYTES);
+      if (HAS_D) std::memcpy(last_d, row.d + at, (row.k - at) * 4);
+      take(last, last_d, rest);
+    }
+    at = end;
+  }
+  int32_t result = 0;
+  for (int lane = 0; lane < VL; ++lane) result = result > best[lane] ? result : best[lane];
+  return uint32_t(result);
+}
+
+template <Dtype D>
+inline uint32_t products_of(const Row& row, const Layout& layout, int32_t* to) {
+  return row.d ? products<D, true>(row, layout, to) : products<D, false>(row, layout, to);
+}
+
+inline uint32_t products(const Row& row, const Layout& layout, int32_t* to) {
+  switch (row.dtype) {
+    case Dtype::float32:
+      return products_of<Dtype::float32>(row, layout, to);
+    case Dtype::bfloat16:
+      return products_of<Dtype::bfloat16>(row, layout, to);
+    default:
+      return products_of<Dtype::float16>(row, layout, to);
+  }
+}
+
+// The largest magnitude of integers, and the sum of all, of which each lane adds lower and upper halves alone: there
+// are less than 2**16 in a lane.
+struct Sizes {
+  Ints largest = {};
+  Words low = {}, high = {};
+
+  inline void take(Ints x) {
+    const Ints size = x < 0 ? -x : x;
+    largest = largest > size ? largest : size;
+    low += (Words)size & 0xffffu;
+    high += (Words)size >> 16;
+  }
+};
+
+// Butterflies of R elements at a `distance`, and so at twice, four times, ... of it. FIRST: the row is floats and
+// becomes integers, times `up`. LAST: the sizes of the results are wanted.
+template <int R, typename V, bool FIRST, bool LAST>
+inline void pass(int32_t* row, int64_t count, int64_t distance, float up, Sizes& sizes) {
+  Sizes found = sizes;
+  for (int64_t block = 0; block < count; block += R * distance) {
+    for (int32_t* at = row + block; at < row + block + distance; at += VL) {
+      V x[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        if constexpr (FIRST) {
+          x[r] = to_ints(load<Floats>(at + r * distance) * up);
+        } else {
+          x[r] = load<V>(at + r * distance);
+        }
+      }
+#pragma GCC unroll 16
+      for (int bit = 1; bit < R; bit *= 2) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          if (r & bit) continue;
+          const V u = x[r], v = x[r + bit];
+          x[r] = u + v;
+          x[r + bit] = u - v;
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        if constexpr (LAST) found.take(x[r]);
+        save(at + r * distance, x[r]);
+      }
+    }
+  }
+  if (LAST) sizes = found;
+}
+
+// As many stages at a time as registers allow.
+constexpr int MOST_STAGES = VL == 16 ? 4 : 3;
+
+template <typename V, bool FIRST, bool LAST>
+void stages_of(int stages, int32_t* row, int64_t count, int64_t distance, float up, Sizes& sizes) {
+  switch (stages) {
+    case 0:
+      return pass<1, V, FIRST, LAST>(row, count, count, up, sizes);
+    case 1:
+      return pass<2, V, FIRST, LAST>(row, count, distance, up, sizes);
+    case 2:
+      return pass<4, V, FIRST, LAST>(row, count, distance, up, sizes);
+    case 3:
+      return pass<8, V, FIRST, LAST>(row, count, distance, up, sizes);
+    default:
+      if constexpr (MOST_STAGES >= 4) pass<16, V, FIRST, LAST>(row, count, distance, up, sizes);
+  }
+}
+
+inline int next_stages(int64_t rotation) {
+  int stages = 0;
+  while (stages < MOST_STAGES && rotation > int64_t(1) << stages) ++stages;
+  return stages;
+}
+
+// A row as integers of 22 bits and a sign, rotated.
+struct FixedPoint {
+  float unit;       // of the integers; NaN where the row has NaN or Inf, 0 where it counts as zero
+  int32_t largest;  // 0 in both cases, in which the row holds nothing of use
+  int64_t total;    // of magnitudes
+};
+
+FixedPoint fixed_point(const Row& row, const Layout& layout, int32_t* integers) {
+  const uint32_t top = products(row, layout, integers);
+  if (top >= INFINITE) return {__builtin_nanf(""), 0, 0};
+  if (top < TINY) return {0, 0, 0};
+  const uint32_t exponent = (top >> 23) - 126 + 127;  // of p, which is the row's
+  const float up = from_bits((127 + BITS + 127 - exponent) << 23), unit = from_bits((exponent - BITS) << 23);
+  Sizes sizes;
+  int64_t rotation = row.rotation, distance = layout.distance;
+  bool first = true, last;
+  do {
+    const int stages = next_stages(rotation);
+    rotation >>= stages;
+    last = rotation == 1;
+    auto run = first ? (last ? stages_of<Ints, true, true> : stages_of<Ints, true, false>)
+                     : (last ? stages_of<Ints, false, true> : stages_of<Ints, false, false>);
+    run(stages, integers, layout.count, distance, up, sizes);
+    distance <<= stages;
+    first = false;
+  } while (!last);
+  FixedPoint result = {unit, 0, 0};
+  uint64_t low = 0, high = 0;
+  for (int lane = 0; lane < VL; ++lane) {
+    result.largest = result.largest > sizes.largest[lane] ? result.largest : sizes.largest[lane];
+    low += sizes.low[lane];
+    high += sizes.high[lane];
+  }
+  result.total = int64_t(low + (high << 16));
+  return result;
+}
+
+// take(vector, first) of all elements in the row's order; what is beyond the end of a run is 0, and the next run's first
+// elements come after it.
+template <typename F>
+inline void each_vector(const Layout& layout, const int32_t* integers, const F& take) {
+  int64_t at = 0;
+  for (int64_t run = 0; run < layout.runs; ++run) {
+    const int64_t end = at + layout.length;
+    for (; at < end; at += VL, integers += VL) take(load<Ints>(integers), at);
+    at = end;
+  }
 }
 
 typedef Q Quantized __attribute__((vector_size(sizeof(Q) * VL)));
 
-// Quantizes what is below `cutoff`, and lists the rest. False, and nothing of use, if some of the rest is below `sure`.
-inline bool quantize_below(uint32_t cutoff, uint32_t sure, const float* x, int64_t count, uint32_t absmax, Q* q,
-                           int32_t* outlier_k, float* outlier_value, RowStatistics* statistics) {
-  if (absmax >= cutoff) absmax = largest_to(cutoff - 1, x, count);
-  // A row this small counts as zero: 127 / absmax would overflow.
-  float top = from_bits(absmax);
-  if (top < 0x1p-120f) top = 0;
-  const float inverse = top == 0 ? 0.0f : (1.0f / top) * 127.0f;
-
-  const Ints last = Ints{} + int32_t(cutoff - 1);
-  Ints sum = {};
-  int64_t outliers = 0;
-  for (int64_t i = 0; i < count; i += VL) {
-    const Ints bits = load<Ints>(x + i);
-    const Ints size = bits & 0x7fffffff;
-    // Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits.
-    const Ints rounded = (Ints)((Floats)(bits & (size <= last)) * inverse + 12582912.0f) - 0x4b400000;
-    sum += rounded;
-    save(q + i, __builtin_convertvector(rounded, Quantized));
-    for (uint32_t found = lanes_above(size, last); found; found &= found - 1) {
-      const int64_t at = i + __builtin_ctz(found);
-      if (magnitude(x[at]) < sure) return false;
-      outlier_k[outliers] = int32_t(at);
-      outlier_value[outliers++] = x[at];
-    }
+// The low bytes of a vector, of which `room` there is room for.
+inline void save_quantized(Q* to, Ints value, int64_t room) {
+  const Quantized narrow = __builtin_convertvector(value, Quantized);
+  if (__builtin_expect(room >= VL, 1)) {
+    save(to, narrow);
+  } else {
+    std::memcpy(to, &narrow, room * sizeof(Q));
   }
-  int32_t total = 0;
-  for (int lane = 0; lane < VL; ++lane) total += sum[lane];
-  *statistics = {top / 127.0f, total, outliers};
-  return true;
 }
 
-// x is padded with zeros to a multiple of LANES, which is one of VL.
-RowStatistics quantize(const float* x, int64_t k, int64_t k_padded, Split split, void* result, int32_t* outlier_k,
-                       float* outlier_value) {
-  Q* q = static_cast<Q*>(result);
-  const int64_t count = (k + LANES - 1) / LANES * LANES;
-  std::memset(q + count, 0, (k_padded - count) * sizeof(Q));
-  float squares;
-  uint32_t absmax = largest_and_squares(x, count, &squares);
-  const bool all_finite = absmax < INFINITE;
-  if (!all_finite) absmax = largest_to(INFINITE - 1, x, count);
-  uint32_t cutoff = INFINITE;
-  RowStatistics statistics;
-  if (split.policy == Policy::column) {
-    cutoff = column_cutoff(split.threshold);
-  } else if (split.threshold > 0) {
-    const Bounds bounds = all_finite ? row_cutoff_bounds(squares, k, absmax, split.threshold) : Bounds{};
-    // Where nothing lies between them, which is nearly always, either is as good as what it bounds.
-    if (bounds.low &&
-        quantize_below(bounds.low, bounds.high, x, count, absmax, q, outlier_k, outlier_value, &statistics)) {
-      return statistics;
+inline void zero_rest(Q* q, const Row& row) { std::memset(q + row.k, 0, (row.k_padded - row.k) * sizeof(Q)); }
+
+inline int32_t sum_of(Ints values) {
+  int32_t sum = 0;
+  for (int lane = 0; lane < VL; ++lane) sum += values[lane];
+  return sum;
+}
+
+// Variants define lanes_above(a, b): a bit for each lane of `a` that is larger than that of `b`.
+
+template <bool HAS_OUTLIERS>
+inline RowStatistics on_grid(const Row& row, const Layout& layout, const int32_t* integers, float inverse, Q* q,
+                             Outlier* outliers) {
+  Ints sum = {};
+  int64_t count = 0;
+  each_vector(layout, integers, [&](Ints value, int64_t at) __attribute__((always_inline)) {
+    const Ints rounded = to_ints(__builtin_convertvector(value, Floats) * inverse);
+    sum += rounded;
+    if (!HAS_OUTLIERS) return save_quantized(q + at, rounded, row.k_padded - at);
+    const Ints low = (rounded << 24) >> 24, rest = rounded - low;
+    save_quantized(q + at, low, row.k_padded - at);
+    for (uint32_t found = lanes_above(Ints{}, rest != 0); found; found &= found - 1) {
+      const int lane = __builtin_ctz(found);
+      outliers[count++] = {int32_t(at + lane), rest[lane]};
     }
-    cutoff = row_cutoff(x, k, count, absmax, all_finite, split.threshold);
+  });
+  zero_rest(q, row);
+  return {0, sum_of(sum), count};
+}
+
+RowStatistics quantize(const Row& row, float mean_factor, int32_t* integers, void* result, Outlier* outliers) {
+  Q* q = static_cast<Q*>(result);
+  const Layout layout = layout_of(row);
+  const FixedPoint fixed = fixed_point(row, layout, integers);
+  if (!fixed.largest) {
+    std::memset(q, 0, row.k_padded * sizeof(Q));
+    return {fixed.unit, 0, 0};
   }
-  quantize_below(cutoff, cutoff, x, count, absmax, q, outlier_k, outlier_value, &statistics);
+  const float top = float(fixed.largest);
+  const float of_largest = top * float(1.0 / 127), of_mean = float(fixed.total) * mean_factor;
+  const float smallest = top * float(1.0 / 32639);
+  const float wanted = of_largest < of_mean ? of_largest : of_mean;
+  const float step = wanted > smallest ? wanted : smallest, inverse = 1.0f / step;
+  // Rounding is monotonic.
+  const bool has_outliers = top * inverse > 127.5f;
+  RowStatistics statistics = has_outliers ? on_grid<true>(row, layout, integers, inverse, q, outliers)
+                                          : on_grid<false>(row, layout, integers, inverse, q, outliers);
+  statistics.scale = step * fixed.unit;
   return statistics;
 }
 
-void flag_outliers(const float* x, int64_t count, double threshold, unsigned char* flags) {
-  const int32_t cutoff = int32_t(column_cutoff(threshold));
-  for (int64_t i = 0; i < count; ++i) flags[i] |= int32_t(magnitude(x[i])) >= cutoff;
-}
-
-void residual(const float* x, const void* quantized, float scale, const int32_t* columns, int64_t count,
-              float* result) {
-  const Q* q = static_cast<const Q*>(quantized);
-  for (int64_t i = 0; i < count; ++i) {
-    const float part = scale * float(q[columns[i]]);
-    result[i] = x[columns[i]] - part;
-  }
-}
-
-// See FixedPointRows, and `fixed_point_rows` of the reference.
-double quantize_digits(const float* x, int64_t k, int64_t k_padded, int64_t stride, void* result, int32_t* sum) {
+// Digits to the base of 256, from the lowest on, of which each is a row of `stride` elements; returns the unit.
+float quantize_digits(const Row& row, int64_t digits, int64_t stride, int32_t* integers, void* result, int32_t* sum) {
   Q* q = static_cast<Q*>(result);
-  const int64_t count = (k + LANES - 1) / LANES * LANES;
-  const uint32_t absmax = largest_to(0x7fffffffu, x, count);
-  if (absmax >= INFINITE) {
-    for (int digit = 0; digit < DIGITS; ++digit) {
-      std::memset(q + digit * stride, 0, k_padded * sizeof(Q));
-      sum[digit] = 0;
+  const Layout layout = layout_of(row);
+  const FixedPoint fixed = fixed_point(row, layout, integers);
+  for (int64_t digit = 0; digit < digits; ++digit, q += stride) {
+    Ints total = {};
+    if (fixed.largest) {
+      int32_t* rest = integers;  // in the order of each_vector
+      each_vector(layout, integers, [&](Ints value, int64_t at) __attribute__((always_inline)) {
+        const Ints low = (value << 24) >> 24;
+        total += low;
+        save_quantized(q + at, low, row.k_padded - at);
+        save(rest, (value - low) >> 8);
+        rest += VL;
+      });
+      zero_rest(q, row);
+    } else {
+      std::memset(q, 0, row.k_padded * sizeof(Q));
     }
-    return __builtin_nan("");
+    sum[digit] = sum_of(total);
   }
-  // absmax < 2**exponent; a zero row has exponent 0.
-  const int64_t exponent = absmax ? ((bits_of(from_bits(absmax)) >> 52) & 0x7ff) - 1022 : 0;
-  const double unit = double_from_bits((1023 + exponent - 22) << 52);
-  const double inverse = double_from_bits((1023 - exponent + 22) << 52);
-  typedef Q FewQuantized __attribute__((vector_size(sizeof(Q) * DL)));
-  FewInts sums[DIGITS] = {};
-  for (int64_t i = 0; i < count; i += DL) {
-    // Adding 1.5 * 2**52 rounds half to even and leaves the integer in the low bits.
-    const Doubles rounded = widen(load<FewFloats>(x + i)) * inverse + 1.5 * 0x1p52;
-    FewInts rest = __builtin_convertvector((Longs)rounded, FewInts);
-    for (int digit = 0; digit < DIGITS; ++digit) {
-      const FewInts low = (rest << 24) >> 24;
-      rest = (rest - low) >> 8;
-      sums[digit] += low;
-      save(q + digit * stride + i, __builtin_convertvector(low, FewQuantized));
+  return fixed.unit;
+}
+
+// A weight's row, times row.d, rotated and quantized; returns the scale, NaN where a result is NaN or Inf.
+float quantize_weight(const Row& row, int32_t* floats, void* result) {
+  Q* q = static_cast<Q*>(result);
+  const Layout layout = layout_of(row);
+  uint32_t top = products(row, layout, floats);
+  Sizes unused;
+  int64_t distance = layout.distance;
+  for (int64_t rotation = row.rotation; rotation > 1;) {
+    const int stages = next_stages(rotation);
+    stages_of<Floats, false, false>(stages, floats, layout.count, distance, 0, unused);
+    distance <<= stages;
+    rotation >>= stages;
+  }
+  if (row.rotation > 1) {
+    Ints best = {};
+    for (int64_t i = 0; i < layout.count; i += VL) {
+      const Floats value = load<Floats>(floats + i) * (1.0f / float(row.rotation));
+      const Ints size = (Ints)value & 0x7fffffff;
+      best = best > size ? best : size;
+      save(floats + i, value);
     }
+    top = 0;
+    for (int lane = 0; lane < VL; ++lane) top = top > uint32_t(best[lane]) ? top : uint32_t(best[lane]);
   }
-  for (int digit = 0; digit < DIGITS; ++digit) {
-    std::memset(q + digit * stride + count, 0, (k_padded - count) * sizeof(Q));
-    sum[digit] = 0;
-    for (int lane = 0; lane < DL; ++lane) sum[digit] += sums[digit][lane];
+  if (top >= INFINITE || top < TINY_WEIGHT) {
+    std::memset(q, 0, row.k_padded * sizeof(Q));
+    return top >= INFINITE ? __builtin_nanf("") : 0;
   }
-  return unit;
+  const float absmax = from_bits(top), inverse = (1.0f / absmax) * 127.0f;
+  each_vector(layout, floats, [&](Ints value, int64_t at) __attribute__((always_inline)) {
+    save_quantized(q + at, to_ints((Floats)value * inverse), row.k_padded - at);
+  });
+  zero_rest(q, row);
+  return absmax / 127.0f;
 }

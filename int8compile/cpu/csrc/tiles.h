@@ -80,42 +80,39 @@ inline void tile<1, 1>(const Q* q, int64_t, int64_t k_padded, const uint8_t* pac
   store_sums(sum[0], acc);
 }
 
-// The buffer's rows that make one row of x.
-constexpr int parts_of(const Rows*) { return 1; }
-constexpr int parts_of(const FixedPointRows*) { return DIGITS; }
-
-// M rows of the buffer by P panels.
-template <int M, int P, typename R>
-inline void finished_tile(const R& rows, int64_t row, const Weight& weight, int64_t panel, const Affine<P>& affine) {
-  constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
-  alignas(64) int32_t acc[M * P * LANES];
-  const Q* q = static_cast<const Q*>(rows.q) + row * PARTS * rows.stride;
-  tile<M, P>(q, rows.stride, rows.k_padded, weight.packed + panel * LANES * rows.k_padded, acc);
-  finish<P>(rows, row, M / PARTS, weight, panel, affine, acc);
-}
-
-// The last rows, fewer than a tile's.
-template <int M, int P, typename R>
-inline void last_rows(const R& rows, int64_t row, int64_t count, const Weight& weight, int64_t panel,
-                      const Affine<P>& affine) {
-  constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
-  if constexpr (M >= PARTS) {
-    if (count * PARTS == M) {
-      finished_tile<M, P>(rows, row, weight, panel, affine);
+// Up to M rows of the buffer.
+template <int M, int P>
+inline void tile_of(int64_t count, const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
+  if constexpr (M > 0) {
+    if (count == M) {
+      tile<M, P>(q, stride, k_padded, packed, acc);
     } else {
-      last_rows<M - PARTS, P>(rows, row, count, weight, panel, affine);
+      tile_of<M - 1, P>(count, q, stride, k_padded, packed, acc);
     }
   }
 }
 
+// The buffer's rows that make one row of x, and the most that can be.
+inline int64_t parts_of(const Rows&) { return 1; }
+inline int64_t parts_of(const FixedPointRows& rows) { return rows.digits; }
+constexpr int most_parts(const Rows*) { return 1; }
+constexpr int most_parts(const FixedPointRows*) { return MOST_DIGITS; }
+
 template <int P, typename R>
 inline void panels(const R& rows, int64_t begin, int64_t end, const Weight& weight, int64_t panel, const Output& y) {
-  constexpr int PARTS = parts_of(static_cast<const R*>(nullptr));
-  constexpr int STEP = TILE_M / PARTS;
+  alignas(64) int32_t acc[most_parts(static_cast<const R*>(nullptr)) * TILE_M * P * LANES];
   const Affine<P> affine(weight, panel, y);
-  int64_t row = begin;
-  for (; row + STEP <= end; row += STEP) finished_tile<STEP * PARTS, P>(rows, row, weight, panel, affine);
-  if (row < end) last_rows<(STEP - 1) * PARTS, P>(rows, row, end - row, weight, panel, affine);
+  const uint8_t* packed = weight.packed + panel * LANES * rows.k_padded;
+  const int64_t parts = parts_of(rows);
+  for (int64_t row = begin; row < end; row += TILE_M) {
+    const int64_t count = end - row < TILE_M ? end - row : TILE_M;
+    const Q* q = static_cast<const Q*>(rows.q) + row * parts * rows.stride;
+    for (int64_t first = 0; first < count * parts; first += TILE_M) {
+      const int64_t some = count * parts - first < TILE_M ? count * parts - first : TILE_M;
+      tile_of<TILE_M, P>(some, q + first * rows.stride, rows.stride, rows.k_padded, packed, acc + first * P * LANES);
+    }
+    finish<P>(rows, row, count, weight, panel, affine, acc);
+  }
 }
 
 template <typename R>

@@ -233,7 +233,7 @@ bool integers_are_exact(const Variant& variant, int64_t m, int64_t k, int64_t n,
   Result result(m, n, Dtype::float32);
   const Weight weight = matrix.weight();
   const Output output = result.output();
-  linear(variant, {address(x), Dtype::float32, m, k}, {Policy::row, 0.0}, &weight, &output, 1, parallel_for);
+  linear(variant, {address(x), Dtype::float32, m, k}, nullptr, 0.0, &weight, &output, 1, parallel_for);
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t column = 0; column < n; ++column) {
       int32_t acc = 0;
@@ -250,6 +250,13 @@ bool integers_are_exact(const Variant& variant, int64_t m, int64_t k, int64_t n,
   return true;
 }
 
+// Factors of inputs that rotate them.
+std::vector<float> factors(int64_t k) {
+  std::vector<float> d(k);
+  for (float& each : d) each = from_bits(random_below(2) << 31 | (0x3e800000u + (random_bits() & 0x1ffffff)));
+  return d;
+}
+
 bool floats_agree(const std::vector<const Variant*>& variants, int64_t m, int64_t k, int64_t n, Dtype dtype, int first,
                   Counts& counts) {
   const Bytes data = activations(m, k, dtype, first);
@@ -257,11 +264,13 @@ bool floats_agree(const std::vector<const Variant*>& variants, int64_t m, int64_
   const Matrix matrices[] = {Matrix(n, k, true), Matrix(n / 2 + 1, k, false), Matrix(LANES, k, true)};
   char sizes[100];
   std::snprintf(sizes, sizeof(sizes), "m=%" PRId64 " k=%" PRId64 " n=%" PRId64 " %s", m, k, n, name_of(dtype));
-  for (const Policy policy : {Policy::row, Policy::column}) {
-    for (const double threshold : {0.0, 2.5, 6.0}) {
+  const std::vector<float> d = factors(k);
+  for (const bool rotated : {false, true}) {
+    const float* given = rotated ? d.data() : nullptr;
+    const std::string how = std::string(sizes) + (rotated ? ", rotated" : "");
+    for (const double threshold : {0.0, 1.0, 2.5, 12.0}) {
       char what[200];
-      std::snprintf(what, sizeof(what), "%s, %s policy, threshold %g", sizes, policy == Policy::row ? "row" : "column",
-                    threshold);
+      std::snprintf(what, sizeof(what), "%s, threshold %g", how.c_str(), threshold);
       std::vector<Result> results;
       std::vector<Weight> weights;
       for (const Matrix& each : matrices) {
@@ -271,33 +280,37 @@ bool floats_agree(const std::vector<const Variant*>& variants, int64_t m, int64_
       const bool agree = all_agree(variants, results, what, counts, [&](const Variant& variant, auto& made) {
         std::vector<Output> outputs;
         for (Result& each : made) outputs.push_back(each.output());
-        linear(variant, x, {policy, threshold}, weights.data(), outputs.data(), int64_t(made.size()), parallel_for);
+        linear(variant, x, given, threshold, weights.data(), outputs.data(), int64_t(made.size()), parallel_for);
       });
       if (!agree) return false;
     }
+    const Weight weight = matrices[0].weight();
+    const bool agree = all_agree(variants, {Result(m, n, dtype)}, how + ", weight-only", counts,
+                                 [&](const Variant& variant, auto& made) {
+      weight_only_linear(variant, x, given, weight, made[0].output(), parallel_for);
+    });
+    if (!agree) return false;
   }
-  const Weight weight = matrices[0].weight();
-  return all_agree(variants, {Result(m, n, dtype)}, std::string(sizes) + ", weight-only", counts,
-                   [&](const Variant& variant, auto& made) {
-    weight_only_linear(variant, x, weight, made[0].output(), parallel_for);
-  });
+  return true;
 }
 
-bool quantizes(const std::vector<const Variant*>& variants, int64_t n, int64_t k, Dtype dtype, int first) {
+bool quantizes(const std::vector<const Variant*>& variants, int64_t n, int64_t k, Dtype dtype, int first, bool rotated) {
   const Bytes data = activations(n, k, dtype, first);
+  const std::vector<float> d = factors(k);
   std::vector<int8_t> expected;
   std::vector<float> expected_scale;
   for (size_t v = variants.size(); v-- > 0;) {
     std::vector<int8_t> q(n * k);
     std::vector<float> scale(n);
-    quantize_weight(*variants[v], {address(data), dtype, n, k}, address(q), address(scale), parallel_for);
+    quantize_weight(*variants[v], {address(data), dtype, n, k}, rotated ? d.data() : nullptr, address(q), address(scale),
+                    parallel_for);
     for (float& each : scale) each = each == each ? each : -1;  // NaN is not equal to itself.
     if (v + 1 == variants.size()) {
       expected = q;
       expected_scale = scale;
     } else if (q != expected || scale != expected_scale) {
-      std::printf("check: %s: a weight n=%" PRId64 " k=%" PRId64 " %s is quantized differently\n", variants[v]->name, n, k,
-                  name_of(dtype));
+      std::printf("check: %s: a weight n=%" PRId64 " k=%" PRId64 " %s%s is quantized differently\n", variants[v]->name, n,
+                  k, name_of(dtype), rotated ? ", rotated," : "");
       return false;
     }
   }
@@ -320,10 +333,11 @@ struct Shape {
   int64_t m, k, n;
 };
 // Nothing, before there is memory from an earlier call; one row, tiles and what is left of them, lines and what is left of
-// them.
+// them. Of inputs that are rotated, B from 16 to 128 and runs of 1 to 18.
 constexpr Shape SHAPES[] = {{1, 0, 17},   {33, 0, 48},  {0, 64, 17},  {5, 64, 0},
                             {1, 1, 1},    {1, 64, 16},  {1, 700, 90}, {2, 63, 17},   {3, 65, 32},   {4, 128, 200},
-                            {5, 100, 33}, {6, 257, 70}, {7, 64, 128}, {13, 300, 47}, {33, 128, 48}, {70, 190, 65}};
+                            {5, 100, 33}, {6, 257, 70}, {7, 64, 128}, {13, 300, 47}, {33, 128, 48}, {70, 190, 65},
+                            {3, 48, 20},  {2, 96, 5},   {4, 320, 18}, {2, 1024, 16}, {1, 2048, 3},  {2, 2304, 17}};
 
 }  // namespace
 
@@ -344,7 +358,9 @@ int main() {
       if (!integers_are_exact(*variant, shape.m, shape.k, shape.n, counts)) return 1;
     }
     for (const Dtype dtype : DTYPES) {
-      if (!quantizes(here, shape.n, shape.k, dtype, first)) return 1;
+      for (const bool rotated : {false, true}) {
+        if (!quantizes(here, shape.n, shape.k, dtype, first, rotated)) return 1;
+      }
       // A problem of few rows has few kinds of rows.
       for (int again = 0; again < (shape.m < KINDS ? KINDS : 1); ++again) {
         if (!floats_agree(here, shape.m, shape.k, shape.n, dtype, first++, counts)) return 1;
