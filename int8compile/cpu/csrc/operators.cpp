@@ -192,7 +192,6 @@ template <size_t COUNT>
 std::array<Tensor, COUNT> run(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
                               const Maybe& d, const Maybe& bias, std::array<int64_t, COUNT> sizes, double threshold) {
   const Input input(op, x);
-  const Rotation rotation(op, d, input.rows.k);
   const Affine affine(op, scale, bias);
   STD_TORCH_CHECK(scale.dim() == 1, op, ": scale must be [N]");
   sizes.back() = scale.size(0);
@@ -203,6 +202,7 @@ std::array<Tensor, COUNT> run(const char* op, const Tensor& x, const Tensor& pac
     panels += panels_for(size);
   }
   const uint8_t* bytes = packed_bytes(op, packed, 0, panels, input.rows.k);
+  const Rotation rotation(op, d, input.rows.k);
   std::array<Tensor, COUNT> results;
   std::array<Weight, COUNT> weights;
   std::array<Output, COUNT> outputs;
