@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 import int8compile
 from int8compile import cpu
-from int8compile.ops import MAX_K, SUPPORTED_DTYPES, dequantize_weight, pack_weight, packing, quantize_weight, reference
-from int8compile.ops.reference import TINY, fixed_point_rows
+from int8compile.aot import _CPU_OPERATORS
+from int8compile.ops import MAX_K, SUPPORTED_DTYPES, c_parameters, pack_weight, packing, quantize_weight, reference
+from int8compile.ops.reference import TINY
 from tests.implementations import VARIANTS, every_implementation, every_variant, needs_kernel, operator, profiled, using
 from tests.models import threads
-from tests.test_ops import LAYOUTS, OPS, U, assert_bitwise, every_dtype
+from tests.test_ops import LAYOUTS, OPS, U, assert_bitwise, every_dtype, every_rotation, factors
+from tests.test_reference import attacks
 
 pytest.importorskip("hypothesis")
 from hypothesis import example, given, settings
@@ -32,8 +35,7 @@ pytestmark = needs_kernel
 
 SEEDS = st.integers(0, 2**31 - 1)
 DTYPES = st.sampled_from(SUPPORTED_DTYPES)
-# The definition's sums are exact for these and K up to MAX_K (reference.outlier_product).
-THRESHOLDS = (0.0, 0.2, 1.0, 2.5, 6.0, 1e30, 1e200)
+THRESHOLDS = (0.0, 1.0, 2.5, 6.0, 12.0, 1e30, 1e200)
 
 
 def rows(kind: str, K: int) -> Tensor:
@@ -49,8 +51,11 @@ def rows(kind: str, K: int) -> Tensor:
         "minus zeros": lambda: torch.full((K,), -0.0),
         "mostly zeros": lambda: torch.where(torch.rand(K) < 0.9, 0.0, x),
         "one element": lambda: x * (torch.arange(K) == K // 2),
-        # At least one at the threshold exactly, for a threshold of 1.
+        "one huge": lambda: torch.where(torch.arange(K) == K // 3, 1e4, x),
         "constant": lambda: torch.where(x < 0, -1.5, 1.5),
+        "all equal": lambda: torch.full((K,), 0.7),
+        "alternating": lambda: torch.where(torch.arange(K) % 2 == 0, 3.1, -3.1),
+        "ties": lambda: torch.cat([torch.tensor([127.0]), (x * 40).round() + 0.5])[:K],
         "subnormal": lambda: x * 1e-40,
         # Above and below what counts as zero.
         "tiny": lambda: x / x.abs().amax().clamp(min=1e-3) * TINY if K else x,
@@ -75,8 +80,8 @@ KINDS = (
     "subnormal",
     "tiny",
 )
-KINDS += ("huge", "all sizes", "few bits", "NaN", "Inf", "both Infs")
-FINITE = ("normal", "outliers", "zeros", "mostly zeros", "one element", "constant", "few bits")
+KINDS += ("huge", "all sizes", "few bits", "NaN", "Inf", "both Infs", "one huge", "all equal", "alternating", "ties")
+FINITE = ("normal", "outliers", "zeros", "mostly zeros", "one element", "constant", "few bits", "one huge", "ties")
 
 
 def batch(M: int, K: int, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) -> Tensor:
@@ -100,11 +105,26 @@ def bias_of(kind: str, N: int) -> Tensor | None:
 
 
 BIASES = st.sampled_from(["none", "float32", "float16", "bfloat16", "float64"])
-SIZES = st.tuples(
-    st.one_of(st.integers(0, 9), st.integers(10, 70)),
-    st.one_of(st.integers(0, 80), st.sampled_from([127, 128, 129, 255, 256, 257, 1041, 4999])),
-    st.one_of(st.integers(0, 20), st.integers(21, 100)),
+# What is not rotated, and all B with runs of 1 element to more than a vector's.
+INPUTS = st.one_of(
+    st.integers(0, 80),
+    st.sampled_from([127, 129, 255, 257, 1041, 4999]),
+    st.sampled_from([16, 48, 112, 32, 96, 64, 192, 576, 128, 256, 384, 640, 1024, 1152, 2048, 2176, 4096]),
 )
+SIZES = st.tuples(
+    st.one_of(st.integers(0, 9), st.integers(10, 70)), INPUTS, st.one_of(st.integers(0, 20), st.integers(21, 100))
+)
+ROTATIONS = st.sampled_from(["none", "signs", "factors", "overflow"])
+
+
+def rotation(kind: str, K: int) -> Tensor | None:
+    """A d; the last kind makes Inf of large elements, and of rows of small ones that count as zero others."""
+    return {
+        "none": lambda: None,
+        "signs": lambda: reference.signs(K),
+        "factors": lambda: factors(K),
+        "overflow": lambda: factors(K) * 1e25,
+    }[kind]()
 
 
 def run(name: str, by: str, *args: Any) -> Any:
@@ -127,35 +147,26 @@ def test_variants_of_this_machine() -> None:
             assert cpu.variant() == variant
 
 
-# The row policy and weight-only products: the definition's bits
+# The definition's bits
 
 
 @every_variant
-@settings(max_examples=150)
-@given(SEEDS, SIZES, DTYPES, st.sampled_from(THRESHOLDS), BIASES)
-def test_row_policy(
-    by: str, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, threshold: float, bias_kind: str
+@settings(max_examples=200)
+@given(SEEDS, SIZES, DTYPES, st.sampled_from(THRESHOLDS), BIASES, ROTATIONS)
+def test_linear(
+    by: str,
+    seed: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    threshold: float,
+    bias_kind: str,
+    rotation_kind: str,
 ) -> None:
     torch.manual_seed(seed)
     M, K, N = sizes
-    x, (qweight, scale), bias = batch(M, K, dtype), weights(N, K), bias_of(bias_kind, N)
-    y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, bias, threshold, False)
-    assert_bitwise(y, reference.linear(x, qweight, scale, bias, threshold, "row"))
-
-
-# Rows whose outliers are few. AMX takes those of 32 rows together where they share columns and float32 has the sums.
-SPARSE = (
-    ("outlier columns",),
-    ("outlier columns", "zeros"),
-    ("outlier columns", "outlier columns", "outliers of few bits", "normal"),
-    ("outlier columns", "outlier columns", "outlier columns", "NaN"),
-    ("outliers",),
-    ("outliers of few bits",),
-    ("outliers of few bits", "normal"),
-    ("outliers", "outliers of few bits", "zeros"),
-    ("outliers", "outliers", "outliers", "huge"),
-    ("outliers", "outliers", "outliers", "outliers", "NaN", "one element"),
-)
+    x, (qweight, scale), bias, d = batch(M, K, dtype), weights(N, K), bias_of(bias_kind, N), rotation(rotation_kind, K)
+    y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, d, bias, threshold)
+    assert_bitwise(y, reference.linear(x, qweight, scale, d, bias, threshold))
 
 
 @every_variant
@@ -165,49 +176,61 @@ SPARSE = (
     st.one_of(st.integers(1, 40), st.integers(41, 110)),
     st.sampled_from([64, 70, 300, 704, 768, 769, 1041]),
     st.integers(1, 70),
-    st.sampled_from(SPARSE),
-    st.sampled_from([2.0, 3.0, 6.0]),
+    st.sampled_from([("outliers",), ("outliers", "zeros", "normal"), ("one huge", "normal", "normal", "NaN")]),
+    st.sampled_from([1.0, 3.0, 12.0]),
     DTYPES,
+    ROTATIONS,
 )
-def test_many_rows_with_few_outliers(
-    by: str, seed: int, M: int, K: int, N: int, kinds: tuple[str, ...], threshold: float, dtype: torch.dtype
+def test_many_rows_of_which_some_have_outliers(
+    by: str,
+    seed: int,
+    M: int,
+    K: int,
+    N: int,
+    kinds: tuple[str, ...],
+    threshold: float,
+    dtype: torch.dtype,
+    rotation_kind: str,
 ) -> None:
     torch.manual_seed(seed)
-    x, (qweight, scale) = batch(M, K, dtype, kinds), weights(N, K)
-    y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, None, threshold, False)
-    assert_bitwise(y, reference.linear(x, qweight, scale, None, threshold, "row"))
+    x, (qweight, scale), d = batch(M, K, dtype, kinds), weights(N, K), rotation(rotation_kind, K)
+    y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, d, None, threshold)
+    assert_bitwise(y, reference.linear(x, qweight, scale, d, None, threshold))
 
 
 @every_variant
 @settings(max_examples=100)
-@given(SEEDS, SIZES, DTYPES, BIASES)
-def test_weight_only(by: str, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, bias_kind: str) -> None:
+@given(SEEDS, SIZES, DTYPES, BIASES, ROTATIONS)
+def test_weight_only(
+    by: str, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, bias_kind: str, rotation_kind: str
+) -> None:
     torch.manual_seed(seed)
     M, K, N = sizes
-    x, (qweight, scale), bias = batch(M, K, dtype), weights(N, K), bias_of(bias_kind, N)
-    y = run("packed_weight_only_linear_no_grad", by, x, pack_weight(qweight), scale, bias)
-    assert_bitwise(y, reference.weight_only_linear(x, qweight, scale, bias))
+    x, (qweight, scale), bias, d = batch(M, K, dtype), weights(N, K), bias_of(bias_kind, N), rotation(rotation_kind, K)
+    y = run("packed_weight_only_linear_no_grad", by, x, pack_weight(qweight), scale, d, bias)
+    assert_bitwise(y, reference.weight_only_linear(x, qweight, scale, d, bias))
     bad = ~x.float().isfinite().all(-1)
     assert y[bad].isnan().all()
 
 
 @every_implementation
 @settings(max_examples=50)
-@given(SEEDS, SIZES, DTYPES, BIASES)
+@given(SEEDS, SIZES, DTYPES, BIASES, st.booleans())
 def test_weight_only_against_float64(
-    by: str, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, bias_kind: str
+    by: str, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, bias_kind: str, rotated: bool
 ) -> None:
     torch.manual_seed(seed)
     M, K, N = sizes
     x, qweight, bias = batch(M, K, dtype, FINITE), weights(N, K)[0], bias_of(bias_kind, N)
-    scale = torch.rand(N) / (K + 1)  # far from the largest float16
-    y = operator("weight_only_linear", by)(x, qweight, scale, bias)
-    expected = x.double() @ qweight.double().mT * scale.double()
+    scale, d = torch.rand(N) / (K + 1), reference.signs(K) if rotated else None  # far from the largest float16
+    y = operator("weight_only_linear", by)(x, qweight, scale, d, bias)
+    x_rotated = x.double() if d is None else reference.butterflies(x.double() * d, reference.rotation_size(K))
+    expected = x_rotated @ qweight.double().mT * scale.double()
     added = 0.0 if bias is None else bias.float().double()
-    # x is off by half a unit for each element, the unit at most 2**-21 of the row's largest. Then there are three
-    # roundings to float32: the sum, times the scale, plus the bias; and the one to x's dtype.
+    # x is off by half a unit for each element, the unit at most 2**-21 of the row's largest, and B of them are added.
+    # Then there are three roundings to float32: the sum, times the scale, plus the bias; and the one to x's dtype.
     unit = x.double().abs().amax(-1, keepdim=True) * 2.0**-21 if K else torch.zeros(M, 1, dtype=torch.float64)
-    slack = unit / 2 * (qweight.double().abs().sum(-1) * scale)
+    slack = reference.rotation(d) * unit / 2 * (qweight.double().abs().sum(-1) * scale)
     slack = slack + 3 * U * (expected.abs() + slack + abs(added)) * (1 + 3 * U)
     info = torch.finfo(dtype)
     if dtype != torch.float32:
@@ -217,32 +240,38 @@ def test_weight_only_against_float64(
 
 @every_variant
 @every_dtype
-def test_every_k(by: str, dtype: torch.dtype) -> None:
-    """Each number of inputs around a group's, a vector's and a padded row's."""
-    for K in [*range(1, 70), *range(120, 135), 191, 192, 193]:
-        x, (qweight, scale) = batch(3, K, dtype, ("outliers",)), weights(18, K)
+@every_rotation
+def test_every_k(by: str, dtype: torch.dtype, rotated: bool) -> None:
+    """Each number of inputs around a group's, a vector's and a padded row's; and runs of each number of elements."""
+    plain = [*range(1, 70), *range(120, 135), 191, 192, 193]
+    runs = [size * run for size in (16, 32, 64, 128) for run in (*range(1, 20), 31, 32, 33)]
+    for K in runs if rotated else plain:
+        x, (qweight, scale), d = batch(2, K, dtype, ("outliers",)), weights(18, K), factors(K) if rotated else None
         packed = pack_weight(qweight)
-        y = run("packed_linear_no_grad", by, x, packed, scale, None, 2.5, False)
-        assert_bitwise(y, reference.linear(x, qweight, scale, None, 2.5, "row"))
-        y = run("packed_weight_only_linear_no_grad", by, x, packed, scale, None)
-        assert_bitwise(y, reference.weight_only_linear(x, qweight, scale, None))
+        y = run("packed_linear_no_grad", by, x, packed, scale, d, None, 1.5)
+        assert_bitwise(y, reference.linear(x, qweight, scale, d, None, 1.5))
+        y = run("packed_weight_only_linear_no_grad", by, x, packed, scale, d, None)
+        assert_bitwise(y, reference.weight_only_linear(x, qweight, scale, d, None))
+        weight = torch.randn(3, K).to(dtype)
+        actual, expected = operator("quantize_weight", by)(weight, d), reference.quantize_weight(weight, d)
+        assert all(map(torch.equal, actual, expected))
 
 
 @every_variant
 def test_every_number_of_rows_and_place_among_them(by: str) -> None:
     """A row's bits do not depend on how many there are, nor on where it stands."""
-    K, N = 130, 50
-    x, (qweight, scale), bias = batch(300, K, torch.float32), weights(N, K), torch.randn(N)
+    K, N = 144, 50
+    x, (qweight, scale), bias, d = batch(300, K, torch.float32), weights(N, K), torch.randn(N), factors(K)
     packed = pack_weight(qweight)
     calls: list[tuple[str, tuple[Any, ...], Tensor]] = [
-        ("packed_linear_no_grad", (2.5, False), reference.linear(x, qweight, scale, bias, 2.5, "row")),
-        ("packed_weight_only_linear_no_grad", (), reference.weight_only_linear(x, qweight, scale, bias)),
+        ("packed_linear_no_grad", (2.5,), reference.linear(x, qweight, scale, d, bias, 2.5)),
+        ("packed_weight_only_linear_no_grad", (), reference.weight_only_linear(x, qweight, scale, d, bias)),
     ]
     for M in [*range(1, 71), 255, 256, 257]:
         for name, policy, expected in calls:
             for first in (0, M % 40 + 1):
                 part = slice(first, first + M)
-                assert_bitwise(run(name, by, x[part], packed, scale, bias, *policy), expected[part])
+                assert_bitwise(run(name, by, x[part], packed, scale, d, bias, *policy), expected[part])
 
 
 @every_variant
@@ -255,39 +284,55 @@ def test_every_number_of_outputs(by: str) -> None:
         x = batch(M, K, torch.bfloat16, ("outliers",))
         calls[M] = (
             x,
-            reference.linear(x, qweight, scale, bias, 2.5, "row"),
-            reference.weight_only_linear(x, qweight, scale, bias),
+            reference.linear(x, qweight, scale, None, bias, 2.5),
+            reference.weight_only_linear(x, qweight, scale, None, bias),
         )
     for N in [*range(1, 70), 95, 96, 97, 127, 128, 129, 140]:
         packed = pack_weight(qweight[:N])
         for x, linear, weight_only in calls.values():
-            y = run("packed_linear_no_grad", by, x, packed, scale[:N], bias[:N], 2.5, False)
+            y = run("packed_linear_no_grad", by, x, packed, scale[:N], None, bias[:N], 2.5)
             assert_bitwise(y, linear[:, :N])
-            y = run("packed_weight_only_linear_no_grad", by, x, packed, scale[:N], bias[:N])
+            y = run("packed_weight_only_linear_no_grad", by, x, packed, scale[:N], None, bias[:N])
             assert_bitwise(y, weight_only[:, :N])
 
 
 @every_variant
 @every_dtype
-def test_quantize_weight(by: str, dtype: torch.dtype) -> None:
+@every_rotation
+def test_quantize_weight(by: str, dtype: torch.dtype, rotated: bool) -> None:
     """The definition's bits, for rows of every kind and length; NaN and Inf leave a scale that tells."""
-    for shape in ((0, 5), (4, 0), (5,), (3, 1), (17, 15), (9, 64), (2, 3, 130), (300, 1041)):
+    for shape in ((0, 5), (4, 0), (5,), (3, 1), (17, 15), (9, 64), (2, 3, 144), (300, 1041), (40, 1152)):
         weight = batch(math.prod(shape[:-1]), shape[-1], dtype).view(shape)
-        q, scale = operator("quantize_weight", by)(weight)
-        expected_q, expected = reference.quantize_weight(weight)
-        finite = weight.isfinite().all(-1)
+        d = factors(shape[-1]) if rotated else None
+        q, scale = operator("quantize_weight", by)(weight, d)
+        expected_q, expected = reference.quantize_weight(weight, d)
+        finite = expected.isfinite()
+        assert rotated or torch.equal(finite, weight.isfinite().all(-1))
         assert torch.equal(scale.isfinite(), finite)
         assert torch.equal(scale[finite], expected[finite])
         assert torch.equal(q[finite], expected_q[finite])
-    transposed = torch.randn(40, 70, dtype=dtype).T
-    assert all(map(torch.equal, operator("quantize_weight", by)(transposed), reference.quantize_weight(transposed)))
+    transposed, d = torch.randn(48, 70, dtype=dtype).T, factors(48) if rotated else None
+    made = operator("quantize_weight", by)(transposed, d)
+    assert all(map(torch.equal, made, reference.quantize_weight(transposed, d)))
+    experts, each = torch.randn(2, 3, 5, 48, dtype=dtype), factors(2, 3, 48) if rotated else None
+    made = operator("quantize_weight", by)(experts, each)
+    assert all(map(torch.equal, made, reference.quantize_weight(experts, each)))
 
 
 @every_implementation
 def test_quantize_weight_refuses(by: str) -> None:
     for weight in (torch.ones(3, 4, dtype=torch.int8), torch.tensor(1.0), torch.ones(3, 4, dtype=torch.float64)):
         with pytest.raises((int8compile.InputError, RuntimeError), match="quantize_weight"):
-            operator("quantize_weight", by)(weight)
+            operator("quantize_weight", by)(weight, None)
+    for d in (
+        torch.ones(4, dtype=torch.float64),
+        torch.ones(3),
+        torch.ones(3, 4),
+        torch.ones(2, 2, 4),
+        torch.tensor(1.0),
+    ):
+        with pytest.raises((int8compile.InputError, RuntimeError), match="quantize_weight: d is"):
+            operator("quantize_weight", by)(torch.ones(2, 3, 4), d)
 
 
 @every_variant
@@ -299,41 +344,46 @@ def test_weight_that_is_not_packed(by: str) -> None:
         packed = pack_weight(qweight)
         for M in (1, 3, 40):
             x = batch(M, K, torch.bfloat16, ("outliers",))
-            for policy in ((2.5, False), (2.5, True)):
-                y = run("linear_no_grad", by, x, qweight, scale, bias, *policy)
-                assert_bitwise(y, run("packed_linear_no_grad", by, x, packed, scale, bias, *policy))
-            y = run("weight_only_linear_no_grad", by, x, qweight, scale, bias)
-            assert_bitwise(y, run("packed_weight_only_linear_no_grad", by, x, packed, scale, bias))
+            for d in (None, factors(K)):
+                y = run("linear_no_grad", by, x, qweight, scale, d, bias, 2.5)
+                assert_bitwise(y, run("packed_linear_no_grad", by, x, packed, scale, d, bias, 2.5))
+                y = run("weight_only_linear_no_grad", by, x, qweight, scale, d, bias)
+                assert_bitwise(y, run("packed_weight_only_linear_no_grad", by, x, packed, scale, d, bias))
 
 
 def test_many_rows() -> None:
-    """More than are quantized at a time (8 MiB), and more than are multiplied at a time; in all policies."""
-    M, K, N = 1700, 5000, 20
+    """More than are quantized at a time (8 MiB), and more than are multiplied at a time."""
+    M, K, N = 1700, 5008, 20
     x, (qweight, scale) = batch(M, K, torch.bfloat16, ("normal", "outliers", "zeros", "huge")), weights(N, K)
-    x[1690, 4321] = math.inf  # Its column is one of outliers for the first rows too.
-    packed = pack_weight(qweight)
-    row = reference.linear(x, qweight, scale, None, 6.0, "row")
-    weight_only = reference.weight_only_linear(x, qweight, scale, None)
-    column = run("packed_linear_no_grad", VARIANTS[-1], x, packed, scale, None, 100.0, True)
+    x[1690, 4321] = math.inf
+    packed, d = pack_weight(qweight), factors(K)
+    expected = reference.linear(x, qweight, scale, d, None, 6.0)
+    weight_only = reference.weight_only_linear(x, qweight, scale, d, None)
     for by in VARIANTS:
-        assert_bitwise(run("packed_linear_no_grad", by, x, packed, scale, None, 6.0, False), row)
-        assert_bitwise(run("packed_weight_only_linear_no_grad", by, x, packed, scale, None), weight_only)
-        assert_bitwise(run("packed_linear_no_grad", by, x, packed, scale, None, 100.0, True), column)
+        assert_bitwise(run("packed_linear_no_grad", by, x, packed, scale, d, None, 6.0), expected)
+        assert_bitwise(run("packed_weight_only_linear_no_grad", by, x, packed, scale, d, None), weight_only)
 
 
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_is_read_and_written_as_it_is(by: str, dtype: torch.dtype) -> None:
-    """Single elements are outliers, so y = x: all 65536 of them, through float32 and back."""
+    """All 65536 of them, alone in their rows, through float32 and fixed point and back. A factor scales tiny ones."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
     ones = pack_weight(torch.ones(1, 1, dtype=torch.int8))
-    for op, policy in (("packed_linear_no_grad", (0.5, False)), ("packed_weight_only_linear_no_grad", ())):
-        y = run(op, by, x, ones, torch.ones(1), None, *policy)
-        # Zeros of either sign are quantized, to +0; of Inf weight-only products make NaN.
-        expected = torch.where(x == 0, torch.zeros_like(x), x)
-        if not policy:
-            expected = torch.where(x.isinf(), math.nan, expected)
-        assert_bitwise(y, expected)
+    for factor in (1.0, 2.0**40):
+        y = run(
+            "packed_weight_only_linear_no_grad",
+            by,
+            x,
+            ones,
+            torch.full((1,), 1 / factor),
+            torch.full((1,), factor),
+            None,
+        )
+        lost = (x.float() * factor).abs() < TINY
+        expected = torch.where(lost, torch.zeros_like(x), x)
+        overflows = (x.float() * factor).isinf()
+        assert_bitwise(y, torch.where(overflows, math.nan, expected))
 
 
 @every_variant
@@ -348,7 +398,7 @@ def test_rounding_to_the_output(by: str, dtype: torch.dtype) -> None:
     packed = pack_weight(qweight)
     for exponent in (*range(-40, -8), -1, 0, 1, 2, 3, 4, 113, 114, 115, -126, -133, -134, -135, -149):
         scale = torch.full((len(acc),), 2.0**exponent)
-        y = run("packed_linear_no_grad", by, x, packed, scale, None, 0.0, False)
+        y = run("packed_linear_no_grad", by, x, packed, scale, None, None, 0.0)
         assert_bitwise(y[0], (acc * scale).to(dtype))
 
 
@@ -381,9 +431,9 @@ def test_sums_are_exact(by: str, seed: int, M: int, K: int, N: int) -> None:
     assert (expected.abs() < 2**24).all()
     packed = pack_weight(qweight.to(torch.int8))
     for dtype in (torch.float32, torch.bfloat16):
-        y = run("packed_linear_no_grad", by, x.to(dtype), packed, torch.ones(N), None, 0.0, False)
+        y = run("packed_linear_no_grad", by, x.to(dtype), packed, torch.ones(N), None, None, 0.0)
         assert_bitwise(y, expected.float().to(dtype))
-        y = run("packed_weight_only_linear_no_grad", by, x.to(dtype), packed, torch.ones(N), None)
+        y = run("packed_weight_only_linear_no_grad", by, x.to(dtype), packed, torch.ones(N), None, None)
         assert_bitwise(y, expected.float().to(dtype))
 
 
@@ -396,11 +446,11 @@ def test_largest_sums(by: str, M: int) -> None:
     x[M // 2] = -1
     qweight = torch.tensor([[127], [-128], [-127], [1]], dtype=torch.int8).expand(4, K)
     packed = pack_weight(qweight)
-    y = run("packed_linear_no_grad", by, x * 127, packed, torch.ones(4), None, 0.0, False)
+    y = run("packed_linear_no_grad", by, x * 127, packed, torch.ones(4), None, None, 0.0)
     assert_bitwise(y, exact(x * 127, qweight).float())
     # In units of 2**-21: what rounds up to 2**22, all digits as large as they get, and as small.
     for value in (2 - 2.0**-23, 0x3F7F7F * 2.0**-21, 0x3F7F80 * 2.0**-21):
-        y = run("packed_weight_only_linear_no_grad", by, x * value, packed, torch.ones(4), None)
+        y = run("packed_weight_only_linear_no_grad", by, x * value, packed, torch.ones(4), None, None)
         fixed = round(value * 2**21) * x.double()
         assert_bitwise(y, (fixed @ qweight.double().mT * 2.0**-21).float())
 
@@ -410,144 +460,52 @@ def test_ties_go_to_even(by: str) -> None:
     """Elements half way between two integers, of which there are many in 16 bit, in units of the row's scale."""
     K = 255
     row = torch.cat([torch.tensor([127.0]), torch.arange(-126, 127) + 0.5, torch.tensor([-127.0])])
-    assert torch.tensor(127.0).reciprocal() * 127 == 1
     identity = pack_weight(torch.eye(K, dtype=torch.int8))
-    expected = torch.tensor([float(round(value)) for value in row.tolist()])
     for dtype, size in ((torch.float32, 1.0), (torch.float16, 1.0), (torch.bfloat16, 1.0), (torch.float32, 2.0**-60)):
         x = (row * size).to(dtype)[None]
-        y = run("packed_linear_no_grad", by, x, identity, torch.ones(K), None, 0.0, False)
-        assert_bitwise(y[0], reference.quantize_rows(x.float(), 0.0, "row").q[0].to(dtype) * size)
-        assert_bitwise(y[0].abs(), (expected * size).to(dtype).abs()) if dtype != torch.bfloat16 else None
+        y = run("packed_linear_no_grad", by, x, identity, torch.ones(K), None, None, 0.0)
+        assert_bitwise(y[0], reference.quantize_rows(x, None, 0.0).Q[0].to(dtype) * size)
         # Weight-only keeps the halves.
-        y = run("packed_weight_only_linear_no_grad", by, x, identity, torch.ones(K), None)
+        y = run("packed_weight_only_linear_no_grad", by, x, identity, torch.ones(K), None, None)
         assert_bitwise(y[0], x[0])
     # At the last bit of 23: absmax just below 2, so the unit is 2**-21.
     x = torch.tensor([[1.5, 2.0**-21 * 1.5, 2.0**-21 * 2.5, 2.0**-21 * 0.5, 2.0**-21 * -0.5]])
-    y = run(
-        "packed_weight_only_linear_no_grad", by, x, pack_weight(torch.eye(5, dtype=torch.int8)), torch.ones(5), None
-    )
-    assert fixed_point_rows(x)[1].item() == 2.0**-21
+    assert reference.fixed_point(x, None)[1].item() == 2.0**-21
+    ones = pack_weight(torch.eye(5, dtype=torch.int8))
+    y = run("packed_weight_only_linear_no_grad", by, x, ones, torch.ones(5), None, None)
     assert y[0].tolist() == [1.5, 2.0**-20, 2.0**-20, 0.0, 0.0]
 
 
 @every_variant
-def test_outliers_at_the_threshold(by: str) -> None:
-    """Thresholds at which one unit in the last place decides: the kernel searches for the cut, the definition asks."""
-    for seed, dtype in itertools.product(range(6), SUPPORTED_DTYPES):
-        torch.manual_seed(seed)
-        K = (7, 100, 1041)[seed % 3]
-        x, (qweight, scale) = batch(2, K, dtype, ("normal", "few bits", "all sizes")), weights(5, K)
-        packed = pack_weight(qweight)
-        for element in x[0, :: K // 5].double():
-            exactly = math.sqrt(float(element**2 * K / x[0].double().square().sum()))
-            for near in (math.nextafter(exactly, 0), exactly, math.nextafter(exactly, math.inf), exactly * (1 + 2e-11)):
-                if near >= 0.18:
-                    y = run("packed_linear_no_grad", by, x, packed, scale, None, near, False)
-                    assert_bitwise(y, reference.linear(x, qweight, scale, None, near, "row"))
+def test_digits_at_their_edges(by: str) -> None:
+    """Q of every value around 127, 128, 255, 256 and the largest: which elements have a second digit, and which."""
+    # The mean is 1 of fixed point's large units, so the step is too: Q is the integer itself.
+    edges = torch.tensor([126, 127, 128, 129, 254, 255, 256, 257, 383, 384, 385, 12345, 32639]).float()
+    values = torch.cat([edges, -edges, torch.arange(-131, 132).float()])
+    K = 8192
+    row = torch.ones(K)
+    row[: len(values)] = values
+    identity = torch.zeros(len(values), K, dtype=torch.int8)
+    identity.fill_diagonal_(1)
+    for x, threshold in ((row[None], 12.0), (row[None] * 2.0**30, 12.0), (row.repeat(40, 1), 1.0)):
+        Q = reference.quantize_rows(x, None, threshold).Q
+        assert Q.abs().max() > 20000
+        y = run("packed_linear_no_grad", by, x, pack_weight(identity), torch.ones(len(values)), None, None, threshold)
+        assert_bitwise(y, reference.linear(x, identity, torch.ones(len(values)), None, None, threshold))
 
 
 @every_variant
-@pytest.mark.parametrize("bits", [1, 8, 11, 17, 24])
-@pytest.mark.parametrize(("M", "gap"), [(2, 1), (40, 17)], ids=["all of two rows", "few of many rows"])
-def test_sums_of_outliers_are_exact(by: str, M: int, gap: int, bits: int) -> None:
-    """Around the numbers of outliers at which float32 no longer holds their sum, nor two floats together.
-
-    Odd integers of that many bits, all outliers, with zeros between them. Weights of one sign make the largest sums;
-    those that take back what they gave show every bit.
-    """
-    for count in (1, 5, 40, 170, 340, 345, 680, 1300, 2600):
-        values = torch.randint(2 ** (bits - 1), 2**bits, (M, count)) | 1
-        values[1::2] *= torch.randint(0, 2, (count,)) * 2 - 1
-        sign = torch.where(torch.arange(count) < count // 2, 1, -1)
-        large = torch.randint(100, 128, (count,))
-        factors = torch.stack(
-            [torch.full((count,), 127), torch.full((count,), -128), large, -large, large * sign, 127 * sign]
-        )
-        # Of the zeros' columns any weights.
-        x, qweight = torch.zeros(M, count * gap), weights(6, count * gap)[0]
-        x[:, ::gap], qweight[:, ::gap] = values.float(), factors.to(torch.int8)
-        packed, expected = pack_weight(qweight), exact(values, factors).double()
-        for exponent in (0, -60):
-            y = run("packed_linear_no_grad", by, x * 2.0**exponent, packed, torch.ones(6), None, 0.2, False)
-            assert_bitwise(y, (expected * 2.0**exponent).float())
-
-
-@every_variant
-@pytest.mark.parametrize("threshold", [1e-300, 1e-30, 1e-3])
-def test_thresholds_so_small_that_all_are_outliers(by: str, threshold: float) -> None:
-    """Few and of one size, so that their float64 sum is exact all the same."""
-    x, (qweight, scale) = batch(9, 4, torch.bfloat16, FINITE), weights(20, 4)
-    y = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, None, threshold, False)
-    assert_bitwise(y, reference.linear(x, qweight, scale, None, threshold, "row"))
-    assert_bitwise(y, ((x.double() @ qweight.double().mT).float() * scale).bfloat16())
-
-
-# The column policy
-
-
-def column_slack(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """As derived in tests/test_ops.py::test_result_does_not_depend_on_strides_or_threads."""
-    size = x.double().abs() @ dequantize_weight(qweight, scale, torch.float64).abs().mT
-    size = size + (0.0 if bias is None else bias.abs())
-    info = torch.finfo(x.dtype)
-    last = 0.0 if x.dtype == torch.float32 else y.double().abs() * info.eps + info.smallest_normal * info.eps
-    return 20 * U * size + last
-
-
-@settings(max_examples=150)
-@given(SEEDS, SIZES, DTYPES, st.sampled_from([0.0, 0.2, 1.0, 6.0, 1e30]), BIASES)
-def test_column_policy(
-    seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, threshold: float, bias_kind: str
-) -> None:
-    """Equal bits by every variant; the definition's up to the order in which residuals are added."""
-    torch.manual_seed(seed)
-    M, K, N = sizes
-    x, bias = batch(M, K, dtype, FINITE), bias_of(bias_kind, N)
-    qweight, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N) / (K + 1)
-    packed = pack_weight(qweight)
-    expected = reference.linear(x, qweight, scale, bias, threshold, "column")
-    results = [run("packed_linear_no_grad", by, x, packed, scale, bias, threshold, True) for by in VARIANTS]
-    for y in results:
-        assert_bitwise(y, results[0])
-        assert ((y.double() - expected.double()).abs() <= column_slack(x, qweight, scale, bias, expected)).all()
-
-
-@settings(max_examples=60)
-@given(SEEDS, SIZES, DTYPES, st.sampled_from([0.0, 0.2, 1.0, 6.0, 1e30]))
-def test_column_policy_of_anything(
-    seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, threshold: float
-) -> None:
-    """With NaN, Inf and values of any size: equal bits by every variant, NaN where the definition has it."""
-    torch.manual_seed(seed)
-    M, K, N = sizes
-    x, (qweight, scale) = batch(M, K, dtype), weights(N, K)
-    packed = pack_weight(qweight)
-    expected = reference.linear(x, qweight, scale, None, threshold, "column")
-    results = [run("packed_linear_no_grad", by, x, packed, scale, None, threshold, True) for by in VARIANTS]
-    for y in results:
-        assert_bitwise(y, results[0])
-    rows_with_nan = x.isnan().any(-1)
-    assert results[0][rows_with_nan].isnan().all()
-    assert expected[rows_with_nan].isnan().all()
-
-
-@every_variant
-@every_dtype
-def test_one_outlier_column(by: str, dtype: torch.dtype) -> None:
-    """A single product is exact, so the column policy gives the definition's bits too; threshold 0 and 6."""
-    x, (qweight, scale), bias = torch.randn(40, 200).clamp(-5, 5).to(dtype), weights(33, 200), torch.randn(33)
-    x[7, 11] = 9.0
-    packed = pack_weight(qweight)
-    for threshold in (0.0, 6.0):
-        y = run("packed_linear_no_grad", by, x, packed, scale, bias, threshold, True)
-        assert_bitwise(y, reference.linear(x, qweight, scale, bias, threshold, "column"))
-    # At the threshold exactly is an outlier.
-    x = x.clamp(-5, 5)
-    x[3, 4] = 5.5
-    assert_bitwise(
-        run("packed_linear_no_grad", by, x, packed, scale, bias, 5.5, True),
-        reference.linear(x, qweight, scale, bias, 5.5, "column"),
-    )
+@pytest.mark.parametrize(("K", "rotated"), [(MAX_K, False), (131056, True), (130944, True)])
+def test_the_sum_cannot_overflow(by: str, K: int, rotated: bool) -> None:
+    """The rows that come closest to it (tests/test_reference.py), by weights that make the most of them."""
+    x, d = attacks(K), reference.signs(K) if rotated else None
+    qweight = torch.where(reference.quantize_rows(x, d, 1.0).Q < 0, -128, 127).to(torch.int8)
+    scale, packed = torch.ones(len(qweight)), pack_weight(qweight)
+    for threshold in (1.0, 12.0):
+        expected = reference.linear(x, qweight, scale, d, None, threshold)
+        assert_bitwise(run("packed_linear_no_grad", by, x, packed, scale, d, None, threshold), expected)
+    y = run("packed_weight_only_linear_no_grad", by, x, packed, scale, d, None)
+    assert_bitwise(y, reference.weight_only_linear(x, qweight, scale, d, None))
 
 
 # Several weights at once
@@ -555,7 +513,7 @@ def test_one_outlier_column(by: str, dtype: torch.dtype) -> None:
 
 @every_variant
 @settings(max_examples=60)
-@given(SEEDS, SIZES, DTYPES, st.tuples(st.integers(0, 70), st.integers(0, 40)), st.booleans(), st.booleans())
+@given(SEEDS, SIZES, DTYPES, st.tuples(st.integers(0, 70), st.integers(0, 40)), st.booleans(), ROTATIONS)
 def test_pair_and_triple_are_single_calls(
     by: str,
     seed: int,
@@ -563,11 +521,11 @@ def test_pair_and_triple_are_single_calls(
     dtype: torch.dtype,
     others: tuple[int, int],
     has_bias: bool,
-    by_column: bool,
+    rotation_kind: str,
 ) -> None:
     torch.manual_seed(seed)
     M, K, N = sizes
-    x = batch(M, K, dtype, FINITE)
+    x, d = batch(M, K, dtype), rotation(rotation_kind, K)
     for name, outputs in (("pair", (others[0], N)), ("triple", (*others, N))):
         parts = [weights(n, K) for n in outputs]
         biases = [torch.randn(n, dtype=dtype) if has_bias else None for n in outputs]
@@ -575,13 +533,13 @@ def test_pair_and_triple_are_single_calls(
             x,
             torch.cat([pack_weight(qweight) for qweight, _ in parts]),
             torch.cat([scale for _, scale in parts]),
+            d,
             torch.cat(biases) if has_bias else None,
             *outputs[:-1],
             2.5,
-            by_column,
         )
         for y, (qweight, scale), bias in zip(results, parts, biases, strict=True):
-            single = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, bias, 2.5, by_column)
+            single = run("packed_linear_no_grad", by, x, pack_weight(qweight), scale, d, bias, 2.5)
             assert_bitwise(y, single)
             assert y.is_contiguous()
         starts = [y.untyped_storage().data_ptr() for y in results if y.numel()]
@@ -590,13 +548,14 @@ def test_pair_and_triple_are_single_calls(
 
 @every_variant
 def test_experts_are_single_calls(by: str) -> None:
-    for dtype, outliers in itertools.product(SUPPORTED_DTYPES, ("row", "column")):
-        x, parts = batch(3 * 7, 70, dtype).view(3, 7, 70), [weights(20, 70) for _ in range(3)]
+    for dtype, d in itertools.product(SUPPORTED_DTYPES, (None, factors(80), factors(3, 80))):
+        x, parts = batch(3 * 7, 80, dtype).view(3, 7, 80), [weights(20, 80) for _ in range(3)]
         qweight, scale = (torch.stack(each) for each in zip(*parts, strict=True))
         bias = torch.randn(3, 20)
-        y = operator("packed_batched_linear", by)(x, pack_weight(qweight), scale, bias, 2.5, outliers)
+        y = operator("packed_batched_linear", by)(x, pack_weight(qweight), scale, d, bias, 2.5)
         for b in range(3):
-            one = operator("packed_linear", by)(x[b], pack_weight(qweight[b]), scale[b], bias[b], 2.5, outliers)
+            its_d = reference.of_each(d, b)
+            one = operator("packed_linear", by)(x[b], pack_weight(qweight[b]), scale[b], its_d, bias[b], 2.5)
             assert_bitwise(y[b], one)
 
 
@@ -625,34 +584,30 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 @every_dtype
 @pytest.mark.parametrize("layout", STRIDES)
 def test_strides(by: str, dtype: torch.dtype, layout: str) -> None:
-    x, (qweight, scale), bias = batch(9, 70, dtype, FINITE), weights(40, 70), torch.randn(40, dtype=dtype)
+    x, (qweight, scale), bias = batch(9, 80, dtype, FINITE), weights(40, 80), torch.randn(40, dtype=dtype)
     x = STRIDES[layout](x)
     packed = pack_weight(STRIDES["transposed"](qweight))
-    # Of scales and biases too.
-    scale, bias = STRIDES["sliced"](scale), STRIDES["offset"](bias)
-    plain = (x.contiguous(), qweight, scale.contiguous(), bias.contiguous())
-    y = operator("packed_linear_no_grad", by)(x, packed, scale, bias, 2.5, False)
-    assert_bitwise(y, reference.linear(*plain, 2.5, "row"))
-    y = operator("packed_linear_no_grad", by)(x, packed, scale, bias, 2.5, True)
-    assert_bitwise(y, operator("packed_linear_no_grad", by)(plain[0], packed, *plain[2:], 2.5, True))
-    y = operator("packed_weight_only_linear_no_grad", by)(x, packed, scale, bias)
+    # Of scales, d and biases too.
+    scale, d, bias = STRIDES["sliced"](scale), STRIDES["sliced"](factors(80)), STRIDES["offset"](bias)
+    plain = (x.contiguous(), qweight, scale.contiguous(), d.contiguous(), bias.contiguous())
+    expected = reference.linear(*plain, 2.5)
+    assert_bitwise(operator("packed_linear_no_grad", by)(x, packed, scale, d, bias, 2.5), expected)
+    y = operator("packed_weight_only_linear_no_grad", by)(x, packed, scale, d, bias)
     assert_bitwise(y, reference.weight_only_linear(*plain))
-    assert_bitwise(
-        operator("linear", by)(x, STRIDES["transposed"](qweight), scale, bias, 2.5, "row"),
-        reference.linear(*plain, 2.5, "row"),
-    )
+    y = operator("linear", by)(x, STRIDES["transposed"](qweight), scale, d, bias, 2.5)
+    assert_bitwise(y, expected)
     # 4-D, its middle dimensions swapped.
-    many = x.expand(2, 3, 9, 70).transpose(1, 2)
-    y = operator("packed_linear_no_grad", by)(many, packed, scale, bias, 2.5, False)
-    assert_bitwise(y, reference.linear(many.contiguous(), *plain[1:], 2.5, "row"))
+    many = x.expand(2, 3, 9, 80).transpose(1, 2)
+    y = operator("packed_linear_no_grad", by)(many, packed, scale, d, bias, 2.5)
+    assert_bitwise(y, reference.linear(many.contiguous(), *plain[1:], 2.5))
 
 
 def test_a_packed_weight_that_is_not_contiguous_is_refused() -> None:
     x, packed = torch.randn(3, 128), pack_weight(torch.ones(32, 128, dtype=torch.int8))
     for view in (packed.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([packed, packed], -1)[..., 0]):
         assert view.shape == packed.shape
-        with pytest.raises(RuntimeError, match=r"packed_linear_no_grad: packed .* not contiguous"):
-            torch.ops.int8compile.packed_linear_no_grad(x, view, torch.ones(32), None, 6.0, False)
+        with pytest.raises(RuntimeError, match=r"packed_linear: packed .* not contiguous"):
+            torch.ops.int8compile.packed_linear_no_grad(x, view, torch.ones(32), None, None, 6.0)
 
 
 @every_variant
@@ -660,40 +615,32 @@ def test_a_packed_weight_that_is_not_contiguous_is_refused() -> None:
     ("M", "K", "N"), [(1, 2048, 300), (3, 900, 1000), (70, 500, 130), (600, 300, 20), (33, 4096, 5)]
 )
 def test_threads_change_nothing(by: str, M: int, K: int, N: int) -> None:
-    """Sizes that are divided by outputs, by rows, or both, in all policies; and not divided at all."""
+    """Sizes that are divided by outputs, by rows, or both; and not divided at all."""
     x, (qweight, scale), bias = batch(M, K, torch.float32), weights(N, K), torch.randn(N)
-    packed = pack_weight(qweight)
-    calls: list[tuple[str, tuple[Any, ...]]] = [
-        ("packed_linear_no_grad", (2.5, False)),
-        ("packed_linear_no_grad", (2.5, True)),
-        ("packed_weight_only_linear_no_grad", ()),
+    packed, d = pack_weight(qweight), factors(K)
+    calls: list[tuple[str, tuple[Any, ...], Tensor]] = [
+        ("packed_linear_no_grad", (2.5,), reference.linear(x, qweight, scale, d, bias, 2.5)),
+        ("packed_weight_only_linear_no_grad", (), reference.weight_only_linear(x, qweight, scale, d, bias)),
     ]
-    expected = [
-        reference.linear(x, qweight, scale, bias, 2.5, "row"),
-        None,
-        reference.weight_only_linear(x, qweight, scale, bias),
-    ]
-    for (name, policy), wanted in zip(calls, expected, strict=True):
+    for name, policy, wanted in calls:
         for count in (1, 2, 3, 7):
             with threads(count):
-                y = run(name, by, x, packed, scale, bias, *policy)
-            wanted = y if wanted is None else wanted
-            assert_bitwise(y, wanted)
+                assert_bitwise(run(name, by, x, packed, scale, d, bias, *policy), wanted)
 
 
 def _shapes() -> list[tuple[Any, ...]]:
     """Calls of many shapes with what each must give."""
     found = []
     for i in range(50):
-        M, K, N = 1 + i * 7 % 40, 1 + i * 37 % 700, 1 + i * 13 % 150
+        M, K, N = 1 + i * 7 % 40, (1 + i * 37 % 700) * (1 if i % 2 else 16), 1 + i * 13 % 150
         x, (qweight, scale) = batch(M, K, SUPPORTED_DTYPES[i % 3]), weights(N, K)
-        packed = pack_weight(qweight)
+        packed, d = pack_weight(qweight), factors(K)
         if i % 4 == 3:
-            call: tuple[Any, ...] = ("packed_weight_only_linear_no_grad", x, packed, scale, None)
-            expected = reference.weight_only_linear(x, qweight, scale, None)
+            call: tuple[Any, ...] = ("packed_weight_only_linear_no_grad", x, packed, scale, d, None)
+            expected = reference.weight_only_linear(x, qweight, scale, d, None)
         else:
-            call = ("packed_linear_no_grad", x, packed, scale, None, 2.5, False)
-            expected = reference.linear(x, qweight, scale, None, 2.5, "row")
+            call = ("packed_linear_no_grad", x, packed, scale, d, None, 2.5)
+            expected = reference.linear(x, qweight, scale, d, None, 2.5)
         found.append((call, expected))
     return found
 
@@ -741,7 +688,7 @@ x, packed, scale = torch.randn(64, 4096), ops.pack_weight(torch.ones(4096, 4096,
 def count():
     return len(os.listdir("/proc/self/task"))
 def call():
-    ops.packed_linear_no_grad(x, packed, scale, None, 6.0, False)
+    ops.packed_linear_no_grad(x, packed, scale, None, None, 6.0)
     return count()
 torch.set_num_threads(1)
 before = count()
@@ -777,22 +724,23 @@ def test_the_library_brings_no_thread_pool_of_its_own() -> None:
 @every_variant
 def test_inference_mode(by: str) -> None:
     """Tensors made inside, and those from outside; results can be used on either side."""
-    qweight, scale = quantize_weight(torch.randn(40, 70))
-    outside = torch.randn(5, 70)
+    d = factors(80)
+    qweight, scale = quantize_weight(torch.randn(40, 80), d)
+    outside = torch.randn(5, 80)
     with torch.inference_mode():
         x, packed, bias = outside * 1, pack_weight(qweight), torch.randn(40, dtype=torch.float16)
         assert packed.is_inference()
-        y = operator("packed_linear_no_grad", by)(x, packed, scale, bias, 6.0, False)
-        assert_bitwise(y, reference.linear(x, qweight, scale, bias, 6.0, "row"))
+        y = operator("packed_linear_no_grad", by)(x, packed, scale, d, bias, 6.0)
+        assert_bitwise(y, reference.linear(x, qweight, scale, d, bias, 6.0))
     assert y.is_inference()
-    assert_bitwise(operator("packed_linear_no_grad", by)(outside, packed, scale, bias, 6.0, False), y.clone())
+    assert_bitwise(operator("packed_linear_no_grad", by)(outside, packed, scale, d, bias, 6.0), y.clone())
 
 
 # The path taken
 
 
 def test_the_dispatcher_has_the_kernel_for_every_operator() -> None:
-    for name in [*OPS, "pack_weight"]:
+    for name in {*OPS, "pack_weight", "quantize_weight"} - {"column_linear"}:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"int8compile::{name}", "CPU")
 
 
@@ -802,14 +750,29 @@ FLOAT_PRODUCTS = {"aten::mm", "aten::matmul", "aten::bmm", "aten::addmm", "mkldn
 
 @every_variant
 def test_the_operator_runs_in_the_kernel(by: str) -> None:
-    qweight, scale = quantize_weight(torch.randn(40, 70))
-    packed, x = pack_weight(qweight), torch.randn(5, 70)
+    d = factors(80)
+    qweight, scale = quantize_weight(torch.randn(40, 80), d)
+    packed, x = pack_weight(qweight), torch.randn(5, 80)
     with using(by):
-        names = profiled(lambda: torch.ops.int8compile.packed_linear(x, packed, scale, None, 6.0, "row"))
+        names = profiled(lambda: torch.ops.int8compile.packed_linear(x, packed, scale, d, None, 6.0))
     assert names["int8compile::packed_linear"] == 1
     assert not FLOAT_PRODUCTS & set(names)
-    names = profiled(lambda: operator("packed_linear", "definition")(x, packed, scale, None, 6.0, "row"))
+    names = profiled(lambda: operator("packed_linear", "definition")(x, packed, scale, d, None, 6.0))
     assert FLOAT_PRODUCTS & set(names), "the profiler shows no product: the test shows nothing"
+
+
+def test_c_functions_of_packages_follow_from_the_schemas() -> None:
+    """AOTInductor calls them by what `c_parameters` says; package.cpp defines them by hand."""
+    source = (cpu.build.SOURCES / "package.cpp").read_text()
+    macro = re.search(r"#define WEIGHT\(weight\) (.*)", source)
+    assert macro
+    found = {}
+    for name, parameters in re.findall(r"AOTITorchError aoti_torch_cpu_(\w+)\((.*?)\) \{", source, re.DOTALL):
+        weight = re.match(r"WEIGHT\((\w+)\)", parameters)
+        assert weight
+        written = macro[1].replace(" weight,", f" {weight[1]},") + parameters[weight.end() :]
+        found[name] = re.sub(r"\s+", " ", written)
+    assert found == {op._opname: c_parameters(op) for op in _CPU_OPERATORS}
 
 
 @pytest.mark.parametrize(
