@@ -521,14 +521,14 @@ from int8compile import Int8Warning, cpu, ops
 from int8compile.ops import reference
 
 x, weight = torch.randn(5, 70), torch.randn(33, 70)
-qweight, scale = ops.quantize_weight(weight)
+qweight, scale = ops.quantize_weight(weight, None)
 model = torch.compile(torch.nn.Linear(70, 33, bias=False).requires_grad_(False), backend="int8")
 model.weight.copy_(weight)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     y = model(x)
-    found = ops.packed_linear(x, ops.pack_weight(qweight), scale, None, 6.0, "row")
-expected = reference.linear(x, qweight, scale, None, 6.0, "row")
+    found = ops.packed_linear(x, ops.pack_weight(qweight), scale, None, None, 6.0)
+expected = reference.linear(x, qweight, scale, None, None, 6.0)
 assert torch.equal(found, expected)
 assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
 assert not cpu.available()
