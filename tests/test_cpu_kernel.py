@@ -479,19 +479,20 @@ def test_ties_go_to_even(by: str) -> None:
 @every_variant
 def test_digits_at_their_edges(by: str) -> None:
     """Q of every value around 127, 128, 255, 256 and the largest: which elements have a second digit, and which."""
-    # The mean is 1 of fixed point's large units, so the step is too: Q is the integer itself.
     edges = torch.tensor([126, 127, 128, 129, 254, 255, 256, 257, 383, 384, 385, 12345, 32639]).float()
     values = torch.cat([edges, -edges, torch.arange(-131, 132).float()])
-    K = 8192
-    row = torch.ones(K)
-    row[: len(values)] = values
-    identity = torch.zeros(len(values), K, dtype=torch.int8)
+    K, N = 8192, len(values)
+    x = torch.ones(1, K)
+    x[0, :N] = values
+    # The threshold that makes the step 1, so that Q is x.
+    threshold = 127 * K / float(x.abs().sum())
+    assert torch.equal(reference.quantize_rows(x, None, threshold).Q.float(), x)
+    identity = torch.zeros(N, K, dtype=torch.int8)
     identity.fill_diagonal_(1)
-    for x, threshold in ((row[None], 12.0), (row[None] * 2.0**30, 12.0), (row.repeat(40, 1), 1.0)):
-        Q = reference.quantize_rows(x, None, threshold).Q
-        assert Q.abs().max() > 20000
-        y = run("packed_linear_no_grad", by, x, pack_weight(identity), torch.ones(len(values)), None, None, threshold)
-        assert_bitwise(y, reference.linear(x, identity, torch.ones(len(values)), None, None, threshold))
+    packed = pack_weight(identity)
+    for rows in (x, x * 2.0**30, x.repeat(40, 1)):
+        y = run("packed_linear_no_grad", by, rows, packed, torch.ones(N), None, None, threshold)
+        assert_bitwise(y, reference.linear(rows, identity, torch.ones(N), None, None, threshold))
 
 
 @every_variant

@@ -25,6 +25,7 @@ from int8compile.ops import (
     column,
     column_linear,
     dequantize_weight,
+    grouped_linear,
     linear,
     linear_no_grad,
     packed_batched_linear,
@@ -482,6 +483,14 @@ def test_column_policy_depends_on_the_batch() -> None:
     assert_bitwise(row_after[:3], row_before[:3])
 
 
+def test_the_column_policy_can_be_traced() -> None:
+    """Whatever the values are: its operators have shapes that do not depend on them, and nothing is read back."""
+    compiled = torch.compile(column.column_linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    for M, K in ((4, 48), (7, 50)):
+        x, (qweight, scale) = activations(M, K), quantized(6, K)
+        assert_bitwise(compiled(x, qweight, scale, None, 6.0), column_linear(x, qweight, scale, None, 6.0))
+
+
 # NaN, Inf, zero
 
 
@@ -602,6 +611,49 @@ def test_batched_linear_of_any_strides(by: str) -> None:
     ):
         sliced = LAYOUTS["sliced"]
         assert_bitwise(batched_linear(change(x), change(qweight), sliced(scale), sliced(d), bias, *rest), y)
+
+
+@every_dtype
+@pytest.mark.parametrize("rotation", ["plain", "one d", "a d for each"])
+def test_grouped_linear_is_linear_of_each_group(dtype: torch.dtype, rotation: str) -> None:
+    """With its derivatives; an expert without rows, and rows that are nobody's, which give zeros."""
+    d = {"plain": None, "one d": factors(48), "a d for each": factors(3, 48)}[rotation]
+    qweight, scale = quantized(3, 6, 48, d=d)
+    x, ends, parts = activations(9, 48, dtype=dtype).requires_grad_(), torch.tensor([4, 4, 7]), ((0, 0, 4), (2, 4, 7))
+    y = grouped_linear(x, qweight, scale, d, ends, 6.0)
+    grad, along = torch.randn_like(y), torch.randn_like(x)
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    tangent = torch.func.jvp(lambda x: grouped_linear(x, qweight, scale, d, ends, 6.0), (x.detach(),), (along,))[1]
+    for expert, begin, end in parts:
+        group = x[begin:end].detach().requires_grad_()
+        run = partial(linear, qweight=qweight[expert], scale=scale[expert], d=reference.of_each(d, expert))
+        alone = run(group, bias=None, threshold=6.0)
+        assert_bitwise(y[begin:end], alone)
+        assert_bitwise(grad_x[begin:end], torch.autograd.grad(alone, group, grad[begin:end])[0])
+        weight = (qweight[expert], scale[expert], reference.of_each(d, expert), None, 6.0)
+        its = torch.func.jvp(lambda x, weight=weight: linear(x, *weight), (group.detach(),), (along[begin:end],))[1]
+        assert_bitwise(tangent[begin:end], its)
+    assert not y[7:].any()
+    assert not grad_x[7:].any()
+
+
+BAD_GROUPS: dict[str, tuple[dict[str, Any], str]] = {
+    "3-D x": ({"x": torch.randn(2, 4, 48)}, r"x is \[2, 4, 48\] and qweight \[3, 6, 48\]; x must be \[S, K\]"),
+    "too few ends": ({"ends": torch.tensor([2, 4])}, r"ends is \[2\]; give \[3\]"),
+    "d of other experts": ({"d": torch.ones(2, 48)}, r"d is torch.float32 \[2, 48\]; give float32 \[48\] or \[3, 48\]"),
+    "threshold below 1": ({"threshold": 0.5}, "threshold is 0.5; give a finite number >= 1"),
+    "descending ends": ({"ends": torch.tensor([3, 2, 4])}, "ends must ascend and be at most 4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_grouped_linear_refuses(case: str) -> None:
+    qweight, scale = quantized(3, 6, 48)
+    args = {"x": torch.randn(4, 48), "qweight": qweight, "scale": scale, "d": None}
+    args |= {"ends": torch.tensor([1, 2, 4]), "threshold": 6.0}
+    changed, says = BAD_GROUPS[case]
+    with pytest.raises(int8compile.InputError, match=f"int8compile::grouped_linear: {says}"):
+        grouped_linear(**(args | changed))
 
 
 # Gradients

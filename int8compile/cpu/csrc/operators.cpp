@@ -162,18 +162,19 @@ const uint8_t* packed_bytes(const char* op, const Tensor& packed, int64_t batch_
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
 
-// What rotates x, checked and kept alive: one for all of `weights`, or one for each.
+// What rotates x, checked and kept alive: one d [K] for all weights, or one for each of `batch`.
 struct Rotation {
   Maybe d;
   int64_t step = 0;
 
-  Rotation(const char* op, const Maybe& d_, int64_t k, int64_t weights = 0) {
+  Rotation(const char* op, const Maybe& d_, int64_t k, std::vector<int64_t> batch = {}) {
     if (!d_) return;
     d = dense(*d_);
-    step = d->dim() == 2 ? k : 0;
-    const bool fits = d->dim() == 1 || (weights > 0 && d->dim() == 2 && d->size(0) == weights);
-    STD_TORCH_CHECK(d->scalar_type() == ScalarType::Float && fits && d->size(-1) == k, op, ": d is ", text(d->sizes()),
-                    "; give float32 [K=", k, "] or one such row for each weight");
+    step = d->dim() > 1 ? k : 0;
+    batch.push_back(k);
+    const bool each = d->sizes().size() == batch.size() && std::equal(batch.begin(), batch.end(), d->sizes().begin());
+    STD_TORCH_CHECK(d->scalar_type() == ScalarType::Float && (each || (d->dim() == 1 && d->size(0) == k)), op, ": d is ",
+                    text(d->sizes()), "; give float32 [", k, "] or ", text(batch));
   }
 
   const float* of(int64_t weight) const {
@@ -228,7 +229,7 @@ Tensor run_batched(const char* op, const Tensor& x, const Tensor& scale, const M
   STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && x.size(0) == scale.size(0), op,
                   ": give x [B, M, K] and scale [B, N]");
   const int64_t m = x.size(1), k = x.size(2), n = scale.size(1);
-  const Rotation rotation(op, d, k, x.size(0));
+  const Rotation rotation(op, d, k, {x.size(0)});
   const Tensor y = new_output(input.x, n);
   const int64_t element = size_of(input.rows.dtype);
   for (int64_t b = 0; b < x.size(0); ++b) {
@@ -317,7 +318,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scal
   STD_TORCH_CHECK(x.dim() == 2, op, ": x must be [S, K]");
   const PlainWeight weights(op, x, qweight, scale, 3);
   const int64_t experts = scale.size(0), n = scale.size(1), k = x.size(1), rows = x.size(0);
-  const Rotation rotation(op, d, k, experts);
+  const Rotation rotation(op, d, k, {experts});
   const Tensor last = dense(torch::stable::to(ends, ScalarType::Long));
   STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == experts, op, ": ends must be [E]");
   const int64_t* end = static_cast<const int64_t*>(last.const_data_ptr());
@@ -359,35 +360,22 @@ Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Te
 std::tuple<Tensor, Tensor> quantized_weight(const Tensor& weight_, const Maybe& d) {
   constexpr const char* op = "int8compile::quantize_weight";
   const Input weight(op, weight_);
-  const int64_t dims = weight.x.dim(), k = weight.rows.k;
+  const int64_t k = weight.rows.k;
   std::vector<int64_t> sizes(weight.x.sizes().begin(), weight.x.sizes().end());
   const Tensor q = torch::stable::new_empty(weight.x, sizes, ScalarType::Char);
   sizes.pop_back();
   const Tensor scale = torch::stable::new_empty(weight.x, sizes, ScalarType::Float);
-  int8_t* to = static_cast<int8_t*>(q.mutable_data_ptr());
-  float* scales = static_cast<float*>(scale.mutable_data_ptr());
-  if (!d || d->dim() == 1) {
-    const Rotation rotation(op, d, k);
-    quantize_weight(variant(), weight.rows, rotation.of(0), to, scales, parallel_for);
-    return {q, scale};
-  }
-  STD_TORCH_CHECK(dims >= 3 && d->dim() == dims - 1, op, ": d is ", text(d->sizes()), "; give float32 [K=", k,
-                  "], or one such row for each weight [N, K]");
-  int64_t weights = 1;
-  for (int64_t i = 0; i + 2 < dims; ++i) {
-    STD_TORCH_CHECK(d->size(i) == weight.x.size(i), op, ": d is ", text(d->sizes()), " for a weight ",
-                    text(weight.x.sizes()), "; give [K], or one row for each weight [N, K]");
-    weights *= weight.x.size(i);
-  }
-  STD_TORCH_CHECK(d->scalar_type() == ScalarType::Float && d->size(-1) == k, op, ": d is ", text(d->sizes()),
-                  "; its last dimension must be K=", k, ", in float32");
-  const Tensor rows = dense(*d);
-  const float* each = static_cast<const float*>(rows.const_data_ptr());
-  const int64_t n = weight.x.size(dims - 2);
-  for (int64_t i = 0; i < weights; ++i) {
-    const char* from = static_cast<const char*>(weight.rows.data) + i * n * k * size_of(weight.rows.dtype);
-    quantize_weight(variant(), {from, weight.rows.dtype, n, k}, each + i * k, to + i * n * k, scales + i * n,
-                    parallel_for);
+  // Of a weight that has one row the sizes have no N.
+  const int64_t rows = sizes.empty() ? 1 : sizes.back();
+  if (!sizes.empty()) sizes.pop_back();
+  const Rotation rotation(op, d, k, sizes);
+  // All at once where they share their d.
+  const int64_t n = rotation.step ? rows : weight.rows.m;
+  for (int64_t first = 0, i = 0; first < weight.rows.m; first += n, ++i) {
+    const char* from = static_cast<const char*>(weight.rows.data) + first * k * size_of(weight.rows.dtype);
+    quantize_weight(variant(), {from, weight.rows.dtype, n, k}, rotation.of(i),
+                    static_cast<int8_t*>(q.mutable_data_ptr()) + first * k,
+                    static_cast<float*>(scale.mutable_data_ptr()) + first, parallel_for);
   }
   return {q, scale};
 }
