@@ -4,33 +4,26 @@
 // Vectors of a panel.
 constexpr int PANEL_VECTORS = LANES / VL;
 
-// Column k of a panel from output n on: weights with their offset.
-template <typename V>
-inline V column(const uint8_t* panel, int32_t k, int n) {
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-  const V shift = V{} + 8 * (GROUP - 1 - k % GROUP);
-#else
-  const V shift = V{} + 8 * (k % GROUP);
-#endif
-  return (load<V>(panel + (k / GROUP * LANES + n) * GROUP) >> shift) & 0xff;
-}
-
-// Adds rest[k] * q[n][k] of a row's outliers to its sums of P panels, with the offset that they have.
+// Adds the products of a row's second digits to its sums of P panels, 256 times. Weights have their offset here too.
 template <int P>
 inline void add_outliers(const Outliers& outliers, const uint8_t* packed, int64_t panel_bytes, int32_t* acc) {
-  constexpr int V = P * PANEL_VECTORS;
-  Words sum[V];
-  for (int v = 0; v < V; ++v) sum[v] = load<Words>(acc + v * VL);
+  constexpr int V = P * PER_PANEL, BYTES = LANES * GROUP / PER_PANEL;
+  Sum sum[V];
+  for (Sum& each : sum) each = zero();
   for (int64_t i = 0; i < outliers.count; ++i) {
-    const Outlier outlier = outliers.list[i];
+    const Outlier& outlier = outliers.list[i];
+    Q digits[GROUP];
+    for (int j = 0; j < GROUP; ++j) digits[j] = outlier.digits[j];
+    const X x = broadcast(digits);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      const uint8_t* panel = packed + v / PANEL_VECTORS * panel_bytes;
-      const Words weights = column<Words>(panel, outlier.k, v % PANEL_VECTORS * VL) - (128 - OFFSET);
-      sum[v] += weights * uint32_t(outlier.rest);
+      const uint8_t* panel = packed + v / PER_PANEL * panel_bytes + v % PER_PANEL * BYTES;
+      sum[v] = dot(sum[v], load_weights(panel + outlier.k * LANES), x);
     }
   }
-  for (int v = 0; v < V; ++v) save(acc + v * VL, sum[v]);
+  int32_t sums[P * LANES];
+  for (int p = 0; p < P; ++p) store_sums(&sum[p * PER_PANEL], sums + p * LANES);
+  for (int i = 0; i < P * LANES; i += VL) save(acc + i, load<Words>(acc + i) + (load<Words>(sums + i) << 8));
 }
 
 // The first `count` lanes; all of them, as nearly always, in one store.

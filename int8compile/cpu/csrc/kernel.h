@@ -31,9 +31,10 @@ struct Row {
   int64_t rotation;  // B; 1 where it is not rotated
 };
 
-// An element that has more than 8 bits: the rest of it, a multiple of 256.
+// GROUP inputs from k on, a multiple of GROUP, of which some have more than 8 bits: their second digits.
 struct Outlier {
-  int32_t k, rest;
+  int32_t k;
+  int8_t digits[GROUP];
 };
 
 struct Outliers {

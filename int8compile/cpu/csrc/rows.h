@@ -267,7 +267,9 @@ inline RowStatistics on_grid(const Row& row, const Layout& layout, const int32_t
     save_quantized(q + at, low, row.k_padded - at);
     for (uint32_t found = lanes_above(Ints{}, rest != 0); found; found &= found - 1) {
       const int lane = __builtin_ctz(found);
-      outliers[count++] = {int32_t(at + lane), rest[lane]};
+      const int32_t k = int32_t(at + lane), group = k / GROUP * GROUP;
+      if (!count || outliers[count - 1].k != group) outliers[count++] = {group, {}};
+      outliers[count - 1].digits[k - group] = int8_t(rest[lane] >> 8);
     }
   });
   zero_rest(q, row);

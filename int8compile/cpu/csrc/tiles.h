@@ -56,12 +56,13 @@ __attribute__((noinline)) void tile(const Q* q, int64_t stride, int64_t k_padded
   }
 }
 
-// One row and one panel, with several sums in flight.
+// One row and one panel, with several sums in flight: as many as hide an instruction's latency, which vectors of a panel
+// do too, and registers hold.
 template <>
-inline void tile<1, 1>(const Q* q, int64_t, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
-  constexpr int U = 4;
+__attribute__((noinline)) void tile<1, 1>(const Q* q, int64_t, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
+  constexpr int U = 4, SUMS = PER_PANEL < U ? U : 2;
   constexpr int BYTES = LANES * GROUP / PER_PANEL;
-  Sum sum[U][PER_PANEL];
+  Sum sum[SUMS][PER_PANEL];
   for (auto& each : sum) {
     for (auto& one : each) one = zero();
   }
@@ -72,11 +73,14 @@ inline void tile<1, 1>(const Q* q, int64_t, int64_t k_padded, const uint8_t* pac
       const X x = broadcast(q + k + u * GROUP);
 #pragma GCC unroll 8
       for (int v = 0; v < PER_PANEL; ++v) {
-        sum[u][v] = dot(sum[u][v], load_weights(packed + (k + u * GROUP) * LANES + v * BYTES), x);
+        Sum& to = sum[u % SUMS][v];
+        to = dot(to, load_weights(packed + (k + u * GROUP) * LANES + v * BYTES), x);
       }
     }
   }
-  for (int v = 0; v < PER_PANEL; ++v) sum[0][v] = add(add(sum[0][v], sum[1][v]), add(sum[2][v], sum[3][v]));
+  for (int u = 1; u < SUMS; ++u) {
+    for (int v = 0; v < PER_PANEL; ++v) sum[0][v] = add(sum[0][v], sum[u][v]);
+  }
   store_sums(sum[0], acc);
 }
 
