@@ -1,5 +1,5 @@
-// From int32 sums to the output: the rest of outliers, scales, bias, rounding. Included by every variant inside its own anonymous
-// namespace.
+// From int32 sums to the output: second digits of outliers, scales, bias, rounding. Included by every variant inside
+// its own anonymous namespace.
 
 // Vectors of a panel.
 constexpr int PANEL_VECTORS = LANES / VL;

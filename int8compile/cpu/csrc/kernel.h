@@ -92,8 +92,9 @@ struct Variant {
   int64_t q_bytes;  // of one quantized element
   // Panels that are best computed together: ranges handed to `multiply` should be multiples of it.
   int64_t panel_tile;
-  // Quantizes a row into k_padded elements of q, and lists its outliers in room for k of them. `mean_factor` is t / (127
-  // * K). `integers` is room for the row, with each run of k / rotation elements padded to a multiple of LANES.
+  // Quantizes a row into k_padded elements of q, and lists its outliers in room for one of each GROUP inputs.
+  // `mean_factor` is t / (127 * K). `integers` is room for the row, with each run of k / rotation elements padded to a
+  // multiple of LANES.
   RowStatistics (*quantize)(const Row& row, float mean_factor, int32_t* integers, void* q, Outlier* outliers);
   // y[row_begin:row_end, 16 * panel_begin : 16 * panel_end].
   void (*multiply)(const Rows& rows, int64_t row_begin, int64_t row_end, const Weight& weight, int64_t panel_begin,

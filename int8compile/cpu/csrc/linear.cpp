@@ -101,7 +101,7 @@ Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, 
       const int64_t row_begin = block * OUTLIER_ROWS, row_end = std::min(m, row_begin + OUTLIER_ROWS);
       for (int64_t i = row_begin; i < row_end; ++i) {
         const Row row = row_of(x, first + i, d);
-        Outlier* found = row_scratch.outliers.get(x.k);
+        Outlier* found = row_scratch.outliers.get(k_padded / GROUP);
         void* to = q + i * stride * variant.q_bytes;
         const RowStatistics statistics = variant.quantize(row, mean_factor, room_for(row), to, found);
         scale[i] = statistics.scale;

@@ -8,12 +8,13 @@ namespace int8compile {
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t panels_for(int64_t n) { return round_up(n, LANES) / LANES; }
 inline int64_t padded(int64_t k) { return round_up(k, K_STEP); }
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 // B of int8compile/ops/reference.py.
 inline int64_t rotation_size(int64_t k) {
   const int64_t power = k & -k;
   return power < 16 ? 1 : power < 128 ? power : 128;
 }
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // `run(begin, end, context)` for ranges that together are [begin, end), in parallel.
 using Body = void (*)(int64_t begin, int64_t end, void* context);

@@ -173,8 +173,9 @@ struct Rotation {
     step = d->dim() > 1 ? k : 0;
     batch.push_back(k);
     const bool each = d->sizes().size() == batch.size() && std::equal(batch.begin(), batch.end(), d->sizes().begin());
-    STD_TORCH_CHECK(d->scalar_type() == ScalarType::Float && (each || (d->dim() == 1 && d->size(0) == k)), op, ": d is ",
-                    text(d->sizes()), "; give float32 [", k, "] or ", text(batch));
+    const bool shared = d->dim() == 1 && d->size(0) == k;
+    STD_TORCH_CHECK(d->scalar_type() == ScalarType::Float && (each || shared), op, ": d is ", text(d->sizes()),
+                    "; give float32 [", k, "] or ", text(batch));
   }
 
   const float* of(int64_t weight) const {

@@ -1,5 +1,5 @@
-// The operators of int8compile/ops/linear.py for CPU tensors, over PyTorch's stable ABI. Those without gradients are the
-// same functions.
+// The operators of int8compile/ops/linear.py for CPU tensors, over PyTorch's stable ABI. An operator without gradients
+// is the same function as the one with them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -220,8 +220,8 @@ FixedPoint fixed_point(const Row& row, const Layout& layout, int32_t* integers) 
   return result;
 }
 
-// take(vector, first) of all elements in the row's order; what is beyond the end of a run is 0, and the next run's first
-// elements come after it.
+// take(vector, first) of all elements in the row's order. A run's last vector has zeros beyond its end, and the next
+// run, whose elements these are, comes after it.
 template <typename F>
 inline void each_vector(const Layout& layout, const int32_t* integers, const F& take) {
   int64_t at = 0;

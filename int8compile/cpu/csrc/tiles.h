@@ -56,8 +56,8 @@ __attribute__((noinline)) void tile(const Q* q, int64_t stride, int64_t k_padded
   }
 }
 
-// One row and one panel, with several sums in flight: as many as hide an instruction's latency, which vectors of a panel
-// do too, and registers hold.
+// One row and one panel, with as many sums in flight as hide an instruction's latency and registers hold: the vectors
+// of a panel have sums of their own.
 template <>
 __attribute__((noinline)) void tile<1, 1>(const Q* q, int64_t, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
   constexpr int U = 4, SUMS = PER_PANEL < U ? U : 2;

@@ -294,7 +294,8 @@ bool floats_agree(const std::vector<const Variant*>& variants, int64_t m, int64_
   return true;
 }
 
-bool quantizes(const std::vector<const Variant*>& variants, int64_t n, int64_t k, Dtype dtype, int first, bool rotated) {
+bool quantizes(const std::vector<const Variant*>& variants, int64_t n, int64_t k, Dtype dtype, int first,
+               bool rotated) {
   const Bytes data = activations(n, k, dtype, first);
   const std::vector<float> d = factors(k);
   std::vector<int8_t> expected;
@@ -302,15 +303,15 @@ bool quantizes(const std::vector<const Variant*>& variants, int64_t n, int64_t k
   for (size_t v = variants.size(); v-- > 0;) {
     std::vector<int8_t> q(n * k);
     std::vector<float> scale(n);
-    quantize_weight(*variants[v], {address(data), dtype, n, k}, rotated ? d.data() : nullptr, address(q), address(scale),
-                    parallel_for);
+    quantize_weight(*variants[v], {address(data), dtype, n, k}, rotated ? d.data() : nullptr, address(q),
+                    address(scale), parallel_for);
     for (float& each : scale) each = each == each ? each : -1;  // NaN is not equal to itself.
     if (v + 1 == variants.size()) {
       expected = q;
       expected_scale = scale;
     } else if (q != expected || scale != expected_scale) {
-      std::printf("check: %s: a weight n=%" PRId64 " k=%" PRId64 " %s%s is quantized differently\n", variants[v]->name, n,
-                  k, name_of(dtype), rotated ? ", rotated," : "");
+      std::printf("check: %s: a weight n=%" PRId64 " k=%" PRId64 " %s%s is quantized differently\n", variants[v]->name,
+                  n, k, name_of(dtype), rotated ? ", rotated," : "");
       return false;
     }
   }
@@ -332,8 +333,8 @@ constexpr int64_t MAX_K = 131071;
 struct Shape {
   int64_t m, k, n;
 };
-// Nothing, before there is memory from an earlier call; one row, tiles and what is left of them, lines and what is left of
-// them. Of inputs that are rotated, B from 16 to 128 and runs of 1 to 18.
+// Nothing, before there is memory from an earlier call; one row, tiles and what is left of them, lines and what is left
+// of them. Of inputs that are rotated, B from 16 to 128 and runs of 1 to 18.
 constexpr Shape SHAPES[] = {{1, 0, 17},   {33, 0, 48},  {0, 64, 17},  {5, 64, 0},
                             {1, 1, 1},    {1, 64, 16},  {1, 700, 90}, {2, 63, 17},   {3, 65, 32},   {4, 128, 200},
                             {5, 100, 33}, {6, 257, 70}, {7, 64, 128}, {13, 300, 47}, {33, 128, 48}, {70, 190, 65},
