@@ -90,8 +90,9 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     if report.rewritten and _any_on("cpu", parameters) and cpu.available():
         lower_for_cpu(module, binder, parameters)
         module.graph.lint()
-    # Frozen weights would go stale, and Inductor cannot freeze what is an input.
-    patches = {"freezing": False, **config.inductor_patches()}
+    patches = config.inductor_patches()
+    if inductor_config.freezing:  # Which its freezing of constants would need, and inputs are none.
+        patches = {"freezing": False} | patches
     if report.rewritten and _any_on("cuda", parameters) and _gpu_kernels(parameters):
         lowered = lower_for_gpu(module, binder, parameters)
         module.graph.lint()

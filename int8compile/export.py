@@ -43,6 +43,7 @@ from int8compile.passes import (
 )
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.lower_gpu import has_int8_kernels
+from int8compile.passes.module_weights import module_weights
 from int8compile.passes.names import module_path
 from int8compile.passes.static import BUFFER
 from int8compile.report import Report, SkipReason
@@ -235,6 +236,8 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     binder = AttributeBinder(module)
     # The weights of modules that `quantize_` made are stored too: a package has no modules to share them with.
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
+    for node, _ in list(module_weights(module.graph)):
+        _in_operators_of_pytorch(node)
     if form == "portable":
         lower_portable(module)
     elif for_gpu:
@@ -257,6 +260,19 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     binder.fill(quantized)
     module.recompile()
     return report
+
+
+def _in_operators_of_pytorch(node: Node) -> None:
+    """Puts the operators of PyTorch that it stands for in the place of `int8compile::module_weight`."""
+    qweight, scale, dtype, _ = node.args
+    graph = node.graph
+    with graph.inserting_before(node):
+        scales = graph.call_function(torch.ops.aten.unsqueeze.default, (scale, -1))
+        product = graph.call_function(torch.ops.aten.mul.Tensor, (qweight, scales))
+        made = graph.call_function(torch.ops.aten.to.dtype, (product, dtype))
+    made.meta.update(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _stored(module: GraphModule) -> dict[Node, Tensor]:

@@ -24,6 +24,8 @@ from int8compile.module_weight import Held, Int8Weight
 Source = Literal["linear", "conv1d", "embedding", "experts"]
 
 BUFFERS = ("qweight", "scale")
+# What `policy` is made of.
+_POLICY = ("threshold", "outliers", "weight_only")
 
 
 @functools.cache
@@ -46,6 +48,8 @@ class Int8Module(nn.Module):
     """
 
     path = ""
+    # What stands beside a table of embeddings is computed in float.
+    policy = "weight_only"
     qweight: Tensor
     scale: Tensor
 
@@ -60,6 +64,14 @@ class Int8Module(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _load_kernels()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _POLICY:
+            # For `module_weight`: a number would be a symbol to Dynamo, of which passes cannot ask the value.
+            given = [getattr(self, each, None) for each in _POLICY]
+            weight_only = given[2] or given[0] is None
+            self.__dict__["policy"] = "weight_only" if weight_only else f"{given[1]} {given[0]!r}"
 
     def _check_input(self, x: Tensor) -> None:
         # The operators check it, too, but do not know what module they are called by.
@@ -96,7 +108,7 @@ class Int8Module(nn.Module):
     @weight.setter
     def weight(self, value: Any) -> None:
         # `module.weight *= 2` assigns what it has changed in place.
-        if not (isinstance(value, Int8Weight) and value.held.qweight is self.qweight and value.whole):
+        if not (isinstance(value, Int8Weight) and value.held.scale is self.scale and value.is_entire):
             raise self._not_replaceable()
 
     def _not_replaceable(self) -> Int8WeightError:
@@ -107,10 +119,7 @@ class Int8Module(nn.Module):
         )
 
     def _held(self) -> Held:
-        # Embeddings have none of the options: beside their table, what is computed with it stays in float.
-        threshold, outliers = getattr(self, "threshold", 0.0), getattr(self, "outliers", "row")
-        weight_only = getattr(self, "weight_only", isinstance(self, Int8Embedding))
-        return Held(self.qweight, self.scale, self.dtype, threshold, outliers, weight_only, self.path)
+        return Held(self.qweight, self.scale, self.dtype, self.policy, self.path)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read(self) -> Tensor:

@@ -254,7 +254,7 @@ def is_written(nodes: Sequence[Node]) -> bool:
         for user in node.users:
             if node in written(user):
                 return True
-            if _may_be_view(user, node):
+            if may_be_view(user, node):
                 pending.append(user)
     return False
 
@@ -337,11 +337,25 @@ def _written_and_returned(call: Node) -> Node | None:
     return changed.pop() if len(changed) == 1 else None
 
 
-def _may_be_view(call: Node, viewed: Node) -> bool:
+def may_be_view(call: Node, viewed: Node) -> bool:
     """Whether what a call returns may share memory with one of its arguments."""
+    if _shares_memory(call, viewed):
+        return True
+    if call.target in SAME_VALUES - ALIASES and "example_value" in call.meta and "example_value" in viewed.meta:
+        return False  # A copy: Dynamo's fake tensors would share memory.
     if isinstance(call.target, torch._ops.OpOverload):
         return viewed in _nodes([value for argument, value in _by_schema(call) if argument.alias_info is not None])
     return call.target not in ("clone", torch.clone) and is_view(call) and call.args[0] is viewed
+
+
+def _shares_memory(call: Node, given: Node) -> bool:
+    """Whether fake tensors say so, of views that have no name here."""
+    made, tensor = call.meta.get("example_value", call.meta.get("val")), meta_tensor(given)
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # Some subclasses have no storage.
+        memory = None if tensor is None else tensor.untyped_storage()._cdata
+        parts = [part for part in tree_leaves(made) if isinstance(part, Tensor)]
+        return any(part.untyped_storage()._cdata == memory for part in parts)
+    return False
 
 
 def is_view(node: Node) -> bool:

@@ -5,7 +5,7 @@
 | `linear`, `batched_linear` | [N, K], [B, N, K] int8 | `reference.linear`: all in int8, but outliers |
 | `weight_only_linear` | [N, K] int8 | `reference.weight_only_linear`: weights in int8, activations in float |
 | `grouped_linear` | [E, N, K] int8 | `linear` of each row with the weight of its expert |
-| `module_weight` | [..., N, K] int8 | the float weight; the options say how to multiply with it, for the passes |
+| `module_weight` | [..., N, K] int8 | the float weight, for the passes: `policy` says how to multiply with it |
 | `quantize_weight` | [..., N, K] float | `reference.quantize_weight` |
 | `pack_weight` | [..., N, K] int8 | the layout of `packing` |
 | `packed_...` | as `packing.pack_weight` makes it | the same |
@@ -364,16 +364,14 @@ torch.library.register_fake("int8compile::quantize_weight", _quantize_weight_fak
 quantize_weight = torch.ops.int8compile.quantize_weight
 
 
-def _module_weight(
-    qweight: Tensor, scale: Tensor, dtype: torch.dtype, threshold: float, outliers: str, weight_only: bool
-) -> Tensor:
+def _module_weight(qweight: Tensor, scale: Tensor, dtype: torch.dtype, policy: str) -> Tensor:
     return reference.dequantize_weight(qweight, scale, dtype)
 
 
-# A composite of PyTorch's operators, so that other compilers, and packages, do without it.
+# The weight of an int8 module in float. `policy` says how the passes multiply with it: "weight_only", or the outlier
+# policy and the threshold, "row 6.0". A composite of PyTorch's operators, so that other compilers do without it.
 _LIBRARY.define(
-    "module_weight(Tensor qweight, Tensor scale, ScalarType dtype, float threshold, str outliers, bool weight_only)"
-    " -> Tensor",
+    "module_weight(Tensor qweight, Tensor scale, ScalarType dtype, str policy) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("module_weight", _module_weight, "CompositeImplicitAutograd")
