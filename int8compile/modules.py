@@ -97,7 +97,8 @@ class Int8Module(nn.Module):
         """The weight for code that reads it instead of calling the module; as the float module has it.
 
         Matmuls with it run in int8 and multiplying it in place by a number scales the weight; other writes raise
-        `Int8WeightError`, and any other use dequantizes it, with one warning.
+        `Int8WeightError`, and any other use dequantizes it, with one warning. To a backend of torch.compile that is not
+        ours it is a float tensor made anew: it computes in float, and writes are lost.
         """
         if not is_compiling():
             return self._read()  # type: ignore[no-any-return]
