@@ -239,14 +239,14 @@ def _moved(func: Any, weight: Int8Weight, *args: Any, **kwargs: Any) -> Any:
         return weight
     if made.device != weight.device:
         return func(_in_float(_name(func), weight), *args, **kwargs)
-    return _copy(weight, made.dtype)
-
-
-def _copy(weight: Int8Weight, dtype: torch.dtype) -> Int8Weight:
+    step = Step(Tensor.to, (made.dtype,), {"copy": True})
     with torch._C.DisableTorchFunctionSubclass():
-        like = _without_data(weight).to(dtype)
-    steps = weight.steps if dtype == weight.dtype else (*weight.steps, Step(Tensor.to, (dtype,)))
-    return Int8Weight.make(weight.held.copied(), like, steps)
+        like = step(_without_data(weight))
+    return _copied(weight, like, step)
+
+
+def _copied(weight: Int8Weight, like: Tensor, step: Step) -> Int8Weight:
+    return Int8Weight.make(weight.held.copied(), like, (*weight.steps, step))
 
 
 # What to do with a call, by what it is given.
@@ -255,7 +255,10 @@ _PLANS: dict[Any, Plan] = {}
 _MOST_PLANS = 1024
 _lock = threading.Lock()
 # Arguments that a plan may depend on, beside tensors.
-_CONSTANTS = (bool, int, float, complex, str, slice, type(None), type(...), torch.dtype, torch.device, torch.layout)
+_CONSTANTS = (
+    *(bool, int, float, complex, str, slice, type(None), type(...)),
+    *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 
 
 def _planned(func: Any, leaves: list[Any], spec: Any) -> Plan:
@@ -373,7 +376,7 @@ class _Call:
         step = Step(self._func, args[1:], kwargs)
         if isinstance(made, Tensor):
             if self._func in _COPIES and made.untyped_storage()._cdata != memory:
-                return lambda leaves: _copy(leaves[position], made.dtype)
+                return lambda leaves: _copied(leaves[position], made, step)
             if made.untyped_storage()._cdata == memory:
                 return lambda leaves: _viewed(leaves[position], made, (step,))
         elif results and all(result.untyped_storage()._cdata == memory for result in results):

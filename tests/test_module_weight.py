@@ -307,6 +307,7 @@ def test_copies_do_not_follow_the_module(name: str) -> None:
     _, other = quantized(lambda x, m: x)
     weight = other.inner.weight
     kept, values = COPIES[name](weight), COPIES[name](other.inner.dequantize())
+    assert (kept.shape, kept.stride(), kept.dtype) == (values.shape, values.stride(), values.dtype)
     weight.mul_(4)
     assert torch.equal(kept * 1, values)
     kept.mul_(8)
