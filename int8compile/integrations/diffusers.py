@@ -33,10 +33,12 @@ from int8compile.integrations.folders import (
     ADVICE,
     check_dtype,
     check_loaded,
+    check_quantizer,
     checksums,
     describe_when_saved,
     has_int8,
     is_offloaded,
+    is_others,
     opened,
 )
 from int8compile.integrations.transformers import METHOD, Int8CompileConfig
@@ -211,7 +213,9 @@ def attach(model: Any, config: Int8Config, *, nested: bool = False) -> None:
         nested: Whether a model that holds this one saves itself, too; without effect, as its config is its own.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, Int8CompileDiffusersQuantizer):
+    if is_others(quantizer, Int8CompileDiffusersQuantizer):
+        return  # What it says of itself stays so; it cannot be saved.
+    if quantizer is None:
         quantizer = Int8CompileDiffusersQuantizer(Int8CompileConfig.of(config), pre_quantized=True)
     quantizer.quantization_config.describe(model)
     model.hf_quantizer = quantizer
@@ -244,6 +248,7 @@ def _described(model: Any) -> Iterator[None]:
         detach(model)  # Its parts may have been dequantized, or it was made from the config of an int8 model.
         yield
         return
+    check_quantizer(model, Int8CompileDiffusersQuantizer)
     attach(model, Int8Config())
     config = model.hf_quantizer.quantization_config
     config.checksums = checksums(model)
