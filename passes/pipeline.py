@@ -98,8 +98,10 @@ def _rewrite_linears(
         verdict = next((found for rule in rules if (found := rule(site, options))), None)
         view = emit(module.graph, site, options, binder) if verdict is None else None
         report.sites.append(_row(site, verdict, view, view is not None and weight_only(site, options)))
-    for node in held:
-        if node.users:
+    for node, _ in list(module_weights(module.graph)):
+        if not node.users:  # Its dtype was asked for, say.
+            module.graph.erase_node(node)
+        else:
             where = ", ".join(dict.fromkeys(filter(None, map(names.source_line, node.users))))
             note = f"{names.parameter_name(node)} is int8, and dequantized at every call for what reads it in float"
             report.notes += (f"{note} ({where or 'outside of the graph'})",)
