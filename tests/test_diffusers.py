@@ -142,7 +142,7 @@ try:
     FluxTransformer2DModel.from_pretrained(sys.argv[1])
 except ValueError as error:
     print(str(error)[:47])
-import int8compile.integrations.diffusers
+import int8compile.integrations.transformers  # With diffusers there already, it is told, too.
 model = FluxTransformer2DModel.from_pretrained(sys.argv[1])
 print(type(model.transformer_blocks[0].attn.to_q).__name__)
 """

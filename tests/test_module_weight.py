@@ -535,9 +535,10 @@ def test_embeddings_are_multiplied_with_their_activations_in_float() -> None:
     assert relative_error(other(X), model(X)) < INT8_ERROR
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "norm_first", "padded"),
+    [("relu", False, False), ("gelu", True, False), ("gelu", False, True), ("relu", True, True)],
+)
 def test_encoder_layers_of_pytorch(activation: str, norm_first: bool, padded: bool) -> None:
     """PyTorch's fused operator for them reads every weight, and would compute in float."""
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation=activation, norm_first=norm_first)

@@ -15,11 +15,13 @@ import difflib
 import enum
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import mmap
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -706,3 +708,9 @@ def bitsandbytes_config(name: str, **kwargs: Any) -> Any:
         checkpoint_format="bitsandbytes",
     ).to_dict()
     return config
+
+
+if "diffusers" in sys.modules:
+    # Whose models take the config, too, and ask tables of their own for it.
+    with contextlib.suppress(ImportError):  # A version that is not supported.
+        importlib.import_module("int8compile.integrations.diffusers")
