@@ -32,7 +32,7 @@ from int8compile.aot import Target, bounds, compile_graph, failing
 from int8compile.atomic import remove_leftovers, temporary_folder
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, listed
-from int8compile.ops import pack_weight
+from int8compile.ops import dequantize_weight, pack_weight
 from int8compile.passes import (
     AttributeBinder,
     int8_tensors,
@@ -236,8 +236,9 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     binder = AttributeBinder(module)
     # The weights of modules that `quantize_` made are stored too: a package has no modules to share them with.
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
-    for node, _ in list(module_weights(module.graph)):
-        _in_operators_of_pytorch(node)
+    for node, _ in module_weights(module.graph):
+        # A function that a compiler traces through, in the place of an operator that packages do not have.
+        node.target, node.args = dequantize_weight, node.args[:3]
     if form == "portable":
         lower_portable(module)
     elif for_gpu:
@@ -260,19 +261,6 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     binder.fill(quantized)
     module.recompile()
     return report
-
-
-def _in_operators_of_pytorch(node: Node) -> None:
-    """Puts the operators of PyTorch that it stands for in the place of `int8compile::module_weight`."""
-    qweight, scale, dtype, _ = node.args
-    graph = node.graph
-    with graph.inserting_before(node):
-        scales = graph.call_function(torch.ops.aten.unsqueeze.default, (scale, -1))
-        product = graph.call_function(torch.ops.aten.mul.Tensor, (qweight, scales))
-        made = graph.call_function(torch.ops.aten.to.dtype, (product, dtype))
-    made.meta.update(node.meta)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
 
 
 def _stored(module: GraphModule) -> dict[Node, Tensor]:

@@ -25,7 +25,7 @@ _seen = types.SimpleNamespace(count=0)
 
 
 def is_ours(backend: Any) -> bool:
-    """Whether what Dynamo calls a backend is ours, in the wrappers that torch.compile puts around it."""
+    """Return whether a backend is ours, in the wrappers that torch.compile puts around it."""
     while backend is not None and getattr(backend, "__module__", None) != "int8compile.backend":
         wrapped = (getattr(backend, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn"))
         backend = next((inner for inner in wrapped if inner is not None), None)
@@ -33,7 +33,7 @@ def is_ours(backend: Any) -> bool:
 
 
 def watch() -> None:
-    """Has Dynamo tell of code that it gives up on, for a warning; until the next `torch._dynamo.reset()`."""
+    """Warn from now on of code that Dynamo gives up on, until the next `torch._dynamo.reset()`."""
     _seen.count = min(_seen.count, len(graph_break_reasons))
     if _warn_of_float not in callback_handler.end_callbacks:
         callback_handler.register_end_callback(_warn_of_float)
@@ -74,7 +74,7 @@ def _warn(what: str, linears: list[str]) -> None:
 
 
 def _compiled_frame() -> tuple[Any, nn.Module] | None:
-    """The code that is being compiled for our backend, and the module it is a method of; None for other code.
+    """Return the code that is being compiled for our backend and the module it is a method of; None for other code.
 
     Where the whole graph is asked for, the user gets the error itself.
     """
@@ -93,9 +93,9 @@ def _compiled_frame() -> tuple[Any, nn.Module] | None:
 
 
 def _called(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """The linears that a module's own code calls, itself or through modules of PyTorch, which Dynamo never begins with.
+    """Yield the linears that a module's own code calls, itself or through modules of PyTorch.
 
-    Other modules are compiled by themselves, when they are called.
+    Dynamo never begins with a module of PyTorch. It compiles other modules by themselves, when they are called.
 
     Returns:
         The name of each, and whether it is inside a module of PyTorch.

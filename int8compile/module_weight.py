@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import operator
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,10 +25,9 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map, tree_unflatte
 
 from int8compile import ops
 from int8compile.config import Int8Config
-from int8compile.errors import Int8Warning, Int8WeightError
+from int8compile.errors import Int8WeightError, warn_once
 from int8compile.passes import PlaceholderBinder, may_multiply, rewrite_graph
-from int8compile.passes.module_weights import STORED
-from int8compile.passes.static import scaling, written
+from int8compile.passes.static import STORED, scaling, written
 from int8compile.weights import METADATA, STORE
 
 
@@ -137,7 +135,7 @@ class Int8Weight(Tensor):
 
     @property
     def is_entire(self) -> bool:
-        """Whether it has every element of the module's weight once, in whatever order."""
+        """True if it has every element of the module's weight once, in any order."""
         qweight = self.held.qweight
         return self.numel() == qweight.numel() and not any(
             stride == 0 and size > 1 for size, stride in zip(self.shape, self.stride(), strict=True)
@@ -262,7 +260,7 @@ _CONSTANTS = (
 
 
 def _planned(func: Any, leaves: list[Any], spec: Any) -> Plan:
-    """What to do with a call; it is found out once for each combination of sizes."""
+    """Return the plan for a call, made once for each combination of sizes."""
     if not all(map(_is_plain, leaves)) or _get_current_dispatch_mode() is not None:
         return functools.partial(_read, func, spec)
     key = (func, str(spec), torch.is_autocast_enabled("cpu"), *map(_signature, leaves))
@@ -278,7 +276,7 @@ def _planned(func: Any, leaves: list[Any], spec: Any) -> Plan:
 
 
 def _is_plain(leaf: Any) -> bool:
-    """Whether a plan can be made for it: dense tensors with data, and constants."""
+    """Return whether plans can depend on an argument: dense tensors with data, and constants."""
     if isinstance(leaf, Int8Weight):
         leaf = leaf.held.qweight
     elif not isinstance(leaf, Tensor):
@@ -287,7 +285,7 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def _signature(leaf: Any) -> Any:
-    """What a plan depends on."""
+    """Return the properties of an argument that its plan depends on."""
     if not isinstance(leaf, Tensor):
         return type(leaf), repr(leaf)
     about = (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
@@ -298,7 +296,11 @@ def _signature(leaf: Any) -> Any:
 
 
 def _plan(func: Any, leaves: list[Any], spec: Any) -> Plan:
-    """Finds out what a call is."""
+    """Make the plan for a call.
+
+    Raises:
+        Int8WeightError: The call writes to a weight.
+    """
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Int8Weight)]
     read: Plan = functools.partial(_read, func, spec)
     call = _Call(func, leaves, spec)
@@ -362,11 +364,11 @@ class _Call:
         self.node.meta["nn_module_stack"] = {"": (path, None)}
 
     def compute(self) -> None:
-        """Finds out what the call makes, on tensors without data."""
+        """Run the call on tensors without data."""
         self.node.meta["example_value"] = _on_meta(self._func, self.args, self._kwargs)
 
     def view(self, position: int) -> Plan | None:
-        """A plan that makes a view or a copy of a weight; None where the call makes something else."""
+        """Return a plan that makes a view or a copy of a weight; None where the call makes something else."""
         made, like = self.node.meta["example_value"], self.inputs[position].meta["example_value"]
         memory = like.untyped_storage()._cdata
         results = made if isinstance(made, tuple | list) else [made]
@@ -387,7 +389,7 @@ class _Call:
         return None
 
     def product(self) -> Plan | None:
-        """A plan that multiplies in int8; None where the call has no matmul with an int8 counterpart."""
+        """Return a plan that multiplies in int8; None where the call has no matmul with an int8 counterpart."""
         graph, made = self.node.graph, self.node.meta["example_value"]
         if isinstance(made, tuple):
             parts = [_append(graph, operator.getitem, (self.node, i), {}) for i in range(len(made))]
@@ -437,7 +439,7 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 def _append(graph: Graph, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Node:
-    """Appends a call, and finds out what it makes."""
+    """Append a call, and run it on tensors without data."""
     node = _spelled(graph, func, args, kwargs)
     node.meta["example_value"] = _on_meta(func, args, kwargs)
     return node
@@ -493,12 +495,6 @@ def _warn_of_read(name: str, weight: Int8Weight) -> None:
         f"{weight.held.name}: {name} reads its weight, which is dequantized for that at every call. Matmuls with it "
         "run in int8; skip_modules leaves it in float"
     )
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Warns, unless it has said the same before."""
-    warnings.warn(message, Int8Warning, stacklevel=2)
 
 
 def _scale(position: int, factor: float, leaves: list[Any]) -> Int8Weight:

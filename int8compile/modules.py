@@ -130,7 +130,7 @@ class Int8Module(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the float weight is [..., K, N]."""
+        """True if the float weight is [..., K, N]."""
         return self.source == "conv1d" or bool(getattr(self, "transposed", False))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -21,7 +21,7 @@ from int8compile.passes.static import WeightView, is_written, may_be_view, meta_
 
 
 class ModuleWeight(NamedTuple):
-    """What an operator stands for.
+    """The weight that an operator `int8compile::module_weight` stands for.
 
     Attributes:
         qweight: The node of the int8 weight, [..., N, K].
@@ -35,11 +35,11 @@ class ModuleWeight(NamedTuple):
 
     @property
     def weight_only(self) -> bool:
-        """Whether activations stay in float."""
+        """True if activations stay in float."""
         return self.policy == "weight_only"
 
     def options(self, config: Int8Config) -> Int8Config:
-        """Those of the module that holds it; it is int8 already, whatever the others ask for."""
+        """Return the options of the module that holds the weight, which is int8 already whatever a config asks for."""
         given: dict[str, Any] = {"skip_modules": (), "lm_head": "int8", "min_features": 1}
         if not self.weight_only:
             outliers, threshold = self.policy.split()
@@ -47,23 +47,19 @@ class ModuleWeight(NamedTuple):
         return dataclasses.replace(config, **given)
 
     def is_changed(self) -> bool:
-        """Whether the graph changes its scales or its integers."""
+        """Return whether the graph changes its scales or its integers."""
         return is_written([self.qweight]) or is_written([self.scale])
 
     def is_all(self, view: WeightView) -> bool:
-        """Whether a view is the weight as the module holds it."""
+        """Return whether a view is the weight as the module holds it."""
         return view.is_all_of(traced(self.qweight))
 
 
 def is_stored(node: object) -> bool:
-    """Whether a tensor is the model's; others are inputs of the call, or computed."""
+    """Return whether a tensor is the model's; others are inputs of the call, or computed."""
     if not isinstance(node, Node):
         return False
     return node.op == "get_attr" or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-
-
-# The meta of a placeholder that is the model's, as Dynamo writes it: its address does not change.
-STORED = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
 
 
 def module_weights(graph: Graph) -> Iterator[tuple[Node, ModuleWeight]]:

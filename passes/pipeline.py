@@ -109,7 +109,7 @@ def _rewrite_linears(
 
 
 def may_multiply(node: Node) -> bool:
-    """Whether a call is a matmul, or has some inside that are found when it is opened."""
+    """Return whether a call is a matmul, or a composite that may have some inside."""
     return vocabulary.contraction(node) is not None or node.target in COMPOSITES
 
 

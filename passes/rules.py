@@ -169,7 +169,7 @@ def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:
 
 
 def not_transformed(site: LinearSite, config: Int8Config) -> Verdict:
-    """What torch.func differentiates are tensors that wrap others, which the lowered operators do not take."""
+    """Leave in float what torch.func differentiates: lowered operators do not take tensors that wrap others."""
     return (SkipReason.TRANSFORMED, "") if site.transformed else None
 
 

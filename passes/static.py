@@ -22,6 +22,10 @@ QUANTIZED = "int8compile_quantized"
 # Key in the meta of a get_attr that reads a buffer of an exported model: no constant. Dynamo makes it an input.
 BUFFER = "int8compile_buffer"
 
+# The meta of a placeholder that is the model's. "unguarded" is Dynamo's mark of a tensor whose address does not change
+# between calls, which CUDA graphs need.
+STORED = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+
 
 class WeightView(NamedTuple):
     """A weight as a view of a parameter: `param.as_strided(size, stride, offset).reshape(shape)`.
@@ -42,7 +46,7 @@ class WeightView(NamedTuple):
     shape: tuple[int, ...]
 
     def is_all_of(self, parameter: Tensor) -> bool:
-        """Whether it is the parameter as it is."""
+        """Return whether it is the parameter as it is."""
         return self == WeightView(tuple(parameter.shape), parameter.stride(), 0, tuple(parameter.shape))
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -349,7 +353,7 @@ def may_be_view(call: Node, viewed: Node) -> bool:
 
 
 def _shares_memory(call: Node, given: Node) -> bool:
-    """Whether fake tensors say so, of views that have no name here."""
+    """Return whether the fake tensors of a result and of an argument share memory."""
     made, tensor = call.meta.get("example_value", call.meta.get("val")), meta_tensor(given)
     with contextlib.suppress(RuntimeError, NotImplementedError):  # Some subclasses have no storage.
         memory = None if tensor is None else tensor.untyped_storage()._cdata

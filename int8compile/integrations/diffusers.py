@@ -48,7 +48,7 @@ __all__ = ["Int8CompileConfig", "Int8CompileDiffusersQuantizer"]
 
 
 class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers has no annotations
-    """What diffusers calls while it loads, saves and dequantizes a model.
+    """The interface that diffusers calls while it loads, saves and dequantizes a model.
 
     Models stay unmarked (`is_quantized` is False), because diffusers refuses to cast marked ones, and int8 modules can
     be cast.
@@ -108,7 +108,7 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
     def check_if_quantized_param(
         self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
-        """Whether a tensor of the checkpoint is for an int8 module, or a float weight that becomes int8."""
+        """Return whether a tensor of the checkpoint is for an int8 module, or a float weight that becomes int8."""
         return param_name in self.targets or _place(model, param_name) is not None
 
     def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> bool:

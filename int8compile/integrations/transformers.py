@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 
 
 class _Method(enum.StrEnum):
-    """What `quant_method` says in a config.json; diffusers asks for its `value`."""
+    """The value of `quant_method` in a config.json; diffusers asks for its `value`."""
 
     INT8COMPILE = "int8compile"
 
@@ -675,7 +675,7 @@ def _described(model: Any) -> Iterator[None]:
 
 
 def _is_ours(config: Any) -> bool:
-    """Whether a model's config says that it is int8 by this package."""
+    """Return whether a model's config says that it is int8 by this package."""
     said = vars(config).get("quantization_config")
     return isinstance(said, Int8CompileConfig) or (isinstance(said, dict) and said.get("quant_method") == METHOD)
 

@@ -145,7 +145,7 @@ def _register(
         return reference.dequantize_weight(qweight, scale, dtype)
 
     class Derivatives(_SingleLevelFunction):
-        """Those of the product with the dequantized weight; they are not quantized (LLM.int8(), 2022, appendix E)."""
+        """Derivatives of the product with the dequantized weight, not quantized (LLM.int8(), 2022, appendix E)."""
 
         @staticmethod
         def forward(*args: Any) -> Tensor:
