@@ -286,29 +286,28 @@ class Int8Linear(Int8Module):
         Raises:
             InputError: x has another dtype or another K.
         """
-        if is_compiling():  # What an operator refuses while it is traced, Dynamo would wrap.
-            return self._checked(x)
+        # What an operator refuses while it is traced, Dynamo would wrap.
+        if is_compiling() and (result := self._of_jagged(x)) is not None:
+            return result
         try:
-            return self._multiply(x)
+            if self.weight_only:
+                result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
+            else:
+                result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
         except (RuntimeError, InputError):
-            return self._checked(x)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        result: Tensor
-        if self.weight_only:
-            result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
-        else:
-            result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
+            if (result := self._of_jagged(x)) is None:
+                raise
         return result
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _of_jagged(self, x: Tensor) -> Tensor | None:
+        """Return the result of a jagged nested tensor, None for any other; raise `InputError` if x does not fit."""
         if x.is_nested and x.layout == torch.jagged:
             # Its rows lie one behind the other, and none depends on another.
             nested: Any = x
             rows = self.forward(nested.values())
             return torch.nested.nested_tensor_from_jagged(rows, nested.offsets(), nested.lengths())
         self._check_input(x)
-        return self._multiply(x)
+        return None
 
     def extra_repr(self) -> str:
         """The format, for `print(model)`."""
