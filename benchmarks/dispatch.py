@@ -1,4 +1,4 @@
-"""What a call costs beside its kernels, against another commit: `python -m benchmarks.dispatch COMMIT`.
+"""The cost of a call beside its kernels, against another commit: `python -m benchmarks.dispatch COMMIT`.
 
 The models are 210 linears of 64 features, far smaller than real ones, so that nearly all of the time is what comes
 before and after the kernels: guards, the lookup of weights, operators. Each commit runs in a process of its own; they

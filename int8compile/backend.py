@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 
 from int8compile import cpu, frames, hardware, triton_kernels
 from int8compile.config import Int8Config
-from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning
+from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning, warn_once
 from int8compile.passes import (
     EXACT_DIVISION,
     PlaceholderBinder,
@@ -34,8 +34,7 @@ from int8compile.passes import (
     lower_for_gpu,
     rewrite_graph,
 )
-from int8compile.passes.binding import WeightSlot
-from int8compile.passes.module_weights import STORED
+from int8compile.passes.binding import WeightSlot, stored_placeholder
 from int8compile.passes.names import parameter_name
 from int8compile.report import Report
 from int8compile.weights import FREED, STORE, FreedWeight, free
@@ -90,15 +89,16 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     if report.rewritten and _any_on("cpu", parameters) and cpu.available():
         lower_for_cpu(module, binder, parameters)
         module.graph.lint()
-    # Frozen weights would go stale, and Inductor cannot freeze what is an input.
-    patches = {"freezing": False, **config.inductor_patches()}
+    patches = config.inductor_patches()
+    if inductor_config.freezing:  # Which its freezing of constants would need, and inputs are none.
+        patches = {"freezing": False} | patches
     if report.rewritten and _any_on("cuda", parameters) and _gpu_kernels(parameters):
         lowered = lower_for_gpu(module, binder, parameters)
         module.graph.lint()
         if lowered.quantized_by_inductor:
             patches = EXACT_DIVISION | patches
     for note in report.notes:
-        _warn_once(note)
+        warn_once(note)
     log.info("%s", report.summary())
     log.debug("%s", report)
     _warn_if_nothing_rewritten(report)
@@ -119,10 +119,8 @@ def lift_attributes(module: GraphModule) -> list[Tensor]:
     for node in graph.find_nodes(op="get_attr"):
         if (tensor := tensors.get(str(node.target))) is None:
             continue
-        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-            placeholder = graph.placeholder(node.name)
-        placeholder.meta = {**node.meta, **STORED}
-        placeholder._dynamo_source = None  # AOTAutograd asks for it.
+        placeholder = stored_placeholder(graph, node.name)
+        placeholder.meta = node.meta | placeholder.meta
         node.replace_all_uses_with(placeholder)
         graph.erase_node(node)
         lifted.append(tensor)
@@ -200,16 +198,11 @@ def _gpu_kernels(parameters: Mapping[Node, Tensor]) -> bool:
     loaded = triton_kernels.load()
     if (missing or not loaded) and not triton_kernels.switched_off():
         why = triton_kernels.failure() or f"Triton has none for {', '.join(map(str, missing))}"
-        _warn_once(
+        warn_once(
             f"the int8 GPU kernels cannot be used: {why}. The int8 operators run through PyTorch instead: slower than "
             "float, with the same results. INT8COMPILE_TRITON=0 leaves the kernels out without this warning"
         )
     return loaded
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, Int8Warning, stacklevel=2)
 
 
 def _compile(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable
 
 
@@ -63,3 +65,9 @@ class KernelBuildError(Int8CompileError, RuntimeError):
 
 class Int8Warning(UserWarning):
     """Something runs in float that the user probably expected in int8."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn with `Int8Warning`, unless the same was said before."""
+    warnings.warn(message, Int8Warning, stacklevel=2)

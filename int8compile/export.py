@@ -32,7 +32,7 @@ from int8compile.aot import Target, bounds, compile_graph, failing
 from int8compile.atomic import remove_leftovers, temporary_folder
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, listed
-from int8compile.ops import pack_weight
+from int8compile.ops import dequantize_weight, pack_weight
 from int8compile.passes import (
     AttributeBinder,
     int8_tensors,
@@ -43,6 +43,7 @@ from int8compile.passes import (
 )
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.lower_gpu import has_int8_kernels
+from int8compile.passes.module_weights import module_weights
 from int8compile.passes.names import module_path
 from int8compile.passes.static import BUFFER
 from int8compile.report import Report, SkipReason
@@ -235,6 +236,9 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     binder = AttributeBinder(module)
     # The weights of modules that `quantize_` made are stored too: a package has no modules to share them with.
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
+    for node, _ in module_weights(module.graph):
+        # A function that a compiler traces through, in the place of an operator that packages do not have.
+        node.target, node.args = dequantize_weight, node.args[:3]
     if form == "portable":
         lower_portable(module)
     elif for_gpu:

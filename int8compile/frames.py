@@ -5,7 +5,9 @@ Dynamo tells of the end of each compilation; what was compiled, and for which ba
 
 from __future__ import annotations
 
+import os
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +15,17 @@ from typing import Any
 from torch import nn
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import graph_break_reasons
 
 from int8compile.errors import Int8Warning, first_line, listed
 
+_MODULES = os.path.dirname(nn.modules.__file__)
+# How many of Dynamo's graph breaks have been looked at.
+_seen = types.SimpleNamespace(count=0)
+
 
 def is_ours(backend: Any) -> bool:
-    """Whether what Dynamo calls a backend is ours, in the wrappers that torch.compile puts around it."""
+    """Return whether a backend is ours, in the wrappers that torch.compile puts around it."""
     while backend is not None and getattr(backend, "__module__", None) != "int8compile.backend":
         wrapped = (getattr(backend, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn"))
         backend = next((inner for inner in wrapped if inner is not None), None)
@@ -26,32 +33,48 @@ def is_ours(backend: Any) -> bool:
 
 
 def watch() -> None:
-    """Has Dynamo tell of code that it gives up on, for a warning; until the next `torch._dynamo.reset()`."""
+    """Warn from now on of code that Dynamo gives up on, until the next `torch._dynamo.reset()`."""
+    _seen.count = min(_seen.count, len(graph_break_reasons))
     if _warn_of_float not in callback_handler.end_callbacks:
         callback_handler.register_end_callback(_warn_of_float)
 
 
 def _warn_of_float(_: Any) -> None:
     error = sys.exception()
-    if not isinstance(error, Unsupported):
+    new = graph_break_reasons[_seen.count :]
+    _seen.count = len(graph_break_reasons)
+    if isinstance(error, Unsupported) and (compiled := _compiled_frame()) is not None:
+        code, module = compiled
+        linears = [name for name, _ in _called(module)]
+        _warn(
+            f"does not compile {type(module).__name__}.{code.co_name} ({first_line(error)}), so linears that it",
+            linears,
+        )
         return
-    compiled = _compiled_frame()
-    if compiled is None:
-        return
-    code, module = compiled
-    linears = list(_called(module))
+    # PyTorch's modules are not compiled by themselves either, so a break inside of one leaves all of it in float.
+    inside = [frame for reason in new for frame in reason.user_stack[1:] if frame.filename.startswith(_MODULES)]
+    if error is None and inside and (compiled := _compiled_frame()) is not None:
+        _, module = compiled
+        linears = [name for name, inner in _called(module) if inner or _is_of_pytorch(module)]
+        where = f"{os.path.basename(inside[-1].filename)}:{inside[-1].lineno}"
+        _warn(
+            f"breaks the graph inside a module of PyTorch ({where}), which is not compiled then, so linears that it",
+            linears,
+        )
+
+
+def _warn(what: str, linears: list[str]) -> None:
     if linears:
         warnings.warn(
-            f"Dynamo does not compile {type(module).__name__}.{code.co_name} ({first_line(error)}), so linears that it "
-            f"calls run in float: {listed(linears)}. TORCH_LOGS=graph_breaks shows where it gives up; "
+            f"Dynamo {what} calls run in float: {listed(linears)}. TORCH_LOGS=graph_breaks shows why; "
             "int8compile.quantize_(model) makes them int8 without Dynamo",
             Int8Warning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
 def _compiled_frame() -> tuple[Any, nn.Module] | None:
-    """The code that is being compiled for our backend, and the module it is a method of; None for other code.
+    """Return the code that is being compiled for our backend and the module it is a method of; None for other code.
 
     Where the whole graph is asked for, the user gets the error itself.
     """
@@ -59,7 +82,8 @@ def _compiled_frame() -> tuple[Any, nn.Module] | None:
     while frame is not None:
         compiler, compiled = frame.f_locals.get("self"), frame.f_locals.get("frame")
         if hasattr(compiler, "_one_graph") and hasattr(compiled, "f_code"):
-            module = compiled.f_locals.get("self")
+            # Where a module of PyTorch is compiled itself, Dynamo begins with a function that calls it.
+            module = compiled.f_locals.get("self", compiled.f_locals.get("fn"))
             ours = is_ours(getattr(compiler, "_torchdynamo_orig_backend", None))
             if ours and not compiler._one_graph and isinstance(module, nn.Module):
                 return compiled.f_code, module
@@ -68,13 +92,20 @@ def _compiled_frame() -> tuple[Any, nn.Module] | None:
     return None
 
 
-def _called(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """The linears that a module's own code calls, itself or through modules of PyTorch, which Dynamo never begins with.
+def _called(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Yield the linears that a module's own code calls, itself or through modules of PyTorch.
 
-    Other modules are compiled by themselves, when they are called.
+    Dynamo never begins with a module of PyTorch. It compiles other modules by themselves, when they are called.
+
+    Returns:
+        The name of each, and whether it is inside a module of PyTorch.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            yield prefix + name
-        elif type(child).__module__.startswith("torch.nn."):
+            yield prefix + name, bool(prefix)
+        elif _is_of_pytorch(child):
             yield from _called(child, f"{prefix}{name}.")
+
+
+def _is_of_pytorch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")

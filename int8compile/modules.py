@@ -24,6 +24,8 @@ from int8compile.module_weight import Held, Int8Weight
 Source = Literal["linear", "conv1d", "embedding", "experts"]
 
 BUFFERS = ("qweight", "scale")
+# What `policy` is made of.
+_POLICY = ("threshold", "outliers", "weight_only")
 
 
 @functools.cache
@@ -46,6 +48,8 @@ class Int8Module(nn.Module):
     """
 
     path = ""
+    # What stands beside a table of embeddings is computed in float.
+    policy = "weight_only"
     qweight: Tensor
     scale: Tensor
 
@@ -60,6 +64,14 @@ class Int8Module(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _load_kernels()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _POLICY:
+            # For `module_weight`: a number would be a symbol to Dynamo, of which passes cannot ask the value.
+            given = [getattr(self, each, None) for each in _POLICY]
+            weight_only = given[2] or given[0] is None
+            self.__dict__["policy"] = "weight_only" if weight_only else f"{given[1]} {given[0]!r}"
 
     def _check_input(self, x: Tensor) -> None:
         # The operators check it, too, but do not know what module they are called by.
@@ -85,7 +97,8 @@ class Int8Module(nn.Module):
         """The weight for code that reads it instead of calling the module; as the float module has it.
 
         Matmuls with it run in int8 and multiplying it in place by a number scales the weight; other writes raise
-        `Int8WeightError`, and any other use dequantizes it, with one warning.
+        `Int8WeightError`, and any other use dequantizes it, with one warning. To a backend of torch.compile that is not
+        ours it is a float tensor made anew: it computes in float, and writes are lost.
         """
         if not is_compiling():
             return self._read()  # type: ignore[no-any-return]
@@ -96,7 +109,7 @@ class Int8Module(nn.Module):
     @weight.setter
     def weight(self, value: Any) -> None:
         # `module.weight *= 2` assigns what it has changed in place.
-        if not (isinstance(value, Int8Weight) and value.held.qweight is self.qweight and value.whole):
+        if not (isinstance(value, Int8Weight) and value.held.scale is self.scale and value.is_entire):
             raise self._not_replaceable()
 
     def _not_replaceable(self) -> Int8WeightError:
@@ -107,10 +120,7 @@ class Int8Module(nn.Module):
         )
 
     def _held(self) -> Held:
-        # Embeddings have none of the options: beside their table, what is computed with it stays in float.
-        threshold, outliers = getattr(self, "threshold", 0.0), getattr(self, "outliers", "row")
-        weight_only = getattr(self, "weight_only", isinstance(self, Int8Embedding))
-        return Held(self.qweight, self.scale, self.dtype, threshold, outliers, weight_only, self.path)
+        return Held(self.qweight, self.scale, self.dtype, self.policy, self.path)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read(self) -> Tensor:
@@ -120,7 +130,7 @@ class Int8Module(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the float weight is [..., K, N]."""
+        """True if the float weight is [..., K, N]."""
         return self.source == "conv1d" or bool(getattr(self, "transposed", False))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -276,29 +286,28 @@ class Int8Linear(Int8Module):
         Raises:
             InputError: x has another dtype or another K.
         """
-        if is_compiling():  # What an operator refuses while it is traced, Dynamo would wrap.
-            return self._checked(x)
+        # What an operator refuses while it is traced, Dynamo would wrap.
+        if is_compiling() and (result := self._of_jagged(x)) is not None:
+            return result
         try:
-            return self._multiply(x)
+            if self.weight_only:
+                result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
+            else:
+                result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
         except (RuntimeError, InputError):
-            return self._checked(x)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        result: Tensor
-        if self.weight_only:
-            result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
-        else:
-            result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
+            if (result := self._of_jagged(x)) is None:
+                raise
         return result
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _of_jagged(self, x: Tensor) -> Tensor | None:
+        """Return the result of a jagged nested tensor, None for any other; raise `InputError` if x does not fit."""
         if x.is_nested and x.layout == torch.jagged:
             # Its rows lie one behind the other, and none depends on another.
             nested: Any = x
             rows = self.forward(nested.values())
             return torch.nested.nested_tensor_from_jagged(rows, nested.offsets(), nested.lengths())
         self._check_input(x)
-        return self._multiply(x)
+        return None
 
     def extra_repr(self) -> str:
         """The format, for `print(model)`."""

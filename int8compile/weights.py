@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import warnings
 import weakref
@@ -127,6 +128,8 @@ _ATTRIBUTES = (
 # What may be asked of a tensor without its data.
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")),
+    *(getattr(Tensor, name).__delete__ for name in ("grad",)),
     *(Tensor.__hash__, Tensor.__len__, Tensor.dim, Tensor.dim_order, Tensor.element_size, Tensor.get_device),
     *(Tensor.is_complex, Tensor.is_conj, Tensor.is_contiguous, Tensor.is_floating_point),
     *(Tensor.is_inference, Tensor.is_neg, Tensor.is_shared, Tensor.is_signed, Tensor.ndimension, Tensor.nelement),
@@ -370,7 +373,8 @@ def view_of_int8(qweight: Tensor, scale: Tensor, view: WeightView) -> tuple[Tens
 @contextlib.contextmanager
 def _plain_tensors() -> Iterator[None]:
     """Tensors made here can be saved for a backward pass and refreshed in any mode; inference tensors cannot."""
-    with torch.inference_mode(False), torch.no_grad():
+    # Nor are they wrapped by a level of torch.func.
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
         yield
 
 
@@ -410,5 +414,5 @@ def refresh(model: nn.Module) -> None:
     uncounted updates of a few elements, and on a GPU after all uncounted ones; whatever is compiled afterwards notices
     them, too.
     """
-    for parameter in model.parameters():
-        STORE.forget(parameter)
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        STORE.forget(tensor)

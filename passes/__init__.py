@@ -10,7 +10,7 @@ from int8compile.passes.binding import AttributeBinder, Binder, PlaceholderBinde
 from int8compile.passes.lower_cpu import lower_for_cpu
 from int8compile.passes.lower_gpu import EXACT_DIVISION, lower_for_gpu
 from int8compile.passes.lower_portable import lower_portable
-from int8compile.passes.pipeline import int8_tensors, rewrite_graph
+from int8compile.passes.pipeline import int8_tensors, may_multiply, rewrite_graph
 from int8compile.passes.rules import RULES, finite, matches
 from int8compile.passes.static import WeightView
 
@@ -27,5 +27,6 @@ __all__ = [
     "lower_for_gpu",
     "lower_portable",
     "matches",
+    "may_multiply",
     "rewrite_graph",
 ]

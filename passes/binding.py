@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from int8compile.passes.static import QUANTIZED, WeightView
+from int8compile.passes.static import QUANTIZED, STORED, WeightView
 
 
 class QuantizedNodes(NamedTuple):
@@ -122,18 +122,21 @@ class Binder(abc.ABC):
         """Makes a node for a tensor, before all that computes."""
 
 
+def stored_placeholder(graph: Graph, name: str) -> Node:
+    """Add a placeholder behind the others of a Dynamo graph, for a tensor of the model."""
+    # There is one at least, the parameter's own.
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        node = graph.placeholder(name)
+    node._dynamo_source = None  # AOTAutograd asks each placeholder for it; this one has none.
+    node.meta |= STORED
+    return node
+
+
 class PlaceholderBinder(Binder):
     """Adds two placeholders per weight to a Dynamo graph; the backend fills them at every call."""
 
     def _node(self, name: str) -> Node:
-        # There is one at least, the parameter's own.
-        with self._graph.inserting_after(self._graph.find_nodes(op="placeholder")[-1]):
-            node = self._graph.placeholder(name)
-        # AOTAutograd asks each placeholder for the Dynamo source of its tensor; these have none. "unguarded" marks a
-        # tensor whose address does not change between calls, which CUDA graphs need.
-        node._dynamo_source = None
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        return node
+        return stored_placeholder(self._graph, name)
 
 
 class AttributeBinder(Binder):

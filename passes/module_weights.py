@@ -6,56 +6,68 @@ makes a new tensor, so a write to it would be lost.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from int8compile import ops
+from int8compile.config import Int8Config
 from int8compile.errors import Int8WeightError
 from int8compile.passes import names
-from int8compile.passes.static import ALIASES, WeightView, is_written, scaling, traced, written
+from int8compile.passes.static import WeightView, is_written, may_be_view, meta_tensor, scaling, traced, written
 
 
 class ModuleWeight(NamedTuple):
-    """What an operator stands for.
+    """The weight that an operator `int8compile::module_weight` stands for.
 
     Attributes:
         qweight: The node of the int8 weight, [..., N, K].
         scale: The node of its scales.
-        threshold: How the module multiplies with it, see `Int8Config`.
-        outliers: See `Int8Config`.
-        weight_only: Whether activations stay in float.
+        policy: How the module multiplies with it, see `int8compile.ops.module_weight`.
     """
 
     qweight: Node
     scale: Node
-    threshold: float
-    outliers: Literal["row", "column"]
-    weight_only: bool
+    policy: str
+
+    @property
+    def weight_only(self) -> bool:
+        """True if activations stay in float."""
+        return self.policy == "weight_only"
+
+    def options(self, config: Int8Config) -> Int8Config:
+        """Return the options of the module that holds the weight, which is int8 already whatever a config asks for."""
+        given: dict[str, Any] = {"skip_modules": (), "lm_head": "int8", "min_features": 1}
+        if not self.weight_only:
+            outliers, threshold = self.policy.split()
+            given |= {"outliers": outliers, "threshold": float(threshold)}
+        return dataclasses.replace(config, **given)
+
+    def is_changed(self) -> bool:
+        """Return whether the graph changes its scales or its integers."""
+        return is_written([self.qweight]) or is_written([self.scale])
 
     def is_all(self, view: WeightView) -> bool:
-        """Whether a view is the weight as the module holds it."""
+        """Return whether a view is the weight as the module holds it."""
         return view.is_all_of(traced(self.qweight))
 
 
 def is_stored(node: object) -> bool:
-    """Whether a tensor is the model's; others are inputs of the call, or computed."""
+    """Return whether a tensor is the model's; others are inputs of the call, or computed."""
     if not isinstance(node, Node):
         return False
     return node.op == "get_attr" or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
-# The meta of a placeholder that is the model's, as Dynamo writes it: its address does not change.
-STORED = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
-
-
 def module_weights(graph: Graph) -> Iterator[tuple[Node, ModuleWeight]]:
     """The operators of a graph whose int8 weights are stored."""
     for node in graph.find_nodes(op="call_function", target=ops.module_weight.default):
-        qweight, scale, _, *options = node.args
+        qweight, scale, _, policy = node.args
         if is_stored(qweight) and is_stored(scale):
-            yield node, ModuleWeight(qweight, scale, *options)
+            yield node, ModuleWeight(qweight, scale, str(policy))
 
 
 def apply_writes(module: GraphModule) -> None:
@@ -64,53 +76,90 @@ def apply_writes(module: GraphModule) -> None:
     Raises:
         Int8WeightError: The graph writes something else to it.
     """
-    for node, held in list(module_weights(module.graph)):
-        _apply_writes(module.graph, node, held)
+    weights: dict[tuple[Node, Node], Node] = {}
+    for node, held in module_weights(module.graph):
+        weights.setdefault((held.qweight, held.scale), node)
+    for (qweight, scale), node in weights.items():
+        while (call := _first_write(module.graph, qweight, scale)) is not None:
+            _apply(call, node, qweight, scale)
+    for nested in module.modules():
+        if isinstance(nested, GraphModule) and nested is not module:
+            for node in nested.graph.find_nodes(op="call_function", target=ops.module_weight.default):
+                if is_written([node]):
+                    raise _refused(node)
 
 
-def _apply_writes(graph: Graph, node: Node, held: ModuleWeight) -> None:
-    for call in _writers(node):
-        factor = scaling(call)
-        if factor is None or traced(node).shape != traced(call).shape:
-            break
-        with graph.inserting_before(call):
-            scaled = [graph.call_method("mul_", (held.scale, abs(factor)))]
-            if factor < 0:
-                scaled.append(graph.call_method("neg_", (held.qweight,)))
-        for made, source in zip(scaled, (held.scale, held.qweight), strict=False):
-            made.meta["example_value"] = traced(source)
-        with graph.inserting_after(call):
-            again = graph.node_copy(node)
-        # What reads it from here on reads the product.
-        named = (node, *_names(node))
-        for name in named:
-            name.replace_all_uses_with(again, lambda user: again < user)  # noqa: B023  called at once
-        call.replace_all_uses_with(again)
-        for name in (call, *reversed(named)):
-            if not name.users:
-                graph.erase_node(name)
-        return _apply_writes(graph, again, held)
-    if is_written([node]):
+def _tensors(graph: Graph, qweight: Node, scale: Node) -> list[Node]:
+    """The operators of a weight and all views of them, in order."""
+    found: dict[Node, None] = {}
+    for node in graph.nodes:
+        is_weight = node.target is ops.module_weight.default and node.args[:2] == (qweight, scale)
+        if is_weight or any(may_be_view(node, tensor) for tensor in node.all_input_nodes if tensor in found):
+            found[node] = None
+    return list(found)
+
+
+def _first_write(graph: Graph, qweight: Node, scale: Node) -> Node | None:
+    tensors = set(_tensors(graph, qweight, scale))
+    return next((node for node in graph.nodes if not tensors.isdisjoint(written(node))), None)
+
+
+def _apply(call: Node, weight: Node, qweight: Node, scale: Node) -> None:
+    """Puts a multiplication of the scales in the place of one of the weight."""
+    graph, factor = call.graph, scaling(call)
+    target = call.args[0] if factor is not None else None
+    # All of it, and each element once.
+    entire = isinstance(target, Node) and traced(target).numel() == traced(qweight).numel()
+    if factor is None or not entire or 0 in traced(target).stride():  # type: ignore[arg-type]
+        raise _refused(weight)
+    if qweight.op == "get_attr":
         raise Int8WeightError(
-            f"{names.parameter_name(node)} is written to in the forward pass, but it is int8: all of it can be "
-            "multiplied by a number, and nothing else. skip_modules leaves the module in float"
+            f"{names.parameter_name(weight)} is multiplied by a number in the forward pass, which a package cannot "
+            "keep. Run the model once before it is exported, if it does so at its first call only"
         )
-    return None
+    if torch.is_grad_enabled() and any(_needs_grad(node) for node in graph.find_nodes(op="placeholder")):
+        # PyTorch computes the gradient with the scales as they are afterwards.
+        raise Int8WeightError(
+            f"{names.parameter_name(weight)} is multiplied by a number in a forward pass that records gradients. Call "
+            "the model under torch.no_grad() first, if it does so at its first call only"
+        )
+    before = [tensor for tensor in _tensors(graph, qweight, scale) if tensor < call]
+    following = call.next
+    with graph.inserting_before(call):
+        for tensor, name, *args in ((scale, "mul_", abs(factor)), (qweight, "neg_"))[: 1 + (factor < 0)]:
+            graph.call_method(name, (tensor, *args)).meta["example_value"] = traced(tensor)
+    # What reads it from here on reads the product.
+    anew: dict[Node, Node] = {}
+
+    def again(tensor: Node) -> Node:
+        if tensor in before and tensor not in anew:
+            made = [again(node) for node in tensor.all_input_nodes]
+            with graph.inserting_before(following):
+                anew[tensor] = graph.node_copy(tensor, dict(zip(tensor.all_input_nodes, made, strict=True)).__getitem__)
+        return anew.get(tensor, tensor)
+
+    assert isinstance(target, Node)
+    call.replace_all_uses_with(again(target))
+    graph.erase_node(call)
+    reads, node = [], following
+    while node.op != "root":
+        reads += [(node, tensor) for tensor in node.all_input_nodes if tensor in before]
+        node = node.next
+    for node, tensor in reads:
+        if node not in anew.values():
+            node.replace_input_with(tensor, again(tensor))
+    for tensor in reversed([*before, *anew.values()]):
+        if not tensor.users:
+            graph.erase_node(tensor)
 
 
-def _writers(node: Node) -> list[Node]:
-    """The calls that write to a tensor, in order."""
-    named = (node, *_names(node))
-    return [user for user in node.graph.nodes if any(name in written(user) for name in named)]
+def _needs_grad(node: Node) -> bool:
+    tensor = meta_tensor(node)
+    return tensor is not None and tensor.requires_grad
 
 
-def _names(node: Node) -> list[Node]:
-    """Other names of the same tensor: `weight.data`, `weight.detach()`."""
-    found: list[Node] = []
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        same = [user for user in current.users if user.target in ALIASES and user.args[0] is current]
-        found += same
-        pending += same
-    return found
+def _refused(weight: Node) -> Int8WeightError:
+    return Int8WeightError(
+        f"{names.parameter_name(weight)} is written to in the forward pass, but it is int8: all of it can be "
+        "multiplied by a number, and nothing else. skip_modules leaves the module in float"
+    )

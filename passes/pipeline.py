@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
@@ -13,7 +12,7 @@ from int8compile import ops
 from int8compile.config import Int8Config
 from int8compile.passes import names, vocabulary
 from int8compile.passes.binding import Binder
-from int8compile.passes.composites import open_composites, open_regions
+from int8compile.passes.composites import COMPOSITES, open_composites, open_regions
 from int8compile.passes.contraction import Contraction, Labels, roles
 from int8compile.passes.module_weights import ModuleWeight, apply_writes, is_stored, module_weights
 from int8compile.passes.regions import Region
@@ -23,6 +22,7 @@ from int8compile.passes.static import (
     Memory,
     WeightView,
     depends_on_inputs,
+    is_written,
     meta_tensor,
     nested_graphs,
     reads_parameter,
@@ -94,23 +94,23 @@ def _rewrite_linears(
         if site is None:
             report.activation_matmuls += 1
             continue
-        options = config if site.held is None else _options(site.held, config)
+        options = config if site.held is None else site.held.options(config)
         verdict = next((found for rule in rules if (found := rule(site, options))), None)
         view = emit(module.graph, site, options, binder) if verdict is None else None
         report.sites.append(_row(site, verdict, view, view is not None and weight_only(site, options)))
-    for node in held:
-        if node.users:
+    for node, _ in list(module_weights(module.graph)):
+        if not node.users:  # Its dtype was asked for, say.
+            module.graph.erase_node(node)
+        else:
             where = ", ".join(dict.fromkeys(filter(None, map(names.source_line, node.users))))
             note = f"{names.parameter_name(node)} is int8, and dequantized at every call for what reads it in float"
             report.notes += (f"{note} ({where or 'outside of the graph'})",)
     return report
 
 
-def _options(held: ModuleWeight, config: Int8Config) -> Int8Config:
-    """Those of the module that holds a weight: it is int8 already, whatever the others ask for."""
-    return dataclasses.replace(
-        config, threshold=held.threshold, outliers=held.outliers, skip_modules=(), lm_head="int8", min_features=1
-    )
+def may_multiply(node: Node) -> bool:
+    """Return whether a call is a matmul, or a composite that may have some inside."""
+    return vocabulary.contraction(node) is not None or node.target in COMPOSITES
 
 
 def _site(
@@ -195,7 +195,7 @@ def _held_row(node: Node, config: Int8Config, binder: Binder, region: Region) ->
     node.meta[NEEDS_GRAD] = traced(node).requires_grad or region.transforms > 0
     # What is read by rows too, as a tied embedding is, would be in memory twice.
     alone = all(holds_int8(user) for user in qweight.users)
-    if config.free_weights and alone and node.target is not ops.grouped_linear.default:
+    if config.free_weights and alone and node.target is not ops.grouped_linear.default and not is_written([scale]):
         view = weight_view(weight, list(range(weight.dim())), tuple(weight.shape))
         bound = binder.bind(qweight, view, path, scale)
         node.args = (x, *bound, *node.args[3:])

@@ -12,9 +12,9 @@ from torch.fx import Graph, Node
 
 from int8compile.config import Int8Config
 from int8compile.passes.binding import Binder, QuantizedNodes
-from int8compile.passes.contraction import Labels, merged_size, permutation
+from int8compile.passes.contraction import Labels, permutation
 from int8compile.passes.rules import LinearSite, weight_only
-from int8compile.passes.static import WeightView, is_view, traced, weight_view
+from int8compile.passes.static import WeightView, is_view, traced
 
 
 def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> WeightView:
@@ -23,7 +23,7 @@ def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> 
     Returns:
         The view of the parameter that is quantized for it.
     """
-    view = _view(site)
+    view = site.view()
     with graph.inserting_before(site.node):
         emitter = _Emitter(graph)
         result = _product(emitter, site, view, config, binder)
@@ -136,7 +136,7 @@ def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Bind
     assert site.static is not None
     if site.held is None:
         return binder.bind(site.static.source, view, site.path)
-    if site.held.is_all(view) and not config.free_weights:
+    if site.held.is_all(view) and (not config.free_weights or site.held.is_changed()):
         return QuantizedNodes(site.held.qweight, site.held.scale)
     return binder.bind(site.held.qweight, view, site.path, site.held.scale)
 
@@ -179,17 +179,6 @@ def _hint(size: Any) -> int | None:
     if not isinstance(size, torch.SymInt):
         return int(size)
     return int(size.node.hint) if size.node.has_hint() else None
-
-
-def _view(site: LinearSite) -> WeightView:
-    """The weight as the operator takes it: [N, K], or [B, N, K] where there are batch dimensions."""
-    assert site.roles is not None
-    assert site.static is not None
-    batch, summed, _, outputs = site.roles
-    sizes = site.sizes()
-    shape = (merged_size(sizes, outputs), merged_size(sizes, summed))
-    order = permutation(site.weight_labels, (*batch, *outputs, *summed, *site.contraction.ones))
-    return weight_view(site.static.tensor, order, (merged_size(sizes, batch), *shape) if batch else shape)
 
 
 def fuses_bias(site: LinearSite) -> bool:

@@ -15,9 +15,17 @@ from int8compile import hardware
 from int8compile.config import Int8Config
 from int8compile.errors import InputError
 from int8compile.ops import MAX_K, SUPPORTED_DTYPES
-from int8compile.passes.contraction import Contraction, Labels, Roles, merged_size
+from int8compile.passes.contraction import Contraction, Labels, Roles, merged_size, permutation
 from int8compile.passes.module_weights import ModuleWeight
-from int8compile.passes.static import StaticWeight, changed_in_graph, traced
+from int8compile.passes.static import (
+    ALIASES,
+    SAME_VALUES,
+    StaticWeight,
+    WeightView,
+    changed_in_graph,
+    traced,
+    weight_view,
+)
 from int8compile.report import SkipReason
 
 
@@ -81,6 +89,16 @@ class LinearSite:
     def is_lm_head(self) -> bool:
         """Whether it is the model's output projection: by its name, or because an embedding shares its weight."""
         return self.tied or matches("lm_head", self.path)
+
+    def view(self) -> WeightView:
+        """The weight as the operators take it: [N, K], or [B, N, K] where there are batch dimensions."""
+        assert self.roles is not None
+        assert self.static is not None
+        batch, summed, _, outputs = self.roles
+        sizes = self.sizes()
+        shape = (merged_size(sizes, outputs), merged_size(sizes, summed))
+        order = permutation(self.weight_labels, (*batch, *outputs, *summed, *self.contraction.ones))
+        return weight_view(self.static.tensor, order, (merged_size(sizes, batch), *shape) if batch else shape)
 
     def sizes(self) -> dict[str, Any]:
         """The size of each label; symbolic where it changes from call to call."""
@@ -151,7 +169,7 @@ def plain_matmul(site: LinearSite, config: Int8Config) -> Verdict:
 
 
 def not_transformed(site: LinearSite, config: Int8Config) -> Verdict:
-    """What torch.func differentiates are tensors that wrap others, which the lowered operators do not take."""
+    """Leave in float what torch.func differentiates: lowered operators do not take tensors that wrap others."""
     return (SkipReason.TRANSFORMED, "") if site.transformed else None
 
 
@@ -172,6 +190,12 @@ def static(site: LinearSite, config: Int8Config) -> Verdict:
     assert site.static is not None
     if site.constant:
         return SkipReason.COMPUTED, "both factors are parameters"
+    if site.held is not None:
+        # As it is, it is read where the product stands. A copy has the values of before, and other views are taken
+        # before the graph runs.
+        copied = any(node.target in SAME_VALUES - ALIASES for node in site.static.chain)
+        as_it_is = not copied and site.roles is not None and site.held.is_all(site.view())
+        return (SkipReason.CHANGED, "") if site.held.is_changed() and not as_it_is else None
     return (SkipReason.CHANGED, "") if changed_in_graph(site.static, site.sharing) else None
 
 

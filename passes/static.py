@@ -22,6 +22,10 @@ QUANTIZED = "int8compile_quantized"
 # Key in the meta of a get_attr that reads a buffer of an exported model: no constant. Dynamo makes it an input.
 BUFFER = "int8compile_buffer"
 
+# The meta of a placeholder that is the model's. "unguarded" is Dynamo's mark of a tensor whose address does not change
+# between calls, which CUDA graphs need.
+STORED = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+
 
 class WeightView(NamedTuple):
     """A weight as a view of a parameter: `param.as_strided(size, stride, offset).reshape(shape)`.
@@ -42,7 +46,7 @@ class WeightView(NamedTuple):
     shape: tuple[int, ...]
 
     def is_all_of(self, parameter: Tensor) -> bool:
-        """Whether it is the parameter as it is."""
+        """Return whether it is the parameter as it is."""
         return self == WeightView(tuple(parameter.shape), parameter.stride(), 0, tuple(parameter.shape))
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -254,7 +258,7 @@ def is_written(nodes: Sequence[Node]) -> bool:
         for user in node.users:
             if node in written(user):
                 return True
-            if _may_be_view(user, node):
+            if may_be_view(user, node):
                 pending.append(user)
     return False
 
@@ -337,11 +341,25 @@ def _written_and_returned(call: Node) -> Node | None:
     return changed.pop() if len(changed) == 1 else None
 
 
-def _may_be_view(call: Node, viewed: Node) -> bool:
+def may_be_view(call: Node, viewed: Node) -> bool:
     """Whether what a call returns may share memory with one of its arguments."""
+    if _shares_memory(call, viewed):
+        return True
+    if call.target in SAME_VALUES - ALIASES and "example_value" in call.meta and "example_value" in viewed.meta:
+        return False  # A copy: Dynamo's fake tensors would share memory.
     if isinstance(call.target, torch._ops.OpOverload):
         return viewed in _nodes([value for argument, value in _by_schema(call) if argument.alias_info is not None])
     return call.target not in ("clone", torch.clone) and is_view(call) and call.args[0] is viewed
+
+
+def _shares_memory(call: Node, given: Node) -> bool:
+    """Return whether the fake tensors of a result and of an argument share memory."""
+    made, tensor = call.meta.get("example_value", call.meta.get("val")), meta_tensor(given)
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # Some subclasses have no storage.
+        memory = None if tensor is None else tensor.untyped_storage()._cdata
+        parts = [part for part in tree_leaves(made) if isinstance(part, Tensor)]
+        return any(part.untyped_storage()._cdata == memory for part in parts)
+    return False
 
 
 def is_view(node: Node) -> bool:

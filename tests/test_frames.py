@@ -30,9 +30,9 @@ class Recurrent(nn.Module):
 class Loop(nn.Module):
     """A graph break inside a loop makes Dynamo give up on the whole function."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.layer = nn.Linear(64, 64)
+        self.layer = layer or nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(2):
@@ -41,22 +41,8 @@ class Loop(nn.Module):
         return x
 
 
-class Outer(nn.Module):
-    """Calls a module that Dynamo compiles by itself."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(2):
-            torch._dynamo.graph_break()
-            x = self.inner(x)
-        return x
-
-
 class Inner(nn.Module):
-    """What a user's own module calls is compiled, though its caller is not."""
+    """A module of the user's, which Dynamo compiles by itself though its caller is not compiled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,8 +98,42 @@ def test_code_that_dynamo_gives_up_on(make: type[nn.Module], linears: str) -> No
     assert 0 < relative_error(model(X), expected) < INT8_ERROR
 
 
+class Masked(nn.Module):
+    """PyTorch's encoder breaks the graph where it looks at the mask's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.out = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.encoder(x, mask=nn.Transformer.generate_square_subsequent_mask(6)))
+
+
+@pytest.mark.parametrize("compiled", ["model", "encoder"])
+def test_a_break_inside_a_module_of_pytorch(compiled: str) -> None:
+    model = Masked().eval().requires_grad_(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if compiled == "model":
+            assert 0 < relative_error(torch.compile(model, backend="int8")(X), model(X)) < INT8_ERROR
+        else:
+            mask = nn.Transformer.generate_square_subsequent_mask(6)
+            y = torch.compile(model.encoder, backend="int8")(X, mask=mask)
+            assert torch.equal(y, model.encoder(X, mask=mask))
+    said = [str(warning.message) for warning in caught if warning.category is Int8Warning]
+    assert len(said) == 1
+    assert "Dynamo breaks the graph inside a module of PyTorch (transformer.py:" in said[0]
+    layers = "encoder.layers.0" if compiled == "model" else "layers.0"
+    assert (
+        f"so linears that it calls run in float: {layers}.self_attn.out_proj, {layers}.linear1, {layers}.linear2."
+        in said[0]
+    )
+
+
 def test_what_is_compiled_all_the_same_is_not_named() -> None:
-    for model in (Break(), Outer(Inner())):
+    for model in (Break(), Loop(Inner())):
         torch._dynamo.reset()
         frames.watch()
         error, said = run(model)

@@ -425,7 +425,7 @@ def test_a_gpu_without_kernels_is_warned_of(
     monkeypatch.setattr(triton_kernels, "failure", lambda: failure)
     monkeypatch.setattr(triton_kernels, "load", lambda: not failure)
     monkeypatch.setattr(hardware, "of", lambda device: hardware.gpu("a GPU", isa))
-    backend._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
 
     class OnGpu:
         device = torch.device("cuda", 0)

@@ -254,7 +254,9 @@ WRITES: dict[str, Callable[[nn.Module], Any]] = {
     "a list": lambda m: torch._foreach_mul_([m.weight], 2),
     "out": lambda m: torch.add(m.bias[:, None], torch.ones(64), out=m.weight),
     "init": lambda m: nn.init.normal_(m.weight),
-    "a copy": lambda m: m.weight.to(torch.bfloat16).mul_(2),
+    "another view": lambda m: m.weight.diagonal().fill_(0),
+    "a view as another": lambda m: m.weight.view_as(m.weight).copy_(torch.zeros(96, 64)),
+    "integers": lambda m: m.weight.view(torch.int32).zero_(),
 }
 
 
@@ -276,10 +278,190 @@ def test_the_weight_is_not_replaced() -> None:
         other.inner.weight = nn.Parameter(torch.zeros(96, 64))
     with pytest.raises(Int8WeightError, match=r"inner\.weight cannot be replaced, it is int8"):
         other.inner.weight = torch.zeros(96, 64)
-    with pytest.raises(Int8WeightError, match=r"inner: an assignment would write to its weight"):
+    with pytest.raises(Int8WeightError, match=r"inner: assigning another tensor would write to its weight"):
         other.inner.weight.data = torch.zeros(96, 64)
     with pytest.raises(Int8WeightError, match=r"would write"):  # As PEFT merges.
         other.inner.weight.data += torch.ones(96, 64)
+
+
+def test_orthogonal_initialization_is_refused() -> None:
+    _, other = quantized(lambda x, m: x)
+    with pytest.raises(Int8WeightError, match="would write"):
+        nn.init.orthogonal_(other.inner.weight)
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "clone": lambda w: w.clone(),
+    "half": lambda w: w.half(),
+    "double": lambda w: w.double(),
+    "to": lambda w: w.to(torch.bfloat16),
+    "copied to": lambda w: w.to(w.device, copy=True),
+    "contiguous": lambda w: w.t().contiguous(),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_do_not_follow_the_module(name: str) -> None:
+    _, other = quantized(lambda x, m: x)
+    weight = other.inner.weight
+    kept, values = COPIES[name](weight), COPIES[name](other.inner.dequantize())
+    assert (kept.shape, kept.stride(), kept.dtype) == (values.shape, values.stride(), values.dtype)
+    weight.mul_(4)
+    assert torch.equal(kept * 1, values)
+    kept.mul_(8)
+    assert torch.equal(kept * 1, values * 8)
+    assert (
+        relative_error(other.inner.weight * 1, 4 * values.T.float() if name == "contiguous" else 4 * values.float())
+        < 1e-2
+    )
+    if isinstance(kept, Int8Weight):
+        weight.mul_(-1)
+        with pytest.raises(Int8WeightError, match="has changed since this copy of it was made"):
+            kept * 1
+
+
+@pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, m: H @ m.weight,
+        lambda x, m: F.linear(x, m.weight[:64]),
+        lambda x, m: F.linear(x, m.weight),
+        lambda x, m: m(x),
+    ],
+    ids=["transposed", "rows", "whole", "module"],
+)
+@pytest.mark.parametrize("options", [{}, {"free_weights": True}])
+@pytest.mark.parametrize("factor", [2, -2])
+def test_a_graph_that_scales_at_every_call(call: Call, options: dict[str, Any], factor: int) -> None:
+    def run(x: Tensor, module: nn.Module) -> Tensor:
+        module.weight.mul_(factor)
+        return call(x, module)
+
+    model, other = quantized(run)
+    compiled = torch.compile(other, backend="int8", options=options)
+    with torch.no_grad():
+        for _ in range(3):
+            assert relative_error(compiled(X), model(X)) < INT8_ERROR
+
+
+@pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, m: (m.weight.t(), m.weight.mul_(2))[0],
+        lambda x, m: (m.weight.clone(), m.weight.mul_(2))[0].t(),
+        lambda x, m: (m.weight.bfloat16(), m.weight.mul_(2))[0].t().float(),
+        lambda x, m: (m.weight, m.weight.mul_(2))[0].t(),
+        lambda x, m: (m.weight, m.weight.t().mul_(2))[1],
+    ],
+    ids=["view", "clone", "cast", "the weight", "of a view"],
+)
+def test_what_was_taken_before_a_write(call: Call) -> None:
+    """Views follow it, copies do not; in eager mode and compiled."""
+    model, other = quantized(lambda x, m: x @ call(x, m))
+    same = copy.deepcopy(other)
+    with torch.no_grad():
+        expected = model(X)
+        assert relative_error(other(X), expected) < INT8_ERROR
+        assert relative_error(torch.compile(same, backend="int8")(X), expected) < INT8_ERROR
+
+
+def test_a_write_inside_a_nested_graph_is_refused() -> None:
+    def run(x: Tensor, module: nn.Module) -> Tensor:
+        return torch.cond(x.sum() > 1e6, lambda x: F.linear(x, module.weight.mul_(2)), module.forward, (x,))
+
+    _, other = quantized(run)
+    with pytest.raises(Exception, match=r"written to in the forward pass|mutat"):
+        torch.compile(other, backend="int8")(X)
+
+
+def test_scaling_while_gradients_are_recorded_is_refused() -> None:
+    """PyTorch's gradient of a graph that changes a buffer uses the values of afterwards."""
+    _, other = quantized(lambda x, m: (m.weight.mul_(2), F.linear(x, m.weight))[1])
+    with pytest.raises(
+        Int8WeightError, match=r"inner\.weight is multiplied by a number in a forward pass that records"
+    ):
+        torch.compile(other, backend="int8")(X.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_dynamic_sizes_and_options_of_each_module(dynamic: bool | None) -> None:
+    """One compiled function for modules with different thresholds."""
+    _, other = quantized(lambda x, m: F.linear(x, m.weight))
+    compiled = torch.compile(other, backend="int8", dynamic=dynamic)
+    held = other.inner
+    for threshold in (6.0, 2.0):
+        held.threshold = threshold
+        for rows in (5, 9):
+            x = torch.randn(rows, 64)
+            expected = torch.ops.int8compile.linear(x, held.qweight, held.scale, None, threshold, "row")
+            assert torch.equal(compiled(x), expected)
+            assert torch.equal(other(x), expected)
+
+
+def test_torch_func_over_reads() -> None:
+    for call, x in ((MATMULS["F.linear"][0], X), (MATMULS["x @ w"][0], H)):
+        model, other = quantized(call)
+        for transform in (
+            lambda m, x: torch.func.grad(lambda x: m(x).square().sum())(x),
+            lambda m, x: torch.func.jvp(m, (x,), (x.cos(),))[1],
+            lambda m, x: torch.func.vmap(m)(x[:, None]),
+        ):
+            assert relative_error(transform(other, x), transform(model, x)) < INT8_ERROR
+
+
+def test_without_data_only_shapes_are_known() -> None:
+    model = Reader(MATMULS["x @ w"][0]).to("meta")
+    int8compile.quantize_(model, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert model(H.to("meta")).shape == (5, 64)
+        _, other = quantized(MATMULS["x @ w"][0])
+        traced = torch.fx.experimental.proxy_tensor.make_fx(other)(H)
+    assert relative_error(traced(H), other(H)) < INT8_ERROR
+
+
+def test_what_modules_ask_of_a_parameter() -> None:
+    _, other = quantized(lambda x, m: x)
+    weight = other.inner.weight
+    weight.grad = None
+    weight.requires_grad = False
+    assert weight.type() == "torch.FloatTensor"
+    assert weight.to(X.device) is weight
+    assert weight.cpu() is weight
+    assert weight.new_zeros(3).dtype == torch.float32
+    assert torch.zeros_like(weight).shape == (96, 64)
+    assert X.double().to(weight).dtype == torch.float32
+    with pytest.raises(Int8WeightError, match=r"can be no nn\.Parameter"):
+        nn.Parameter(weight)
+    with pytest.raises(TypeError, match="cannot assign"):
+        nn.Linear(64, 96).weight = weight
+
+
+def test_conv1d_is_read_and_scaled_as_it_is_in_float() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = nn.Sequential(transformers.pytorch_utils.Conv1D(96, 64)).requires_grad_(False)
+    other = copy.deepcopy(model)
+    int8compile.quantize_(other, progress=False)
+    assert other[0].weight.shape == (64, 96)
+    assert relative_error(X @ other[0].weight, X @ model[0].weight) < INT8_ERROR
+    model[0].weight.mul_(3)
+    other[0].weight.mul_(3)
+    assert relative_error(other(X), model(X)) < INT8_ERROR
+
+
+def test_refresh_is_for_int8_modules_too() -> None:
+    _, other = quantized(MATMULS["x @ w"][0])
+    other(H)
+    other.inner.scale.data[3].mul_(100)
+    expected = H @ other.inner.dequantize()
+    assert relative_error(other(H), expected) > 0.5
+    int8compile.refresh(other)
+    # One output dwarfs the others of every row of the transpose.
+    assert relative_error(other(H), expected) < 2 * INT8_ERROR
 
 
 def test_gradients_go_through_what_reads_the_weight() -> None:
@@ -313,6 +495,17 @@ def test_free_weights_reads_what_is_left() -> None:
     assert relative_error(compiled(X), 2 * model(X)) < INT8_ERROR
 
 
+def test_an_exported_model_reads_it_in_float(tmp_path: pathlib.Path) -> None:
+    _, other = quantized(lambda x, m: m(x) * m.weight.norm())
+    int8compile.export(other, (X,), tmp_path / "reader.pt2")
+    y = torch._inductor.aoti_load_package(tmp_path / "reader.pt2")(X)
+    with pytest.warns(Int8Warning):
+        assert relative_error(y, other(X)) < 1e-6
+    _, other = quantized(lambda x, m: (m.weight.mul_(2), m(x))[1])
+    with pytest.raises(Int8WeightError, match=r"inner\.weight is multiplied by a number .* which a package cannot k"):
+        int8compile.export(other, (X,), tmp_path / "scales.pt2")
+
+
 def test_an_exported_model_reads_it_too(tmp_path: pathlib.Path) -> None:
     model, other = quantized(lambda x, m: F.linear(F.linear(x, m.weight), m.weight.t()))
     report = int8compile.export(other, (X,), tmp_path / "reader.pt2")
@@ -342,9 +535,10 @@ def test_embeddings_are_multiplied_with_their_activations_in_float() -> None:
     assert relative_error(other(X), model(X)) < INT8_ERROR
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "norm_first", "padded"),
+    [("relu", False, False), ("gelu", True, False), ("gelu", False, True), ("relu", True, True)],
+)
 def test_encoder_layers_of_pytorch(activation: str, norm_first: bool, padded: bool) -> None:
     """PyTorch's fused operator for them reads every weight, and would compute in float."""
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation=activation, norm_first=norm_first)

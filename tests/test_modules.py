@@ -503,8 +503,7 @@ def test_torch_func(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
-@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # PyTorch's own
-@pytest.mark.parametrize("name", ["jvp", "grad", "jacrev", "vmap", "grad of each"])
+@pytest.mark.parametrize("name", ["jvp", "grad", "vmap", "grad of each"])
 def test_torch_func_in_a_compiled_function(name: str) -> None:
     x = torch.randn(5, 40)
     transform = TRANSFORMS[name]

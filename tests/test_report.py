@@ -252,6 +252,7 @@ def test_what_may_be_being_trained() -> None:
     with torch.no_grad():
         assert 0 < relative_error(compiled(X), model(X)) < INT8_ERROR
     model.requires_grad_(False)
+    torch._dynamo.reset()  # PyTorch 2.11 does not notice that.
     assert 0 < relative_error(compiled(X), model(X)) < INT8_ERROR
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import errno
 import json
@@ -193,7 +194,7 @@ def test_the_folder_says_how_it_is_loaded(tmp_path: Path, float_folder: str) -> 
     folder = tmp_path / "int8"
     saved(load(float_folder, quantization_config=config), folder)
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert said.keys() == {"quant_method", "checkpoint_format", "modules", "checksums"}
+    assert said.keys() == {"quant_method", "checkpoint_format", "modules", "checksums", "checksum"}
     assert (said["quant_method"], said["checkpoint_format"]) == ("int8compile", "int8compile")
     one = {"source": "linear", "threshold": 5.0, "outliers": "column", "weight_only": False}
     assert said["modules"] == dict.fromkeys(int8_paths(load(str(folder))), one)
@@ -203,8 +204,10 @@ def test_the_folder_says_how_it_is_loaded(tmp_path: Path, float_folder: str) -> 
     assert state["model.layers.0.mlp.up_proj.qweight"].dtype == torch.int8
     assert state["model.layers.0.mlp.up_proj.scale"].dtype == torch.float32
     assert state["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float32
-    assert "model.layers.0.mlp.up_proj.weight" not in state
-    assert [name for name, tensor in state.items() if not tensor.numel()] == ["model.layers.0.self_attn.q_proj.weight"]
+    assert not state["model.layers.0.mlp.up_proj.weight"].numel()  # See `get_state_dict_and_metadata`.
+    assert {name for name, tensor in state.items() if not tensor.numel()} == {
+        f"{path}.weight" for path in said["modules"]
+    }
     model = load(str(folder))
     assert model.model.layers[0].mlp.up_proj.outliers == "column"
     assert model.is_quantized
@@ -286,6 +289,8 @@ def edit_config(folder: str, change: Callable[[dict[str, Any]], Any]) -> str:
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
     change(config)
+    # As one who edits it would: see test_options_that_were_edited_are_refused.
+    config.get("quantization_config", {}).pop("checksum", None)
     path.write_text(json.dumps(config))
     return folder
 
@@ -792,7 +797,7 @@ def test_embedding_of_a_tied_model(tmp_path: Path) -> None:
     model.tie_weights()
     assert model.model.embed_tokens.qweight is model.lm_head.qweight
     state = safetensors.load_file(Path(saved(model, tmp_path / "int8")) / "model.safetensors")
-    assert {name for name in state if "embed" in name or "head" in name} == {
+    assert {name for name, tensor in state.items() if ("embed" in name or "head" in name) and tensor.numel()} == {
         "model.embed_tokens.qweight",
         "model.embed_tokens.scale",
     }
@@ -846,3 +851,98 @@ torch.save(logits, {str(tmp_path / "logits.pt")!r})
     write = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     (answer,) = write("The capital of Italy is", max_new_tokens=4, do_sample=False)
     assert "Rome" in answer["generated_text"]
+
+
+# What else may happen to a folder
+
+
+def test_without_the_integration_nothing_is_initialized_at_random(tmp_path: Path) -> None:
+    mixture = transformers.MixtralConfig(**DECODER, num_local_experts=2, num_experts_per_tok=1)
+    models = {
+        "linears": (llama(), {}),
+        "a tied head alone": (llama(tie_word_embeddings=True), {"lm_head": "int8", "skip_modules": ["layers"]}),
+        "experts alone": (transformers.MixtralForCausalLM(mixture).eval(), {"skip_modules": ["self_attn", "gate"]}),
+    }
+    calls = []
+    for name, (model, options) in models.items():
+        assert quantize_(model, options, progress=False).rewritten
+        folder = saved(model, tmp_path / name)
+        calls += [(type(each).__name__, folder) for each in (model, model.model)]
+        assert torch.equal(logits(type(model).from_pretrained(folder).eval()), logits(model))
+    script = f"""
+import transformers
+for kind, folder in {calls!r}:
+    try:
+        getattr(transformers, kind).from_pretrained(folder)
+        print(kind, "loaded", folder)
+    except RuntimeError as error:
+        print("mismatch" in str(error).lower())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * len(calls)
+
+
+def test_a_failed_save_leaves_what_others_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    quantize_(model, progress=False)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        (tmp_path / "results.txt").write_text("of another")
+        (tmp_path / "checkpoint-2").mkdir()
+        (tmp_path / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", fail)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"results.txt", "checkpoint-2"}
+    (tmp_path / "file").write_text("")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        model.save_pretrained(tmp_path / "file" / "folder")
+
+
+def test_a_model_of_another_quantizer_is_not_saved(tmp_path: Path) -> None:
+    class Other(transformers.quantizers.base.HfQuantizer):
+        is_serializable, is_trainable = True, False
+
+        def __init__(self) -> None:
+            pass
+
+    model = llama()
+    model.hf_quantizer = other = Other()
+    quantize_(model, progress=False)
+    assert model.hf_quantizer is other
+    assert getattr(model.config, "quantization_config", None) is None
+    with pytest.raises(CheckpointError, match=r"is quantized by Other, too"):
+        model.save_pretrained(tmp_path)
+
+
+def test_threads_save_one_model(tmp_path: Path) -> None:
+    model = llama()
+    quantize_(model, progress=False)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: model.save_pretrained(tmp_path / str(i)), range(4)))
+    for i in range(4):
+        assert torch.equal(logits(load(str(tmp_path / str(i)))), logits(model))
+
+
+def test_other_tensors_than_the_models_are_not_saved(tmp_path: Path) -> None:
+    model = llama()
+    quantize_(model, progress=False)
+    model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
+    assert torch.equal(logits(load(str(tmp_path / "own"))), logits(model))
+    other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="with other tensors than the model's"):
+        model.save_pretrained(tmp_path / "other", state_dict=other)
+
+
+def test_options_that_were_edited_are_refused(tmp_path: Path) -> None:
+    model = llama()
+    quantize_(model, progress=False)
+    folder = Path(saved(model, tmp_path / "int8"))
+    text = (folder / "config.json").read_text()
+    assert '"threshold": 6.0' in text
+    (folder / "config.json").write_text(text.replace('"threshold": 6.0', '"threshold": 0.5'))
+    with pytest.raises(ConfigError, match=r"config\.json is damaged or was edited"):
+        load(str(folder))

@@ -33,10 +33,12 @@ from int8compile.integrations.folders import (
     ADVICE,
     check_dtype,
     check_loaded,
+    check_quantizer,
     checksums,
     describe_when_saved,
     has_int8,
     is_offloaded,
+    is_others,
     opened,
 )
 from int8compile.integrations.transformers import METHOD, Int8CompileConfig
@@ -46,7 +48,7 @@ __all__ = ["Int8CompileConfig", "Int8CompileDiffusersQuantizer"]
 
 
 class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers has no annotations
-    """What diffusers calls while it loads, saves and dequantizes a model.
+    """The interface that diffusers calls while it loads, saves and dequantizes a model.
 
     Models stay unmarked (`is_quantized` is False), because diffusers refuses to cast marked ones, and int8 modules can
     be cast.
@@ -106,7 +108,7 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
     def check_if_quantized_param(
         self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
-        """Whether a tensor of the checkpoint is for an int8 module, or a float weight that becomes int8."""
+        """Return whether a tensor of the checkpoint is for an int8 module, or a float weight that becomes int8."""
         return param_name in self.targets or _place(model, param_name) is not None
 
     def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> bool:
@@ -211,7 +213,9 @@ def attach(model: Any, config: Int8Config, *, nested: bool = False) -> None:
         nested: Whether a model that holds this one saves itself, too; without effect, as its config is its own.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, Int8CompileDiffusersQuantizer):
+    if is_others(quantizer, Int8CompileDiffusersQuantizer):
+        return  # What it says of itself stays so; it cannot be saved.
+    if quantizer is None:
         quantizer = Int8CompileDiffusersQuantizer(Int8CompileConfig.of(config), pre_quantized=True)
     quantizer.quantization_config.describe(model)
     model.hf_quantizer = quantizer
@@ -244,6 +248,7 @@ def _described(model: Any) -> Iterator[None]:
         detach(model)  # Its parts may have been dequantized, or it was made from the config of an int8 model.
         yield
         return
+    check_quantizer(model, Int8CompileDiffusersQuantizer)
     attach(model, Int8Config())
     config = model.hf_quantizer.quantization_config
     config.checksums = checksums(model)

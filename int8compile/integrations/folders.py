@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
-import shutil
+import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -111,6 +113,10 @@ def check_dtype(key: str, name: str, tensors: Any) -> None:
         raise CheckpointError(f"{key} of the checkpoint is {dtype}; it must be {_STORED_AS[name]}. {ADVICE}")
 
 
+# What transformers and diffusers write for a model.
+_OURS = re.compile(r"(generation_)?config\.json|.*\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json")
+
+
 @contextlib.contextmanager
 def written(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Turn errors of the file system while a folder is written into `CheckpointError`, and remove what was written.
@@ -118,19 +124,25 @@ def written(folder: str | os.PathLike[str]) -> Iterator[None]:
     Files that were there before stay, but may have been overwritten.
     """
     path = Path(folder)
-    before = set(path.iterdir()) if path.is_dir() else None
+    before = set(path.iterdir()) if path.is_dir() else set()
+    is_new = not path.exists()
     try:
         yield
     except (OSError, SafetensorError) as error:
-        for new in {path} if before is None else set(path.iterdir()) - before:
-            if new.is_dir():
-                shutil.rmtree(new, ignore_errors=True)
-            else:
-                new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for new in set(path.iterdir()) - before:
+                if _OURS.fullmatch(new.name):  # Others may write to the folder, too.
+                    new.unlink()
+            if is_new:
+                path.rmdir()  # If nothing else is in it.
         kept = " Files that were there may be overwritten, so do not load from it." if before else ""
         raise CheckpointError(
             f"{path} cannot be written: {first_line(error)}.{kept} Make room or name another folder, and save again"
         ) from error
+
+
+# Models may share configs, which are changed while one of them is saved.
+_saving = threading.RLock()
 
 
 def describe_when_saved(kind: type[Any], described: Callable[[Any], AbstractContextManager[None]]) -> None:
@@ -144,14 +156,49 @@ def describe_when_saved(kind: type[Any], described: Callable[[Any], AbstractCont
         described: Takes a model that has int8 modules, or had some; what it returns is entered while it is saved.
     """
     original = kind.save_pretrained
+    parameters = inspect.signature(original)
 
     @functools.wraps(original)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            # A network has errors of its own, and what was written is whole then.
-            if has_int8(self) and not kwargs.get("push_to_hub"):
-                stack.enter_context(written(save_directory))
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(self, *args, **kwargs).arguments
+        with _saving, contextlib.ExitStack() as stack:
+            if has_int8(self):
+                _check_given(self, given.get("state_dict"))
+                # A network has errors of its own, and what was written is whole then.
+                if not (given.get("push_to_hub") or given.get("kwargs", {}).get("push_to_hub")):
+                    stack.enter_context(written(given["save_directory"]))
             stack.enter_context(described(self))
-            return original(self, save_directory, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
     kind.save_pretrained = save_pretrained
+
+
+def _check_given(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:
+    """Raises `CheckpointError` where tensors are given that are not the model's: the library would save the model's."""
+    given = state_dict or {}
+    own = model.state_dict() if given else {}
+    others = [name for name, tensor in given.items() if name not in own or not _is_same(tensor, own[name])]
+    if others:
+        raise CheckpointError(
+            f"save_pretrained was given a state_dict with other tensors than the model's: {listed(others)}. An int8 "
+            "model is saved as it is; change it with load_state_dict, then save it"
+        )
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    return tensor is other or (tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape)
+
+
+def is_others(quantizer: Any, ours: type[Any]) -> bool:
+    """Return whether a model's quantizer is that of another library."""
+    return quantizer is not None and not isinstance(quantizer, ours)
+
+
+def check_quantizer(model: Any, ours: type[Any]) -> None:
+    """Raises `CheckpointError` where another library has quantized a part of a model that has int8 modules, too."""
+    other = getattr(model, "hf_quantizer", None)
+    if is_others(other, ours):
+        raise CheckpointError(
+            f"{type(model).__name__} is quantized by {type(other).__name__}, too, and a folder can name one "
+            "method only. Load the float model, quantize all of it with int8compile, and save that"
+        )

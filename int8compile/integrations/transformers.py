@@ -14,10 +14,14 @@ import dataclasses
 import difflib
 import enum
 import functools
+import hashlib
+import importlib
+import json
 import logging
 import mmap
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -49,10 +53,12 @@ from int8compile.integrations.folders import (
     ADVICE,
     check_dtype,
     check_loaded,
+    check_quantizer,
     checksums,
     describe_when_saved,
     has_int8,
     is_offloaded,
+    is_others,
     opened,
 )
 from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout
@@ -61,7 +67,7 @@ log = logging.getLogger(__name__)
 
 
 class _Method(enum.StrEnum):
-    """What `quant_method` says in a config.json; diffusers asks for its `value`."""
+    """The value of `quant_method` in a config.json; diffusers asks for its `value`."""
 
     INT8COMPILE = "int8compile"
 
@@ -93,6 +99,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         modules: What a checkpoint has in int8, by path, as `int8compile.convert.describe` has it; not for users. Where
             it is given it decides, and the options above do not count.
         checksums: The SHA-256 of a checkpoint's int8 tensors and scales, by their names; not for users.
+        checksum: That of `modules` and `checksums`; not for users.
         **options: `llm_int8_threshold`, `llm_int8_skip_modules` and `load_in_8bit` of bitsandbytes are understood.
 
     Raises:
@@ -109,6 +116,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         checkpoint_format: str = METHOD,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         checksums: Mapping[str, str] | None = None,
+        checksum: str | None = None,
         **options: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -133,6 +141,11 @@ class Int8CompileConfig(QuantizationConfigMixin):
         self.checkpoint_format = checkpoint_format
         self.modules = _of_names("modules", modules, Mapping)
         self.checksums = _of_names("checksums", checksums, str)
+        if self.checksums and checksum is not None and checksum != self._checksum():
+            raise ConfigError(
+                f"the SHA-256 of the quantization_config's modules and checksums is {self._checksum()}, and it says "
+                f"{checksum}. The config.json is damaged or was edited. {ADVICE}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says: of a model that is int8, what is in it, and not the options that led to it."""
@@ -143,7 +156,13 @@ class Int8CompileConfig(QuantizationConfigMixin):
             del shown["modules"]
             return dict(shown)
         names = ("quant_method", "checkpoint_format", "modules", "checksums")
-        return {name: shown[name] for name in names if name in shown}
+        shown = {name: shown[name] for name in names if name in shown}
+        return shown | ({"checksum": self._checksum()} if self.checksums else {})
+
+    def _checksum(self) -> str:
+        """The SHA-256 of what config.json says of modules and checksums."""
+        said = json.dumps([self.modules, self.checksums], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def config(self) -> Int8Config:
         """The same as int8compile's own config."""
@@ -327,15 +346,15 @@ class Int8CompileQuantizer(HfQuantizer):
         attach_all(model, self.quantization_config.config())
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """Return what is saved: the tensors of the model and, under the name of a float weight, an empty one.
+        """Return what is saved: the tensors of the model and, under the names of its float weights, empty ones.
 
         Where this module was not imported, transformers takes the model for one in float, and would initialize at
-        random what it finds no tensors for. It raises an error about the shape of the empty one instead.
+        random what it finds no tensors for. It raises an error about the shapes of the empty ones instead.
         """
-        name = next(_guards(model), None)
-        if name is None or getattr(model, "_hf_peft_config_loaded", False):
+        if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return {**model.state_dict(), name: torch.empty(0, device="cpu")}, {}
+        # Each with memory of its own, or they would be taken for one that is shared.
+        return {**model.state_dict(), **{name: torch.empty(1, device="cpu")[:0] for name in _guards(model)}}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # A string, after `save_pretrained` has made one of the config's.
@@ -549,10 +568,10 @@ def _check_checkpoint(model: Any, files: Iterable[str]) -> dict[str, str]:
 
 
 def _guards(model: nn.Module) -> Iterator[str]:
-    """The names of float weights that an int8 model does not have: those of its linears."""
+    """The names of float weights that an int8 model does not have."""
     for path, module in model.named_modules():
-        if isinstance(module, Int8Module) and module.source in ("linear", "conv1d"):
-            yield f"{path}.weight"
+        if isinstance(module, Int8Module):
+            yield path if module.source == "experts" else f"{path}.weight"
 
 
 def _guard_patterns(model: Any) -> list[str]:
@@ -596,9 +615,11 @@ def attach(model: Any, config: Int8Config, *, nested: bool = False) -> None:
         nested: Whether a model that holds this one saves itself, too. Their configs are then often one object or parts
             of one, so only the outer model's says that it is int8.
     """
-    _rename_ties(model, float_names(model))
     quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, Int8CompileQuantizer):
+    if is_others(quantizer, Int8CompileQuantizer):
+        return  # What it says of itself stays so; it cannot be saved.
+    _rename_ties(model, float_names(model))
+    if quantizer is None:
         quantizer = Int8CompileQuantizer(Int8CompileConfig.of(config), pre_quantized=True)
     quantizer.quantization_config.describe(model)
     model.hf_quantizer = quantizer
@@ -630,6 +651,7 @@ def _described(model: Any) -> Iterator[None]:
         return
     int8 = has_int8(model)
     if int8:
+        check_quantizer(model, Int8CompileQuantizer)
         attach(model, Int8Config(), nested=True)
     elif isinstance(getattr(model, "hf_quantizer", None), Int8CompileQuantizer):
         detach(model)  # Its parts were dequantized, and it was not told.
@@ -647,13 +669,13 @@ def _described(model: Any) -> Iterator[None]:
     finally:
         if described is not None:
             described.checksums = {}
-            del model.config.quantization_config
+            vars(model.config).pop("quantization_config", None)
         for held, quantization_config in before:
             held.quantization_config = quantization_config
 
 
 def _is_ours(config: Any) -> bool:
-    """Whether a model's config says that it is int8 by this package."""
+    """Return whether a model's config says that it is int8 by this package."""
     said = vars(config).get("quantization_config")
     return isinstance(said, Int8CompileConfig) or (isinstance(said, dict) and said.get("quant_method") == METHOD)
 
@@ -686,3 +708,9 @@ def bitsandbytes_config(name: str, **kwargs: Any) -> Any:
         checkpoint_format="bitsandbytes",
     ).to_dict()
     return config
+
+
+if "diffusers" in sys.modules:
+    # Whose models take the config, too, and ask tables of their own for it.
+    with contextlib.suppress(ImportError):  # A version that is not supported.
+        importlib.import_module("int8compile.integrations.diffusers")

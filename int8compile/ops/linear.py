@@ -6,7 +6,7 @@
 | `weight_only_linear` | [N, K] int8 | `reference.weight_only_linear`: weights in int8, activations in fixed point |
 | `grouped_linear` | [E, N, K] int8 | `linear` of each row with the weight of its expert |
 | `column_linear` | [N, K] int8 | `column.column_linear`: LLM.int8() as published, outlier columns in float |
-| `module_weight` | [..., N, K] int8 | the float weight; the options say how to multiply with it, for the passes |
+| `module_weight` | [..., N, K] int8 | the float weight, for the passes: `policy` says how to multiply with it |
 | `quantize_weight` | [..., N, K] float | `reference.quantize_weight` |
 | `pack_weight` | [..., N, K] int8 | the layout of `packing` |
 | `packed_...` | as `packing.pack_weight` makes it | the same |
@@ -58,7 +58,7 @@ def _register(declared: Declaration) -> Any:
         return reference.dequantize_weight(qweight, scale, None, dtype)
 
     class Derivatives(_SingleLevelFunction):
-        """Those of the product with the dequantized weight; they are not quantized (LLM.int8(), 2022, appendix E)."""
+        """Derivatives of the product with the dequantized weight, not quantized (LLM.int8(), 2022, appendix E)."""
 
         @staticmethod
         def forward(*args: Any) -> Tensor:
@@ -239,16 +239,14 @@ torch.library.register_fake("int8compile::quantize_weight", _quantize_weight_fak
 quantize_weight = torch.ops.int8compile.quantize_weight
 
 
-def _module_weight(
-    qweight: Tensor, scale: Tensor, d: Tensor | None, dtype: torch.dtype, threshold: float, weight_only: bool
-) -> Tensor:
+def _module_weight(qweight: Tensor, scale: Tensor, d: Tensor | None, dtype: torch.dtype, policy: str) -> Tensor:
     return reference.dequantize_weight(qweight, scale, d, dtype)
 
 
-# A composite of PyTorch's operators, so that other compilers, and packages, do without it.
+# The weight of an int8 module in float. `policy` says how the passes multiply with it: "weight_only", or the outlier
+# policy and the threshold, "row 12.0". A composite of PyTorch's operators, so that other compilers do without it.
 _LIBRARY.define(
-    "module_weight(Tensor qweight, Tensor scale, Tensor? d, ScalarType dtype, float threshold, bool weight_only)"
-    " -> Tensor",
+    "module_weight(Tensor qweight, Tensor scale, Tensor? d, ScalarType dtype, str policy) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("module_weight", _module_weight, "CompositeImplicitAutograd")
