@@ -224,12 +224,14 @@ class _Weight:
     Attributes:
         parts: Its members.
         group: Positions and views of what is rotated alike.
+        among: Of what a d is made of where there is none.
         each: Whether each matrix is rotated by a d of its own.
         interleaved: See `WeightSlot`.
     """
 
     parts: tuple[_Part, ...]
     group: tuple[tuple[int, WeightView], ...]
+    among: tuple[tuple[int, WeightView], ...]
     each: bool
     interleaved: bool
 
@@ -242,12 +244,13 @@ class _Weight:
 
         # What is int8 already has the d that it has.
         whole = slot.group if slot.members[0].scale is None else None
-        group = () if whole is None else tuple((positions[each.source], each.view) for each in whole.members)
+        members = (whole.members, whole.among) if whole is not None else ((), ())
+        group, among = (tuple((positions[each.source], each.view) for each in part) for part in members)
         parts = tuple(
             _Part(positions[source], Key(view, slot.packed, bool(group)), path, position(scale), position(d))
             for source, view, path, scale, d in slot.members
         )
-        return _Weight(parts, group, whole is not None and whole.each, slot.interleaved)
+        return _Weight(parts, group, among, whole is not None and whole.each, slot.interleaved)
 
     def find(self, args: Sequence[Any]) -> list[QuantizedWeight]:
         """Return its int8 weights, quantized now where they have to be."""
@@ -258,10 +261,16 @@ class _Weight:
         weight = STORE.fresh(parameter, key, scales)
         if weight is not None:
             return weight
-        group = [(args[each], view) for each, view in self.group]
-        its_d = None if d is None else args[d]
         return STORE.get(
-            parameter, key.view, path, packed=key.packed, scale=scales, d=its_d, group=group, each=self.each
+            parameter,
+            key.view,
+            path,
+            packed=key.packed,
+            scale=scales,
+            d=None if d is None else args[d],
+            group=[(args[each], view) for each, view in self.group],
+            among=[(args[each], view) for each, view in self.among],
+            each=self.each,
         )
 
 
