@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.metadata
 import logging
@@ -35,8 +36,9 @@ from int8compile.passes import (
 )
 from int8compile.passes.binding import WeightSlot, stored_placeholder
 from int8compile.passes.names import parameter_name
+from int8compile.passes.static import WeightView
 from int8compile.report import Report
-from int8compile.weights import FREED, STORE, FreedWeight, free
+from int8compile.weights import FREED, STORE, FreedWeight, Key, QuantizedWeight, free
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +204,71 @@ def _gpu_kernels(parameters: Mapping[Node, Tensor]) -> bool:
     return loaded
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A member of a slot, by positions among the arguments of a graph.
+
+    Attributes:
+        position: Of the parameter.
+        key: What it is quantized for.
+        path: Module path, for messages.
+        scale: Of the scales, where it is int8 already.
+        d: Of what such a one is rotated with.
+        group: Positions and views of what is rotated alike.
+        among: Of what a d is made of where there is none.
+        each: Whether each matrix is rotated by a d of its own.
+    """
+
+    position: int
+    key: Key
+    path: str
+    scale: int | None
+    d: int | None
+    group: tuple[tuple[int, WeightView], ...]
+    among: tuple[tuple[int, WeightView], ...]
+    each: bool
+
+    def get(self, args: Sequence[Any]) -> QuantizedWeight:
+        """Return its int8 weight, quantized now where it has to be."""
+        return STORE.get(
+            args[self.position],
+            self.key.view,
+            self.path,
+            packed=self.key.packed,
+            scale=None if self.scale is None else args[self.scale],
+            d=None if self.d is None else args[self.d],
+            group=[(args[position], view) for position, view in self.group],
+            among=[(args[position], view) for position, view in self.among],
+            each=self.each,
+        )
+
+
+def _parts(slot: WeightSlot, positions: Mapping[Node, int]) -> list[_Part]:
+    """Return the members of a slot by positions."""
+
+    def position(node: Node | None) -> int | None:
+        return None if node is None else positions[node]
+
+    # What is int8 already has the d that it has.
+    whole = slot.group if slot.members[0].scale is None else None
+    members = (whole.members, whole.among) if whole is not None else ((), ())
+    group, among = (tuple((positions[each.source], each.view) for each in part) for part in members)
+    each = whole is not None and whole.each
+    return [
+        _Part(
+            positions[source],
+            Key(view, slot.packed, bool(group)),
+            path,
+            position(scale),
+            position(d),
+            group,
+            among,
+            each,
+        )
+        for source, view, path, scale, d in slot.members
+    ]
+
+
 def _compile(
     module: GraphModule,
     example_inputs: Sequence[Any],
@@ -216,19 +283,30 @@ def _compile(
     """
     captured = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
     positions = {node: position for position, node in enumerate(captured)}
-    members = [
-        [
-            (positions[source], view, path, None if scale is None else positions[scale])
-            for source, view, path, scale in slot.members
-        ]
-        for slot in slots
-    ]
     # Not the slots, whose nodes would keep the graph.
-    weights = [(parts, slot.packed, slot.interleaved) for parts, slot in zip(members, slots, strict=True)]
+    parts: list[_Part] = []
+    joined: list[tuple[int, int, bool]] = []
+    groups: dict[Node, list[int]] = {}
+    for slot in slots:
+        begin, members = len(parts), _parts(slot, positions)
+        parts += members
+        joined.append((begin, len(parts), slot.interleaved))
+        if slot.group is not None:
+            groups.setdefault(slot.group.node, []).extend(range(begin, len(parts)))
+    lookups = [(part.position, part.key, part.scale, part) for part in parts]
+    firsts = [numbers[0] for numbers in groups.values()]
+    # Those that must have the d of another.
+    alike = [(number, numbers[0]) for numbers in groups.values() for number in numbers[1:]]
+    # What the store gives, by the placeholders that take it, in their order.
+    given = [node for slot in slots for node in slot.nodes[:2]] + list(groups)
+    added = {node: order for order, node in enumerate(module.graph.find_nodes(op="placeholder"))}
+    order = sorted(range(len(given)), key=lambda each: added[given[each]])
     # A weight that nothing reads any more is no argument of the compiled graph, nor are its scales; but those stay with
     # the module, where other graphs ask for them.
     sources = {member.source for slot in slots for member in slot.members}
-    scales = {member.scale for slot in slots for member in slot.members if member.scale is not None}
+    scales = {
+        node for slot in slots for member in slot.members for node in (member.scale, member.d) if node is not None
+    }
     freed = sorted(positions[source] for source in sources if not source.users)
     unread = sorted([*freed, *(positions[scale] for scale in scales if not scale.users)])
     for position in unread:
@@ -244,22 +322,30 @@ def _compile(
             )
 
     def arguments(args: Sequence[Any]) -> list[Any]:
-        chosen = [args[position] for position in kept]
-        for parts, packed, interleaved in weights:
+        fresh = STORE.fresh
+        while True:
             found = [
-                STORE.get(args[position], view, path, packed=packed, scale=None if scale is None else args[scale])
-                for position, view, path, scale in parts
+                fresh(args[position], key, None if scale is None else args[scale]) or part.get(args)
+                for position, key, scale, part in lookups
             ]
-            weight = STORE.alone(found[0]) if len(found) == 1 else STORE.fused(found, interleaved=interleaved)
-            chosen += (weight.qweight, weight.scale)
-        return chosen
+            # Another graph, or thread, may group them otherwise and have some rotated by another d meanwhile.
+            if all(found[number].d is found[first].d for number, first in alike):
+                break
+        tensors: list[Any] = []
+        for begin, end, interleaved in joined:
+            if end == begin + 1:
+                weight: Any = STORE.alone(found[begin])
+            else:
+                weight = STORE.fused(found[begin:end], interleaved=interleaved)
+            tensors += (weight.qweight, weight.scale)
+        tensors += [found[first].d for first in firsts]
+        return [*[args[position] for position in kept], *[tensors[each] for each in order]]
 
     # Takes seconds to import, and explain() does without.
     from torch._inductor.compile_fx import compile_fx
 
-    for parts, _, _ in weights:
-        for position, _, _, scale in parts:
-            STORE.compare(example_inputs[position], None if scale is None else example_inputs[scale])
+    for part in parts:
+        STORE.compare(example_inputs[part.position], None if part.scale is None else example_inputs[part.scale])
     fakes = _static_fakes(arguments(example_inputs))
     compiled: Any = compile_fx(module, fakes, config_patches=dict(patches))
     for node in captured:
