@@ -89,11 +89,11 @@ def _held(
     for node in module.graph.nodes:
         if node.target is not ops.linear.default:
             continue
-        _, qweight, scale, *_ = node.args
+        _, qweight, scale, d, *_ = node.args
         weight = meta_tensor(qweight)  # None for a slot's.
         if qweight not in slots and weight is not None and is_gpu(weight.device):
             view = weight_view(weight, [0, 1], tuple(weight.shape))
-            held[qweight] = WeightSlot((Member(qweight, view, "", scale),), QuantizedNodes(qweight, scale))
+            held[qweight] = WeightSlot((Member(qweight, view, "", scale, d),), QuantizedNodes(qweight, scale, d))
     return held
 
 
