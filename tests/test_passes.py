@@ -20,7 +20,7 @@ from int8compile.passes.contraction import roles
 from int8compile.passes.names import clean_path
 from int8compile.passes.rules import matches
 from int8compile.weights import quantize_checked
-from tests.models import INT8_ERROR, relative_error
+from tests.models import INT8_ERROR, by_operator, relative_error, rotation_from
 
 
 class Weights(nn.Module):
@@ -207,8 +207,8 @@ def test_a_bias_is_fused_where_it_is_one_number_per_output() -> None:
     model = Weights(lambda m, x: F.linear(x, m.nk, m.bias)).bfloat16()
     x = torch.randn(2, 5, 32, dtype=torch.bfloat16)
     actual = torch.compile(model, backend="int8")(x)
-    qweight, scale = quantize_weight(model.nk)
-    expected = torch.ops.int8compile.linear(x, qweight, scale, model.bias, 6.0, "row")
+    d = rotation_from(model.nk)
+    expected = torch.ops.int8compile.linear(x, *quantize_weight(model.nk, d), d, model.bias, 12.0)
     assert torch.equal(actual, expected)
 
 
@@ -367,8 +367,7 @@ def test_weight_being_trained_is_left_alone_in_grad_mode_only() -> None:
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x).sum().backward()
     # In grad mode the adapters train in float, the frozen base runs in int8: exactly this composition.
-    qweight, scale = quantize_weight(model.base.weight)
-    base = torch.ops.int8compile.linear(x, qweight, scale, model.base.bias, 6.0, "row")
+    base = by_operator(model.base, x, rotation_from(model.base.weight))
     assert torch.allclose(compiled(x), base + model.up(model.down(x)), atol=1e-5)
     assert all(layer.weight.grad is not None for layer in (model.down, model.up))
     with torch.no_grad():
