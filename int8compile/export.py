@@ -35,6 +35,7 @@ from int8compile.errors import ExportError, listed
 from int8compile.ops import dequantize_weight, pack_weight
 from int8compile.passes import (
     AttributeBinder,
+    inline_columns,
     int8_tensors,
     lower_for_cpu,
     lower_for_gpu,
@@ -43,7 +44,6 @@ from int8compile.passes import (
 )
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.lower_gpu import has_int8_kernels
-from int8compile.passes.inline import inline_column
 from int8compile.passes.module_weights import module_weights
 from int8compile.passes.names import module_path
 from int8compile.passes.static import BUFFER, QUANTIZED
@@ -245,7 +245,7 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     for node, _ in module_weights(module.graph):
         # A function that a compiler traces through, in the place of an operator that packages do not have.
         node.target, node.args = dequantize_weight, node.args[:4]
-    inline_column(module, gradients=False)
+    inline_columns(module)
     if form == "portable":
         lower_portable(module)
     elif for_gpu:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 
 import int8compile
 from int8compile import Int8Config, SkipReason
@@ -19,7 +20,7 @@ from int8compile.passes.binding import WeightSlot
 from int8compile.passes.contraction import roles
 from int8compile.passes.names import clean_path
 from int8compile.passes.rules import matches
-from int8compile.weights import quantize_checked
+from int8compile.weights import STORE, quantize_checked
 from tests.models import INT8_ERROR, by_operator, relative_error, rotation_from
 
 
@@ -100,6 +101,15 @@ SPELLINGS: list[tuple[str, str, Callable[[Weights, Tensor], Tensor]]] = [
 NAMES = [spelling[0] for spelling in SPELLINGS]
 
 
+def quantized(slot: WeightSlot, given: Mapping[Node, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a slot of one weight holds, of the parameters by their nodes."""
+    (member,) = slot.members
+    d = None
+    if slot.group is not None:
+        d = STORE.share([(given[each.source], each.view) for each in slot.group.members], each=slot.group.each)
+    return *quantize_checked(given[member.source], member.view, member.path, d), d
+
+
 def _count(module: torch.fx.GraphModule) -> int:
     ops = (torch.ops.int8compile.linear.default, torch.ops.int8compile.batched_linear.default)
     return sum(node.target in ops for node in module.graph.nodes)
@@ -123,13 +133,13 @@ def test_dynamo_graph(op: str, call: Callable[[Weights, Tensor], Tensor], dynami
         module = copy_graph(gm)
         binder, _ = rewrite_captured(module, example_inputs, config)
         captured.append(_count(module))
-        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-        members = [member for slot in binder.slots for member in slot.members]
+        placeholders = module.graph.find_nodes(op="placeholder")
 
-        def run(*args: object) -> object:
-            given = dict(zip(names, args, strict=True))
-            weights = [quantize_checked(given[member.source.name], member.view, member.path) for member in members]
-            return module(*args, *(tensor for weight in weights for tensor in weight))
+        def run(*args: Tensor) -> object:
+            given = dict(zip(placeholders, args, strict=False))
+            for slot in binder.slots:
+                given |= zip(slot.nodes, quantized(slot, given), strict=True)
+            return module(*(given[node] for node in placeholders))
 
         return run
 
@@ -171,12 +181,7 @@ def test_exported_graph(call: Callable[[Weights, Tensor], Tensor], decomposed: b
     }
     binder = AttributeBinder(module)
     report = rewrite_graph(module, parameters, Int8Config(min_features=5), binder)
-
-    def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor]:
-        (member,) = slot.members
-        return quantize_checked(parameters[member.source], member.view, member.path)
-
-    binder.fill(quantized)
+    binder.fill(lambda slot: quantized(slot, parameters))
     assert [site.rewritten for site in report.sites] == [True], str(report)
     assert _count(module) == 1
     expected = model(x)
@@ -191,15 +196,15 @@ def test_two_spellings_of_one_weight_share_one_view() -> None:
     report = int8compile.explain(model, torch.randn(2, 5, 32))
     assert [site.rewritten for site in report.sites] == [True] * 3
     assert len({site.layout for site in report.sites}) == 1
-    # Three sites, one weight: 48 x 32 floats before; int8 and 48 scales after.
+    # Three sites, one weight: 48 x 32 floats before; int8, 48 scales and what rotates 32 inputs after.
     assert report.totals()["bytes_before"] == 4 * 48 * 32
-    assert report.totals()["bytes_after"] == 48 * 32 + 4 * 48
+    assert report.totals()["bytes_after"] == 48 * 32 + 4 * 48 + 4 * 32
 
 
 def test_two_layouts_of_one_weight_are_counted_both() -> None:
     model = Weights(lambda m, x: (x @ m.kn) @ m.kn.t())
     totals = int8compile.explain(model, torch.randn(2, 5, 32)).totals()
-    assert totals["bytes_after"] == (48 * 32 + 4 * 48) + (48 * 32 + 4 * 32)
+    assert totals["bytes_after"] == (48 * 32 + 4 * 48 + 4 * 32) + (48 * 32 + 4 * 32 + 4 * 48)
 
 
 def test_a_bias_is_fused_where_it_is_one_number_per_output() -> None:
@@ -336,7 +341,7 @@ def test_slices_of_a_weight_are_counted_once() -> None:
     model = Weights(lambda m, x: sum(F.linear(x, part) for part in m.qkv.chunk(3)))
     totals = int8compile.explain(model, torch.randn(2, 5, 32)).totals()
     assert totals["bytes_before"] == 4 * 96 * 32
-    assert totals["bytes_after"] == 96 * 32 + 4 * 96
+    assert totals["bytes_after"] == 96 * 32 + 4 * 96 + 4 * 32
 
 
 def test_bad_values_are_those_of_the_part_that_is_used() -> None:

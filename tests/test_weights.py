@@ -59,7 +59,7 @@ def test_two_compiled_copies_that_rotate_otherwise(other: dict[str, Any]) -> Non
     torch._dynamo.reset()
     second = torch.compile(model, backend="int8", fullgraph=True, options=other)
     plain = reference(model, x, rotated=dict.fromkeys(model.modules()), columns="outliers" in other)
-    torch.testing.assert_close(second(x), plain, rtol=1e-6, atol=1e-6)
+    assert torch.equal(second(x), plain)
     torch._dynamo.reset()
     first, quantized = torch.compile(model, backend="int8", fullgraph=True), STORE.quantized
     for _ in range(2):
@@ -250,7 +250,8 @@ def test_a_model_can_be_converted_after_compiling(swap: bool) -> None:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     x = x.to(torch.bfloat16)
-    assert torch.equal(compiled(x), reference(model, x, rotated=rotated))
+    # Parameters that are swapped are new ones, and so is their d.
+    assert torch.equal(compiled(x), reference(model, x, rotated=None if swap else rotated))
 
 
 def test_two_parameters_are_swapped() -> None:
