@@ -258,11 +258,18 @@ class _Weight:
         weight = STORE.fresh(parameter, key, scales)
         if weight is not None:
             return weight
-        group = [(args[each], view) for each, view in self.group]
-        its_d = None if d is None else args[d]
+        group, its_d = self._group(args), None if d is None else args[d]
         return STORE.get(
             parameter, key.view, path, packed=key.packed, scale=scales, d=its_d, group=group, each=self.each
         )
+
+    def share(self, args: Sequence[Any]) -> None:
+        """Have all that is rotated alike be rotated by one d, which some of it may have to be quantized anew for."""
+        if self.group:
+            STORE.share(self._group(args), each=self.each)
+
+    def _group(self, args: Sequence[Any]) -> list[tuple[Tensor, WeightView]]:
+        return [(args[position], view) for position, view in self.group]
 
 
 def _compile(
@@ -315,11 +322,13 @@ def _compile(
         while True:
             found = [weight.find(args) for weight in weights]
             rotations = [found[group[0]][0].d for group in together]
-            # Another graph, or thread, may group them otherwise, and have some of them rotated by another d meanwhile.
             if all(
                 part.d is d for group, d in zip(together, rotations, strict=True) for i in group for part in found[i]
             ):
                 break
+            # Other graphs group them otherwise, and have rotated some of them by another d, or another thread does.
+            for weight in weights:
+                weight.share(args)
         tensors: list[Any] = []
         for weight, parts in zip(weights, found, strict=True):
             one = STORE.alone(parts[0]) if len(parts) == 1 else STORE.fused(parts, interleaved=weight.interleaved)
