@@ -256,8 +256,11 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
 
     def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor, Tensor | None]:
         group, d = slot.group, None
-        if group is not None and not any(member.scale for member in group.members):
-            d = STORE.share([(parameters[member.source], member.view) for member in group.members], each=group.each)
+        if group is not None and slot.members[0].scale is None:  # What is int8 already has the d that it has.
+            members, among = (
+                [(parameters[each.source], each.view) for each in part] for part in (group.members, group.among)
+            )
+            d = STORE.share(members, among, each=group.each)
         weights, scales = [], []
         for source, view, path, scale, its_d in slot.members:
             if scale is None:
