@@ -212,6 +212,7 @@ class WeightStore:
         scale: Tensor | None = None,
         d: Tensor | None = None,
         group: Members = (),
+        among: Members = (),
         each: bool = False,
     ) -> QuantizedWeight:
         """The int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
@@ -228,6 +229,7 @@ class WeightStore:
             scale: The scales of a parameter that is int8 already.
             d: What such a parameter is rotated with.
             group: What is rotated alike, the view of the parameter among it; empty where it is not rotated.
+            among: See `share`.
             each: See `share`.
 
         Raises:
@@ -237,17 +239,18 @@ class WeightStore:
         weight = self.fresh(parameter, key, scale)
         if weight is None:
             with self._lock:
-                weight = self._refresh(parameter, key, path, scale, d, group, each)
+                weight = self._refresh(parameter, key, path, scale, d, group, among, each)
         return weight
 
-    def share(self, members: Members, *, each: bool = False) -> Tensor | None:
-        """Return what rotates linears that are rotated alike, made at the first time and kept with the parameters.
+    def share(self, members: Members, among: Members = (), *, each: bool = False) -> Tensor | None:
+        """Return what rotates linears that read one x, made at the first time and kept with the parameters.
 
         Where some of them have one already, all get it; of several that of a freed weight, a calibrated one, or the
         oldest. Weights that were quantized with another are quantized again at their next use.
 
         Args:
             members: Parameters, and the weights as views of them, of one K.
+            among: The linears that one is made for, these among them, see `groups`; by default only these.
             each: Whether each matrix of one weight [B, N, K] is rotated by its own.
 
         Returns:
@@ -263,10 +266,7 @@ class WeightStore:
             known = [rotation_of_view(*member) for member in members]
             chosen = _chosen(members, known)
             if chosen is None:
-                with _plain_tensors():
-                    # Those without data cannot be quantized, which is said when they are to be.
-                    weights = [view.of(parameter) for parameter, view in members if not parameter.is_meta]
-                    chosen = Rotation(make_d(weights, each=each))
+                chosen = self._made(among or members, each)
             if chosen.d.device != device:
                 with _plain_tensors():
                     chosen = dataclasses.replace(chosen, d=chosen.d.to(device))
@@ -274,6 +274,21 @@ class WeightStore:
                 if rotation is not chosen:
                     self._rotate(parameter, view, chosen)
             return chosen.d
+
+    def _made(self, among: Members, each: bool) -> Rotation:
+        """Return what linears of one group are rotated with that have no rotation yet."""
+        known = [rotation_of_view(*member) for member in among]
+        present = [rotation for rotation in known if rotation is not None and not rotation.calibrated]
+        if present:
+            return min(present, key=lambda rotation: rotation.number)
+        with _plain_tensors():
+            # Those without data cannot be quantized, which is said when they are to be.
+            made_of = [each_of for each_of in among if not each_of[0].is_meta and not isinstance(each_of[0], FREED)]
+            made = Rotation(make_d([view.of(parameter) for parameter, view in made_of], each=each))
+        for (parameter, view), rotation in zip(among, known, strict=True):
+            if rotation is None:
+                self._rotate(parameter, view, made)
+        return made
 
     def calibrate(self, members: Members, d: Tensor) -> None:
         """Have linears that read one x rotated by what a calibration found.
@@ -369,6 +384,7 @@ class WeightStore:
         given: Tensor | None,
         given_d: Tensor | None,
         group: Members,
+        among: Members,
         each: bool,
     ) -> QuantizedWeight:
         view, packed, _ = key
@@ -385,7 +401,7 @@ class WeightStore:
         check_data(parameter, path)
         made_of, scaled_by = Snapshot(parameter), None if given is None else Snapshot(given)
         if given is None:
-            d = self.share(group, each=each) if group else None
+            d = self.share(group, among, each=each) if group else None
             qweight, scale = quantize_checked(parameter, view, path, d)
             self.quantized += 1
         else:

@@ -49,17 +49,19 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """Weights of a graph that are rotated by one d.
+    """Weights of a graph that are rotated by one d, because they read one x.
 
     Attributes:
         node: The node of the d.
-        members: The weights.
+        among: The weights that a d is made of where they have none yet: these and those that stand beside them.
         each: Whether each matrix of a weight [B, N, K] has its own.
+        members: The weights.
     """
 
     node: Node
-    members: list[Member]
+    among: list[Member]
     each: bool = False
+    members: list[Member] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,6 +97,7 @@ class Binder(abc.ABC):
         self.slots: list[WeightSlot] = []
         self._bound: dict[tuple[Node, WeightView], WeightSlot] = {}
         self._groups: dict[Hashable, Group] = {}
+        self._among: dict[Hashable, list[Member]] = {}
         self._numbers = itertools.count()
         self._graph = module.graph
 
@@ -103,26 +106,32 @@ class Binder(abc.ABC):
         """What the weights of the slots are rotated with."""
         return list(dict.fromkeys(slot.group for slot in self.slots if slot.group is not None))
 
-    def bind(self, member: Member, group: Hashable = None, *, each: bool = False) -> QuantizedNodes:
+    def bind(
+        self, member: Member, group: Hashable = None, x: Node | None = None, *, each: bool = False
+    ) -> QuantizedNodes:
         """Make the nodes that hold a weight, once per (source, view).
 
         Args:
             member: The weight.
-            group: Equal for weights that are rotated by one d; None for one that is not rotated.
+            group: Equal for weights that one d is made of, see `groups`; None for one that is not rotated.
+            x: What it multiplies; those that read one have one d in any case.
             each: Whether each matrix of a weight [B, N, K] has its own.
         """
         key = (member.source, member.view)
         if key not in self._bound:
-            self._bound[key] = self._add((member,), self._group(member, group, each) if group is not None else None)
+            rotated = None if group is None else self._group(member, group, x, each)
+            self._bound[key] = self._add((member,), rotated)
         return self._bound[key].nodes
 
-    def _group(self, member: Member, key: Hashable, each: bool) -> Group:
-        if key not in self._groups:
+    def _group(self, member: Member, key: Hashable, x: Node | None, each: bool) -> Group:
+        among = self._among.setdefault(key, [])
+        among.append(member)
+        if (key, x) not in self._groups:
             node = self._node(f"{self.PREFIX}{next(self._numbers)}_d")
             node.meta[QUANTIZED] = True
-            self._groups[key] = Group(node, [], each)
-        self._groups[key].members.append(member)
-        return self._groups[key]
+            self._groups[key, x] = Group(node, among, each)
+        self._groups[key, x].members.append(member)
+        return self._groups[key, x]
 
     def fuse(self, slots: Sequence[WeightSlot]) -> WeightSlot:
         """Replaces slots that nothing reads any more by one that holds all of their weights."""

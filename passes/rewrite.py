@@ -156,7 +156,7 @@ def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Bind
         # A bare parameter has its own name in the path.
         own = alone or names.parameter_name(site.static.source) != f"{site.path}.weight"
         key = (group_of(site.path, own=own), view if own else view.shape[-1]) if rotated else None
-        return binder.bind(Member(site.static.source, view, site.path), key, each=each)
+        return binder.bind(Member(site.static.source, view, site.path), key, site.x, each=each)
     qweight, scale, d, _ = site.held
     if site.held.is_all(view) and (not config.free_weights or site.held.is_changed()):
         return QuantizedNodes(qweight, scale, d)
