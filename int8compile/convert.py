@@ -112,7 +112,8 @@ def quantize_(
     Args:
         model: The model. On the meta device it becomes a skeleton, to load int8 weights into.
         config: `threshold`, `outliers`, `rotate`, `skip_modules`, `lm_head` and `min_features`; the other fields are
-            for torch.compile. With `lm_head` other than "native" a tied embedding shares the output projection's weight.
+            for torch.compile. With `lm_head` other than "native" a tied embedding shares the output projection's
+            weight, which is not rotated then.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -132,16 +133,14 @@ def quantize_(
     groups: dict[Hashable, list[Target]] = collections.defaultdict(list)
     for target in chosen:
         groups[target.group].append(target)
-    rotations: dict[Hashable, Tensor | None] = {}
     del targets
     with tqdm(total=len(chosen), desc="Quantizing", disable=not progress or not chosen, leave=False) as bar:
         chosen.reverse()
         while chosen:
             target = chosen.pop()  # Not iterated over: the list would hold every float weight to the end.
             bar.set_postfix_str(target.path, refresh=False)
-            if target.group in groups:
-                rotations[target.group] = rotation(groups.pop(target.group))
-            convert(target, rotations[target.group], shared=weights[id(target.weight)] > 1)
+            make_rotations(groups.pop(target.group, ()))
+            convert(target, shared=weights[id(target.weight)] > 1)
             bar.update()
     attach(model, config)
     warn_if_all_float(found, "quantize_()")
@@ -421,19 +420,18 @@ class Converter:
         # int8 weights of parameters that several modules share.
         self._shared: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def __call__(self, target: Target, d: Tensor | None, *, shared: bool = False) -> None:
+    def __call__(self, target: Target, *, shared: bool = False) -> None:
         """Quantizes a target's weight, on its device, and replaces its module (or, for experts, its parameter).
 
         Args:
             target: What to convert.
-            d: What to rotate it with, see `rotation`.
             shared: Whether other targets have the same weight.
 
         Raises:
             BadWeightError: The weight has NaN or Inf.
         """
         key = id(target.weight)
-        made = self._shared.get(key) or (*quantized(target, d), d)
+        made = self._shared.get(key) or quantized(target)
         if shared:
             self._shared[key] = made
         self.put(target, *made)
@@ -529,10 +527,12 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
         key = (config.threshold, config.outliers)
         if key not in converters:
             converters[key] = Converter(model, config)
-        if options["rotation"] not in (1, 1 if source == "embedding" else ops.rotation_size(target.shape[-1])):
+        never = source == "embedding" or options.get("outliers") == "column"
+        allowed = dict.fromkeys((1, 1 if never else ops.rotation_size(target.shape[-1])))
+        if options["rotation"] not in allowed:
             raise CheckpointError(
-                f"{path} is rotated by {options['rotation']!r} in the checkpoint, which {target.shape[-1]} inputs of "
-                f"{'an' if source == 'embedding' else 'this version,'} {source} are not. {advice}"
+                f"{path} has the rotation {options['rotation']!r} in the checkpoint; what it can have is "
+                f"{' or '.join(map(str, allowed))}. {advice}"
             )
         target = dataclasses.replace(
             target, weight_only=options.get("weight_only") is True, rotation=options["rotation"]
@@ -546,33 +546,26 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
     return put
 
 
-def rotation(group: Sequence[Target]) -> Tensor | None:
-    """Return what rotates a group of targets, from all their weights; without data where they have none.
-
-    Args:
-        group: Targets whose `group` is equal, of a float model.
-
-    Shapes:
-        result: [K] float32, or [E, K] for experts that read what each has made; None where they are not rotated.
-    """
-    first = group[0]
-    if first.rotation == 1:
-        return None
-    if first.weight.is_meta:
-        return _d_without_data(first)
-    return STORE.share([(target.weight, target.view) for target in group], each=first.rotates_each)
+def make_rotations(group: Sequence[Target]) -> None:
+    """Decide what targets of one `group` are rotated with, from the weights of all: what is quantized alone is not."""
+    if group and group[0].rotation > 1 and not group[0].weight.is_meta:
+        members = [(target.weight, target.view) for target in group]
+        for member in members:
+            STORE.share([member], members, each=group[0].rotates_each)
 
 
-def quantized(target: Target, d: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return a target's weight in int8, rotated where there is a d, and its scales; without data where it has none.
+def quantized(target: Target) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a target's weight in int8, its scales and its d; without data where the weight has none.
 
     Raises:
         BadWeightError: The weight has NaN or Inf.
     """
     if target.weight.is_meta:
-        qweight, scale, _ = without_data(target)
-        return qweight, scale
-    return quantize_checked(target.weight, target.view, target.path, d)
+        return without_data(target)
+    member, d = (target.weight, target.view), None
+    if target.rotation > 1:
+        d = STORE.share([member], each=target.rotates_each)
+    return *quantize_checked(*member, target.path, d), d
 
 
 def saving_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
@@ -630,11 +623,8 @@ def without_data(target: Target) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return tensors on the meta device like those of a target in int8: qweight, scale and d."""
     # With dtypes: while transformers loads a model, the default is the model's.
     scale = torch.empty(target.shape[:-1], dtype=torch.float32, device="meta")
-    return torch.empty(target.shape, dtype=torch.int8, device="meta"), scale, _d_without_data(target)
-
-
-def _d_without_data(target: Target) -> Tensor | None:
-    return None if target.rotation == 1 else torch.empty(_d_shape(target), dtype=torch.float32, device="meta")
+    d = None if target.rotation == 1 else torch.empty(_d_shape(target), dtype=torch.float32, device="meta")
+    return torch.empty(target.shape, dtype=torch.int8, device="meta"), scale, d
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

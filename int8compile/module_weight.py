@@ -413,9 +413,8 @@ class _Call:
         given, name = list(self._given.values()), _name(self._func)
         views = [(self._given[slot.members[0].source][0], slot.members[0].view) for slot in binder.slots]
         # The placeholders of slots, in their order.
-        added = {
-            node: (i, tensor) for i, slot in enumerate(binder.slots) for tensor, node in slot.nodes._asdict().items()
-        }
+        slots = [slot.nodes._asdict() for slot in binder.slots]
+        added = {node: (i, tensor) for i, nodes in enumerate(slots) for tensor, node in nodes.items()}
         order = [added[node] for node in graph.find_nodes(op="placeholder") if node not in self._given]
 
         def run(leaves: list[Any]) -> Any:
