@@ -386,13 +386,18 @@ class Int8Linear(Int8Module):
         # What an operator refuses while it is traced, Dynamo would wrap.
         if is_compiling() and (result := self._of_jagged(x)) is not None:
             return result
+        held = self._buffers
+        if "qweight" in held:  # As an attribute each would be a call more.
+            qweight, scale, d = held["qweight"], held["scale"], held["d"]
+        else:  # Parameters, as transformers offloads no others.
+            qweight, scale, d = self.qweight, self.scale, self.d
         try:
             if self.weight_only:
-                result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.d, self.bias)
+                result = ops.weight_only_linear.default(x, qweight, scale, d, self.bias)
             elif self.outliers == "row":
-                result = ops.linear.default(x, self.qweight, self.scale, self.d, self.bias, self.threshold)
+                result = ops.linear.default(x, qweight, scale, d, self.bias, self.threshold)
             else:
-                result = ops.column_linear.default(x, self.qweight, self.scale, self.bias, self.threshold)
+                result = ops.column_linear.default(x, qweight, scale, self.bias, self.threshold)
         except (RuntimeError, InputError):
             if (result := self._of_jagged(x)) is None:
                 raise
