@@ -228,7 +228,10 @@ def test_a_quantized_model_makes_the_same_package(block: Any, folder: Path) -> N
     assert len(report.rewritten) == 6
     x = outlying(2, 5, 512)
     assert aoti_load_package(str(other))(x).equal(aoti_load_package(str(path))(x))
-    assert int8compile.inspect(other).metadata["bytes"] == int8compile.inspect(path).metadata["bytes"]
+    found, expected = (int8compile.inspect(each).metadata for each in (other, path))
+    assert found["bytes"] == expected["bytes"]
+    assert [site["rotation"] for site in found["report"]["sites"]] == [128] * 6
+    assert "6 linears by 128" in str(int8compile.inspect(other))
 
 
 def test_batched_and_weight_only_linears_and_buffers_that_change(folder: Path) -> None:
@@ -254,7 +257,7 @@ def test_columns_are_compiled_from_their_definition(folder: Path) -> None:
     report = int8compile.export(model, (x,), path, dynamic_shapes=shapes, config=config)
     assert len(report.rewritten) == 6
     source = generated(path)
-    assert not re.search(r"aoti_torch_cpu_\w*linear|proxy_executor->", source)
+    assert not re.search(r"ERROR_CODE_CHECK\(aoti_torch_cpu_\w*_linear|proxy_executor->", source)
     assert "int8_0_qweight" in source
     assert "gate_weight" not in source
     loaded = aoti_load_package(str(path))
@@ -428,30 +431,34 @@ def test_a_tied_table_in_int8_is_stored_once(lm_head: str, folder: Path) -> None
     ids = torch.tensor([[3, 0, 4095]])
     int8compile.export(model, (ids,), path)
     assert torch.equal(aoti_load_package(str(path))(ids), model(ids))
-    assert int8compile.inspect(path).metadata["bytes"]["int8"] == 4096 * (64 + 4) + 64 * (64 + 4)
+    assert int8compile.inspect(path).metadata["bytes"]["int8"] == 4096 * (64 + 4) + 64 * (64 + 4) + 4 * 64
 
 
 class Mixture(nn.Module):
     """Experts that `quantize_` made, and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, rotated: str = "together") -> None:
         super().__init__()
-        self.experts = int8_experts()
+        self.experts = int8_experts(rotated)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         result: Tensor = self.experts(x, ends)
         return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_experts_in_int8(dtype: torch.dtype, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("rotated", "dtype", "d"),
+    [("together", torch.float32, 48), ("each", torch.bfloat16, 3 * 48), ("not", torch.bfloat16, 0)],
+)
+def test_experts_in_int8(rotated: str, dtype: torch.dtype, d: int, folder: Path) -> None:
     """Each row by its expert: none for some, and rows of no expert, which give zeros."""
-    model, x = Mixture().eval(), outlying(9, 40, dtype=dtype)
+    model, x = Mixture(rotated).eval(), outlying(9, 48, dtype=dtype)
     path = folder / "mixture.pt2"
     shapes = ({0: Dim("rows", min=1, max=64)}, {})
     ends = torch.tensor([2, 5, 9], dtype=torch.int32)
     report = int8compile.export(model, (x, ends), path, dynamic_shapes=shapes)
-    assert [site.op for site in report.rewritten] == ["grouped_linear"]
+    assert [(site.op, site.rotation) for site in report.rewritten] == [("grouped_linear", 16 if d else 1)]
+    assert int8compile.inspect(path).metadata["bytes"] == {"int8": 3 * 24 * (48 + 4) + 4 * d, "float": 0}
     loaded = aoti_load_package(str(path))
     for each in ([2, 5, 9], [0, 0, 9], [0, 4, 6], [0, 0, 0]):
         ends = torch.tensor(each, dtype=torch.int32)
@@ -463,7 +470,7 @@ def test_experts_in_int8(dtype: torch.dtype, folder: Path) -> None:
 
 
 def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:
-    inputs = torch.randn(9, 40), torch.tensor([2, 5, 9], dtype=torch.int32)
+    inputs = torch.randn(9, 48), torch.tensor([2, 5, 9], dtype=torch.int32)
     with pytest.raises(ExportError, match=r"^experts calls int8compile::grouped_linear, for which there is no kernel"):
         int8compile.export(Mixture().eval(), inputs, tmp_path / "m.pt2", form="portable")
 

@@ -651,13 +651,13 @@ MODULES: dict[str, Case] = {
         lambda: nn.MultiheadAttention(32, 4, add_zero_attn=True, add_bias_kv=True, batch_first=True), (X, X, X)
     ),
     "TransformerDecoderLayer": Case(lambda: nn.TransformerDecoderLayer(32, 4, 64, batch_first=True), (X, X + 1)),
-    "Int8Linear": Case(int8_linear, (values(5, 40),), options={"free_weights": True}),
+    "Int8Linear": Case(int8_linear, (values(5, 48),), options={"free_weights": True}),
     "Int8Linear, weight only": Case(
-        lambda: int8_linear(weight_only=True), (values(5, 40),), options={"free_weights": True}
+        lambda: int8_linear(weight_only=True), (values(5, 48),), options={"free_weights": True}
     ),
     "Int8Embedding": Case(int8_embedding, (IDS,)),
     "Int8Experts": Case(
-        modules(lambda m, x: m.a(x, torch.tensor([2, 5, 9], dtype=torch.int32)), a=int8_experts), (values(9, 40),)
+        modules(lambda m, x: m.a(x, torch.tensor([2, 5, 9], dtype=torch.int32)), a=int8_experts), (values(9, 48),)
     ),
     "quantize_": Case(quantized(Stack), (X,), options={"free_weights": True}),
     "quantize_ of a part": Case(quantized(Stack, skip_modules=["up"]), (X,), options={"free_weights": True}),

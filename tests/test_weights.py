@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import gc
+import io
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 import int8compile
 from int8compile import cpu, weights
-from int8compile.ops import pack_weight, quantize_weight
+from int8compile.ops import input_scales, pack_weight, quantize_weight, rotation_of
+from int8compile.passes import WeightView
 from int8compile.weights import STORE, FreedWeight, WeightStore
 from tests.models import CountingBackend, Stack, by_operator, rotation_from, rotations, threads
 from tests.test_backend import reference
@@ -324,13 +326,116 @@ def test_a_weight_that_turns_bad_is_refused_at_the_next_call() -> None:
         compiled(x)
 
 
+class Attention(nn.Module):
+    """Linears of one input."""
+
+    def __init__(self, names: str = "qkv") -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(32, 48))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [part(x) for part in self.children()]
+
+
+def held(part: nn.Module) -> weights.QuantizedWeight:
+    """What the store holds of a linear's weight."""
+    (weight,) = STORE.weights(part.weight).values()
+    return weight
+
+
+@pytest.mark.parametrize("names", ["qk", "qkv"])
+@pytest.mark.parametrize("first", [["q"], ["q", "k"]], ids=str)
+def test_graphs_that_group_weights_otherwise_share_a_d(names: str, first: list[str]) -> None:
+    """The oldest d is that of all, and weights that had another are quantized again; then each graph is right."""
+    model, x = Attention(names), torch.randn(4, 32)
+    alone = [torch.compile(model.get_submodule(name), backend="int8", fullgraph=True) for name in first]
+    for name, compiled in zip(first, alone, strict=True):
+        part = model.get_submodule(name)
+        assert torch.equal(compiled(x), by_operator(part, x, rotation_from(part.weight)))
+    together = torch.compile(model, backend="int8", fullgraph=True)
+    d = rotation_from(model.q.weight)
+    expected = [by_operator(part, x, d) for part in model.children()]
+    quantized = STORE.quantized
+    for _ in range(2):
+        assert all(map(torch.equal, together(x), expected))
+        assert all(torch.equal(compiled(x), expected[i]) for i, compiled in enumerate(alone))
+    assert STORE.quantized - quantized == len(names) - 1
+    assert len({id(held(part).d) for part in model.children()}) == 1
+
+
+def test_weights_that_were_rotated_apart_and_freed_cannot_share_a_d() -> None:
+    model, x, options = Attention(), torch.randn(4, 32), {"free_weights": True}
+    for part in (model.q, model.k):
+        torch.compile(part, backend="int8", options=options)(x)
+    with pytest.raises(
+        int8compile.FreedWeightError, match=r"rotated differently and then freed\. Compile them together"
+    ):
+        torch.compile(model, backend="int8", options=options)(x)
+    # What was freed goes on, and gives its d to others.
+    expected = by_operator(model.v, x, held(model.k).d)
+    del model.q
+    assert torch.equal(torch.compile(model, backend="int8", options=options)(x)[1], expected)
+
+
+def test_a_calibrated_d_takes_the_place_of_another() -> None:
+    """At the next call, without compiling again."""
+    model, x = Attention(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    compiled(x)
+    members = [(part.weight, view) for part in model.children() for view, *_ in STORE.weights(part.weight)]
+    d = rotation_of(input_scales([part.weight for part in model.children()], torch.rand(32)))
+    STORE.calibrate(members, d)
+    quantized = STORE.quantized
+    assert all(map(torch.equal, compiled(x), [by_operator(part, x, d) for part in model.children()]))
+    assert STORE.quantized - quantized == 3
+    assert STORE.share(members) is d
+    # A weight that changes keeps it, and so does its group where another graph asks for one of it.
+    model.q.weight.copy_(torch.randn(48, 32))
+    assert all(map(torch.equal, compiled(x), [by_operator(part, x, d) for part in model.children()]))
+    again = torch.compile(model.q, backend="int8", fullgraph=True)
+    assert torch.equal(again(x), by_operator(model.q, x, d))
+
+
+def test_one_calibrated_member_gives_its_group_its_d() -> None:
+    model, x = Attention(), torch.randn(4, 32)
+    d = rotation_of(torch.rand(32) + 0.5)
+    STORE.calibrate([(model.k.weight, WeightView((48, 32), (32, 1), 0, (48, 32)))], d)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    assert all(map(torch.equal, compiled(x), [by_operator(part, x, d) for part in model.children()]))
+
+
+def test_what_rotates_a_parameter_is_in_no_file_of_it() -> None:
+    """Such a file must load where int8compile is not. What is loaded may then be compiled."""
+    model, x = Attention(), torch.randn(4, 32)
+    torch.compile(model, backend="int8")(x)
+    d = held(model.q).d
+    file = io.BytesIO()
+    torch.save({"weights": list(model.parameters()), "state": model.state_dict(keep_vars=True)}, file)
+    for _ in range(2):
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)["state"]
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.items())
+        other = Attention()
+        other.load_state_dict(loaded, assign=True)
+        other.k.weight.copy_(torch.randn(48, 32))
+        torch.compile(other, backend="int8")(x)
+        assert not torch.equal(held(other.q).d, d)
+        file = io.BytesIO()
+        torch.save({"state": other.state_dict(keep_vars=True)}, file)
+        model = other
+        d = held(other.q).d
+
+
 def test_a_store_does_not_keep_parameters_alive() -> None:
     store = WeightStore()
     parameter = nn.Parameter(torch.randn(16, 16))
-    from int8compile.passes import WeightView
-
-    store.get(parameter, WeightView((16, 16), (16, 1), 0, (16, 16)), "weight")
+    view = WeightView((16, 16), (16, 1), 0, (16, 16))
+    store.get(parameter, view, "weight")
     assert store.nbytes() == 16 * 16 + 4 * 16
+    store.get(parameter, view, "weight", group=[(parameter, view)])
+    assert store.nbytes() == 2 * (16 * 16 + 4 * 16) + 4 * 16
     del parameter
     gc.collect()
     assert store.nbytes() == 0
