@@ -38,7 +38,9 @@ from int8compile.modules import BUFFERS, Int8Module
 from int8compile.weights import FREED
 
 FORMAT = "int8compile"
-VERSION = 1
+# Version 1 had no rotations: what it describes has no `d` and runs without.
+VERSION = 2
+READABLE = (1, VERSION)
 INDEX = "int8compile.json"
 
 _SHARD = re.compile(r"int8compile-\d{5,}-of-\d{5,}\.safetensors")
@@ -384,10 +386,11 @@ def _read_index(folder: Path) -> _Index:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise CheckpointError(f"{file} does not describe an int8 checkpoint: its 'format' is not {FORMAT!r}. {_AGAIN}")
     version = index.get("format_version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in READABLE:
         newer = type(version) is int and version > VERSION
         what = "it was made by a newer version of int8compile, update it" if newer else "no version has written this"
-        raise CheckpointError(f"{file}: format_version is {version!r}, this version reads {VERSION}: {what}")
+        known = " and ".join(map(str, READABLE))
+        raise CheckpointError(f"{file}: format_version is {version!r}, this version reads {known}: {what}")
     if index.get("checksum") != (found := _index_checksum(index)):
         raise CheckpointError(
             f"{file} was changed after it was written: the SHA-256 of its content is {found}, it names "
