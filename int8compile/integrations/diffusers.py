@@ -31,7 +31,7 @@ from int8compile.convert import attach as attach_all
 from int8compile.errors import CheckpointError, ConfigError, ModelError, listed
 from int8compile.integrations.folders import (
     ADVICE,
-    check_dtype,
+    check_tensor,
     check_loaded,
     check_quantizer,
     checksums,
@@ -191,7 +191,7 @@ def _check_checkpoint(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
                 path, _, name = key.rpartition(".")
                 found[key] = file
                 if isinstance(modules.get(path), Int8Module):
-                    check_dtype(key, name, tensors)
+                    check_tensor(key, name, module, tensors)
                 elif name == "qweight":
                     raise CheckpointError(
                         f"{key} of the checkpoint is int8, but by its config.json {path} is float. {ADVICE}"

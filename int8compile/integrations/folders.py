@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from int8compile.checksum import sha256_of_all
 from int8compile.errors import CheckpointError, first_line, listed
-from int8compile.modules import BUFFERS, Int8Module, bad_scales
+from int8compile.modules import BUFFERS, Int8Module, bad_rotation, bad_scales
 
 ADVICE = "Copy the checkpoint again, or quantize the float model again"
 # Of tensors in safetensors files, by the end of their names.
-_STORED_AS = {"qweight": "I8", "scale": "F32"}
+_STORED_AS = {"qweight": "I8", "scale": "F32", "d": "F32"}
 
 
 def has_int8(model: nn.Module) -> bool:
@@ -35,8 +35,28 @@ def is_offloaded(module: Any) -> bool:
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
+def tensors_of(module: Int8Module) -> list[str]:
+    """Return the names of an int8 module's tensors in files: there is a `d` only where its weight is rotated."""
+    return [name for name in BUFFERS if getattr(module, name) is not None]
+
+
+def with_own_rotations(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which the `d` of each int8 weight has memory of its own.
+
+    Linears that read the same x share one, and a file of safetensors cannot hold a tensor under two names. Loading a
+    folder has equal ones shared again. Those of a weight that is tied stay tied as it is.
+    """
+    result, copies = dict(state), dict[tuple[int, int], Tensor]()
+    for name, d in state.items():
+        path, dot, last = name.rpartition(".")
+        qweight = state.get(f"{path}{dot}qweight") if last == "d" else None
+        if qweight is not None and not d.is_meta:
+            result[name] = copies.setdefault((qweight.data_ptr(), d.data_ptr()), d.clone())
+    return result
+
+
 def _in_memory(model: nn.Module) -> dict[str, Tensor]:
-    """The int8 tensors and scales of a model by their names, without those that are offloaded or parts of one."""
+    """The tensors of a model's int8 modules by their names, without those that are offloaded or parts of one."""
     return {
         f"{path}.{name}": tensor
         for path, module in model.named_modules()
@@ -47,7 +67,7 @@ def _in_memory(model: nn.Module) -> dict[str, Tensor]:
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
-    """Return the SHA-256 of the int8 tensors and scales of a model that are in memory, by their names.
+    """Return the SHA-256 of the tensors of a model's int8 modules that are in memory, by their names.
 
     What is offloaded to a disk has none, and is not checked when the folder is loaded.
     """
@@ -55,7 +75,7 @@ def checksums(model: nn.Module) -> dict[str, str]:
 
 
 def check_loaded(model: nn.Module, expected: Mapping[str, str], files: Mapping[str, str]) -> None:
-    """Check that int8 tensors have the bytes with which they were saved.
+    """Check that the tensors of int8 modules have the bytes with which they were saved.
 
     Tensors that are offloaded to a disk are not read for this, so they are not checked.
 
@@ -65,11 +85,14 @@ def check_loaded(model: nn.Module, expected: Mapping[str, str], files: Mapping[s
         files: The files in which they are, by the same names.
 
     Raises:
-        CheckpointError: A scale is no finite positive number or 0, or the bytes of a tensor have changed.
+        CheckpointError: A scale is no finite positive number or 0, or a d is 0 or not finite, or the bytes of a tensor
+            have changed.
     """
     tensors = _in_memory(model)
+    checks = {"scale": bad_scales, "d": bad_rotation}
     for name, tensor in tensors.items():
-        if name.endswith(".scale") and (why := bad_scales(tensor)):
+        check = checks.get(name.rpartition(".")[2])
+        if check is not None and (why := check(tensor)):
             raise CheckpointError(f"{name}{_where(files.get(name))} {why}. {ADVICE}")
     found = sha256_of_all({name: tensor for name, tensor in tensors.items() if name in expected})
     changed = [name for name, digest in found.items() if digest != expected[name]]
@@ -102,12 +125,16 @@ def opened(file: str) -> Iterator[Any]:
         ) from error
 
 
-def check_dtype(key: str, name: str, tensors: Any) -> None:
-    """Check the dtype of an int8 module's tensor in an open safetensors file.
+def check_tensor(key: str, name: str, module: Int8Module, tensors: Any) -> None:
+    """Check an int8 module's tensor in an open safetensors file.
 
     Raises:
-        CheckpointError: It is another than int8 modules have.
+        CheckpointError: Its dtype is another than int8 modules have, or it rotates a weight that is not rotated.
     """
+    if name == "d" and module.d is None:
+        raise CheckpointError(
+            f"{key} of the checkpoint rotates a weight that by its config.json is not rotated. {ADVICE}"
+        )
     dtype = tensors.get_slice(key).get_dtype()
     if name in _STORED_AS and dtype != _STORED_AS[name]:
         raise CheckpointError(f"{key} of the checkpoint is {dtype}; it must be {_STORED_AS[name]}. {ADVICE}")

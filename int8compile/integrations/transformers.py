@@ -51,7 +51,7 @@ from int8compile.convert import attach as attach_all
 from int8compile.errors import CheckpointError, ConfigError, listed
 from int8compile.integrations.folders import (
     ADVICE,
-    check_dtype,
+    check_tensor,
     check_loaded,
     check_quantizer,
     checksums,
@@ -73,7 +73,7 @@ class _Method(enum.StrEnum):
 
 
 METHOD = _Method.INT8COMPILE
-FIELDS = ("threshold", "outliers", "skip_modules", "lm_head", "min_features")
+FIELDS = ("threshold", "outliers", "skip_modules", "lm_head", "min_features", "rotate")
 # Names that users know from bitsandbytes, and ours.
 _RENAMED = {"llm_int8_threshold": "threshold", "llm_int8_skip_modules": "skip_modules"}
 # Those that have no counterpart, with the values that ask for nothing.
@@ -90,15 +90,16 @@ class Int8CompileConfig(QuantizationConfigMixin):
     """The options of `int8compile.quantize_`, for `from_pretrained(quantization_config=...)`.
 
     Args:
-        threshold: See `int8compile.Int8Config`, as for the next four.
+        threshold: See `int8compile.Int8Config`, as for the next five. None for the usual.
         outliers: "row", or "column" as in bitsandbytes.
         skip_modules: Patterns of modules that stay in float.
         lm_head: "native", "int8_weight" or "int8".
         min_features: The least number of inputs and outputs.
+        rotate: Whether activations and weights are rotated.
         checkpoint_format: "int8compile", or "bitsandbytes" for checkpoints that it saved, see `bitsandbytes_config`.
         modules: What a checkpoint has in int8, by path, as `int8compile.convert.describe` has it; not for users. Where
             it is given it decides, and the options above do not count.
-        checksums: The SHA-256 of a checkpoint's int8 tensors and scales, by their names; not for users.
+        checksums: The SHA-256 of the tensors of a checkpoint's int8 modules, by their names; not for users.
         checksum: That of `modules` and `checksums`; not for users.
         **options: `llm_int8_threshold`, `llm_int8_skip_modules` and `load_in_8bit` of bitsandbytes are understood.
 
@@ -108,11 +109,12 @@ class Int8CompileConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        threshold: float = 6.0,
+        threshold: float | None = None,
         outliers: OutlierPolicy = "row",
         skip_modules: Iterable[str] | None = None,
         lm_head: LmHead = "native",
         min_features: int = 16,
+        rotate: bool = True,
         checkpoint_format: str = METHOD,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         checksums: Mapping[str, str] | None = None,
@@ -126,7 +128,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
             "skip_modules": skip_modules or (),
             "lm_head": lm_head,
         }
-        given |= {"min_features": min_features}
+        given |= {"min_features": min_features, "rotate": rotate}
         options.pop("quant_method", None)
         given |= _from_bitsandbytes(options)
         # Checked by the one who knows.
@@ -136,6 +138,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         self.skip_modules = list(config.skip_modules)
         self.lm_head = config.lm_head
         self.min_features = config.min_features
+        self.rotate = config.rotate
         if checkpoint_format not in (METHOD, "bitsandbytes"):
             raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are '{METHOD}' and 'bitsandbytes'")
         self.checkpoint_format = checkpoint_format
@@ -546,7 +549,7 @@ def _check_checkpoint(model: Any, files: Iterable[str]) -> dict[str, str]:
                         f"{key} of the checkpoint is int8, but by its config.json {path} is float. {ADVICE}"
                     )
                 if isinstance(module, Int8Module):
-                    check_dtype(key, name, tensors)
+                    check_tensor(key, name, module, tensors)
                 if name == "weight_format":
                     check_layout(path, tensors.get_tensor(key))
     # bitsandbytes' names are changed into ours while its checkpoints are loaded.
