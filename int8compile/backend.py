@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.metadata
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,9 @@ from int8compile.passes import (
 )
 from int8compile.passes.binding import WeightSlot, stored_placeholder
 from int8compile.passes.names import parameter_name
+from int8compile.passes.static import WeightView
 from int8compile.report import Report
-from int8compile.weights import FREED, STORE, FreedWeight, free
+from int8compile.weights import FREED, STORE, FreedWeight, Key, QuantizedWeight, free
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +207,73 @@ def _gpu_kernels(parameters: Mapping[Node, Tensor]) -> bool:
     return loaded
 
 
+class _Part(NamedTuple):
+    """A view of a parameter: positions among the arguments of a graph of it, of its scales and d; and its key."""
+
+    position: int
+    key: Key
+    path: str
+    scale: int | None
+    d: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """A slot by positions among the arguments of a graph.
+
+    Attributes:
+        parts: Its members.
+        group: Positions and views of what is rotated alike.
+        among: Of what a d is made of where there is none.
+        each: Whether each matrix is rotated by a d of its own.
+        interleaved: See `WeightSlot`.
+    """
+
+    parts: tuple[_Part, ...]
+    group: tuple[tuple[int, WeightView], ...]
+    among: tuple[tuple[int, WeightView], ...]
+    each: bool
+    interleaved: bool
+
+    @staticmethod
+    def of(slot: WeightSlot, positions: Mapping[Node, int]) -> _Weight:
+        """Describe a slot."""
+
+        def position(node: Node | None) -> int | None:
+            return None if node is None else positions[node]
+
+        # What is int8 already has the d that it has.
+        whole = slot.group if slot.members[0].scale is None else None
+        members = (whole.members, whole.among) if whole is not None else ((), ())
+        group, among = (tuple((positions[each.source], each.view) for each in part) for part in members)
+        parts = tuple(
+            _Part(positions[source], Key(view, slot.packed, bool(group)), path, position(scale), position(d))
+            for source, view, path, scale, d in slot.members
+        )
+        return _Weight(parts, group, among, whole is not None and whole.each, slot.interleaved)
+
+    def find(self, args: Sequence[Any]) -> list[QuantizedWeight]:
+        """Return its int8 weights, quantized now where they have to be."""
+        return [self._part(args, *part) for part in self.parts]
+
+    def _part(self, args: Sequence[Any], position: int, key: Key, path: str, scale: Any, d: Any) -> QuantizedWeight:
+        parameter, scales = args[position], None if scale is None else args[scale]
+        weight = STORE.fresh(parameter, key, scales)
+        if weight is not None:
+            return weight
+        return STORE.get(
+            parameter,
+            key.view,
+            path,
+            packed=key.packed,
+            scale=scales,
+            d=None if d is None else args[d],
+            group=[(args[each], view) for each, view in self.group],
+            among=[(args[each], view) for each, view in self.among],
+            each=self.each,
+        )
+
+
 def _compile(
     module: GraphModule,
     example_inputs: Sequence[Any],
@@ -219,19 +288,24 @@ def _compile(
     """
     captured = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
     positions = {node: position for position, node in enumerate(captured)}
-    members = [
-        [
-            (positions[source], view, path, None if scale is None else positions[scale])
-            for source, view, path, scale in slot.members
-        ]
-        for slot in slots
-    ]
     # Not the slots, whose nodes would keep the graph.
-    weights = [(parts, slot.packed, slot.interleaved) for parts, slot in zip(members, slots, strict=True)]
+    weights = [_Weight.of(slot, positions) for slot in slots]
+    # Those of a slot are rotated alike, whatever they are joined for.
+    groups: dict[Any, list[int]] = {}
+    for number, slot in enumerate(slots):
+        if slot.group is not None:
+            groups.setdefault(slot.group.node, []).append(number)
+    # What the store gives, by the placeholders that take it, in their order.
+    given = [node for slot in slots for node in slot.nodes[:2]] + list(groups)
+    added = {node: order for order, node in enumerate(module.graph.find_nodes(op="placeholder"))}
+    order = sorted(range(len(given)), key=lambda each: added[given[each]])
+    together = list(groups.values())
     # A weight that nothing reads any more is no argument of the compiled graph, nor are its scales; but those stay with
     # the module, where other graphs ask for them.
     sources = {member.source for slot in slots for member in slot.members}
-    scales = {member.scale for slot in slots for member in slot.members if member.scale is not None}
+    scales = {
+        node for slot in slots for member in slot.members for node in (member.scale, member.d) if node is not None
+    }
     freed = sorted(positions[source] for source in sources if not source.users)
     unread = sorted([*freed, *(positions[scale] for scale in scales if not scale.users)])
     for position in unread:
@@ -247,22 +321,27 @@ def _compile(
             )
 
     def arguments(args: Sequence[Any]) -> list[Any]:
-        chosen = [args[position] for position in kept]
-        for parts, packed, interleaved in weights:
-            found = [
-                STORE.get(args[position], view, path, packed=packed, scale=None if scale is None else args[scale])
-                for position, view, path, scale in parts
-            ]
-            weight = STORE.alone(found[0]) if len(found) == 1 else STORE.fused(found, interleaved=interleaved)
-            chosen += (weight.qweight, weight.scale)
-        return chosen
+        while True:
+            found = [weight.find(args) for weight in weights]
+            rotations = [found[group[0]][0].d for group in together]
+            # Another graph, or thread, may group them otherwise, and have some of them rotated by another d meanwhile.
+            if all(
+                part.d is d for group, d in zip(together, rotations, strict=True) for i in group for part in found[i]
+            ):
+                break
+        tensors: list[Any] = []
+        for weight, parts in zip(weights, found, strict=True):
+            one = STORE.alone(parts[0]) if len(parts) == 1 else STORE.fused(parts, interleaved=weight.interleaved)
+            tensors += (one.qweight, one.scale)
+        tensors += rotations
+        return [*[args[position] for position in kept], *[tensors[each] for each in order]]
 
     # Takes seconds to import, and explain() does without.
     from torch._inductor.compile_fx import compile_fx
 
-    for parts, _, _ in weights:
-        for position, _, _, scale in parts:
-            STORE.compare(example_inputs[position], None if scale is None else example_inputs[scale])
+    for weight in weights:
+        for part in weight.parts:
+            STORE.compare(example_inputs[part.position], None if part.scale is None else example_inputs[part.scale])
     fakes = _static_fakes(arguments(example_inputs))
     compiled: Any = compile_fx(module, fakes, config_patches=dict(patches))
     for node in captured:

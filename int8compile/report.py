@@ -52,6 +52,7 @@ class SkipReason(enum.Enum):
         "it is the argument of a custom operator, which no pass can rewrite; use a plain PyTorch implementation of it"
     )
     NESTED = "it is inside a region that is captured as a graph of its own (torch.cond, checkpointing)"
+    COLUMN_BATCHED = "outliers='column' multiplies matrices only, as LLM.int8() does; outliers='row' has it in int8"
     ACTIVATION = "its input is no ordinary dense tensor; give a tensor that is padded, or of rows one behind the other"
     TRANSFORMED = "torch.func differentiates it inside the compiled function; quantize_(model) makes it int8 there, too"
 
@@ -73,7 +74,8 @@ class Site:
         bytes_after: Bytes of int8 values and scales, or `bytes_before` where it is not rewritten.
         reason: Why it is not rewritten, None where it is.
         detail: What the reason found, e.g. the pattern that matched.
-        weight_only: Whether its weight is int8 and its activations stay in float.
+        weight_only: Whether its weight is int8 and its activations keep the precision of float.
+        rotation: How many elements of its activations are mixed with each other; 1 where they are not rotated.
         pays: For which M int8 can be faster than float on this device, by its roofline; "" where that is not known.
     """
 
@@ -89,6 +91,7 @@ class Site:
     reason: SkipReason | None = None
     detail: str = ""
     weight_only: bool = False
+    rotation: int = 1
     pays: str = ""
 
     @property
@@ -116,6 +119,7 @@ class Site:
             "shape": list(self.shape),
             "rewritten": self.rewritten,
             "runs_in": self.runs_in,
+            "rotation": self.rotation,
             "reason": self.why() or None,
             "reason_code": self.reason.name.lower() if self.reason else None,
             "pays": self.pays,

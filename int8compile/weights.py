@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -23,11 +23,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from int8compile.changes import Snapshot, fingerprint
 from int8compile.errors import BadWeightError, FreedWeightError, Int8Warning
 from int8compile.frames import is_ours
-from int8compile.ops import pack_weight, quantize_weight
-from int8compile.passes.static import WeightView
+from int8compile.groups import make_d
+from int8compile.ops import dequantize_weight, pack_weight, quantize_weight, rotation_size
+from int8compile.passes.static import WeightView, rotation_in_view
 
-# A view of a parameter, and whether it is packed.
-Key = tuple[WeightView, bool]
+
+class Key(NamedTuple):
+    """What an int8 weight is made of a parameter for: a view, whether it is packed, and whether it is rotated."""
+
+    view: WeightView
+    packed: bool
+    rotated: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,6 +44,7 @@ class QuantizedWeight:
         qweight: [N, K] or [B, N, K] int8, or that packed as `int8compile.ops.pack_weight` does. A slice of `fused`
             where there is one.
         scale: [N] or [B, N] float32.
+        d: What it is rotated with, [K] or [B, K] float32, one object for all that share it; None where it is not.
         made_of: The parameter as it was then.
         scaled_by: The scales as they were then, where the parameter is int8 already.
         fused: The weights that this one lies among, which one operator takes together.
@@ -45,6 +52,7 @@ class QuantizedWeight:
 
     qweight: Tensor
     scale: Tensor
+    d: Tensor | None
     made_of: Snapshot
     scaled_by: Snapshot | None = None
     fused: FusedWeight | None = None
@@ -54,6 +62,35 @@ class QuantizedWeight:
         return (type(parameter) in FREED or self.made_of.holds(parameter)) and (
             self.scaled_by is None or (scale is not None and self.scaled_by.holds(scale))
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotation:
+    """What a view of a parameter is rotated with. Parameters have theirs as an attribute, so `.data = ...` keeps it.
+
+    Attributes:
+        d: [K] or [B, K] float32.
+        calibrated: Whether it was made of activations, too.
+        number: Of two the older one is kept.
+    """
+
+    d: Tensor
+    calibrated: bool = False
+    number: int = dataclasses.field(default_factory=itertools.count().__next__)
+
+
+class _Rotations(dict[WeightView, Rotation]):
+    """Those of a parameter by view. Pickles of a model do without: they must load where int8compile is not."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()
+
+
+# The name of the attribute.
+_ROTATIONS = "_int8compile_rotations"
+
+# Linears that are rotated alike: parameters and the weights as views of them.
+Members = Sequence[tuple[Tensor, WeightView]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -151,10 +188,32 @@ class WeightStore:
         # By identity, since comparing tensors compares elements, and for as long as the parameter's storage lives. (A
         # weak reference to the parameter itself would keep it from being swapped, `torch.utils.swap_tensors`.)
         self._parameters: dict[int, tuple[weakref.ref[UntypedStorage], dict[Key, QuantizedWeight]]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    def fresh(self, parameter: Tensor, key: Key, scale: Tensor | None) -> QuantizedWeight | None:
+        """Return the int8 weight of a parameter's view if there is one and the parameter is unchanged.
+
+        Args:
+            parameter: The parameter, as the compiled graph received it.
+            key: What for.
+            scale: The scales of a parameter that is int8 already.
+        """
+        known = self._parameters.get(id(parameter))
+        weight = None if known is None else known[1].get(key)
+        return weight if weight is not None and weight.is_of(parameter, scale) else None
 
     def get(
-        self, parameter: Tensor, view: WeightView, path: str, *, packed: bool = False, scale: Tensor | None = None
+        self,
+        parameter: Tensor,
+        view: WeightView,
+        path: str,
+        *,
+        packed: bool = False,
+        scale: Tensor | None = None,
+        d: Tensor | None = None,
+        group: Members = (),
+        among: Members = (),
+        each: bool = False,
     ) -> QuantizedWeight:
         """The int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
 
@@ -168,16 +227,87 @@ class WeightStore:
             path: Module path, for messages.
             packed: Whether the graph takes it packed.
             scale: The scales of a parameter that is int8 already.
+            d: What such a parameter is rotated with.
+            group: What is rotated alike, the view of the parameter among it; empty where it is not rotated.
+            among: See `share`.
+            each: See `share`.
 
         Raises:
             BadWeightError: The weight has NaN or Inf, or no data.
         """
-        known = self._parameters.get(id(parameter))
-        weight = None if known is None else known[1].get((view, packed))
-        if weight is not None and weight.is_of(parameter, scale):
-            return weight
+        key = Key(view, packed, bool(group))
+        weight = self.fresh(parameter, key, scale)
+        if weight is None:
+            with self._lock:
+                weight = self._refresh(parameter, key, path, scale, d, group, among, each)
+        return weight
+
+    def share(self, members: Members, among: Members = (), *, each: bool = False) -> Tensor | None:
+        """Return what rotates linears that read one x, made at the first time and kept with the parameters.
+
+        Where some of them have one already, all get it; of several that of a freed weight, a calibrated one, or the
+        oldest. Weights that were quantized with another are quantized again at their next use.
+
+        Args:
+            members: Parameters, and the weights as views of them, of one K.
+            among: The linears that one is made for, these among them, see `groups`; by default only these.
+            each: Whether each matrix of one weight [B, N, K] is rotated by its own.
+
+        Returns:
+            [K] float32, or [B, K]; None where K has too few factors of two.
+
+        Raises:
+            FreedWeightError: Two of them were freed and are rotated differently.
+        """
+        if rotation_size(members[0][1].shape[-1]) == 1:
+            return None
         with self._lock:
-            return self._refresh(parameter, (view, packed), path, scale)
+            device = members[0][0].device
+            known = [rotation_of_view(*member) for member in members]
+            chosen = _chosen(members, known)
+            if chosen is None:
+                chosen = self._made(among or members, each)
+            if chosen.d.device != device:
+                with _plain_tensors():
+                    chosen = dataclasses.replace(chosen, d=chosen.d.to(device))
+            for (parameter, view), rotation in zip(members, known, strict=True):
+                if rotation is not chosen:
+                    self._rotate(parameter, view, chosen)
+            return chosen.d
+
+    def _made(self, among: Members, each: bool) -> Rotation:
+        """Return what linears of one group are rotated with that have no rotation yet."""
+        known = [rotation_of_view(*member) for member in among]
+        present = [rotation for rotation in known if rotation is not None and not rotation.calibrated]
+        if present:
+            return min(present, key=lambda rotation: rotation.number)
+        with _plain_tensors():
+            # Those without data cannot be quantized, which is said when they are to be.
+            made_of = [each_of for each_of in among if not each_of[0].is_meta and not isinstance(each_of[0], FREED)]
+            made = Rotation(make_d([view.of(parameter) for parameter, view in made_of], each=each))
+        for (parameter, view), rotation in zip(among, known, strict=True):
+            if rotation is None:
+                self._rotate(parameter, view, made)
+        return made
+
+    def calibrate(self, members: Members, d: Tensor) -> None:
+        """Have linears that read one x rotated by what a calibration found.
+
+        Shapes:
+            d: [K] float32, or [B, K] for one weight [B, N, K].
+        """
+        with self._lock:
+            rotation = Rotation(d, calibrated=True)
+            for parameter, view in members:
+                if isinstance(parameter, FREED):
+                    raise FreedWeightError("a weight whose memory was given back cannot be calibrated any more")
+                self._rotate(parameter, view, rotation)
+
+    def _rotate(self, parameter: Tensor, view: WeightView, rotation: Rotation) -> None:
+        vars(parameter).setdefault(_ROTATIONS, _Rotations())[view] = rotation
+        for key, weight in self.weights(parameter).items():
+            if key.view == view and key.rotated and weight.d is not rotation.d:
+                weight.made_of.outdate()
 
     def compare(self, parameter: Tensor, scale: Tensor | None = None) -> None:
         """Compare all of a parameter with what its int8 weights were made of; the next call replaces those that differ.
@@ -243,10 +373,21 @@ class WeightStore:
     def nbytes(self) -> int:
         """Bytes of all int8 weights and scales held."""
         weights = [weight for _, views in list(self._parameters.values()) for weight in views.values()]
-        return sum(weight.qweight.nbytes + weight.scale.nbytes for weight in weights)
+        shared = {id(weight.d): weight.d.nbytes for weight in weights if weight.d is not None}
+        return sum(weight.qweight.nbytes + weight.scale.nbytes for weight in weights) + sum(shared.values())
 
-    def _refresh(self, parameter: Tensor, key: Key, path: str, given: Tensor | None) -> QuantizedWeight:
-        view, packed = key
+    def _refresh(
+        self,
+        parameter: Tensor,
+        key: Key,
+        path: str,
+        given: Tensor | None,
+        given_d: Tensor | None,
+        group: Members,
+        among: Members,
+        each: bool,
+    ) -> QuantizedWeight:
+        view, packed, _ = key
         known = self.weights(parameter).get(key)
         if known is not None and known.is_of(parameter, given):
             return known  # Another thread was faster.
@@ -254,16 +395,17 @@ class WeightStore:
             if known is None or given is None or not view.is_all_of(parameter):
                 raise FreedWeightError(f"{path}: its weight was freed before this view of it was taken")
             # What is left of it is the int8 weight; its scales are other ones.
-            made = QuantizedWeight(known.qweight, given.detach(), known.made_of, Snapshot(given))
+            made = QuantizedWeight(known.qweight, given.detach(), known.d, known.made_of, Snapshot(given))
             self._keep(parameter, key, made)
             return made
         check_data(parameter, path)
         made_of, scaled_by = Snapshot(parameter), None if given is None else Snapshot(given)
         if given is None:
-            qweight, scale = quantize_checked(parameter, view, path)
+            d = self.share(group, among, each=each) if group else None
+            qweight, scale = quantize_checked(parameter, view, path, d)
             self.quantized += 1
         else:
-            qweight, scale = view_of_int8(parameter, given, view)
+            qweight, scale, d = view_of_int8(parameter, given, given_d, view)
         if packed:
             with _plain_tensors():
                 qweight = pack_weight(qweight)
@@ -275,13 +417,15 @@ class WeightStore:
                 Int8Warning,
                 stacklevel=2,
             )
-        if known is not None and parameter.device.type in IN_PLACE and known.made_of.same_memory(made_of):
+        # Not where another d rotates it now, since graphs hold the address of that, too.
+        same_d = known is not None and known.d is d
+        if known is not None and same_d and parameter.device.type in IN_PLACE and known.made_of.same_memory(made_of):
             with _plain_tensors():
                 known.qweight.copy_(qweight)
                 known.scale.copy_(scale)
             known.made_of, known.scaled_by = made_of, scaled_by
             return known
-        made = QuantizedWeight(qweight, scale, made_of, scaled_by)
+        made = QuantizedWeight(qweight, scale, d, made_of, scaled_by)
         self._keep(parameter, key, made)
         return made
 
@@ -328,46 +472,86 @@ def check_data(parameter: Tensor, path: str) -> None:
         )
 
 
-def quantize_checked(parameter: Tensor, view: WeightView, path: str) -> tuple[Tensor, Tensor]:
-    """Quantizes a view of a parameter.
+def rotation_of_view(parameter: Tensor, view: WeightView) -> Rotation | None:
+    """Return what a view of a parameter is rotated with, if that was decided."""
+    rotations: dict[WeightView, Rotation] = vars(parameter).get(_ROTATIONS, {})
+    rotation = rotations.get(view)
+    # Another weight may have taken the parameter's place.
+    return rotation if rotation is not None and rotation.d.shape[-1] == view.shape[-1] else None
+
+
+def _chosen(members: Members, known: Sequence[Rotation | None]) -> Rotation | None:
+    """Return the one of the rotations of some weights that all of them get."""
+    present = dict.fromkeys(rotation for rotation in known if rotation is not None)
+    freed = [rotation for (parameter, _), rotation in zip(members, known, strict=True) if isinstance(parameter, FREED)]
+    if len({id(rotation.d) for rotation in freed if rotation is not None}) > 1:
+        raise FreedWeightError(
+            "two weights that a graph multiplies by one x were rotated differently and then freed. Compile them "
+            "together from the start, or compile without free_weights"
+        )
+    order = sorted(present, key=lambda rotation: (rotation not in freed, not rotation.calibrated, rotation.number))
+    return order[0] if order else None
+
+
+def quantize_checked(parameter: Tensor, view: WeightView, path: str, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotate and quantize a view of a parameter.
+
+    Args:
+        parameter: The parameter.
+        view: The weight as a view of it.
+        path: Module path, for messages.
+        d: What to rotate it with, as `WeightStore.share` gives it.
 
     Returns:
         `qweight` int8 and `scale` float32, as `int8compile.ops.quantize_weight`.
 
     Raises:
-        BadWeightError: The weight has NaN or Inf, or no data.
+        BadWeightError: The weight has NaN or Inf, or no data; or values so large that it has them when it is rotated.
     """
     check_data(parameter, path)
     with _plain_tensors():
         weight = view.of(parameter)
-        qweight, scale = quantize_weight(weight)
+        qweight, scale = quantize_weight(weight, d)
         # The largest element of a row with NaN or Inf is that, and so is its scale.
         if not scale.isfinite().all():
             bad = weight.numel() - int(weight.isfinite().sum())
+            what = (
+                f"{bad} NaN or Inf of {weight.numel()} entries, which have no int8 value"
+                if bad
+                else "values so large that rotating it overflows float32; rotate=False may do"
+            )
             raise BadWeightError(
-                f"{path}: its weight {list(parameter.shape)} has {bad} NaN or Inf of {weight.numel()} entries, which "
-                f"have no int8 value. Repair the checkpoint, or leave it in float with skip_modules=[{path!r}]"
+                f"{path}: its weight {list(parameter.shape)} has {what}. Repair the checkpoint, or leave it in float "
+                f"with skip_modules=[{path!r}]"
             )
         return qweight, scale
 
 
-def view_of_int8(qweight: Tensor, scale: Tensor, view: WeightView) -> tuple[Tensor, Tensor]:
-    """A view of a weight that is int8 already, and its scales.
+def view_of_int8(
+    qweight: Tensor, scale: Tensor, d: Tensor | None, view: WeightView
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a view of a weight that is int8 already, its scales, and what it is rotated with.
 
-    Where each of its rows lies in one row of the weight, the values are those of the weight; else, as for its
-    transpose, the dequantized ones are quantized again, by the rows of the view.
+    Where each of its rows lies in one row of the weight, and is all of that if the weight is rotated, the values are
+    those of the weight; else, as for its transpose, the dequantized ones are quantized again, by the rows of the view.
     """
     if view.is_all_of(qweight):
-        return view.of(qweight), scale.detach()
+        return view.of(qweight), scale.detach(), d
     with _plain_tensors():
+        same, matrix = rotation_in_view(qweight, d, view)
         row = torch.arange(scale.numel(), device=scale.device, dtype=torch.int32).view(*scale.shape, 1)
         # With the strides of the weight, which the view is of.
         rows = view.of(torch.empty_like(qweight, dtype=torch.int32).copy_(row))
-        if bool((rows == rows[..., :1]).all()):
-            return view.of(qweight), scale.flatten()[rows[..., 0].long()]
-        weight = torch.empty_like(qweight, dtype=torch.float32).copy_(qweight * scale[..., None])
-        again, scales = quantize_weight(view.of(weight))
-        return again, scales
+        if same and bool((rows == rows[..., :1]).all()):
+            its_d = d if d is None or matrix is None else d.flatten(0, -2)[matrix.to(d.device)]
+            return view.of(qweight), scale.flatten()[rows[..., 0].long()], its_d
+        weight = torch.empty_like(qweight, dtype=torch.float32)
+        weight.copy_(dequantize_weight(qweight, scale, d, torch.float32))
+        again = view.of(weight)
+        new_d = None
+        if d is not None and rotation_size(again.shape[-1]) > 1:
+            new_d = make_d([again], each=again.dim() == 3)
+        return *quantize_weight(again, new_d), new_d
 
 
 @contextlib.contextmanager

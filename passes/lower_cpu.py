@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from int8compile import ops
-from int8compile.ops import OUTLIER_POLICIES
 from int8compile.passes.binding import Binder, QuantizedNodes, WeightSlot
 from int8compile.passes.rewrite import NEEDS_GRAD
 from int8compile.passes.siblings import siblings
@@ -69,18 +68,15 @@ def _without_gradients(node: Node) -> None:
     # What is not marked the user has called, with a weight that is no site's.
     if node.meta.get(NEEDS_GRAD, True) or node.target not in _NO_GRAD:
         return
-    if node.target in (ops.linear.default, ops.packed_linear.default):
-        *tensors, threshold, outliers = node.args
-        node.args = (*tensors, threshold, bool(OUTLIER_POLICIES.index(outliers)))
     node.target = _NO_GRAD[node.target]
 
 
 def _fuse(module: GraphModule, binder: Binder, nodes: Sequence[Node], slots: Sequence[WeightSlot]) -> None:
     graph = module.graph
     first = nodes[0]
-    x, _, _, bias, *policy = first.args
+    x, _, _, d, bias, threshold = first.args
     sizes = [slot.members[0].view.shape[0] for slot in slots]
-    biases = [node.args[3] for node in nodes]
+    biases = [node.args[4] for node in nodes]
     with graph.inserting_before(first):
         if bias is not None:
             bias = graph.call_function(torch.cat, (biases,))
@@ -93,4 +89,4 @@ def _fuse(module: GraphModule, binder: Binder, nodes: Sequence[Node], slots: Seq
     fused = binder.fuse(slots)
     fused.packed = True
     weight: QuantizedNodes = fused.nodes
-    call.args = (x, weight.qweight, weight.scale, bias, *sizes[:-1], *policy)
+    call.args = (x, weight.qweight, weight.scale, d, bias, *sizes[:-1], threshold)

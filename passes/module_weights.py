@@ -26,11 +26,13 @@ class ModuleWeight(NamedTuple):
     Attributes:
         qweight: The node of the int8 weight, [..., N, K].
         scale: The node of its scales.
+        d: The node of what it is rotated with; None where it is not.
         policy: How the module multiplies with it, see `int8compile.ops.module_weight`.
     """
 
     qweight: Node
     scale: Node
+    d: Node | None
     policy: str
 
     @property
@@ -40,7 +42,7 @@ class ModuleWeight(NamedTuple):
 
     def options(self, config: Int8Config) -> Int8Config:
         """Return the options of the module that holds the weight, which is int8 already whatever a config asks for."""
-        given: dict[str, Any] = {"skip_modules": (), "lm_head": "int8", "min_features": 1}
+        given: dict[str, Any] = {"skip_modules": (), "lm_head": "int8", "min_features": 1, "rotate": self.d is not None}
         if not self.weight_only:
             outliers, threshold = self.policy.split()
             given |= {"outliers": outliers, "threshold": float(threshold)}
@@ -65,9 +67,9 @@ def is_stored(node: object) -> bool:
 def module_weights(graph: Graph) -> Iterator[tuple[Node, ModuleWeight]]:
     """The operators of a graph whose int8 weights are stored."""
     for node in graph.find_nodes(op="call_function", target=ops.module_weight.default):
-        qweight, scale, _, policy = node.args
-        if is_stored(qweight) and is_stored(scale):
-            yield node, ModuleWeight(qweight, scale, str(policy))
+        qweight, scale, d, _, policy = node.args
+        if is_stored(qweight) and is_stored(scale) and (d is None or is_stored(d)):
+            yield node, ModuleWeight(qweight, scale, d, str(policy))
 
 
 def apply_writes(module: GraphModule) -> None:

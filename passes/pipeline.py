@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
@@ -10,13 +11,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from int8compile import ops
 from int8compile.config import Int8Config
+from int8compile.ops import rotation_size
 from int8compile.passes import names, vocabulary
-from int8compile.passes.binding import Binder
+from int8compile.passes.binding import Binder, Member
 from int8compile.passes.composites import COMPOSITES, open_composites, open_regions
 from int8compile.passes.contraction import Contraction, Labels, roles
 from int8compile.passes.module_weights import ModuleWeight, apply_writes, is_stored, module_weights
 from int8compile.passes.regions import Region
-from int8compile.passes.rewrite import NEEDS_GRAD, emit
+from int8compile.passes.rewrite import NEEDS_GRAD, Emitted, emit
 from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, weight_only
 from int8compile.passes.static import (
     Memory,
@@ -70,6 +72,7 @@ def _rewrite_linears(
     rules: tuple[Rule, ...],
 ) -> Report:
     report = Report(graphs=1)
+    rotations: set[Node] = set()
     held = dict(module_weights(module.graph))
     # Fake tensors, but with all that is asked of a parameter.
     parameters = {**parameters, **{node: traced(node) for node in held}}
@@ -96,8 +99,15 @@ def _rewrite_linears(
             continue
         options = config if site.held is None else site.held.options(config)
         verdict = next((found for rule in rules if (found := rule(site, options))), None)
-        view = emit(module.graph, site, options, binder) if verdict is None else None
-        report.sites.append(_row(site, verdict, view, view is not None and weight_only(site, options)))
+        made = emit(module.graph, site, options, binder) if verdict is None else None
+        row = _row(site, verdict, made and made.view)
+        if made is not None:
+            rotation = rotation_size(made.view.shape[-1]) if made.d is not None else 1
+            row = dataclasses.replace(row, weight_only=weight_only(site, options), rotation=rotation)
+            if made.d is not None and made.d not in rotations:  # Which those share that read one x.
+                rotations.add(made.d)
+                row = dataclasses.replace(row, bytes_after=row.bytes_after + 4 * _d_numel(made, binder))
+        report.sites.append(row)
     for node, _ in list(module_weights(module.graph)):
         if not node.users:  # Its dtype was asked for, say.
             module.graph.erase_node(node)
@@ -166,13 +176,20 @@ def holds_int8(node: Node) -> bool:
     """Whether a node is a linear of a module that `quantize_` made: its weight is int8 already."""
     if node.op != "call_function" or node.target not in _HELD:
         return False
-    return all(map(is_stored, node.args[1:3]))
+    return all(map(is_stored, _tensors_of(node)))
+
+
+def _tensors_of(call: Node) -> list[Node]:
+    """The weight of a call, its scales and its d, if it has one."""
+    count = 3 if call.target is ops.column_linear.default else 4
+    return [tensor for tensor in call.args[1:count] if tensor is not None]  # type: ignore[misc]
 
 
 def int8_tensors(graph: Graph) -> set[Node]:
-    """The int8 weights, and their scales, of modules that `quantize_` made."""
-    called = {tensor for node in graph.nodes if holds_int8(node) for tensor in node.args[1:3]}
-    return called | {tensor for _, held in module_weights(graph) for tensor in (held.qweight, held.scale)}
+    """The int8 weights, their scales and d, of modules that `quantize_` made."""
+    called = {tensor for node in graph.nodes if holds_int8(node) for tensor in _tensors_of(node)}
+    read = {tensor for _, held in module_weights(graph) for tensor in (held.qweight, held.scale, held.d)}
+    return called | {tensor for tensor in read if tensor is not None}
 
 
 # The operators that modules call.
@@ -181,15 +198,14 @@ _HELD = {
     ops.batched_linear.default,
     ops.grouped_linear.default,
     ops.weight_only_linear.default,
+    ops.column_linear.default,
 }
 
 
 def _held_row(node: Node, config: Int8Config, binder: Binder, region: Region) -> Site:
     """The row of a site that is int8 already; takes its weight over where the module is to give it up."""
-    x, qweight, scale = node.args[:3]
+    (qweight, scale, *its_d), x = _tensors_of(node), node.args[0]
     assert isinstance(x, Node)
-    assert isinstance(qweight, Node)
-    assert isinstance(scale, Node)
     weight = traced(qweight)
     path = names.module_path(node)
     node.meta[NEEDS_GRAD] = traced(node).requires_grad or region.transforms > 0
@@ -197,9 +213,10 @@ def _held_row(node: Node, config: Int8Config, binder: Binder, region: Region) ->
     alone = all(holds_int8(user) for user in qweight.users)
     if config.free_weights and alone and node.target is not ops.grouped_linear.default and not is_written([scale]):
         view = weight_view(weight, list(range(weight.dim())), tuple(weight.shape))
-        bound = binder.bind(qweight, view, path, scale)
-        node.args = (x, *bound, *node.args[3:])
-    size = weight.numel() + 4 * traced(scale).numel()
+        d = its_d[0] if its_d else None
+        bound = binder.bind(Member(qweight, view, path, scale, d))
+        node.args = (x, bound.qweight, bound.scale, *node.args[3:])
+    size = weight.numel() + 4 * sum(traced(tensor).numel() for tensor in (scale, *its_d))
     rows = math.prod(traced(x).shape[:-1])
     return Site(
         path=path,
@@ -211,14 +228,24 @@ def _held_row(node: Node, config: Int8Config, binder: Binder, region: Region) ->
         bytes_before=size,
         bytes_after=size,
         weight_only=node.target is ops.weight_only_linear.default,
+        rotation=rotation_size(weight.shape[-1]) if its_d else 1,
     )
 
 
-def _row(site: LinearSite, verdict: Verdict, view: WeightView | None, only_weight: bool) -> Site:
+def _d_numel(made: Emitted, binder: Binder) -> int:
+    """Return how many numbers rotate the activations of a site."""
+    if (known := meta_tensor(made.d)) is not None:
+        return known.numel()
+    of_each = any(group.node is made.d and group.each for group in binder.groups)
+    return made.view.shape[-1] * (made.view.shape[0] if of_each else 1)
+
+
+def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
     weight = traced(site.weight)
     if site.held is not None:
         name = names.parameter_name(site.held.qweight)
-        before = whole = traced(site.held.qweight).numel() + 4 * traced(site.held.scale).numel()
+        floats = [traced(tensor).numel() for tensor in (site.held.scale, site.held.d) if tensor is not None]
+        before = whole = traced(site.held.qweight).numel() + 4 * sum(floats)
     elif site.static is not None and site.parameter is not None:
         name, whole = names.parameter_name(site.static.source), site.parameter.nbytes
         before = weight.numel() * site.parameter.element_size()
@@ -243,13 +270,12 @@ def _row(site: LinearSite, verdict: Verdict, view: WeightView | None, only_weigh
         source=names.source_line(site.node),
         shape=tuple(map(str, shape)),
         weight=name,
-        layout="" if site.held is not None and view is not None and site.held.is_all(view) else str(view),
+        layout="" if view is None or (site.held is not None and site.held.is_all(view)) else str(view),
         weight_bytes=whole,
         bytes_before=before,
         bytes_after=after,
         reason=reason,
         detail=detail,
-        weight_only=only_weight,
     )
 
 

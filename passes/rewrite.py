@@ -5,28 +5,41 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
+from int8compile import ops
 from int8compile.config import Int8Config
-from int8compile.passes.binding import Binder, QuantizedNodes
+from int8compile.groups import group_of, reads_tokens
+from int8compile.ops import rotation_size
+from int8compile.passes import names
+from int8compile.passes.binding import Binder, Member, QuantizedNodes
 from int8compile.passes.contraction import Labels, permutation
 from int8compile.passes.rules import LinearSite, weight_only
-from int8compile.passes.static import WeightView, is_view, traced
+from int8compile.passes.static import WeightView, is_view, rotation_in_view, traced
 
 
-def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> WeightView:
-    """Replaces the call of a site that every rule let pass.
+class Emitted(NamedTuple):
+    """What a call was replaced by.
 
-    Returns:
-        The view of the parameter that is quantized for it.
+    Attributes:
+        view: The view of the parameter that is quantized for it.
+        d: The node of what it is rotated with; None where it is not.
     """
+
+    view: WeightView
+    d: Node | None
+
+
+def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> Emitted:
+    """Replace the call of a site that every rule let pass."""
     view = site.view()
     with graph.inserting_before(site.node):
         emitter = _Emitter(graph)
-        result = _product(emitter, site, view, config, binder)
+        weight = _weight(site, view, config, binder)
+        result = _product(emitter, site, view, config, weight)
         call = site.contraction
         if call.alpha != 1:
             result = emitter.function(torch.mul, result, call.alpha)
@@ -42,7 +55,7 @@ def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> 
     graph.erase_node(site.node)
     assert site.static is not None
     _erase_unread_views(graph, site.static.chain)
-    return view
+    return Emitted(view, weight.d)
 
 
 def _erase_unread_views(graph: Graph, chain: Sequence[Node]) -> None:
@@ -85,13 +98,12 @@ class _Emitter:
         return node if source == target else self.method("permute", node, permutation(source, target))
 
 
-def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8Config, binder: Binder) -> Node:
+def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8Config, weight: QuantizedNodes) -> Node:
     """`x @ W` (with the bias where it is fused) in the layout that the call returned."""
     assert site.roles is not None
     assert site.static is not None
     batch, summed, rows, outputs = site.roles
     sizes = site.sizes()
-    weight = _weight(site, view, config, binder)
 
     x = site.x
     if site.contraction.steps:
@@ -112,12 +124,14 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     bias = site.contraction.addend if fuses_bias(site) else None
     if bias is not None and batch:
         bias = emitter.method("reshape", bias, view.shape[:2])
+    threshold = config.threshold_of(rotated=weight.d is not None)
     if weight_only(site, config):
-        op = torch.ops.int8compile.weight_only_linear.default
-        y = emitter.function(op, x, weight.qweight, weight.scale, bias)
+        y = emitter.function(ops.weight_only_linear.default, x, *weight, bias)
+    elif config.outliers == "column":
+        y = emitter.function(ops.column_linear.default, x, weight.qweight, weight.scale, bias, threshold)
     else:
-        op = torch.ops.int8compile.batched_linear.default if batch else torch.ops.int8compile.linear.default
-        y = emitter.function(op, x, weight.qweight, weight.scale, bias, config.threshold, config.outliers)
+        op = ops.batched_linear.default if batch else ops.linear.default
+        y = emitter.function(op, x, *weight, bias, threshold)
     y.meta[NEEDS_GRAD] = traced(site.node).requires_grad
     _trace(site, x, y, view)
 
@@ -135,10 +149,21 @@ def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Bind
     """The nodes of the weight in int8; those of the module that holds it, where there is one and they serve."""
     assert site.static is not None
     if site.held is None:
-        return binder.bind(site.static.source, view, site.path)
+        # A table that is read by rows, too, is int8 as it is.
+        rotated = config.rotates and not site.tied and rotation_size(view.shape[-1]) > 1
+        alone = len(view.shape) == 3
+        each = alone and not reads_tokens(site.path)
+        # A bare parameter has its own name in the path.
+        own = alone or names.parameter_name(site.static.source) != f"{site.path}.weight"
+        key = (group_of(site.path, own=own), view if own else view.shape[-1]) if rotated else None
+        return binder.bind(Member(site.static.source, view, site.path), key, site.x, each=each)
+    qweight, scale, d, _ = site.held
     if site.held.is_all(view) and (not config.free_weights or site.held.is_changed()):
-        return QuantizedNodes(site.held.qweight, site.held.scale)
-    return binder.bind(site.held.qweight, view, site.path, site.held.scale)
+        return QuantizedNodes(qweight, scale, d)
+    same, matrix = rotation_in_view(traced(qweight), None if d is None else traced(d), view)
+    rotated = d is not None and (same or rotation_size(view.shape[-1]) > 1)
+    bound = binder.bind(Member(qweight, view, site.path, scale, d), (qweight, view) if rotated else None)
+    return bound._replace(d=d) if same and matrix is None else bound
 
 
 def _trace(site: LinearSite, x: Node, y: Node, view: WeightView) -> None:

@@ -243,6 +243,13 @@ def size(site: LinearSite, config: Int8Config) -> Verdict:
     return by_size(merged_size(sizes, site.roles.summed), merged_size(sizes, site.roles.outputs), config)
 
 
+def no_batch_by_column(site: LinearSite, config: Int8Config) -> Verdict:
+    """Which columns have outliers depends on all rows; what that means for several weights LLM.int8() leaves open."""
+    assert site.roles is not None
+    by_column = config.outliers == "column" and not weight_only(site, config)
+    return (SkipReason.COLUMN_BATCHED, "") if site.roles.batch and by_column else None
+
+
 def by_size(k: int, n: int, config: Int8Config) -> Verdict:
     """The verdict on a weight of K inputs and N outputs."""
     if k > MAX_K:
@@ -274,5 +281,6 @@ RULES: tuple[Rule, ...] = (
     plain_tensor,
     dtypes,
     not_trained,
+    no_batch_by_column,
     size,
 )

@@ -15,7 +15,7 @@ def siblings(module: GraphModule, target: object, weights: Collection[Node], lim
 
     Args:
         module: The graph.
-        target: The operator; its arguments are x, weight, scale, bias and the policy.
+        target: The operator; its arguments are x, weight, scale, d, bias and the threshold.
         weights: The nodes of the weights that may be joined.
         limit: The longest group.
 
@@ -30,11 +30,11 @@ def siblings(module: GraphModule, target: object, weights: Collection[Node], lim
             open_groups.clear()
         if node.target is not target or node.args[1] not in weights:
             continue
-        x, qweight, _, bias, *policy = node.args
+        x, qweight, _, d, bias, *threshold = node.args
         if len(qweight.users) > 1:  # A weight that others read too stays as they know it.
             groups.append([node])
             continue
-        key = (x, bias is None, *policy)
+        key = (x, d, bias is None, *threshold)
         group = open_groups.get(key)
         # Where the first one stands, a bias that is computed may not be there yet.
         late = group is not None and bias is not None and order[bias] > order[group[0]]

@@ -53,6 +53,44 @@ class WeightView(NamedTuple):
         """Takes the view of a parameter of the layout it was made for."""
         return _strided(parameter, self.size, self.stride, self.offset).reshape(self.shape)
 
+    def rows_of(self, parameter: Tensor) -> Tensor | None:
+        """Return which rows of a contiguous parameter it has; None where some of its rows are not whole rows of that.
+
+        Shapes:
+            parameter: [..., K]; result: [N] or [B, N] int64, counted over all dimensions but the last.
+        """
+        k, size, stride = parameter.shape[-1], list(self.size), list(self.stride)
+        within = 1
+        while within < k and size and stride[-1] == within:
+            within *= size.pop()
+            stride.pop()
+        if not k or within != k or self.shape[-1] != k or not parameter.is_contiguous():
+            return None
+        if self.offset % k or any(step % k for step in stride):
+            return None
+        numbers = torch.arange(parameter.numel() // k)
+        return numbers.as_strided(size, [step // k for step in stride], self.offset // k).reshape(self.shape[:-1])
+
+
+def rotation_in_view(qweight: Tensor, d: Tensor | None, view: WeightView) -> tuple[bool, Tensor | None]:
+    """Tell how a view of an int8 weight is rotated.
+
+    Shapes:
+        qweight: [..., N, K], of which only the sizes are asked; d: [K] or [..., K], or None.
+
+    Returns:
+        Whether the view's integers are those of the weight; and an index of the d of its matrices where the weight has
+        several d: [] for a view [N, K], [B] for one [B, N, K].
+    """
+    if d is None or view.is_all_of(qweight):
+        return True, None
+    rows = view.rows_of(qweight)
+    if rows is None or d.dim() == 1:
+        return rows is not None, None
+    matrix = rows // qweight.shape[-2]
+    one_each = bool((matrix == matrix[..., :1]).all())
+    return one_each, matrix[..., 0] if one_each else None
+
 
 class StaticWeight(NamedTuple):
     """A node that reads a parameter through views only.

@@ -36,6 +36,8 @@ BITS = 22
 # A sum of this many products of two int8 values, -128 included, is at most 2**24, so float32 holds every partial sum.
 EXACT_K = 2**24 // 128**2
 _NO_LIMIT = 2.0**100
+# Rows of a weight that are looked at together.
+_ROWS = 1024
 
 
 class Grid(NamedTuple):
@@ -324,7 +326,9 @@ def input_scales(weights: Sequence[Tensor], activations: Tensor | None = None) -
     Shapes:
         result: [K] float32.
     """
-    w = _floored(torch.cat([weight.to(torch.float64) for weight in weights]).square().mean(dim=0).sqrt())
+    # By parts: a float64 copy of all of it may not fit.
+    squares = sum(part.to(torch.float64).square().sum(dim=0) for weight in weights for part in weight.split(_ROWS))
+    w = _floored((squares / max(1, sum(weight.shape[0] for weight in weights))).sqrt())
     if activations is None:
         return (w.mean() / w).sqrt().clamp(1, 32).to(torch.float32)
     c = (_floored(activations.to(torch.float64)) / w).sqrt()
