@@ -34,7 +34,7 @@ from int8compile.checksum import THREADS, sha256
 from int8compile.config import Int8Config
 from int8compile.convert import attach, describe, put_described
 from int8compile.errors import CheckpointError, ConfigError, first_line, listed
-from int8compile.modules import BUFFERS, Int8Module
+from int8compile.modules import BUFFERS, Int8Module, share_rotations
 from int8compile.weights import FREED
 
 FORMAT = "int8compile"
@@ -186,6 +186,7 @@ def load(
                 f"{name} has no data: it is not in the checkpoint, and model_factory made it on the meta device or "
                 "from a parameter. Compute it from other values in model_factory, or make it persistent and save again"
             )
+    share_rotations(model)
     attach(model, Int8Config())
     return model if device is None else model.to(device)  # Buffers that are not saved are not there yet.
 
