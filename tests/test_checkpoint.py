@@ -99,7 +99,12 @@ def assert_same(actual: nn.Module, expected: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"threshold": 5.0}, {"lm_head": "int8_weight"}, {"rotate": False}, {"lm_head": "int8_weight", "outliers": "column"}],
+    [
+        {"threshold": 5.0},
+        {"lm_head": "int8_weight"},
+        {"rotate": False},
+        {"lm_head": "int8_weight", "outliers": "column"},
+    ],
 )
 @pytest.mark.parametrize("name", FACTORIES)
 def test_round_trip(name: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ from int8compile.convert import attach as attach_all
 from int8compile.errors import CheckpointError, ConfigError, ModelError, listed
 from int8compile.integrations.folders import (
     ADVICE,
-    check_tensor,
     check_loaded,
     check_quantizer,
+    check_tensor,
     checksums,
     describe_when_saved,
     has_int8,

@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from int8compile.checksum import sha256_of_all
+from int8compile.convert import Target, groups
 from int8compile.errors import CheckpointError, first_line, listed
 from int8compile.modules import BUFFERS, Int8Module, bad_rotation, bad_scales
 
 ADVICE = "Copy the checkpoint again, or quantize the float model again"
+# diffusers may read the files of a model in several threads.
+_arriving = threading.Lock()
 # Of tensors in safetensors files, by the end of their names.
 _STORED_AS = {"qweight": "I8", "scale": "F32", "d": "F32"}
 
@@ -33,6 +36,57 @@ def has_int8(model: nn.Module) -> bool:
 def is_offloaded(module: Any) -> bool:
     """Return whether accelerate keeps a module's tensors elsewhere and brings them for each call."""
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+class Arrivals:
+    """Float weights that are read while a model is loaded, each kept until its group is whole.
+
+    Linears of one group have one d, which is made of all their weights. A checkpoint has these near each other, so
+    memory holds about one group in float.
+
+    Args:
+        targets: What becomes int8.
+    """
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self._group_of = {target.name: group for group in groups(targets) for target in group}
+        # What the checkpoint has and was not read yet, and what was read, by the names of weights.
+        self._expected: set[str] = set()
+        self._weights: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._group_of
+
+    def expect(self, name: str) -> None:
+        """Take down that the checkpoint has a weight, for which its group waits."""
+        self._expected.add(name)
+
+    def add(self, name: str, weight: Tensor) -> list[tuple[Target, Tensor]]:
+        """Keep a weight until the others of its group that the checkpoint has are there.
+
+        A weight that does not fit the model is not kept, and is not among these weights any more.
+
+        Returns:
+            The group with its weights once they are there, without what the checkpoint lacks; nothing before.
+        """
+        group = self._group_of[name]
+        with _arriving:
+            self._expected.discard(name)
+            if weight.shape == next(target.weight.shape for target in group if target.name == name):
+                self._weights[name] = weight
+            else:
+                del self._group_of[name]
+            return [] if any(target.name in self._expected for target in group) else self._taken(group)
+
+    def rest(self) -> Iterator[list[tuple[Target, Tensor]]]:
+        """Return groups that still wait, with the weights that are there: the library has left out the others."""
+        while self._weights:
+            yield self._taken(self._group_of[next(iter(self._weights))])
+
+    def _taken(self, group: Sequence[Target]) -> list[tuple[Target, Tensor]]:
+        # A tied weight is read under one name, for all its targets.
+        read = {id(target.weight): self._weights.pop(target.name) for target in group if target.name in self._weights}
+        return [(target, read[id(target.weight)]) for target in group if id(target.weight) in read]
 
 
 def tensors_of(module: Int8Module) -> list[str]:
