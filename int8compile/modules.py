@@ -54,11 +54,11 @@ class Int8Module(nn.Module):
     path = ""
     # What stands beside a table of embeddings is computed in float.
     policy = "weight_only"
-    outliers = "row"
     qweight: Tensor
     scale: Tensor
     d: Tensor | None
     threshold: Any
+    outliers: OutlierPolicy
 
     def __init__(self, qweight: Tensor, scale: Tensor, d: Tensor | None, dtype: torch.dtype, source: Source) -> None:
         super().__init__()
@@ -84,9 +84,9 @@ class Int8Module(nn.Module):
             return
         given = {each: getattr(self, each, None) for each in _POLICY} | {name: value}
         config, rotated = Int8Config(threshold=given["threshold"], outliers=given["outliers"]), self.d is not None
-        if rotated and config.outliers == "column":
+        if config.outliers == "column" and (rotated or self.qweight.dim() > 2):
             raise ConfigError(
-                f"{self.path or type(self).__name__}: outliers='column' is for weights that are not rotated; quantize "
+                f"{self.path or type(self).__name__}: outliers='column' is for matrices that are not rotated; quantize "
                 "the float model with outliers='column'"
             )
         threshold = config.threshold_of(rotated=rotated)
@@ -133,11 +133,16 @@ class Int8Module(nn.Module):
         if not (isinstance(value, Int8Weight) and value.held.scale is self.scale and value.is_entire):
             raise self._not_replaceable()
 
+    @property
+    def rotation(self) -> int:
+        """How many inputs are mixed with each other; 1 where the weight is not rotated."""
+        return 1 if self.d is None else ops.rotation_size(self.d.shape[-1])
+
     def _numerics(self) -> str:
         """Describe how the weight is multiplied with, for `print(model)`."""
         weight_only = self.policy == "weight_only"
         policy = "weight only" if weight_only else f"outliers={self.outliers!r}, threshold={self.threshold:g}"
-        return policy if self.d is None else f"{policy}, rotation={ops.rotation_size(self.d.shape[-1])}"
+        return policy if self.d is None else f"{policy}, rotation={self.rotation}"
 
     def _not_replaceable(self) -> Int8WeightError:
         return Int8WeightError(
@@ -229,7 +234,7 @@ class Int8Module(nn.Module):
     def _misfit(self, d: Tensor) -> str:
         """Describe why a d cannot be that of this module's weight; "" for one that can."""
         if self.source == "embedding" or self.outliers == "column":
-            what = "a table of embeddings" if self.source == "embedding" else "the weight of a layer by columns"
+            what = "a table of embeddings" if self.source == "embedding" else "for a layer with outliers='column'"
             return f"is there, but this is {what}, which is never rotated"
         *batch, _, k = self.qweight.shape
         if list(d.shape) not in ([k], [*batch, k]):
@@ -441,6 +446,8 @@ class Int8Embedding(Int8Module):
 class Int8Experts(Int8Module):
     """The weights of a mixture's experts, which stand in one tensor.
 
+    Their outliers are by row, as the matrices that LLM.int8() knows are single ones.
+
     Args:
         qweight: [E, N, K] int8.
         scale: [E, N] float32.
@@ -452,6 +459,8 @@ class Int8Experts(Int8Module):
     Raises:
         ConfigError: The threshold is not allowed.
     """
+
+    outliers: OutlierPolicy = "row"
 
     def __init__(
         self,

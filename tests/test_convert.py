@@ -73,11 +73,11 @@ def test_linears_become_int8() -> None:
     assert int8_parts(model) == [site.path for site in report.rewritten] == [site.path for site in report.sites]
     assert len(report.rewritten) == 4
     assert relative_error(model(x), expected) < INT8_ERROR
-    # 4096 weights of 4 bytes become 1, and 4 for each of 192 outputs.
-    assert before - memory_footprint(model) == 2 * (3 * 2 * 32 * 64 - 4 * 96)
+    # 4096 weights of 4 bytes become 1, and 4 for each of 192 outputs, and of 192 inputs that are rotated.
+    assert before - memory_footprint(model) == 2 * (3 * 2 * 32 * 64 - 4 * 96 - 4 * 96)
     totals = report.totals()
-    assert (totals["bytes_before"], totals["bytes_after"]) == (4 * 4 * 32 * 64, 4 * 32 * 64 + 4 * 192)
-    assert str(report).splitlines()[-1].startswith("4 of 4 linears in int8, weights 32.0 KiB -> 8.8 KiB")
+    assert (totals["bytes_before"], totals["bytes_after"]) == (4 * 4 * 32 * 64, 4 * 32 * 64 + 4 * 192 + 4 * 192)
+    assert str(report).splitlines()[-1].startswith("4 of 4 linears in int8, weights 32.0 KiB -> 9.5 KiB")
 
 
 @torch.no_grad()
@@ -251,8 +251,9 @@ def test_shared_modules_and_shared_weights() -> None:
     assert len(report.rewritten) == 2
     assert model[2] is model[0]
     assert model[1].qweight is model[0].qweight
-    assert report.totals()["bytes_after"] == 32 * 32 + 4 * 32
-    assert memory_footprint(model) == 32 * 32 + 4 * 32 + 2 * 4 * 32
+    assert model[1].d is model[0].d
+    assert report.totals()["bytes_after"] == 32 * 32 + 4 * 32 + 4 * 32
+    assert memory_footprint(model) == 32 * 32 + 4 * 32 + 4 * 32 + 2 * 4 * 32
     assert relative_error(model(x), expected) < INT8_ERROR
     dequantize_(model)
     assert model[2] is model[0]

@@ -21,9 +21,12 @@ from tests.implementations import VARIANTS, needs_kernel, profiled
 from tests.models import INT8_ERROR, relative_error
 
 
-def int8_linear(k: int = 48, n: int = 24, *, bias: bool = True, rotated: bool = True, **options: Any) -> Int8Linear:
+def int8_linear(
+    k: int = 48, n: int = 24, *, bias: bool = True, rotated: bool = True, d: Tensor | None = None, **options: Any
+) -> Int8Linear:
     weight = torch.randn(n, k)
-    d = ops.rotation_of(ops.input_scales([weight])) if rotated else None
+    if d is None and rotated:
+        d = ops.rotation_of(ops.input_scales([weight]))
     qweight, scale = ops.quantize_weight(weight, d)
     return Int8Linear(qweight, scale, nn.Parameter(torch.randn(n)) if bias else None, d=d, **options)
 
@@ -123,13 +126,15 @@ def test_thresholds_that_are_refused(make: Callable[..., Any]) -> None:
 
 
 def test_columns_are_of_weights_that_are_not_rotated() -> None:
-    with pytest.raises(ConfigError, match=r"^Int8Linear: outliers='column' is for weights that are not rotated"):
+    with pytest.raises(ConfigError, match=r"^Int8Linear: outliers='column' is for matrices that are not rotated"):
         int8_linear(outliers="column")
     module = int8_linear()
     module.path = "mlp.up"
     with pytest.raises(ConfigError, match=r"^mlp\.up: outliers='column' is for"):
         module.outliers = "column"
     assert module.policy == "row 12.0"
+    with pytest.raises(ConfigError, match=r"^Int8Experts: outliers='column' is for matrices"):
+        int8_experts("not").outliers = "column"
     assert int8_linear(rotated=False, outliers="column", threshold=0.5).policy == "column 0.5"
 
 
@@ -197,7 +202,8 @@ class Gated(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.gate, self.up = int8_linear(64, 128, **options), int8_linear(64, 128, **options)
+        self.gate = int8_linear(64, 128, **options)
+        self.up = int8_linear(64, 128, d=self.gate.d, **options)
         self.down = int8_linear(128, 64, **options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,8 +252,8 @@ def test_weights_that_are_given_up_are_packed_and_joined(graphs: list[torch.fx.G
     for _ in range(3):
         torch.testing.assert_close(compiled(x), y)
     assert called(graphs[0]) == ["packed_linear_pair_no_grad", "packed_linear_no_grad"]
-    # Each weight is there once, packed, in sizes that need no padding here; of the scales that are joined, modules keep
-    # theirs.
+    # Each weight is there once, packed, in sizes that need no padding here, and d as it is; of the scales that are
+    # joined, modules keep theirs.
     assert int8compile.memory_footprint(model) == before + 4 * (128 + 128)
     with pytest.raises(FreedWeightError, match="free_weights=True"):
         model(x)
@@ -321,7 +327,7 @@ def test_explain_lists_them() -> None:
     report = int8compile.explain(model, torch.randn(5, 64), config={"skip_modules": ["2"]})
     assert [(site.path, site.runs_in) for site in report.sites] == [("0", "int8"), ("1", "int8 weight"), ("2", "float")]
     assert [site.shape for site in report.rewritten] == [("5", "64", "96"), ("5", "96", "64")]
-    assert [site.bytes_after for site in report.rewritten] == [64 * 96 + 4 * 96, 64 * 96 + 4 * 64]
+    assert [site.bytes_after for site in report.rewritten] == [64 * 96 + 4 * (96 + 64)] * 2
 
 
 @needs_kernel
@@ -424,9 +430,8 @@ def test_a_tensor_stays_the_same_object(make: Callable[[], nn.Module]) -> None:
 
 def test_siblings_share_a_rotation() -> None:
     """Through moves, casts and copies; and again once they have loaded tensors of their own."""
-    model = nn.ModuleDict({"q": int8_linear(), "k": int8_linear(), "o": int8_linear()})
-    model["k"].d = model["q"].d
-    model["o"].d = model["q"].d * 2
+    q = int8_linear()
+    model = nn.ModuleDict({"q": q, "k": int8_linear(d=q.d), "o": int8_linear(d=2 * q.d)})
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for changed in (model._apply(torch.clone), model.to(torch.bfloat16), copy.deepcopy(model)):
         assert changed["q"].d is changed["k"].d is not changed["o"].d
@@ -539,8 +544,8 @@ def test_a_rotation_is_loaded_with_its_weight(before: bool, after: bool, on: str
 
 
 def test_a_rotation_is_not_written_into_that_of_a_sibling() -> None:
-    model = nn.ModuleDict({"q": int8_linear(), "k": int8_linear()})
-    model["k"].d = model["q"].d
+    q = int8_linear()
+    model = nn.ModuleDict({"q": q, "k": int8_linear(d=q.d)})
     other = nn.ModuleDict({"q": int8_linear(), "k": int8_linear()})
     model.load_state_dict(other.state_dict())
     for name in other:
@@ -558,7 +563,7 @@ def test_a_rotation_is_not_written_into_that_of_a_sibling() -> None:
         (
             lambda: int8_linear(rotated=False, outliers="column"),
             lambda d: d,
-            r"0\.d is there, but this is the weight of a layer by columns, which is never rotated",
+            r"0\.d is there, but this is for a layer with outliers='column', which is never rotated",
         ),
     ],
 )
