@@ -199,7 +199,7 @@ def test_a_weight_is_quantized_once_and_never_all_are_float(float_folder: str, m
             seen.append(target.path)
         return quantized(target)
 
-    monkeypatch.setattr(integration, "quantized", counting)
+    monkeypatch.setattr(convert, "quantized", counting)
     model = load(float_folder, quantization_config=Int8CompileConfig())
     assert sorted(seen) == sorted(int8_paths(model))
 

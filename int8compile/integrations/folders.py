@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from int8compile.checksum import sha256_of_all
-from int8compile.convert import Target, groups
+from int8compile.convert import Made, Target, quantized_in_groups
 from int8compile.errors import CheckpointError, first_line, listed
 from int8compile.modules import BUFFERS, Int8Module, bad_rotation, bad_scales
 
@@ -39,54 +40,87 @@ def is_offloaded(module: Any) -> bool:
 
 
 class Arrivals:
-    """Float weights that are read while a model is loaded, each kept until its group is whole.
+    """Float weights that are read while a model is loaded, each kept until those are there that it depends on.
 
     Linears of one group have one d, which is made of all their weights. A checkpoint has these near each other, so
     memory holds about one group in float.
 
     Args:
-        targets: What becomes int8.
+        targets: What becomes int8, with weights on the meta device.
     """
 
     def __init__(self, targets: Iterable[Target]) -> None:
-        self._group_of = {target.name: group for group in groups(targets) for target in group}
+        # By the names of weights, all that are to be there together, in the order of the model.
+        self._together: dict[str, list[Target]] = {}
+        for each in _together(targets):
+            self._together |= dict.fromkeys((target.name for target in each), each)
         # What the checkpoint has and was not read yet, and what was read, by the names of weights.
         self._expected: set[str] = set()
         self._weights: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._group_of
+        return name in self._together
 
     def expect(self, name: str) -> None:
-        """Take down that the checkpoint has a weight, for which its group waits."""
+        """Take down that the checkpoint has a weight, for which the others of its group wait."""
         self._expected.add(name)
 
     def add(self, name: str, weight: Tensor) -> list[tuple[Target, Tensor]]:
-        """Keep a weight until the others of its group that the checkpoint has are there.
+        """Keep a weight until the others are there that the checkpoint has.
 
-        A weight that does not fit the model is not kept, and is not among these weights any more.
+        A weight of another shape than the model's is not kept, and stays in float.
 
         Returns:
-            The group with its weights once they are there, without what the checkpoint lacks; nothing before.
+            Targets and their weights once they are there, without what the checkpoint lacks; nothing before.
         """
-        group = self._group_of[name]
+        together = self._together[name]
         with _arriving:
             self._expected.discard(name)
-            if weight.shape == next(target.weight.shape for target in group if target.name == name):
+            if weight.shape == next(target.weight.shape for target in together if target.name == name):
                 self._weights[name] = weight
             else:
-                del self._group_of[name]
-            return [] if any(target.name in self._expected for target in group) else self._taken(group)
+                del self._together[name]
+            return [] if any(target.name in self._expected for target in together) else self._taken(together)
 
     def rest(self) -> Iterator[list[tuple[Target, Tensor]]]:
-        """Return groups that still wait, with the weights that are there: the library has left out the others."""
+        """Return what still waits: the library has left out others that the checkpoint has."""
         while self._weights:
-            yield self._taken(self._group_of[next(iter(self._weights))])
+            yield self._taken(self._together[next(iter(self._weights))])
 
-    def _taken(self, group: Sequence[Target]) -> list[tuple[Target, Tensor]]:
+    def _taken(self, together: Sequence[Target]) -> list[tuple[Target, Tensor]]:
         # A tied weight is read under one name, for all its targets.
-        read = {id(target.weight): self._weights.pop(target.name) for target in group if target.name in self._weights}
-        return [(target, read[id(target.weight)]) for target in group if id(target.weight) in read]
+        read = {id(each.weight): self._weights.pop(each.name) for each in together if each.name in self._weights}
+        return [(target, read[id(target.weight)]) for target in together if id(target.weight) in read]
+
+
+def _together(targets: Iterable[Target]) -> list[list[Target]]:
+    """Return targets that are of one group or have one weight together, in their order."""
+    found: dict[Hashable, list[Target]] = {}
+    order: dict[int, int] = {}
+    for target in targets:
+        order[id(target)] = len(order)
+        keys = [key for key in (target.group, id(target.weight)) if key is not None]
+        first, *others = {id(found[key]): found[key] for key in keys if key in found}.values() or [[]]
+        for other in others:
+            first.extend(other)
+            found |= {key: first for key, each in found.items() if each is other}
+        first.append(target)
+        found |= dict.fromkeys(keys, first)
+    distinct = {id(each): each for each in found.values()}.values()
+    return [sorted(each, key=lambda target: order[id(target)]) for each in distinct]
+
+
+def quantized(
+    read: Sequence[tuple[Target, Tensor]], rotate: Callable[[Sequence[Target]], None]
+) -> Iterator[tuple[Target, Made]]:
+    """Quantize weights that were read, as `int8compile.convert.quantized_in_groups` does those of a model.
+
+    Yields:
+        Targets, and their weights in int8.
+    """
+    targets = [dataclasses.replace(target, weight=weight) for target, weight in read]
+    for (target, _), (_, made) in zip(read, quantized_in_groups(targets, rotate), strict=True):
+        yield target, made
 
 
 def tensors_of(module: Int8Module) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import difflib
 import enum
 import functools
@@ -22,7 +21,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +38,9 @@ from int8compile.convert import (
     Target,
     dequantize_,
     describe,
+    make_rotations,
     plan,
     put_described,
-    quantized,
     report,
     warn_if_all_float,
     without_data,
@@ -60,6 +59,7 @@ from int8compile.integrations.folders import (
     is_offloaded,
     is_others,
     opened,
+    quantized,
     tensors_of,
     with_own_rotations,
 )
@@ -178,6 +178,10 @@ class Int8CompileConfig(QuantizationConfigMixin):
         """The fields of int8compile's own config that say how a model is quantized."""
         return cls(**{name: getattr(config, name) for name in FIELDS})
 
+    def rotate_group(self, group: Sequence[Target]) -> None:
+        """Decide what the weights of one group are rotated with, before the first of them is quantized."""
+        make_rotations(group)
+
     def describe(self, model: Any) -> None:
         """Takes down what is int8 in a model.
 
@@ -278,7 +282,7 @@ class Int8CompileQuantizer(HfQuantizer):
             for module in model.modules():
                 if isinstance(module, Int8Module):
                     _as_parameters(module)
-        _rename_ties(model, {target.name: target.group is not None for target in targets})
+        _rename_ties(model, {target.name: target.rotation > 1 for target in targets})
         if self.pre_quantized:
             unknown = [r"\.weight_format$"] if config.checkpoint_format != METHOD else _guard_patterns(model)
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unknown}
@@ -404,11 +408,10 @@ class Quantize(ConversionOps):
             whole = arrivals.add(name, weight) if name in arrivals else []
             if name not in arrivals:
                 result[name] = weight
-            read = quantized([dataclasses.replace(target, weight=weight) for target, weight in whole]) if whole else []
-            for (target, _), tensors in zip(whole, read, strict=True):
+            for target, made in quantized(whole, self.quantizer.quantization_config.rotate_group):
                 self._place(target)
                 (missing_keys or set()).discard(target.name)
-                named = zip(BUFFERS, tensors, strict=True)
+                named = zip(BUFFERS, made, strict=True)
                 result |= {f"{target.path}.{buffer}": tensor for buffer, tensor in named if tensor is not None}
             self.quantizer.mapped.was_read(sum(weight.nbytes for _, weight in whole))
         return result
