@@ -190,8 +190,9 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
                 weight_only = module.weight_only
             else:
                 weight_only = is_head and config.lm_head == "int8_weight"
-            found = {"reason": reason, "detail": detail, "weight_only": weight_only}
-            targets.append(dataclasses.replace(target, **found, rotation=_rotation_size(target, config, tied=tied)))
+            rotation = _rotation_size(target, config, tied=tied)
+            found = dataclasses.replace(target, rotation=rotation, weight_only=weight_only)
+            targets.append(dataclasses.replace(found, reason=reason, detail=detail))
     targets = _experts_together(targets)
     # Embeddings that are tied to a projection which becomes int8.
     converted = {id(target.weight) for target in targets if target.reason is None}

@@ -82,14 +82,14 @@ class Int8Module(nn.Module):
         if name not in _POLICY:
             super().__setattr__(name, value)
             return
-        given = {each: getattr(self, each, None) for each in _POLICY} | {name: value}
+        given: dict[str, Any] = {each: getattr(self, each, None) for each in _POLICY} | {name: value}
         config, rotated = Int8Config(threshold=given["threshold"], outliers=given["outliers"]), self.d is not None
         if config.outliers == "column" and (rotated or self.qweight.dim() > 2):
             raise ConfigError(
                 f"{self.path or type(self).__name__}: outliers='column' is for matrices that are not rotated; quantize "
                 "the float model with outliers='column'"
             )
-        threshold = config.threshold_of(rotated=rotated)
+        threshold: Any = config.threshold_of(rotated=rotated)
         super().__setattr__(name, threshold if name == "threshold" else value)
         # For `module_weight`: a number would be a symbol to Dynamo, of which passes cannot ask the value.
         self.__dict__["policy"] = "weight_only" if given["weight_only"] else f"{config.outliers} {threshold!r}"
@@ -223,20 +223,23 @@ class Int8Module(nn.Module):
             return
         # d is nothing that PyTorch could miss, or write into: siblings that share it may be given different ones.
         d = self._buffers.pop("d", None)
-        super()._load_from_state_dict(
-            {key: value for key, value in state_dict.items() if key != prefix + "d"},
-            *(prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs),
-        )
-        self._buffers["d"] = d
+        try:
+            super()._load_from_state_dict(
+                {key: value for key, value in state_dict.items() if key != prefix + "d"},
+                *(prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs),
+            )
+        finally:
+            self._buffers["d"] = d
         if "qweight" in given and len(error_msgs) == errors:
             self._take_rotation(given.get("d"), assign=local_metadata.get("assign_to_params_buffers", False))
 
     def _misfit(self, d: Tensor) -> str:
         """Describe why a d cannot be that of this module's weight; "" for one that can."""
-        if self.source == "embedding" or self.outliers == "column":
-            what = "a table of embeddings" if self.source == "embedding" else "for a layer with outliers='column'"
-            return f"is there, but this is {what}, which is never rotated"
         *batch, _, k = self.qweight.shape
+        if self.source == "embedding":
+            return "is there, but a table of embeddings is never rotated"
+        if self.outliers == "column" or ops.rotation_size(k) == 1:
+            return f"is there, but a weight of {k} inputs with outliers={self.outliers!r} is never rotated"
         if list(d.shape) not in ([k], [*batch, k]):
             return f"has the shape {list(d.shape)}; it must be {[k]}" + (f" or {[*batch, k]}" if batch else "")
         return bad_rotation(d)
@@ -383,13 +386,18 @@ class Int8Linear(Int8Module):
         # What an operator refuses while it is traced, Dynamo would wrap.
         if is_compiling() and (result := self._of_jagged(x)) is not None:
             return result
+        held = self._buffers
+        if "qweight" in held:  # As an attribute each would be a call more.
+            qweight, scale, d = held["qweight"], held["scale"], held["d"]
+        else:  # Parameters, as transformers offloads no others.
+            qweight, scale, d = self.qweight, self.scale, self.d
         try:
             if self.weight_only:
-                result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.d, self.bias)
+                result = ops.weight_only_linear.default(x, qweight, scale, d, self.bias)
             elif self.outliers == "row":
-                result = ops.linear.default(x, self.qweight, self.scale, self.d, self.bias, self.threshold)
+                result = ops.linear.default(x, qweight, scale, d, self.bias, self.threshold)
             else:
-                result = ops.column_linear.default(x, self.qweight, self.scale, self.bias, self.threshold)
+                result = ops.column_linear.default(x, qweight, scale, self.bias, self.threshold)
         except (RuntimeError, InputError):
             if (result := self._of_jagged(x)) is None:
                 raise

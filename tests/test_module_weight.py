@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pathlib
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from int8compile.passes.static import WeightView
 from int8compile.weights import STORE, view_of_int8
 from tests.implementations import profiled
 from tests.models import INT8_ERROR, relative_error
+from tests.test_modules import int8_experts
 
 Call = Callable[[Tensor, nn.Module], Tensor]
 
@@ -120,11 +122,48 @@ def test_compiled_as_in_eager_mode(name: str) -> None:
     assert not torch.equal(other(x), torch.compile(other, backend="aot_eager", fullgraph=True)(x))  # That is in float.
 
 
+# Of [3, 24, 48], whose x has as many rows for each of three experts.
+EXPERTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "one": lambda x, m: F.linear(x[0], m.weight[1]),
+    "bmm": lambda x, m: torch.bmm(x, m.weight.mT),
+    "some": lambda x, m: torch.bmm(x[:2], m.weight[1:].mT),
+    "transposed": lambda x, m: torch.bmm(x[..., :24], m.weight),
+    "as one": lambda x, m: F.linear(x[0], m.weight.flatten(0, 1)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rotated", ["not", "together", "each"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_weights_of_experts(name: str, rotated: str) -> None:
+    """Each matrix may be rotated by a d of its own."""
+    module, call, x = int8_experts(rotated), EXPERTS[name], torch.randn(3, 5, 48)
+    expected = call(x, types.SimpleNamespace(weight=module.dequantize()))
+    call(x, module)
+    operators = profiled(lambda: call(x, module))
+    assert operators["int8compile::linear"] + operators["int8compile::batched_linear"] == 1
+    y = call(x, module)
+    assert 0 < relative_error(y, expected) < INT8_ERROR
+    assert torch.equal(torch.compile(lambda x: call(x, module), backend="int8", fullgraph=True)(x), y)
+
+
+@torch.no_grad()
+def test_columns_run_as_the_module_does() -> None:
+    _, other = quantized(MATMULS["F.linear"][0], outliers="column", threshold=2.0)
+    expected = other.inner(X)
+    assert profiled(lambda: other(X))["int8compile::column_linear"] == 1
+    assert torch.equal(other(X), expected)
+    assert torch.equal(torch.compile(other, backend="int8", fullgraph=True)(X), expected)
+
+
 def test_the_weight_as_it_is_takes_no_more_memory() -> None:
     _, other = quantized(MATMULS["chunk"][0])
     before = int8compile.memory_footprint(other)
     other(X)
-    assert int8compile.memory_footprint(other) - before <= 4 * 96  # Its scales; the rows are views.
+    assert int8compile.memory_footprint(other) - before <= 4 * 96  # Its scales; the rows are views, rotated by its d.
+    weights = list(STORE.weights(other.inner.qweight).values())
+    assert len(weights) == 3
+    assert all(weight.d is other.inner.d for weight in weights)
     _, other = quantized(MATMULS["F.linear"][0])
     other(X3)
     torch.compile(other, backend="int8")(X3)

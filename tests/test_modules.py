@@ -561,9 +561,14 @@ def test_a_rotation_is_not_written_into_that_of_a_sibling() -> None:
         (int8_experts, lambda d: d.expand(2, 48), r"0\.d has the shape \[2, 48\]; it must be \[48\] or \[3, 48\]$"),
         (int8_linear, lambda d: d * 0, r"0\.d holds 48 NaN, Inf or 0 of 48 entries: the file is damaged"),
         (
+            lambda: int8_linear(40, rotated=False),
+            lambda d: d[:40],
+            r"0\.d is there, but a weight of 40 inputs with outliers='row' is never rotated",
+        ),
+        (
             lambda: int8_linear(rotated=False, outliers="column"),
             lambda d: d,
-            r"0\.d is there, but this is for a layer with outliers='column', which is never rotated",
+            r"0\.d is there, but a weight of 48 inputs with outliers='column' is never rotated",
         ),
     ],
 )
@@ -582,7 +587,7 @@ def test_rotations_that_do_not_fit_are_refused(
 def test_rotations_without_a_rotated_weight_are_refused(strict: bool) -> None:
     with pytest.raises(RuntimeError, match=r"0\.d is there without the 0\.qweight"):
         loaded(int8_linear(), {"d": torch.ones(48)}, strict=strict)
-    with pytest.raises(RuntimeError, match=r"0\.d is there, but this is a table of embeddings, which is never rotated"):
+    with pytest.raises(RuntimeError, match=r"0\.d is there, but a table of embeddings is never rotated"):
         loaded(int8_embedding(), {**int8_embedding().state_dict(), "d": torch.ones(16)}, strict=strict)
 
 
