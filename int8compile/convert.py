@@ -10,8 +10,8 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ _LIBRARIES = {
     "transformers": ("transformers.modeling_utils", "PreTrainedModel"),
     "diffusers": ("diffusers.models.modeling_utils", "ModelMixin"),
 }
+
+
+# A weight in int8, its scales and its d.
+Made: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,20 +132,14 @@ def quantize_(
     targets = plan(model, config)
     chosen = [target for target in targets if target.reason is None and not isinstance(target.module, Int8Module)]
     found = _report(targets, config)  # Before the weights are gone.
-    convert = Converter(model, config)
-    weights = collections.Counter(id(target.weight) for target in chosen)
-    groups: dict[Hashable, list[Target]] = collections.defaultdict(list)
-    for target in chosen:
-        groups[target.group].append(target)
+    converter = Converter(model, config)
     del targets
     with tqdm(total=len(chosen), desc="Quantizing", disable=not progress or not chosen, leave=False) as bar:
-        chosen.reverse()
-        while chosen:
-            target = chosen.pop()  # Not iterated over: the list would hold every float weight to the end.
+        for target, made in quantized_in_groups(chosen):
             bar.set_postfix_str(target.path, refresh=False)
-            make_rotations(groups.pop(target.group, ()))
-            convert(target, shared=weights[id(target.weight)] > 1)
+            converter.put(target, *made)
             bar.update()
+            del target  # Which holds a float weight.
     attach(model, config)
     warn_if_all_float(found, "quantize_()")
     return found
@@ -418,24 +416,6 @@ class Converter:
     def __init__(self, model: nn.Module, config: Int8Config) -> None:
         self._config = config
         self._places = _places(model)
-        # int8 weights of parameters that several modules share.
-        self._shared: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-
-    def __call__(self, target: Target, *, shared: bool = False) -> None:
-        """Quantizes a target's weight, on its device, and replaces its module (or, for experts, its parameter).
-
-        Args:
-            target: What to convert.
-            shared: Whether other targets have the same weight.
-
-        Raises:
-            BadWeightError: The weight has NaN or Inf.
-        """
-        key = id(target.weight)
-        made = self._shared.get(key) or quantized(target)
-        if shared:
-            self._shared[key] = made
-        self.put(target, *made)
 
     def put(self, target: Target, qweight: Tensor, scale: Tensor, d: Tensor | None) -> Int8Module:
         """Puts a weight that is quantized already, and rotated where there is a d, in the place of a target's."""
@@ -555,7 +535,40 @@ def make_rotations(group: Sequence[Target]) -> None:
             STORE.share([member], members, each=group[0].rotates_each)
 
 
-def quantized(target: Target) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantized_in_groups(
+    targets: list[Target], rotate: Callable[[Sequence[Target]], None] = make_rotations
+) -> Iterator[tuple[Target, Made]]:
+    """Quantize weights, one after the other and each on its device, a weight that several targets share once.
+
+    Args:
+        targets: What to quantize, which is taken out of the list: a caller that keeps no float weight needs no memory
+            for all.
+        rotate: Decides what targets of one `group` are rotated with, before the first of them is quantized.
+
+    Yields:
+        The targets in their order, with their weights in int8.
+
+    Raises:
+        BadWeightError: A weight has NaN or Inf.
+    """
+    groups: dict[Hashable, list[Target]] = collections.defaultdict(list)
+    for target in targets:
+        groups[target.group].append(target)
+    sharing = collections.Counter(id(target.weight) for target in targets)
+    shared: dict[int, Made] = {}
+    targets.reverse()
+    while targets:
+        target = targets.pop()
+        rotate(groups.pop(target.group, ()))
+        key = id(target.weight)
+        made = shared.get(key) or quantized(target)
+        if sharing[key] > 1:
+            shared[key] = made
+        yield target, made
+        del target
+
+
+def quantized(target: Target) -> Made:
     """Return a target's weight in int8, its scales and its d; without data where the weight has none.
 
     Raises:
@@ -620,7 +633,7 @@ def float_names(model: nn.Module) -> set[str]:
     }
 
 
-def without_data(target: Target) -> tuple[Tensor, Tensor, Tensor | None]:
+def without_data(target: Target) -> Made:
     """Return tensors on the meta device like those of a target in int8: qweight, scale and d."""
     # With dtypes: while transformers loads a model, the default is the model's.
     scale = torch.empty(target.shape[:-1], dtype=torch.float32, device="meta")
