@@ -14,7 +14,7 @@ import importlib.metadata
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -207,71 +207,69 @@ def _gpu_kernels(parameters: Mapping[Node, Tensor]) -> bool:
     return loaded
 
 
-class _Part(NamedTuple):
-    """A view of a parameter: positions among the arguments of a graph of it, of its scales and d; and its key."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A member of a slot, by positions among the arguments of a graph.
+
+    Attributes:
+        position: Of the parameter.
+        key: What it is quantized for.
+        path: Module path, for messages.
+        scale: Of the scales, where it is int8 already.
+        d: Of what such a one is rotated with.
+        group: Positions and views of what is rotated alike.
+        among: Of what a d is made of where there is none.
+        each: Whether each matrix is rotated by a d of its own.
+    """
 
     position: int
     key: Key
     path: str
     scale: int | None
     d: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """A slot by positions among the arguments of a graph.
-
-    Attributes:
-        parts: Its members.
-        group: Positions and views of what is rotated alike.
-        among: Of what a d is made of where there is none.
-        each: Whether each matrix is rotated by a d of its own.
-        interleaved: See `WeightSlot`.
-    """
-
-    parts: tuple[_Part, ...]
     group: tuple[tuple[int, WeightView], ...]
     among: tuple[tuple[int, WeightView], ...]
     each: bool
-    interleaved: bool
 
-    @staticmethod
-    def of(slot: WeightSlot, positions: Mapping[Node, int]) -> _Weight:
-        """Describe a slot."""
-
-        def position(node: Node | None) -> int | None:
-            return None if node is None else positions[node]
-
-        # What is int8 already has the d that it has.
-        whole = slot.group if slot.members[0].scale is None else None
-        members = (whole.members, whole.among) if whole is not None else ((), ())
-        group, among = (tuple((positions[each.source], each.view) for each in part) for part in members)
-        parts = tuple(
-            _Part(positions[source], Key(view, slot.packed, bool(group)), path, position(scale), position(d))
-            for source, view, path, scale, d in slot.members
-        )
-        return _Weight(parts, group, among, whole is not None and whole.each, slot.interleaved)
-
-    def find(self, args: Sequence[Any]) -> list[QuantizedWeight]:
-        """Return its int8 weights, quantized now where they have to be."""
-        return [self._part(args, *part) for part in self.parts]
-
-    def _part(self, args: Sequence[Any], position: int, key: Key, path: str, scale: Any, d: Any) -> QuantizedWeight:
-        parameter, scales = args[position], None if scale is None else args[scale]
-        weight = STORE.fresh(parameter, key, scales)
-        if weight is not None:
-            return weight
+    def get(self, args: Sequence[Any]) -> QuantizedWeight:
+        """Return its int8 weight, quantized now where it has to be."""
         return STORE.get(
-            parameter,
-            key.view,
-            path,
-            packed=key.packed,
-            scale=scales,
-            d=None if d is None else args[d],
-            group=[(args[each], view) for each, view in self.group],
-            among=[(args[each], view) for each, view in self.among],
+            args[self.position],
+            self.key.view,
+            self.path,
+            packed=self.key.packed,
+            scale=None if self.scale is None else args[self.scale],
+            d=None if self.d is None else args[self.d],
+            group=[(args[position], view) for position, view in self.group],
+            among=[(args[position], view) for position, view in self.among],
             each=self.each,
         )
+
+
+def _parts(slot: WeightSlot, positions: Mapping[Node, int]) -> list[_Part]:
+    """Return the members of a slot by positions."""
+
+    def position(node: Node | None) -> int | None:
+        return None if node is None else positions[node]
+
+    # What is int8 already has the d that it has.
+    whole = slot.group if slot.members[0].scale is None else None
+    members = (whole.members, whole.among) if whole is not None else ((), ())
+    group, among = (tuple((positions[each.source], each.view) for each in part) for part in members)
+    each = whole is not None and whole.each
+    return [
+        _Part(
+            positions[source],
+            Key(view, slot.packed, bool(group)),
+            path,
+            position(scale),
+            position(d),
+            group,
+            among,
+            each,
+        )
+        for source, view, path, scale, d in slot.members
+    ]
 
 
 def _compile(
@@ -289,17 +287,23 @@ def _compile(
     captured = module.graph.find_nodes(op="placeholder")[: len(example_inputs)]
     positions = {node: position for position, node in enumerate(captured)}
     # Not the slots, whose nodes would keep the graph.
-    weights = [_Weight.of(slot, positions) for slot in slots]
-    # Those of a slot are rotated alike, whatever they are joined for.
-    groups: dict[Any, list[int]] = {}
-    for number, slot in enumerate(slots):
+    parts: list[_Part] = []
+    joined: list[tuple[int, int, bool]] = []
+    groups: dict[Node, list[int]] = {}
+    for slot in slots:
+        begin, members = len(parts), _parts(slot, positions)
+        parts += members
+        joined.append((begin, len(parts), slot.interleaved))
         if slot.group is not None:
-            groups.setdefault(slot.group.node, []).append(number)
+            groups.setdefault(slot.group.node, []).extend(range(begin, len(parts)))
+    lookups = [(part.position, part.key, part.scale, part) for part in parts]
+    firsts = [numbers[0] for numbers in groups.values()]
+    # Those that must have the d of another.
+    alike = [(number, numbers[0]) for numbers in groups.values() for number in numbers[1:]]
     # What the store gives, by the placeholders that take it, in their order.
     given = [node for slot in slots for node in slot.nodes[:2]] + list(groups)
     added = {node: order for order, node in enumerate(module.graph.find_nodes(op="placeholder"))}
     order = sorted(range(len(given)), key=lambda each: added[given[each]])
-    together = list(groups.values())
     # A weight that nothing reads any more is no argument of the compiled graph, nor are its scales; but those stay with
     # the module, where other graphs ask for them.
     sources = {member.source for slot in slots for member in slot.members}
@@ -321,27 +325,30 @@ def _compile(
             )
 
     def arguments(args: Sequence[Any]) -> list[Any]:
+        fresh = STORE.fresh
         while True:
-            found = [weight.find(args) for weight in weights]
-            rotations = [found[group[0]][0].d for group in together]
-            # Another graph, or thread, may group them otherwise, and have some of them rotated by another d meanwhile.
-            if all(
-                part.d is d for group, d in zip(together, rotations, strict=True) for i in group for part in found[i]
-            ):
+            found = [
+                fresh(args[position], key, None if scale is None else args[scale]) or part.get(args)
+                for position, key, scale, part in lookups
+            ]
+            # Another graph, or thread, may group them otherwise and have some rotated by another d meanwhile.
+            if all(found[number].d is found[first].d for number, first in alike):
                 break
         tensors: list[Any] = []
-        for weight, parts in zip(weights, found, strict=True):
-            one = STORE.alone(parts[0]) if len(parts) == 1 else STORE.fused(parts, interleaved=weight.interleaved)
-            tensors += (one.qweight, one.scale)
-        tensors += rotations
+        for begin, end, interleaved in joined:
+            if end == begin + 1:
+                weight: Any = STORE.alone(found[begin])
+            else:
+                weight = STORE.fused(found[begin:end], interleaved=interleaved)
+            tensors += (weight.qweight, weight.scale)
+        tensors += [found[first].d for first in firsts]
         return [*[args[position] for position in kept], *[tensors[each] for each in order]]
 
     # Takes seconds to import, and explain() does without.
     from torch._inductor.compile_fx import compile_fx
 
-    for weight in weights:
-        for part in weight.parts:
-            STORE.compare(example_inputs[part.position], None if part.scale is None else example_inputs[part.scale])
+    for part in parts:
+        STORE.compare(example_inputs[part.position], None if part.scale is None else example_inputs[part.scale])
     fakes = _static_fakes(arguments(example_inputs))
     compiled: Any = compile_fx(module, fakes, config_patches=dict(patches))
     for node in captured:
