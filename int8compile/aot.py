@@ -358,14 +358,14 @@ def _check_generated(source: str, module: GraphModule, target: Target) -> None:
     added = names - {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     calls_of_ours = [node for node in module.graph.nodes if node.target in target.functions]
     read = {each for call in calls_of_ours for each in call.all_input_nodes if each.op == "get_attr"}
-    int8 = [each for each in read if attribute(module, each).dtype == torch.int8]
-    held = {re.sub(r"\W", "_", str(each.target)) for each in int8}  # as generated code spells them
+    int8 = [each for each in read if attribute(module, each).dtype in (torch.int8, torch.uint8)]
+    read_by_kernels = {re.sub(r"\W", "_", str(each.target)) for each in int8}  # as generated code spells them
     ours = re.compile(rf"{AttributeBinder.PREFIX}\d+_qweight")
-    weights = [name for name in constants if name in held or ours.fullmatch(name)]
+    weights = [name for name in constants if name in read_by_kernels or ours.fullmatch(name)]
     names_of = "|".join(op._opname for op in target.functions)
     call = rf"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_{target.device}_(?:{names_of})\(.*"
     calls = "\n".join(re.findall(call, source))
-    lost = [name for name in weights if target.functions and not re.search(rf"\b{re.escape(name)}\b", calls)]
+    lost = [name for name in weights if name in read_by_kernels and not re.search(rf"\b{re.escape(name)}\b", calls)]
     lost += [name for name in weights if not re.search(r"int8$", constants[name])]
     if not weights or lost or added:
         raise ExportError(

@@ -237,10 +237,19 @@ class _Part:
             packed=self.key.packed,
             scale=None if self.scale is None else args[self.scale],
             d=None if self.d is None else args[self.d],
-            group=[(args[position], view) for position, view in self.group],
-            among=[(args[position], view) for position, view in self.among],
+            group=self._at(self.group, args),
+            among=self._at(self.among, args),
             each=self.each,
         )
+
+    def share(self, args: Sequence[Any]) -> None:
+        """Have those that read one x rotated by one d, for which some may have to be quantized anew."""
+        if self.group:
+            STORE.share(self._at(self.group, args), self._at(self.among, args), each=self.each)
+
+    @staticmethod
+    def _at(places: Sequence[tuple[int, WeightView]], args: Sequence[Any]) -> list[tuple[Tensor, WeightView]]:
+        return [(args[position], view) for position, view in places]
 
 
 def _parts(slot: WeightSlot, positions: Mapping[Node, int]) -> list[_Part]:
@@ -328,9 +337,11 @@ def _compile(
                 fresh(args[position], key, None if scale is None else args[scale]) or part.get(args)
                 for position, key, scale, part in lookups
             ]
-            # Another graph, or thread, may group them otherwise and have some rotated by another d meanwhile.
             if all(found[number].d is found[first].d for number, first in alike):
                 break
+            # Other graphs group them otherwise and have rotated some of them by another d, or another thread does.
+            for part in parts:
+                part.share(args)
         tensors: list[Any] = []
         for begin, end, interleaved in joined:
             if end == begin + 1:

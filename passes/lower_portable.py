@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from int8compile import ops
 from int8compile.ops import SUPPORTED_DTYPES, portable, quantized, reference
+from int8compile.ops.column import column_linear
 from int8compile.passes.siblings import is_barrier
 
 
@@ -45,6 +46,12 @@ def lower_portable(module: GraphModule) -> None:
             node.target = _weight_only_linear
 
 
+def inline_columns(module: GraphModule) -> None:
+    """Replace `column_linear`, for which a package has no kernel, by its definition, in place."""
+    for node in module.graph.find_nodes(op="call_function", target=ops.column_linear.default):
+        node.target = _column_linear
+
+
 def _without_autocast(compute: Callable[..., Any], position: int) -> Callable[..., Any]:
     """What the operators do under autocast: x is cast, all else computes as it is written.
 
@@ -71,3 +78,4 @@ _quantized = _without_autocast(quantized.quantize, 0)
 _quantized_linear = _without_autocast(portable.quantized_linear, -1)
 _batched_linear = _without_autocast(portable.batched_linear, 0)
 _weight_only_linear = _without_autocast(reference.weight_only_linear, 0)
+_column_linear = _without_autocast(column_linear, 0)

@@ -155,15 +155,19 @@ def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Bind
         each = alone and not reads_tokens(site.path)
         # A bare parameter has its own name in the path.
         own = alone or names.parameter_name(site.static.source) != f"{site.path}.weight"
-        key = (group_of(site.path, own=own), view if own else view.shape[-1]) if rotated else None
+        # Parts of one matrix, as of q, k and v, may read one x; several matrices are those of layers or of experts.
+        several = alone or (own and traced(site.static.source).dim() > 2)
+        key = (group_of(site.path, own=own), view if several else view.shape[-1]) if rotated else None
         return binder.bind(Member(site.static.source, view, site.path), key, site.x, each=each)
     qweight, scale, d, _ = site.held
     if site.held.is_all(view) and (not config.free_weights or site.held.is_changed()):
         return QuantizedNodes(qweight, scale, d)
     same, matrix = rotation_in_view(traced(qweight), None if d is None else traced(d), view)
-    rotated = d is not None and (same or rotation_size(view.shape[-1]) > 1)
-    bound = binder.bind(Member(qweight, view, site.path, scale, d), (qweight, view) if rotated else None)
-    return bound._replace(d=d) if same and matrix is None else bound
+    member = Member(qweight, view, site.path, scale, d)
+    if same and matrix is None:
+        return binder.bind(member)._replace(d=d)
+    rotated = same or rotation_size(view.shape[-1]) > 1
+    return binder.bind(member, (qweight, view) if rotated else None)
 
 
 def _trace(site: LinearSite, x: Node, y: Node, view: WeightView) -> None:
