@@ -572,7 +572,7 @@ def test_dtypes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_biases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of one matrix share a call where their biases are there before the first. Bare matrices have each their d."""
+    """Parts of one matrix share a call where their biases are there before the first; other matrices have other d."""
 
     def call(m: Any, x: Tensor) -> list[Tensor]:
         scaled = m.bias * 2
