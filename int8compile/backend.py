@@ -28,7 +28,6 @@ from int8compile import cpu, frames, hardware, triton_kernels
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning, warn_once
 from int8compile.passes import (
-    EXACT_DIVISION,
     PlaceholderBinder,
     int8_tensors,
     lower_for_cpu,
@@ -95,10 +94,8 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     if inductor_config.freezing:  # Which its freezing of constants would need, and inputs are none.
         patches = {"freezing": False} | patches
     if report.rewritten and _any_on("cuda", parameters) and _gpu_kernels(parameters):
-        lowered = lower_for_gpu(module, binder, parameters)
+        lower_for_gpu(module, binder, parameters)
         module.graph.lint()
-        if lowered.quantized_by_inductor:
-            patches = EXACT_DIVISION | patches
     for note in report.notes:
         warn_once(note)
     log.info("%s", report.summary())

@@ -34,11 +34,13 @@ from int8compile.checksum import THREADS, sha256
 from int8compile.config import Int8Config
 from int8compile.convert import attach, describe, put_described
 from int8compile.errors import CheckpointError, ConfigError, first_line, listed
-from int8compile.modules import BUFFERS, Int8Module
+from int8compile.modules import BUFFERS, Int8Module, share_rotations
 from int8compile.weights import FREED
 
 FORMAT = "int8compile"
-VERSION = 1
+# Version 1 had no rotations: what it describes has no `d` and runs without.
+VERSION = 2
+READABLE = (1, VERSION)
 INDEX = "int8compile.json"
 
 _SHARD = re.compile(r"int8compile-\d{5,}-of-\d{5,}\.safetensors")
@@ -184,6 +186,7 @@ def load(
                 f"{name} has no data: it is not in the checkpoint, and model_factory made it on the meta device or "
                 "from a parameter. Compute it from other values in model_factory, or make it persistent and save again"
             )
+    share_rotations(model)
     attach(model, Int8Config())
     return model if device is None else model.to(device)  # Buffers that are not saved are not there yet.
 
@@ -384,10 +387,11 @@ def _read_index(folder: Path) -> _Index:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise CheckpointError(f"{file} does not describe an int8 checkpoint: its 'format' is not {FORMAT!r}. {_AGAIN}")
     version = index.get("format_version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in READABLE:
         newer = type(version) is int and version > VERSION
         what = "it was made by a newer version of int8compile, update it" if newer else "no version has written this"
-        raise CheckpointError(f"{file}: format_version is {version!r}, this version reads {VERSION}: {what}")
+        known = " and ".join(map(str, READABLE))
+        raise CheckpointError(f"{file}: format_version is {version!r}, this version reads {known}: {what}")
     if index.get("checksum") != (found := _index_checksum(index)):
         raise CheckpointError(
             f"{file} was changed after it was written: the SHA-256 of its content is {found}, it names "

@@ -7,10 +7,11 @@ import copy
 import dataclasses
 import importlib
 import itertools
+import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from int8compile import ops
 from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError, ConfigError, Int8Warning, ModelError
 from int8compile.explain import multiplies
+from int8compile.groups import group_of, reads_tokens
 from int8compile.modules import Int8Embedding, Int8Experts, Int8Linear, Int8Module, Source
 from int8compile.passes.rules import by_name, by_size, matches
 from int8compile.passes.static import WeightView
@@ -34,6 +36,10 @@ _LIBRARIES = {
 }
 
 
+# A weight in int8, its scales and its d.
+Made: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """A weight of a model that is a matmul's, or tied to one.
@@ -43,7 +49,8 @@ class Target:
         module: The module that holds the weight.
         source: What it is.
         weight: The weight, in float or in int8; it may be on the meta device.
-        weight_only: Whether activations will stay in float.
+        weight_only: Whether activations will not be quantized.
+        rotation: How many inputs are mixed with each other; 1 where it is not rotated.
         reason: Why it stays in float, None where it becomes int8.
         detail: What the reason found.
     """
@@ -53,6 +60,7 @@ class Target:
     source: Source
     weight: Tensor
     weight_only: bool = False
+    rotation: int = 1
     reason: SkipReason | None = None
     detail: str = ""
 
@@ -75,6 +83,26 @@ class Target:
         # What is int8 already is not transposed any more.
         return (*batch, k, n) if self.transposed and self.weight.is_floating_point() else (*batch, n, k)
 
+    @property
+    def view(self) -> WeightView:
+        """The weight as a view [..., N, K] of the parameter."""
+        weight = self.weight.mT if self.transposed else self.weight
+        return WeightView(tuple(weight.shape), weight.stride(), 0, self.shape)
+
+    @property
+    def group(self) -> Hashable:
+        """Equal for weights that are rotated by one d; None for one that is not rotated."""
+        if self.rotation == 1:
+            return None
+        if isinstance(self.module, Int8Module):
+            return id(self.module.d)
+        return group_of(self.path, own=self.source == "experts"), self.shape[-1], self.weight.device
+
+    @property
+    def rotates_each(self) -> bool:
+        """Whether each of several matrices has a d of its own: those of experts that read what each has made."""
+        return self.source == "experts" and not reads_tokens(self.path)
+
 
 def quantize_(
     model: nn.Module, config: Int8Config | Mapping[str, Any] | None = None, *, progress: bool = True
@@ -82,13 +110,14 @@ def quantize_(
     """Makes a model's linear layers int8 in memory, in place.
 
     nn.Linear, transformers' Conv1D and its fused experts become `Int8Linear` and `Int8Experts`. Each float weight is
-    given up before the next is read. The model runs as it is, and under torch.compile with backend "int8" or any other.
-    Calling it again changes nothing.
+    given up before the next is quantized. The model runs as it is, and under torch.compile with backend "int8" or any
+    other. Calling it again changes nothing.
 
     Args:
         model: The model. On the meta device it becomes a skeleton, to load int8 weights into.
-        config: `threshold`, `outliers`, `skip_modules`, `lm_head` and `min_features`; the other fields are for
-            torch.compile. With `lm_head` other than "native" a tied embedding shares the output projection's weight.
+        config: `threshold`, `outliers`, `rotate`, `skip_modules`, `lm_head` and `min_features`; the other fields are
+            for torch.compile. With `lm_head` other than "native" a tied embedding shares the output projection's
+            weight, which is not rotated then.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -103,16 +132,14 @@ def quantize_(
     targets = plan(model, config)
     chosen = [target for target in targets if target.reason is None and not isinstance(target.module, Int8Module)]
     found = _report(targets, config)  # Before the weights are gone.
-    convert = Converter(model, config)
-    weights = collections.Counter(id(target.weight) for target in chosen)
+    converter = Converter(model, config)
     del targets
     with tqdm(total=len(chosen), desc="Quantizing", disable=not progress or not chosen, leave=False) as bar:
-        chosen.reverse()
-        while chosen:
-            target = chosen.pop()  # Not iterated over: the list would hold every float weight to the end.
+        for target, made in quantized_in_groups(chosen):
             bar.set_postfix_str(target.path, refresh=False)
-            convert(target, shared=weights[id(target.weight)] > 1)
+            converter.put(target, *made)
             bar.update()
+            del target  # Which holds a float weight.
     attach(model, config)
     warn_if_all_float(found, "quantize_()")
     return found
@@ -125,7 +152,13 @@ def report(model: nn.Module, config: Int8Config) -> Report:
 
 def _report(targets: list[Target], config: Int8Config) -> Report:
     unused = [pattern for pattern in config.skip_modules if not any(matches(pattern, t.path) for t in targets)]
-    return Report(sites=[_row(target) for target in targets], unused_patterns=tuple(unused))
+    # The bytes of a d that several weights share count with the first one's.
+    first: dict[Hashable, int] = {}
+    for target in targets:
+        if target.reason is None:
+            first.setdefault(target.group, id(target.weight))
+    rows = [_row(target, with_d=first.get(target.group) == id(target.weight)) for target in targets]
+    return Report(sites=rows, unused_patterns=tuple(unused))
 
 
 def warn_if_all_float(found: Report, what: str) -> None:
@@ -158,7 +191,9 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
                 weight_only = module.weight_only
             else:
                 weight_only = is_head and config.lm_head == "int8_weight"
-            targets.append(dataclasses.replace(target, reason=reason, detail=detail, weight_only=weight_only))
+            rotation = _rotation_size(target, config, tied=tied)
+            found = dataclasses.replace(target, rotation=rotation, weight_only=weight_only)
+            targets.append(dataclasses.replace(found, reason=reason, detail=detail))
     targets = _experts_together(targets)
     # Embeddings that are tied to a projection which becomes int8.
     converted = {id(target.weight) for target in targets if target.reason is None}
@@ -168,6 +203,13 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
         if isinstance(module, nn.Embedding) and id(module.weight) in converted
     ]
     return targets
+
+
+def _rotation_size(target: Target, config: Int8Config, *, tied: bool) -> int:
+    """Return by how many inputs a weight is rotated, or will be; a table that is read by rows, too, is not."""
+    if isinstance(target.module, Int8Module):
+        return target.module.rotation
+    return ops.rotation_size(target.shape[-1]) if config.rotates and not tied and target.shape else 1
 
 
 def _saved_in_float(model: nn.Module) -> dict[int, str]:
@@ -289,7 +331,9 @@ def _verdict(
         return SkipReason.SUBCLASS, type(weight).__name__
     if weight.dtype not in ops.SUPPORTED_DTYPES:
         return SkipReason.DTYPE, f"it is {weight.dtype}"
-    *_, n, k = target.shape
+    *batch, n, k = target.shape
+    if batch and config.outliers == "column":
+        return SkipReason.COLUMN_BATCHED, ""
     return by_size(k, n, config) or (None, "")
 
 
@@ -317,7 +361,7 @@ def _is_replaceable(module: nn.Module) -> bool:
     )
 
 
-def _row(target: Target) -> Site:
+def _row(target: Target, *, with_d: bool) -> Site:
     if is_lazy(target.weight):
         return Site(
             path=target.path,
@@ -334,6 +378,8 @@ def _row(target: Target) -> Site:
     *batch, n, k = target.shape
     numel = target.weight.numel()
     after = numel + 4 * (numel // k if k else 0)
+    if with_d and target.rotation > 1:
+        after += 4 * math.prod(_d_shape(target))
     dtype = target.module.dtype if isinstance(target.module, Int8Module) else target.weight.dtype
     before = numel * dtype.itemsize
     return Site(
@@ -349,7 +395,15 @@ def _row(target: Target) -> Site:
         reason=target.reason,
         detail=target.detail,
         weight_only=target.weight_only or target.source == "embedding",
+        rotation=1 if target.reason else target.rotation,
     )
+
+
+def _d_shape(target: Target) -> tuple[int, ...]:
+    if isinstance(target.module, Int8Module) and target.module.d is not None:
+        return tuple(target.module.d.shape)
+    *batch, _, k = target.shape
+    return (*batch, k) if target.rotates_each else (k,)
 
 
 class Converter:
@@ -363,33 +417,15 @@ class Converter:
     def __init__(self, model: nn.Module, config: Int8Config) -> None:
         self._config = config
         self._places = _places(model)
-        # int8 weights of parameters that several modules share.
-        self._shared: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, target: Target, *, shared: bool = False) -> None:
-        """Quantizes a target's weight, on its device, and replaces its module (or, for experts, its parameter).
-
-        Args:
-            target: What to convert.
-            shared: Whether other targets have the same weight.
-
-        Raises:
-            BadWeightError: The weight has NaN or Inf.
-        """
-        key = id(target.weight)
-        pair = self._shared.get(key) or quantized(target)
-        if shared:
-            self._shared[key] = pair
-        self.put(target, *pair)
-
-    def put(self, target: Target, qweight: Tensor, scale: Tensor) -> Int8Module:
-        """Puts a weight that is quantized already in the place of a target's."""
+    def put(self, target: Target, qweight: Tensor, scale: Tensor, d: Tensor | None) -> Int8Module:
+        """Puts a weight that is quantized already, and rotated where there is a d, in the place of a target's."""
         module = target.module
         options: dict[str, Any] = {"dtype": target.weight.dtype}
         if target.source == "embedding":
             assert isinstance(module, nn.Embedding)
             return self._replace(target, Int8Embedding(qweight, scale, padding_idx=module.padding_idx, **options))
-        options |= {"threshold": self._config.threshold, "outliers": self._config.outliers}
+        options |= {"threshold": self._config.threshold, "d": d}
         if target.source == "experts":
             name = target.path.rpartition(".")[2]
             new: Int8Module = Int8Experts(qweight, scale, transposed=target.transposed, **options)
@@ -398,7 +434,7 @@ class Converter:
             module.add_module(name, new.train(module.training))
             use_int8_experts(module)
             return new
-        options |= {"weight_only": target.weight_only, "source": target.source}
+        options |= {"outliers": self._config.outliers, "weight_only": target.weight_only, "source": target.source}
         bias = module._parameters.get("bias")
         return self._replace(target, Int8Linear(qweight, scale, bias, **options))
 
@@ -426,7 +462,8 @@ _OPTIONS = ("threshold", "outliers", "weight_only", "transposed", "padding_idx")
 
 def _description(module: Int8Module) -> dict[str, Any]:
     options = {name: getattr(module, name) for name in _OPTIONS if hasattr(module, name)}
-    return {"source": module.source, "dtype": str(module.dtype).removeprefix("torch."), **options}
+    dtype = str(module.dtype).removeprefix("torch.")
+    return {"source": module.source, "dtype": dtype, "rotation": module.rotation, **options}
 
 
 def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], advice: str) -> list[Target]:
@@ -446,9 +483,10 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
     modules = dict(model.named_modules())
     # What could be int8 at all; which of them are, the description says.
     targets = {target.path: target for target in plan(model, Int8Config(lm_head="int8", min_features=1))}
-    converters: dict[tuple[float, str], Converter] = {}
+    converters: dict[tuple[float | None, str], Converter] = {}
     put = []
-    for path, options in described.items():
+    for path, said in described.items():
+        options = {**said, "rotation": said.get("rotation") or 1}  # Older versions rotated nothing.
         source, dtype = options.get("source"), getattr(torch, str(options.get("dtype")), None)
         if source not in get_args(Source) or dtype not in ops.SUPPORTED_DTYPES:
             raise CheckpointError(
@@ -471,7 +509,16 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
         key = (config.threshold, config.outliers)
         if key not in converters:
             converters[key] = Converter(model, config)
-        target = dataclasses.replace(target, weight_only=options.get("weight_only") is True)
+        never = source == "embedding" or options.get("outliers") == "column"
+        allowed = dict.fromkeys((1, 1 if never else ops.rotation_size(target.shape[-1])))
+        if options["rotation"] not in allowed:
+            raise CheckpointError(
+                f"{path} has the rotation {options['rotation']!r} in the checkpoint; what it can have is "
+                f"{' or '.join(map(str, allowed))}. {advice}"
+            )
+        target = dataclasses.replace(
+            target, weight_only=options.get("weight_only") is True, rotation=options["rotation"]
+        )
         new = converters[key].put(target, *without_data(target))
         # What was cast before it was saved comes back so, whatever the model is made of.
         new.dtype = dtype
@@ -481,18 +528,59 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
     return put
 
 
-def quantized(target: Target) -> tuple[Tensor, Tensor]:
-    """A target's weight in int8; without data where the weight has none.
+def make_rotations(group: Sequence[Target]) -> None:
+    """Make what rotates the targets of one `group`, from the weights of all of them; `quantized` looks it up."""
+    if group and group[0].rotation > 1 and not group[0].weight.is_meta:
+        members = [(target.weight, target.view) for target in group]
+        for member in members:
+            STORE.share([member], members, each=group[0].rotates_each)
+
+
+def quantized_in_groups(
+    targets: list[Target], rotate: Callable[[Sequence[Target]], None] = make_rotations
+) -> Iterator[tuple[Target, Made]]:
+    """Quantize weights, one after the other and each on its device, a weight that several targets share once.
+
+    Args:
+        targets: What to quantize, which is taken out of the list: a caller that keeps no float weight needs no memory
+            for all.
+        rotate: Decides what targets of one `group` are rotated with, before the first of them is quantized.
+
+    Yields:
+        The targets in their order, with their weights in int8.
+
+    Raises:
+        BadWeightError: A weight has NaN or Inf.
+    """
+    groups: dict[Hashable, list[Target]] = collections.defaultdict(list)
+    for target in targets:
+        groups[target.group].append(target)
+    sharing = collections.Counter(id(target.weight) for target in targets)
+    shared: dict[int, Made] = {}
+    targets.reverse()
+    while targets:
+        target = targets.pop()
+        rotate(groups.pop(target.group, ()))
+        key = id(target.weight)
+        made = shared.get(key) or quantized(target)
+        if sharing[key] > 1:
+            shared[key] = made
+        yield target, made
+        del target
+
+
+def quantized(target: Target) -> Made:
+    """Return a target's weight in int8, its scales and its d; without data where the weight has none.
 
     Raises:
         BadWeightError: The weight has NaN or Inf.
     """
     if target.weight.is_meta:
         return without_data(target)
-    weight = target.weight.mT if target.transposed else target.weight
-    return quantize_checked(
-        target.weight, WeightView(tuple(weight.shape), weight.stride(), 0, target.shape), target.path
-    )
+    member, d = (target.weight, target.view), None
+    if target.rotation > 1:
+        d = STORE.share([member], each=target.rotates_each)
+    return *quantize_checked(*member, target.path, d), d
 
 
 def saving_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
@@ -546,11 +634,12 @@ def float_names(model: nn.Module) -> set[str]:
     }
 
 
-def without_data(target: Target) -> tuple[Tensor, Tensor]:
-    """Tensors on the meta device like those of a target in int8."""
+def without_data(target: Target) -> Made:
+    """Return tensors on the meta device like those of a target in int8: qweight, scale and d."""
     # With dtypes: while transformers loads a model, the default is the model's.
     scale = torch.empty(target.shape[:-1], dtype=torch.float32, device="meta")
-    return torch.empty(target.shape, dtype=torch.int8, device="meta"), scale
+    d = None if target.rotation == 1 else torch.empty(_d_shape(target), dtype=torch.float32, device="meta")
+    return torch.empty(target.shape, dtype=torch.int8, device="meta"), scale, d
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -601,7 +690,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     for module in int8.values():
         key = id(module.qweight)
         if key not in weights:
-            weight = ops.dequantize_weight(module.qweight, module.scale, dtype or module.dtype)
+            weight = ops.dequantize_weight(module.qweight, module.scale, module.d, dtype or module.dtype)
             weights[key] = nn.Parameter(weight.mT.contiguous() if module.is_transposed else weight)
         if isinstance(module, Int8Experts):
             for parent, name in places[id(module)]:
@@ -655,6 +744,7 @@ def memory_footprint(model: nn.Module) -> int:
             continue
         add(tensor)
         for weight in STORE.weights(tensor).values():
-            add(weight.qweight)
-            add(weight.scale)
+            for kept in (weight.qweight, weight.scale, weight.d):
+                if kept is not None:
+                    add(kept)
     return sum(min(size, limits[storage]) for storage, size in sizes.items())

@@ -35,6 +35,7 @@ from int8compile.errors import ExportError, listed
 from int8compile.ops import dequantize_weight, pack_weight
 from int8compile.passes import (
     AttributeBinder,
+    inline_columns,
     int8_tensors,
     lower_for_cpu,
     lower_for_gpu,
@@ -43,7 +44,6 @@ from int8compile.passes import (
 )
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.lower_gpu import has_int8_kernels
-from int8compile.passes.lower_portable import inline_columns
 from int8compile.passes.module_weights import module_weights
 from int8compile.passes.names import module_path
 from int8compile.passes.static import BUFFER, QUANTIZED

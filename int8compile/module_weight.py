@@ -38,6 +38,7 @@ class Held:
     Attributes:
         qweight: [..., N, K] int8.
         scale: [..., N] float32.
+        d: [K] or [..., K] float32, what it is rotated with; None where it is not.
         dtype: What it is dequantized to.
         policy: See `int8compile.ops.module_weight`.
         path: The module's, for messages.
@@ -46,6 +47,7 @@ class Held:
 
     qweight: Tensor
     scale: Tensor
+    d: Tensor | None
     dtype: torch.dtype
     policy: str
     path: str
@@ -58,7 +60,7 @@ class Held:
 
     def in_float(self) -> Tensor:
         """The weight dequantized, [..., N, K], by an operator that the passes know."""
-        result: Tensor = ops.module_weight.default(self.qweight, self.scale, self.dtype, self.policy)
+        result: Tensor = ops.module_weight.default(self.qweight, self.scale, self.d, self.dtype, self.policy)
         return result
 
     def copied(self) -> Held:
@@ -292,7 +294,8 @@ def _signature(leaf: Any) -> Any:
     if not isinstance(leaf, Int8Weight):
         return about
     held = leaf.held
-    return *about, held.qweight.shape, held.qweight.stride(), held.dtype, held.policy, leaf.steps
+    rotated = None if held.d is None else held.d.shape
+    return *about, held.qweight.shape, held.qweight.stride(), rotated, held.dtype, held.policy, leaf.steps
 
 
 def _plan(func: Any, leaves: list[Any], spec: Any) -> Plan:
@@ -338,22 +341,26 @@ class _Call:
     def __init__(self, func: Any, leaves: list[Any], spec: Any) -> None:
         self._func, self._leaves, self._spec = func, leaves, spec
         graph = Graph()
-        self._placeholders: dict[int, tuple[Node, ...]] = {}
+        # Positions, and the name of a weight's tensor in `Held`; "" for an argument that is a tensor.
+        self._given: dict[Node, tuple[int, str]] = {}
         self.inputs: dict[int, Node] = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Int8Weight):
-                stored = graph.placeholder(f"qweight_{i}"), graph.placeholder(f"scale_{i}")
-                for node, tensor in zip(stored, (leaf.held.qweight, leaf.held.scale), strict=True):
-                    node.meta |= {"example_value": _without_data(tensor), **STORED}
-                self._placeholders[i] = stored
+                for name in ("qweight", "scale", "d"):
+                    if (tensor := getattr(leaf.held, name)) is not None:
+                        node = graph.placeholder(f"{name}_{i}")
+                        node.meta |= {"example_value": _without_data(tensor), **STORED}
+                        self._given[node] = i, name
             elif isinstance(leaf, Tensor):
                 self.inputs[i] = graph.placeholder(f"input_{i}")
                 self.inputs[i].meta["example_value"] = _without_data(leaf)
-                self._placeholders[i] = (self.inputs[i],)
+                self._given[self.inputs[i]] = i, ""
+        stored = {place: node for node, place in self._given.items()}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Int8Weight):
+                tensors = [stored.get((i, name)) for name in ("qweight", "scale", "d")]
                 options = (leaf.held.dtype, leaf.held.policy)
-                node = _append(graph, ops.module_weight.default, (*self._placeholders[i], *options), {})
+                node = _append(graph, ops.module_weight.default, (*tensors, *options), {})
                 for step in leaf.steps:
                     node = step.append(node)
                 self.inputs[i] = node
@@ -398,31 +405,30 @@ class _Call:
             graph.output(self.node)
         module = GraphModule({}, graph)
         binder = PlaceholderBinder(module)
-        stored = {node: i for i, nodes in self._placeholders.items() if len(nodes) > 1 for node in nodes}
-        parameters = {node: node.meta["example_value"] for node in stored}
+        parameters = {node: node.meta["example_value"] for node, (_, tensor) in self._given.items() if tensor}
         report = rewrite_graph(module, parameters, Int8Config(), binder)
         if not report.rewritten:
             return None
         in_float = bool(report.notes)
-        views = [(stored[slot.members[0].source], slot.members[0].view) for slot in binder.slots]
-        order, name = list(self._placeholders), _name(self._func)
+        given, name = list(self._given.values()), _name(self._func)
+        views = [(self._given[slot.members[0].source][0], slot.members[0].view) for slot in binder.slots]
+        # The placeholders of slots, in their order.
+        slots = [slot.nodes._asdict() for slot in binder.slots]
+        added = {node: (i, tensor) for i, nodes in enumerate(slots) for tensor, node in nodes.items()}
+        order = [added[node] for node in graph.find_nodes(op="placeholder") if node not in self._given]
 
         def run(leaves: list[Any]) -> Any:
-            inputs: list[Tensor] = []
-            for i in order:
-                leaf = leaves[i]
+            for leaf in leaves:
                 if isinstance(leaf, Int8Weight):
                     leaf.held.check()
-                    inputs += (leaf.held.qweight, leaf.held.scale)
                     if in_float:
                         _warn_of_read(name, leaf)
-                else:
-                    inputs.append(leaf)
+            weights = []
             for i, view in views:
                 held = leaves[i].held
-                weight = STORE.get(held.qweight, view, held.path, scale=held.scale)
-                inputs += (weight.qweight, weight.scale)
-            return module(*inputs)
+                weights.append(STORE.get(held.qweight, view, held.path, scale=held.scale, d=held.d))
+            inputs = [getattr(leaves[i].held, tensor) if tensor else leaves[i] for i, tensor in given]
+            return module(*inputs, *[getattr(weights[i], tensor) for i, tensor in order])
 
         return run
 

@@ -1,7 +1,7 @@
 """Modules that hold their weight in int8: what `quantize_` puts in the place of linears, embeddings and experts.
 
-Each has the buffers `qweight` (int8) and `scale` (float32) and no parameter called `weight`, so that no loader takes
-integers for floats.
+Each has the buffers `qweight` (int8), `scale` (float32) and, where its weight is rotated, `d` (float32), and no
+parameter called `weight`, so that no loader takes integers for floats.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch._dynamo.eval_frame import skip_code
 from torch.compiler import is_compiling
 
 from int8compile import cpu, ops, triton_kernels
-from int8compile.errors import CheckpointError, InputError, Int8WeightError
+from int8compile.config import Int8Config, OutlierPolicy, default_threshold
+from int8compile.errors import CheckpointError, ConfigError, InputError, Int8WeightError
 from int8compile.module_weight import Held, Int8Weight
 
 # What a module was made from, and what `dequantize` makes of it again.
 Source = Literal["linear", "conv1d", "embedding", "experts"]
 
-BUFFERS = ("qweight", "scale")
+# `d` is None where the weight is not rotated; state dicts and files have none then.
+BUFFERS = ("qweight", "scale", "d")
 # What `policy` is made of.
 _POLICY = ("threshold", "outliers", "weight_only")
 
@@ -41,8 +43,10 @@ class Int8Module(nn.Module):
 
     Attributes:
         qweight: [..., N, K] int8.
-        scale: [..., N] float32; `qweight * scale` is the weight.
-        dtype: What the weight is dequantized to; `.to(dtype)` of the module changes it, `scale` stays float32.
+        scale: [..., N] float32; `qweight * scale` is the weight, rotated where there is a d.
+        d: [K] float32, or [E, K] for experts that read an input of their own each: what the weight was rotated with.
+            None for a weight that is not rotated. Linears that read the same x have one tensor.
+        dtype: What the weight is dequantized to; `.to(dtype)` of the module changes it, `scale` and `d` stay float32.
         source: What kind of module it was made from.
         path: Where it was put in the model that it is of, for messages.
     """
@@ -52,12 +56,16 @@ class Int8Module(nn.Module):
     policy = "weight_only"
     qweight: Tensor
     scale: Tensor
+    d: Tensor | None
+    threshold: Any
+    outliers: OutlierPolicy
 
-    def __init__(self, qweight: Tensor, scale: Tensor, dtype: torch.dtype, source: Source) -> None:
+    def __init__(self, qweight: Tensor, scale: Tensor, d: Tensor | None, dtype: torch.dtype, source: Source) -> None:
         super().__init__()
         _load_kernels()
         self.register_buffer("qweight", qweight)
         self.register_buffer("scale", scale)
+        self.register_buffer("d", d)
         self.dtype = dtype
         self.source = source
 
@@ -66,12 +74,25 @@ class Int8Module(nn.Module):
         _load_kernels()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in _POLICY:
-            # For `module_weight`: a number would be a symbol to Dynamo, of which passes cannot ask the value.
-            given = [getattr(self, each, None) for each in _POLICY]
-            weight_only = given[2] or given[0] is None
-            self.__dict__["policy"] = "weight_only" if weight_only else f"{given[1]} {given[0]!r}"
+        """Set an attribute; a threshold of None is the usual one.
+
+        Raises:
+            ConfigError: `threshold` or `outliers` is not allowed.
+        """
+        if name not in _POLICY:
+            super().__setattr__(name, value)
+            return
+        given: dict[str, Any] = {each: getattr(self, each, None) for each in _POLICY} | {name: value}
+        config, rotated = Int8Config(threshold=given["threshold"], outliers=given["outliers"]), self.d is not None
+        if config.outliers == "column" and (rotated or self.qweight.dim() > 2):
+            raise ConfigError(
+                f"{self.path or type(self).__name__}: outliers='column' is for matrices that are not rotated; quantize "
+                "the float model with outliers='column'"
+            )
+        threshold: Any = config.threshold_of(rotated=rotated)
+        super().__setattr__(name, threshold if name == "threshold" else value)
+        # For `module_weight`: a number would be a symbol to Dynamo, of which passes cannot ask the value.
+        self.__dict__["policy"] = "weight_only" if given["weight_only"] else f"{config.outliers} {threshold!r}"
 
     def _check_input(self, x: Tensor) -> None:
         # The operators check it, too, but do not know what module they are called by.
@@ -90,7 +111,7 @@ class Int8Module(nn.Module):
         Shapes:
             [..., N, K] of `dtype`.
         """
-        return ops.dequantize_weight(self.qweight, self.scale, self.dtype)
+        return ops.dequantize_weight(self.qweight, self.scale, self.d, self.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -112,6 +133,17 @@ class Int8Module(nn.Module):
         if not (isinstance(value, Int8Weight) and value.held.scale is self.scale and value.is_entire):
             raise self._not_replaceable()
 
+    @property
+    def rotation(self) -> int:
+        """How many inputs are mixed with each other; 1 where the weight is not rotated."""
+        return 1 if self.d is None else ops.rotation_size(self.d.shape[-1])
+
+    def _numerics(self) -> str:
+        """Describe how the weight is multiplied with, for `print(model)`."""
+        weight_only = self.policy == "weight_only"
+        policy = "weight only" if weight_only else f"outliers={self.outliers!r}, threshold={self.threshold:g}"
+        return policy if self.d is None else f"{policy}, rotation={self.rotation}"
+
     def _not_replaceable(self) -> Int8WeightError:
         return Int8WeightError(
             f"{self.path or type(self).__name__}.weight cannot be replaced, it is int8. Load float weights before "
@@ -120,7 +152,7 @@ class Int8Module(nn.Module):
         )
 
     def _held(self) -> Held:
-        return Held(self.qweight, self.scale, self.dtype, self.policy, self.path)
+        return Held(self.qweight, self.scale, self.d, self.dtype, self.policy, self.path)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read(self) -> Tensor:
@@ -140,7 +172,7 @@ class Int8Module(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
-        held = {name: self._buffers.pop(name) for name in BUFFERS if name in self._buffers}
+        held = {name: self._buffers.pop(name) for name in BUFFERS if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in held.items():
             assert tensor is not None
@@ -168,13 +200,18 @@ class Int8Module(nn.Module):
     ) -> None:
         if prefix + "SCB" in state_dict:
             state_dict = _from_bitsandbytes(state_dict, prefix)
+        errors = len(error_msgs)
         # PyTorch would convert: floats to int8 without a scale, and scales to whatever is there.
         given = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
         for name, tensor in given.items():
-            if tensor.dtype != (expected := getattr(self, name).dtype):
+            if tensor.dtype != (expected := torch.int8 if name == "qweight" else torch.float32):
                 error_msgs.append(f"{prefix}{name} is {tensor.dtype}; it must be {expected}")
         if "scale" in given and (why := bad_scales(given["scale"])):
             error_msgs.append(f"{prefix}scale {why}")
+        if "d" in given and (why := self._misfit(given["d"])):
+            error_msgs.append(f"{prefix}d {why}")
+        if "d" in given and "qweight" not in given:
+            error_msgs.append(f"{prefix}d is there without the {prefix}qweight that was rotated with it")
         if prefix + "weight" in state_dict and not state_dict[prefix + "weight"].numel():
             # Hugging Face folders have an empty one, see `Int8CompileQuantizer.get_state_dict_and_metadata`.
             state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
@@ -184,9 +221,38 @@ class Int8Module(nn.Module):
                 f"{prefix}qweight and {prefix}scale. Load float weights before quantize_(model)"
             )
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        # d is nothing that PyTorch could miss, or write into: siblings that share it may be given different ones.
+        d = self._buffers.pop("d", None)
+        try:
+            super()._load_from_state_dict(
+                {key: value for key, value in state_dict.items() if key != prefix + "d"},
+                *(prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs),
+            )
+        finally:
+            self._buffers["d"] = d
+        if "qweight" in given and len(error_msgs) == errors:
+            self._take_rotation(given.get("d"), assign=local_metadata.get("assign_to_params_buffers", False))
+
+    def _misfit(self, d: Tensor) -> str:
+        """Describe why a d cannot be that of this module's weight; "" for one that can."""
+        *batch, _, k = self.qweight.shape
+        if self.source == "embedding":
+            return "is there, but a table of embeddings is never rotated"
+        if self.outliers == "column" or ops.rotation_size(k) == 1:
+            return f"is there, but a weight of {k} inputs with outliers={self.outliers!r} is never rotated"
+        if list(d.shape) not in ([k], [*batch, k]):
+            return f"has the shape {list(d.shape)}; it must be {[k]}" + (f" or {[*batch, k]}" if batch else "")
+        return bad_rotation(d)
+
+    def _take_rotation(self, d: Tensor | None, *, assign: bool) -> None:
+        """Take the d of a weight that was loaded. A threshold that nobody has set follows."""
+        before = self.d
+        if (d is None) != (before is None) and self.threshold == default_threshold(rotated=before is not None):
+            self.threshold = default_threshold(rotated=d is not None)
+        if d is None:
+            self.d = None
+        elif before is None or before.is_meta or before.device != d.device or not torch.equal(before, d):
+            self.d = d if assign else d.detach().to(self.qweight.device, copy=True)
 
 
 # Called by code that Dynamo has given up on, the property would be compiled by itself, and return the float weight.
@@ -199,6 +265,32 @@ def bad_scales(scale: Tensor) -> str:
         return ""
     bad = scale.numel() - int((scale.isfinite() & (scale >= 0)).sum())
     return f"holds {bad} NaN, Inf or negative of {scale.numel()} entries: the file is damaged" if bad else ""
+
+
+def bad_rotation(d: Tensor) -> str:
+    """Describe what is wrong with a d, which must be finite and not 0; "" for nothing, and without data."""
+    if d.is_meta:
+        return ""
+    bad = d.numel() - int((d.isfinite() & (d != 0)).sum())
+    return f"holds {bad} NaN, Inf or 0 of {d.numel()} entries: the file is damaged" if bad else ""
+
+
+def share_rotations(model: nn.Module) -> None:
+    """Have int8 modules of one parent whose d are equal share one tensor, as linears that read the same x do.
+
+    Loading gives each module a tensor of its own. Compiled graphs rotate and quantize x once for modules that share.
+    """
+    for parent in model.modules():
+        found: list[Tensor] = []
+        for module in parent.children():
+            d = module._buffers.get("d") if isinstance(module, Int8Module) else None
+            if d is None or d.is_meta:
+                continue
+            same = next((each for each in found if each.device == d.device and torch.equal(each, d)), None)
+            if same is None:
+                found.append(d)
+            else:
+                module.d = same
 
 
 def _from_bitsandbytes(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -244,17 +336,21 @@ def check_layout(path: str, layout: Tensor) -> None:
 
 
 class Int8Linear(Int8Module):
-    """A linear layer in int8, its outliers in float: `int8compile::linear`.
+    """A linear layer in int8: `int8compile::linear`, or `column_linear` for LLM.int8() as published.
 
     Args:
         qweight: [N, K] int8.
         scale: [N] float32.
         bias: [N] of a float dtype, or None.
+        d: [K] float32, what the weight was rotated with; None where it was not.
         threshold: See `Int8Config`.
         outliers: See `Int8Config`.
-        weight_only: Whether activations stay in float: `int8compile::weight_only_linear`.
+        weight_only: Whether activations are not quantized: `int8compile::weight_only_linear`.
         dtype: What `dequantize` gives.
         source: "linear", or "conv1d" for transformers' Conv1D.
+
+    Raises:
+        ConfigError: The threshold is not allowed, or `outliers` is "column" and the weight rotated.
     """
 
     def __init__(
@@ -263,17 +359,18 @@ class Int8Linear(Int8Module):
         scale: Tensor,
         bias: nn.Parameter | None = None,
         *,
-        threshold: float = 6.0,
-        outliers: str = "row",
+        d: Tensor | None = None,
+        threshold: float | None = None,
+        outliers: OutlierPolicy = "row",
         weight_only: bool = False,
         dtype: torch.dtype = torch.float32,
         source: Source = "linear",
     ) -> None:
-        super().__init__(qweight, scale, dtype, source)
+        super().__init__(qweight, scale, d, dtype, source)
         self.out_features, self.in_features = qweight.shape
         self.register_parameter("bias", bias)
-        self.threshold = threshold
         self.outliers = outliers
+        self.threshold = threshold
         self.weight_only = weight_only
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,11 +386,18 @@ class Int8Linear(Int8Module):
         # What an operator refuses while it is traced, Dynamo would wrap.
         if is_compiling() and (result := self._of_jagged(x)) is not None:
             return result
+        held = self._buffers
+        if "qweight" in held:  # As an attribute each would be a call more.
+            qweight, scale, d = held["qweight"], held["scale"], held["d"]
+        else:  # Parameters, as transformers offloads no others.
+            qweight, scale, d = self.qweight, self.scale, self.d
         try:
             if self.weight_only:
-                result = ops.weight_only_linear.default(x, self.qweight, self.scale, self.bias)
+                result = ops.weight_only_linear.default(x, qweight, scale, d, self.bias)
+            elif self.outliers == "row":
+                result = ops.linear.default(x, qweight, scale, d, self.bias, self.threshold)
             else:
-                result = ops.linear.default(x, self.qweight, self.scale, self.bias, self.threshold, self.outliers)
+                result = ops.column_linear.default(x, qweight, scale, self.bias, self.threshold)
         except (RuntimeError, InputError):
             if (result := self._of_jagged(x)) is None:
                 raise
@@ -311,15 +415,14 @@ class Int8Linear(Int8Module):
 
     def extra_repr(self) -> str:
         """The format, for `print(model)`."""
-        policy = "weight only" if self.weight_only else f"outliers={self.outliers!r}, threshold={self.threshold:g}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"int8, {policy}"
+            f"int8, {self._numerics()}"
         )
 
 
 class Int8Embedding(Int8Module):
-    """An embedding whose table is the int8 weight of the output projection that it is tied to.
+    """An embedding whose table is the int8 weight of the output projection that it is tied to; never rotated.
 
     Args:
         qweight: [V, D] int8.
@@ -331,7 +434,7 @@ class Int8Embedding(Int8Module):
     def __init__(
         self, qweight: Tensor, scale: Tensor, *, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        super().__init__(qweight, scale, dtype, "embedding")
+        super().__init__(qweight, scale, None, dtype, "embedding")
         self.num_embeddings, self.embedding_dim = qweight.shape
         self.padding_idx = padding_idx
 
@@ -351,28 +454,34 @@ class Int8Embedding(Int8Module):
 class Int8Experts(Int8Module):
     """The weights of a mixture's experts, which stand in one tensor.
 
+    Their outliers are by row, as the matrices that LLM.int8() knows are single ones.
+
     Args:
         qweight: [E, N, K] int8.
         scale: [E, N] float32.
+        d: [K] float32, what all were rotated with, or [E, K], each expert's own; None where they were not rotated.
         threshold: See `Int8Config`.
-        outliers: See `Int8Config`.
         transposed: Whether the float weight was [E, K, N].
         dtype: What `dequantize` gives.
+
+    Raises:
+        ConfigError: The threshold is not allowed.
     """
+
+    outliers: OutlierPolicy = "row"
 
     def __init__(
         self,
         qweight: Tensor,
         scale: Tensor,
         *,
-        threshold: float = 6.0,
-        outliers: str = "row",
+        d: Tensor | None = None,
+        threshold: float | None = None,
         transposed: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(qweight, scale, dtype, "experts")
+        super().__init__(qweight, scale, d, dtype, "experts")
         self.threshold = threshold
-        self.outliers = outliers
         self.transposed = transposed
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -386,10 +495,10 @@ class Int8Experts(Int8Module):
             InputError: x has another dtype or another K, or `ends` do not ascend.
         """
         self._check_input(x)
-        result: Tensor = ops.grouped_linear.default(x, self.qweight, self.scale, ends, self.threshold, self.outliers)
+        result: Tensor = ops.grouped_linear.default(x, self.qweight, self.scale, self.d, ends, self.threshold)
         return result
 
     def extra_repr(self) -> str:
         """The format, for `print(model)`."""
         experts, n, k = self.qweight.shape
-        return f"{experts} experts, in_features={k}, out_features={n}, int8, outliers={self.outliers!r}"
+        return f"{experts} experts, in_features={k}, out_features={n}, int8, {self._numerics()}"

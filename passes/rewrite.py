@@ -163,9 +163,11 @@ def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Bind
     if site.held.is_all(view) and (not config.free_weights or site.held.is_changed()):
         return QuantizedNodes(qweight, scale, d)
     same, matrix = rotation_in_view(traced(qweight), None if d is None else traced(d), view)
-    rotated = d is not None and (same or rotation_size(view.shape[-1]) > 1)
-    bound = binder.bind(Member(qweight, view, site.path, scale, d), (qweight, view) if rotated else None)
-    return bound._replace(d=d) if same and matrix is None else bound
+    member = Member(qweight, view, site.path, scale, d)
+    if same and matrix is None:
+        return binder.bind(member)._replace(d=d)
+    rotated = same or rotation_size(view.shape[-1]) > 1
+    return binder.bind(member, (qweight, view) if rotated else None)
 
 
 def _trace(site: LinearSite, x: Node, y: Node, view: WeightView) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from int8compile.ops import linear, quantize_weight
-from int8compile.ops.reference import quantize_rows
+from int8compile.ops import column_linear, quantize_weight
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -70,7 +69,7 @@ def exact_llm_int8(x: Tensor, qweight: Tensor, weight_absmax: Tensor, bias: Tens
 def test_weights_are_quantized_the_same(shape: tuple[int, int, int]) -> None:
     _, weight, bias = case(0, shape)
     layer = bitsandbytes_layer(weight, bias)
-    qweight, scale = quantize_weight(weight)
+    qweight, scale = quantize_weight(weight, None)
     assert torch.equal(qweight, layer.weight.CB)
     assert torch.equal(scale, layer.weight.SCB / 127)
 
@@ -82,11 +81,10 @@ def test_row_statistic_is_the_same() -> None:
     assert q.tolist() == [[46, -23, 0], [64, 127, 0]]
     assert statistic.tolist() == [5.5, 1.0]
     assert columns.tolist() == [2]
-    rows = quantize_rows(x, 6.0, "column")
-    assert torch.equal(rows.scale, statistic / 127)
-    # Column 2 differs on purpose: there the float part is x - scale * q here, and x there.
-    assert torch.equal(rows.q[:, :2], q[:, :2])
-    assert rows.outlier.any(dim=0).nonzero().flatten().tolist() == columns.tolist()
+    y = column_linear(x, *quantize_weight(torch.eye(3), None), None, 6.0)
+    # The product with a unit matrix: q times the step of each row, and x in the outlier column.
+    torch.testing.assert_close(y[:, :2], q[:, :2] * (statistic[:, None] / 127), rtol=1e-6, atol=0)
+    assert torch.equal(y[:, 2], x[:, 2])
 
 
 @every_shape
@@ -95,14 +93,13 @@ def test_equal_up_to_rounding_when_float16_holds_the_input(shape: tuple[int, int
     """Nothing is left between the two but float32 rounding, and the missing zero in its constant."""
     x, weight, bias = case(seed, shape)
     x = representable(x)
-    qweight, scale = quantize_weight(weight)
-    y = linear(x, qweight, scale, bias, 6.0, "column")
+    qweight, scale = quantize_weight(weight, None)
+    y = column_linear(x, qweight, scale, bias, 6.0)
     layer = bitsandbytes_layer(weight, bias)
     theirs = layer(x)
     expected, in_int8, size = exact_llm_int8(x, qweight, layer.state.SCB, bias)
-    # Ours: the 7 roundings of tests/test_reference.py, once more for the scales, in units of a size that counts the
-    # residual's columns 3 times (as x, and as scale * q twice).
-    ours_off = 8 * 3 * U * size
+    # Ours: a float32 sum of three outlier columns, two roundings of the scales, and those of the affine part.
+    ours_off = 8 * U * size
     # Theirs: a float32 sum of three outlier columns, and about 6 roundings on the way.
     theirs_off = 10 * U * size + CONSTANT_ERROR * in_int8.abs()
     assert ((y - expected).abs() <= ours_off).all()
@@ -116,8 +113,8 @@ def test_equal_up_to_rounding_when_float16_holds_the_input(shape: tuple[int, int
 def test_close_for_any_input(shape: tuple[int, int, int], seed: int) -> None:
     """Within 5e-3, and always nearer to exact LLM.int8(): rounding to float16 moves some of their q by one."""
     x, weight, bias = case(seed, shape)
-    qweight, scale = quantize_weight(weight)
-    y = linear(x, qweight, scale, bias, 6.0, "column")
+    qweight, scale = quantize_weight(weight, None)
+    y = column_linear(x, qweight, scale, bias, 6.0)
     layer = bitsandbytes_layer(weight, bias)
     theirs = layer(x)
     product = x.double() @ weight.double().T + bias
@@ -138,7 +135,7 @@ def test_not_farther_from_the_float_product() -> None:
         for shape in SHAPES[:3]:
             x, weight, bias = case(100 + seed, shape)
             product = x.double() @ weight.double().T + bias
-            y = linear(x, *quantize_weight(weight), bias, 6.0, "column")
+            y = column_linear(x, *quantize_weight(weight, None), bias, 6.0)
             theirs = bitsandbytes_layer(weight, bias)(x)
             excess.append(float((y - product).square().sum() / (theirs - product).square().sum()) - 1)
     values = torch.tensor(excess)
@@ -149,14 +146,14 @@ def test_not_farther_from_the_float_product() -> None:
 def test_nearer_to_float_where_float16_runs_out(seed: int) -> None:
     """float16 has steps of 6e-8 near zero and ends at 65504."""
     x, weight, bias = case(seed, SHAPES[1])
-    quantized = quantize_weight(weight)
+    quantized = quantize_weight(weight, None)
     layer = bitsandbytes_layer(weight, torch.zeros_like(bias))
     small = x * 1e-7
     product = small.double() @ weight.double().T
-    y = linear(small, *quantized, None, 6.0, "column")
+    y = column_linear(small, *quantized, None, 6.0)
     assert (y - product).norm() < (layer(small) - product).norm() / 2
     x[0, 0] = 1e5
-    y = linear(x, *quantized, None, 6.0, "column")
+    y = column_linear(x, *quantized, None, 6.0)
     product = x.double() @ weight.double().T
     assert y.isfinite().all()
     # Columns with an outlier only have the weight's half step, 1/254 of its absmax at most.
@@ -170,19 +167,19 @@ def test_one_value_changes_the_same_rows(shape: tuple[int, int, int]) -> None:
     K, N, _ = shape
     x = representable(torch.randn(4, K).clamp(-3, 3))
     weight = representable(torch.randn(N, K) / math.sqrt(K))
-    quantized, layer = quantize_weight(weight), bitsandbytes_layer(weight, torch.zeros(N))
-    ours, theirs = linear(x, *quantized, None, 6.0, "column"), layer(x)
+    quantized, layer = quantize_weight(weight, None), bitsandbytes_layer(weight, torch.zeros(N))
+    ours, theirs = column_linear(x, *quantized, None, 6.0), layer(x)
     x[3, 5] = 50.0
-    assert (linear(x, *quantized, None, 6.0, "column")[:3] != ours[:3]).any(dim=1).all()
+    assert (column_linear(x, *quantized, None, 6.0)[:3] != ours[:3]).any(dim=1).all()
     assert (layer(x)[:3] != theirs[:3]).any(dim=1).all()
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_gradient_is_the_same(seed: int) -> None:
     x, weight, bias = case(seed, SHAPES[1])
-    qweight, scale = quantize_weight(weight)
+    qweight, scale = quantize_weight(weight, None)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = linear(ours, qweight, scale, bias, 6.0, "column")
+    y = column_linear(ours, qweight, scale, bias, 6.0)
     grad = torch.randn_like(y)
     y.backward(grad)
     bitsandbytes_layer(weight, bias)(theirs).backward(grad)
@@ -195,7 +192,7 @@ def test_no_split() -> None:
     """Threshold 0 in both: plain vector-wise int8."""
     x, weight, bias = case(0, SHAPES[1])
     x = representable(x)
-    y = linear(x, *quantize_weight(weight), bias, 0.0, "column")
+    y = column_linear(x, *quantize_weight(weight, None), bias, 0.0)
     theirs = bitsandbytes_layer(weight, bias, threshold=0.0)(x)
     in_int8 = (y - bias).abs()
     assert ((y - theirs).abs() <= CONSTANT_ERROR * in_int8 + 12 * U * (in_int8 + bias.abs())).all()

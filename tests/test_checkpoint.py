@@ -97,11 +97,21 @@ def assert_same(actual: nn.Module, expected: nn.Module) -> None:
     assert str(actual) == str(expected)
 
 
-@pytest.mark.parametrize("lm_head", ["native", "int8_weight"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 5.0},
+        {"lm_head": "int8_weight"},
+        {"rotate": False},
+        {"lm_head": "int8_weight", "outliers": "column"},
+    ],
+)
 @pytest.mark.parametrize("name", FACTORIES)
-def test_round_trip(name: str, lm_head: str, tmp_path: Path) -> None:
+def test_round_trip(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     factory = FACTORIES[name]
-    model = quantized(factory, lm_head=lm_head, threshold=5.0, outliers="column")
+    model = quantized(factory, **options)
+    rotated = [path for path, module in model.named_modules() if getattr(module, "d", None) is not None]
+    assert bool(rotated) == (options.get("rotate", True) and "outliers" not in options)
     save(model, tmp_path / "model")
     loaded = load(tmp_path / "model", factory)
     assert_same(loaded, model)
@@ -115,6 +125,57 @@ def test_round_trip(name: str, lm_head: str, tmp_path: Path) -> None:
     # Each with a memory of its own, not a part of a mapped file.
     for tensor in loaded.state_dict().values():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_linears_that_read_one_x_share_its_rotation(tmp_path: Path) -> None:
+    """Stored once, and one tensor again after loading: x is rotated and quantized once for them."""
+    save(quantized(FACTORIES["llama"]), tmp_path / "model")
+    index = json.loads((tmp_path / "model" / checkpoint.INDEX).read_text())
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    assert index["aliases"] == {
+        f"{attention}.k_proj.d": f"{attention}.q_proj.d",
+        f"{attention}.v_proj.d": f"{attention}.q_proj.d",
+        f"{mlp}.up_proj.d": f"{mlp}.gate_proj.d",
+    }
+    assert {options["rotation"] for options in index["modules"].values()} == {64, 128}
+    layer = load(tmp_path / "model", FACTORIES["llama"]).model.layers[0]
+    assert layer.self_attn.q_proj.d is layer.self_attn.k_proj.d is layer.self_attn.v_proj.d
+    assert layer.mlp.gate_proj.d is layer.mlp.up_proj.d
+    assert len({id(module.d) for module in layer.modules() if isinstance(module, Int8Linear)}) == 4
+
+
+def as_version_1(folder: Path) -> None:
+    """Rewrites the description of an unrotated model as the version before wrote it."""
+
+    def change(index: dict) -> None:
+        index["format_version"] = 1
+        for options in index["modules"].values():
+            options.pop("rotation", None)
+            if options["source"] != "embedding":
+                options["outliers"] = "row"
+
+    edit(change)(folder)
+
+
+@pytest.mark.parametrize("lm_head", ["native", "int8_weight"])
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_checkpoint_of_version_1(name: str, lm_head: str, tmp_path: Path) -> None:
+    """Its integers are those of today's weights that are not rotated, and run as these."""
+    model = quantized(FACTORIES[name], lm_head=lm_head, rotate=False)
+    save(model, tmp_path / "model")
+    as_version_1(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / checkpoint.INDEX).read_text())
+    assert not any(entry.endswith(".d") for entry in index["tensors"])
+    loaded = load(tmp_path / "model", FACTORIES[name])
+    assert_same(loaded, model)
+    int8 = [module for module in loaded.modules() if isinstance(module, Int8Linear | Int8Experts)]
+    assert {module.d for module in int8} == {None}
+    assert {module.threshold for module in int8} == {6.0}
+    assert torch.equal(run(loaded), run(model))
+    # Saved again, it is of this version.
+    save(loaded, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / checkpoint.INDEX).read_text())["format_version"] == checkpoint.VERSION
+    assert_same(load(tmp_path / "again", FACTORIES[name]), model)
 
 
 def test_ties_stay_ties(tmp_path: Path) -> None:
@@ -748,15 +809,15 @@ def nothing(folder: Path) -> None: ...
             id="edited JSON",
         ),
         pytest.param(
-            edit(lambda index: index.update(format_version=2)),
+            edit(lambda index: index.update(format_version=3)),
             Stack,
-            r"format_version is 2, this version reads 1: it was made by a newer version",
+            r"format_version is 3, this version reads 1 and 2: it was made by a newer version",
             id="newer version",
         ),
         pytest.param(
             edit(lambda index: index.update(format_version="1")),
             Stack,
-            "format_version is '1', this version reads 1: no version has written this",
+            "format_version is '1', this version reads 1 and 2: no version has written this",
             id="version of another type",
         ),
         pytest.param(edit(lambda index: index.pop("tensors")), Stack, "'tensors' is None; it must be", id="no tensors"),
@@ -832,6 +893,28 @@ def nothing(folder: Path) -> None: ...
             Stack,
             rf"{UP}\.qweight is torch\.int8, but {UP} is not among the int8 modules .*takes {UP}\.weight",
             id="int8 for float",
+        ),
+        # Rotations.
+        pytest.param(
+            rename("layers.0.up.d", "layers.0.up.e"), Stack, rf"the checkpoint lacks {UP}\.d, which", id="no rotation"
+        ),
+        pytest.param(
+            edit(lambda index: index["modules"]["layers.0.up"].pop("rotation")),
+            Stack,
+            rf"the checkpoint has {UP}\.d, which the model does not have",
+            id="a rotation of a weight that is not rotated",
+        ),
+        pytest.param(
+            edit(lambda index: index["modules"]["layers.0.up"].update(rotation=16)),
+            Stack,
+            rf"{UP}: .*'rotation': 16",
+            id="another rotation",
+        ),
+        pytest.param(
+            edit(lambda index: index["modules"]["layers.0.up"].update(outliers="column")),
+            Stack,
+            UP,
+            id="columns of a rotated weight",
         ),
         pytest.param(only_float, Stack, r"model\.safetensors is no int8 checkpoint\. Load the float model", id="float"),
         # The model.

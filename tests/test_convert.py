@@ -25,7 +25,11 @@ from int8compile import (
     memory_footprint,
     quantize_,
 )
-from int8compile.convert import plan
+from int8compile.convert import describe, plan, put_described
+from int8compile.errors import CheckpointError
+from int8compile.groups import make_d
+from int8compile.passes.static import WeightView
+from int8compile.weights import STORE
 from tests.models import INT8_ERROR, Stack, relative_error
 
 
@@ -73,11 +77,11 @@ def test_linears_become_int8() -> None:
     assert int8_parts(model) == [site.path for site in report.rewritten] == [site.path for site in report.sites]
     assert len(report.rewritten) == 4
     assert relative_error(model(x), expected) < INT8_ERROR
-    # 4096 weights of 4 bytes become 1, and 4 for each of 192 outputs.
-    assert before - memory_footprint(model) == 2 * (3 * 2 * 32 * 64 - 4 * 96)
+    # 4096 weights of 4 bytes become 1, and 4 for each of 192 outputs, and of 192 inputs that are rotated.
+    assert before - memory_footprint(model) == 2 * (3 * 2 * 32 * 64 - 4 * 96 - 4 * 96)
     totals = report.totals()
-    assert (totals["bytes_before"], totals["bytes_after"]) == (4 * 4 * 32 * 64, 4 * 32 * 64 + 4 * 192)
-    assert str(report).splitlines()[-1].startswith("4 of 4 linears in int8, weights 32.0 KiB -> 8.8 KiB")
+    assert (totals["bytes_before"], totals["bytes_after"]) == (4 * 4 * 32 * 64, 4 * 32 * 64 + 4 * 192 + 4 * 192)
+    assert str(report).splitlines()[-1].startswith("4 of 4 linears in int8, weights 32.0 KiB -> 9.5 KiB")
 
 
 @torch.no_grad()
@@ -86,6 +90,88 @@ def test_they_are_what_compiling_makes() -> None:
     compiled = torch.compile(model, backend="int8", fullgraph=True)(x)
     quantize_(model, progress=False)
     assert torch.equal(model(x), compiled)
+
+
+class Attention(nn.Module):
+    """Three projections of one x and one of another, then a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(32, 64), nn.Linear(32, 16), nn.Linear(32, 16)
+        self.o_proj = nn.Linear(64, 32)
+        self.odd = nn.Linear(40, 32)
+        self.mlp = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.mlp(self.o_proj(q + torch.cat([k, v, k, v], -1)))
+
+
+@torch.no_grad()
+def test_linears_of_one_parent_have_one_rotation() -> None:
+    model, x = Attention(), torch.randn(5, 32)
+    together = make_d([model.q_proj.weight, model.k_proj.weight, model.v_proj.weight])
+    alone = [make_d([module.weight]) for module in (model.o_proj, model.mlp[0], model.mlp[1])]
+    skip = {"skip_modules": ["odd"]}
+    compiled = torch.compile(copy.deepcopy(model), backend="int8", fullgraph=True, options=skip)(x)
+    report = quantize_(model, progress=False)
+    assert model.q_proj.d is model.k_proj.d is model.v_proj.d
+    assert torch.equal(model.q_proj.d, together)
+    for module, d in zip((model.o_proj, *model.mlp), alone, strict=True):
+        assert torch.equal(module.d, d)
+    # 40 has too few factors of two.
+    assert (model.odd.d, model.odd.threshold, model.q_proj.threshold) == (None, 6.0, 12.0)
+    assert torch.equal(model(x), compiled)
+    rows = {site.path: (site.rotation, site.bytes_after) for site in report.sites}
+    assert rows["q_proj"] == (32, 32 * 64 + 4 * 64 + 4 * 32)
+    assert rows["k_proj"] == (32, 32 * 16 + 4 * 16), "d counts with the first"
+    assert rows["odd"] == (1, 40 * 32 + 4 * 32)
+    floats = sum(module.bias.nbytes for module in model.modules() if isinstance(module, Int8Linear))
+    assert memory_footprint(model) == sum(size for _, size in rows.values()) + floats
+    again = quantize_(model, progress=False)
+    assert {site.path: (site.rotation, site.bytes_after) for site in again.sites} == rows
+
+
+def test_a_linear_that_stays_in_float_has_no_rotation() -> None:
+    model = Attention()
+    together = make_d([model.k_proj.weight, model.v_proj.weight])
+    report = quantize_(model, {"skip_modules": ["q_proj"]}, progress=False)
+    assert model.k_proj.d is model.v_proj.d
+    assert torch.equal(model.k_proj.d, together)
+    rows = {site.path: (site.rotation, site.bytes_after) for site in report.sites}
+    assert rows["q_proj"] == (1, 4 * 32 * 64)
+    assert rows["k_proj"] == (32, 32 * 16 + 4 * 16 + 4 * 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"rotate": False}, {"outliers": "column"}])
+def test_what_is_not_rotated(options: dict[str, Any]) -> None:
+    model, x = Attention(), torch.randn(5, 32)
+    expected = model(x)
+    report = quantize_(model, options, progress=False)
+    modules = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert {(module.d, module.threshold) for module in modules} == {(None, 6.0)}
+    assert {module.outliers for module in modules} == {options.get("outliers", "row")}
+    assert {site.rotation for site in report.sites} == {1}
+    assert relative_error(model(x), expected) < INT8_ERROR
+
+
+@torch.no_grad()
+def test_rotations_that_were_calibrated_stay() -> None:
+    model, x = Attention(), torch.randn(5, 32)
+    expected, d = model(x), make_d([model.q_proj.weight]) * 1.5
+    STORE.calibrate(
+        [
+            (each.weight, WeightView((n, 32), (32, 1), 0, (n, 32)))
+            for each, n in ((model.q_proj, 64), (model.k_proj, 16))
+        ],
+        d,
+    )
+    quantize_(model, progress=False)
+    assert model.q_proj.d is model.k_proj.d is d
+    assert model.v_proj.d is not d
+    assert relative_error(model(x), expected) < INT8_ERROR
 
 
 def test_twice_changes_nothing() -> None:
@@ -210,6 +296,9 @@ def test_a_tie_is_kept(lm_head: str) -> None:
     quantize_(model, {"lm_head": lm_head}, progress=False)
     assert model.embed.qweight is model.lm_head.qweight
     assert model.embed.scale is model.lm_head.scale
+    # A table is read by rows.
+    assert model.embed.d is model.lm_head.d is None
+    assert model.lm_head.threshold == 6.0
     assert model.lm_head.weight_only == (lm_head == "int8_weight")
     assert relative_error(model(ids), expected) < INT8_ERROR
     for copied in (copy.deepcopy(model), model.to(torch.bfloat16).float(), model.to("cpu")):
@@ -231,6 +320,7 @@ def test_an_untied_head_leaves_the_embedding_alone() -> None:
     model = LanguageModel(tied=False)
     quantize_(model, {"lm_head": "int8"}, progress=False)
     assert isinstance(model.lm_head, Int8Linear)
+    assert model.lm_head.rotation == 32
     assert type(model.embed) is nn.Embedding
 
 
@@ -251,8 +341,9 @@ def test_shared_modules_and_shared_weights() -> None:
     assert len(report.rewritten) == 2
     assert model[2] is model[0]
     assert model[1].qweight is model[0].qweight
-    assert report.totals()["bytes_after"] == 32 * 32 + 4 * 32
-    assert memory_footprint(model) == 32 * 32 + 4 * 32 + 2 * 4 * 32
+    assert model[1].d is model[0].d
+    assert report.totals()["bytes_after"] == 32 * 32 + 4 * 32 + 4 * 32
+    assert memory_footprint(model) == 32 * 32 + 4 * 32 + 4 * 32 + 2 * 4 * 32
     assert relative_error(model(x), expected) < INT8_ERROR
     dequantize_(model)
     assert model[2] is model[0]
@@ -317,6 +408,57 @@ def test_a_skeleton() -> None:
     model.load_state_dict(real.state_dict(), assign=True)
     ids = torch.tensor([[1, 5, 95]])
     assert torch.equal(model(ids), real(ids))
+
+
+# Described
+
+
+def described() -> dict[str, dict[str, Any]]:
+    model = LanguageModel()
+    quantize_(model, {"lm_head": "int8_weight", "threshold": 9.0}, progress=False)
+    return describe(model)
+
+
+def test_a_description_makes_the_modules_again() -> None:
+    said, model = described(), LanguageModel().to("meta")
+    assert said["block.layers.0.up"] == {
+        "source": "linear",
+        "dtype": "float32",
+        "rotation": 32,
+        "threshold": 9.0,
+        "outliers": "row",
+        "weight_only": False,
+    }
+    assert said["embed"]["rotation"] == said["lm_head"]["rotation"] == 1
+    put_described(model, said, "")
+    assert describe(model) == said
+    up = model.block.layers[0].up
+    assert (up.d.shape, up.d.dtype, up.d.is_meta) == ((32,), torch.float32, True)
+    assert model.lm_head.d is None
+
+
+@pytest.mark.parametrize("rotation", [{}, {"rotation": 0}, {"rotation": 1}])
+def test_a_description_of_what_is_not_rotated(rotation: dict[str, int]) -> None:
+    """Such as one of an older version."""
+    said, model = described(), LanguageModel()
+    for options in said.values():
+        del options["rotation"]
+        options |= rotation
+    put_described(model, said, "")
+    assert model.block.layers[0].up.d is None
+    assert {options["rotation"] for options in describe(model).values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("path", "rotation", "allowed"),
+    [("block.layers.0.up", 64, "1 or 32"), ("block.layers.0.up", "32", "1 or 32"), ("embed", 32, "1")],
+)
+def test_a_rotation_that_cannot_be_is_refused(path: str, rotation: Any, allowed: str) -> None:
+    said = described()
+    said[path]["rotation"] = rotation
+    message = rf"{path} has the rotation {rotation!r} in the checkpoint; what it can have is {allowed}\. Look"
+    with pytest.raises(CheckpointError, match=message):
+        put_described(LanguageModel(), said, "Look")
 
 
 # And back
@@ -400,8 +542,21 @@ def test_experts_keep_their_models_config() -> None:
     model = case.build().eval()
     expected = model(**case.inputs).logits
     implementation = model.config._experts_implementation
+    kept = copy.deepcopy(model)
     quantize_(model, progress=False)
     experts = model.model.layers[0].mlp.experts
+    # All experts read the same rows, and each what it has made itself.
+    assert experts.gate_up_proj.d.shape == experts.gate_up_proj.qweight.shape[2:]
+    assert experts.down_proj.d.shape == experts.down_proj.qweight.shape[::2]
+    with torch.device("meta"):
+        skeleton = case.build()
+    quantize_(skeleton, progress=False)
+    assert {name: (t.shape, t.dtype) for name, t in skeleton.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in model.state_dict().items()
+    }
+    report = quantize_(kept, {"outliers": "column"}, progress=False)
+    assert {site.reason for site in report.sites if ".experts." in site.path} == {SkipReason.COLUMN_BATCHED}
+    assert relative_error(kept(**case.inputs).logits, expected) < INT8_ERROR
     assert isinstance(experts.gate_up_proj, Int8Experts)
     assert isinstance(experts.down_proj, Int8Experts)
     assert experts.config._experts_implementation == "int8"

@@ -185,6 +185,11 @@ def custom_op() -> tuple[Report, Report]:
     return before, explain(Uses(lambda m, x: x @ m.w, w=parameter()))
 
 
+def column_batched() -> tuple[Report, Report]:
+    model = Uses(lambda m, x: torch.bmm(x.expand(4, -1, -1), m.w), w=parameter(4, 64, 64))
+    return explain(model, outliers="column"), explain(model)
+
+
 def activation() -> tuple[Report, Report]:
     model = linear().requires_grad_(False)
     rows = torch.nested.nested_tensor([torch.randn(2, 64), torch.randn(3, 64)], layout=torch.jagged)
@@ -222,6 +227,7 @@ CASES: dict[SkipReason, list[Callable[[], tuple[Report, Report]]]] = {
     SkipReason.FUSED_OP: [fused],
     SkipReason.NOT_CAPTURED: [not_captured],
     SkipReason.CUSTOM_OP: [custom_op],
+    SkipReason.COLUMN_BATCHED: [column_batched],
     SkipReason.ACTIVATION: [activation],
     SkipReason.TRANSFORMED: [transformed],
 }

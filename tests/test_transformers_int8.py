@@ -80,6 +80,20 @@ def load(folder: str, **options: Any) -> nn.Module:
     return transformers.LlamaForCausalLM.from_pretrained(folder, **options)
 
 
+def assert_same_bits(actual: nn.Module, expected: nn.Module) -> None:
+    """The same tensors, and the same of them shared."""
+    ours, theirs = (dict(model.state_dict(keep_vars=True)) for model in (actual, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+    def first_names(state: dict[str, Tensor]) -> dict[str, str]:
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
+
+    assert first_names(ours) == first_names(theirs)
+
+
 # Every architecture
 
 
@@ -125,6 +139,7 @@ def test_architecture(name: str, lm_head: str, tmp_path: Path) -> None:
     own.load_state_dict(original.state_dict())
     quantize_(own, {"lm_head": lm_head}, progress=False)
     assert torch.equal(own(**case.inputs)[0], actual)
+    assert_same_bits(own, model)
 
     # Saved and loaded, by the one and the other.
     for number, source in enumerate((model, own)):
@@ -184,7 +199,7 @@ def test_a_weight_is_quantized_once_and_never_all_are_float(float_folder: str, m
             seen.append(target.path)
         return quantized(target)
 
-    monkeypatch.setattr(integration, "quantized", counting)
+    monkeypatch.setattr(convert, "quantized", counting)
     model = load(float_folder, quantization_config=Int8CompileConfig())
     assert sorted(seen) == sorted(int8_paths(model))
 
@@ -298,7 +313,7 @@ def edit_config(folder: str, change: Callable[[dict[str, Any]], Any]) -> str:
 def test_float_weights_for_an_int8_model(float_folder: str) -> None:
     folder = edit_config(float_folder, lambda c: c.update(quantization_config=Int8CompileConfig().to_dict()))
     with pytest.raises(
-        CheckpointError, match=r"the checkpoint lacks model\.layers\.0\.self_attn\.q_proj\.qweight, .* and 11 more"
+        CheckpointError, match=r"the checkpoint lacks model\.layers\.0\.self_attn\.q_proj\.qweight, .* and 18 more"
     ):
         load(folder)
 
@@ -324,7 +339,11 @@ def test_missing_tensors(tmp_path: Path, float_folder: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
-    [("qweight", torch.float32, "F32; it must be I8"), ("scale", torch.bfloat16, "BF16; it must")],
+    [
+        ("qweight", torch.float32, "F32; it must be I8"),
+        ("scale", torch.bfloat16, "BF16; it must be F32"),
+        ("d", torch.float16, "F16; it must be F32"),
+    ],
 )
 def test_wrong_dtypes(tmp_path: Path, float_folder: str, name: str, dtype: torch.dtype, message: str) -> None:
     """transformers would cast."""
@@ -347,22 +366,24 @@ def int8_folder(tmp_path: Path, float_folder: str, **options: Any) -> Path:
 
 
 def places(file: Path) -> dict[str, tuple[int, int]]:
-    """Where the int8 tensors and scales of a safetensors file begin and end."""
+    """Where the tensors of int8 modules in a safetensors file begin and end."""
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    offsets = {name: said["data_offsets"] for name, said in header.items() if name.endswith(("qweight", "scale"))}
+    offsets = {
+        name: said["data_offsets"] for name, said in header.items() if name.endswith((".qweight", ".scale", ".d"))
+    }
     return {name: (8 + size + low, 8 + size + high) for name, (low, high) in offsets.items()}
 
 
 @pytest.mark.parametrize("shards", [False, True])
 def test_every_flipped_byte_is_refused(shards: bool, tmp_path: Path, float_folder: str) -> None:
-    """The first, the last and some byte of each int8 tensor and each scale."""
+    """The first, the last and some byte of each scale, and some byte of each int8 tensor and each d."""
     folder = int8_folder(tmp_path, float_folder, **({"max_shard_size": "40KB"} if shards else {}))
     files = sorted(folder.glob("*.safetensors"))
     assert (len(files) > 1) == shards
     found = {name: (file, *place) for file in files for name, place in places(file).items()}
-    assert len(found) == 14
+    assert len(found) == 21
     random.seed(0)
     for name, (file, low, high) in found.items():
         data = file.read_bytes()
@@ -441,7 +462,7 @@ def test_what_is_offloaded_is_not_checked(tmp_path: Path) -> None:
     assert offloaded.model.layers[1].mlp.up_proj.qweight.is_meta
     saved(offloaded, tmp_path / "again")
     said = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["checksums"]
-    assert len(said) == 14
+    assert len(said) == 21
     assert all(".layers.0." in name for name in said)
     assert torch.equal(logits(load(str(tmp_path / "again"))), logits(model))
 
@@ -461,7 +482,7 @@ def test_a_folder_that_is_replaced_while_it_is_loaded(
 
     monkeypatch.setattr(integration, "_check_checkpoint", replacing)
     with pytest.raises(
-        CheckpointError, match=r"is damaged or of another checkpoint: .* The same goes for .* and 10 more"
+        CheckpointError, match=r"is damaged or of another checkpoint: .* The same goes for .* and 17 more"
     ):
         load(str(folder))
 
@@ -942,7 +963,7 @@ def test_options_that_were_edited_are_refused(tmp_path: Path) -> None:
     quantize_(model, progress=False)
     folder = Path(saved(model, tmp_path / "int8"))
     text = (folder / "config.json").read_text()
-    assert '"threshold": 6.0' in text
-    (folder / "config.json").write_text(text.replace('"threshold": 6.0', '"threshold": 0.5'))
+    assert '"threshold": 12.0' in text
+    (folder / "config.json").write_text(text.replace('"threshold": 12.0', '"threshold": 1.5'))
     with pytest.raises(ConfigError, match=r"config\.json is damaged or was edited"):
         load(str(folder))

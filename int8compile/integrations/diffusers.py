@@ -7,8 +7,7 @@ folder must import it before `from_pretrained`; without it diffusers raises an e
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
@@ -23,7 +22,6 @@ from int8compile.convert import (
     dequantize_,
     plan,
     put_described,
-    quantized,
     report,
     warn_if_all_float,
 )
@@ -31,18 +29,22 @@ from int8compile.convert import attach as attach_all
 from int8compile.errors import CheckpointError, ConfigError, ModelError, listed
 from int8compile.integrations.folders import (
     ADVICE,
-    check_dtype,
+    Arrivals,
     check_loaded,
     check_quantizer,
+    check_tensor,
     checksums,
     describe_when_saved,
     has_int8,
     is_offloaded,
     is_others,
     opened,
+    quantized,
+    tensors_of,
+    with_own_rotations,
 )
 from int8compile.integrations.transformers import METHOD, Int8CompileConfig
-from int8compile.modules import BUFFERS, Int8Module
+from int8compile.modules import BUFFERS, Int8Module, share_rotations
 
 __all__ = ["Int8CompileConfig", "Int8CompileDiffusersQuantizer"]
 
@@ -61,8 +63,9 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
 
     def __init__(self, quantization_config: Int8CompileConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # By the names of the float weights.
-        self.targets: dict[str, Target] = {}
+        # Weights that become int8, and what the checkpoint has.
+        self.arrivals = Arrivals(())
+        self.loaded_keys: list[str] = []
         self.converter: Converter | None = None
         # Where each tensor of a checkpoint that is int8 already is.
         self.files: dict[str, str] = {}
@@ -85,8 +88,9 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Iterable[Any]) -> list[str]:
-        """Take down the files of the checkpoint, as diffusers calls this first."""
+        """Take down what the checkpoint has, as diffusers calls this first."""
         self.files = dict.fromkeys(map(str, checkpoint_files), "")
+        self.loaded_keys = list(loaded_keys)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, keep_in_fp32_modules: Any = (), **kwargs: Any) -> None:
@@ -101,15 +105,18 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
         config.skip_modules += [name for name in keep_in_fp32_modules or () if name not in config.skip_modules]
         self.converter = Converter(model, config.config())
         found = plan(model, config.config())
-        self.targets = {target.name: target for target in found if target.reason is None}
-        if found and not self.targets:
+        targets = [target for target in found if target.reason is None]
+        self.arrivals = Arrivals(targets)
+        for name in self.loaded_keys:
+            self.arrivals.expect(name)
+        if found and not targets:
             warn_if_all_float(report(model, config.config()), "Int8CompileConfig")
 
     def check_if_quantized_param(
         self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
         """Return whether a tensor of the checkpoint is for an int8 module, or a float weight that becomes int8."""
-        return param_name in self.targets or _place(model, param_name) is not None
+        return param_name in self.arrivals or _place(model, param_name) is not None
 
     def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> bool:
         """Check the shape of a tensor, which diffusers asks for where it is not the model's.
@@ -132,33 +139,45 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Put a tensor in its int8 module, or quantize a float weight and put an int8 module in its place."""
+        """Put a tensor in its int8 module, or quantize float weights once those of a group are there."""
         if (place := _place(model, param_name)) is not None:
             module, name = place
             # Not `param_value`, of which scales were cast to the dtype that was asked for.
             # A copy, because what is read from a file is mapped, and so changes with the file.
             module._buffers[name] = state_dict[param_name].to(target_device, copy=True)
             return
-        target = self.targets[param_name]
+        self._quantize(self.arrivals.add(param_name, param_value.to(target_device)))
+
+    def _quantize(self, read: Sequence[tuple[Target, Tensor]]) -> None:
+        """Put int8 modules in the place of targets, with the weights that were read for them."""
         assert self.converter is not None
-        weight = param_value.to(target_device)
-        self.converter.put(target, *quantized(dataclasses.replace(target, weight=weight)))
+        for target, made in quantized(read, self.quantization_config.rotate_group):
+            self.converter.put(target, *made)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for read in self.arrivals.rest():
+            self._quantize(read)
         missing = [
             f"{path}.{name}"
             for path, module in model.named_modules()
             if isinstance(module, Int8Module) and not is_offloaded(module)
-            for name in BUFFERS
+            for name in tensors_of(module)
             if getattr(module, name).is_meta
         ]
         if missing:
             raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")
+        share_rotations(model)
         check_loaded(model, self.quantization_config.checksums, self.files)
         self.quantization_config.checksums = {}
-        self.targets, self.converter, self.files = {}, None, {}
+        self.arrivals, self.loaded_keys, self.converter, self.files = Arrivals(()), [], None, {}
         model.hf_quantizer = self
         attach_all(model, self.quantization_config.config())
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what is saved: the tensors of the model, and nothing about them."""
+        return with_own_rotations(state_dict), {}
 
     def dequantize(self, model: Any) -> Any:
         """Make the int8 modules of a model ordinary ones again, see `int8compile.dequantize_`."""
@@ -190,14 +209,17 @@ def _check_checkpoint(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
             for key in tensors.keys():  # noqa: SIM118  it is no dictionary
                 path, _, name = key.rpartition(".")
                 found[key] = file
-                if isinstance(modules.get(path), Int8Module):
-                    check_dtype(key, name, tensors)
+                if isinstance(module := modules.get(path), Int8Module):
+                    check_tensor(key, name, module, tensors)
                 elif name == "qweight":
                     raise CheckpointError(
                         f"{key} of the checkpoint is int8, but by its config.json {path} is float. {ADVICE}"
                     )
     expected = [
-        f"{path}.{name}" for path, module in modules.items() if isinstance(module, Int8Module) for name in BUFFERS
+        f"{path}.{name}"
+        for path, module in modules.items()
+        if isinstance(module, Int8Module)
+        for name in tensors_of(module)
     ]
     if files and (missing := [name for name in expected if name not in found]):
         raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from int8compile.checksum import sha256_of_all
+from int8compile.convert import Made, Target, quantized_in_groups
 from int8compile.errors import CheckpointError, first_line, listed
-from int8compile.modules import BUFFERS, Int8Module, bad_scales
+from int8compile.modules import BUFFERS, Int8Module, bad_rotation, bad_scales
 
 ADVICE = "Copy the checkpoint again, or quantize the float model again"
+# diffusers may read the files of a model in several threads.
+_arriving = threading.Lock()
 # Of tensors in safetensors files, by the end of their names.
-_STORED_AS = {"qweight": "I8", "scale": "F32"}
+_STORED_AS = {"qweight": "I8", "scale": "F32", "d": "F32"}
 
 
 def has_int8(model: nn.Module) -> bool:
@@ -35,8 +39,112 @@ def is_offloaded(module: Any) -> bool:
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
+class Arrivals:
+    """Float weights that are read while a model is loaded, each kept until those are there that it depends on.
+
+    Linears of one group have one d, which is made of all their weights. A checkpoint has these near each other, so
+    memory holds about one group in float.
+
+    Args:
+        targets: What becomes int8, with weights on the meta device.
+    """
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        # By the names of weights, all that are to be there together, in the order of the model.
+        self._together: dict[str, list[Target]] = {}
+        for each in _together(targets):
+            self._together |= dict.fromkeys((target.name for target in each), each)
+        # What the checkpoint has and was not read yet, and what was read, by the names of weights.
+        self._expected: set[str] = set()
+        self._weights: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._together
+
+    def expect(self, name: str) -> None:
+        """Take down that the checkpoint has a weight, for which the others of its group wait."""
+        self._expected.add(name)
+
+    def add(self, name: str, weight: Tensor) -> list[tuple[Target, Tensor]]:
+        """Keep a weight until the others are there that the checkpoint has.
+
+        A weight of another shape than the model's is not kept, and stays in float.
+
+        Returns:
+            Targets and their weights once they are there, without what the checkpoint lacks; nothing before.
+        """
+        together = self._together[name]
+        with _arriving:
+            self._expected.discard(name)
+            if weight.shape == next(target.weight.shape for target in together if target.name == name):
+                self._weights[name] = weight
+            else:
+                del self._together[name]
+            return [] if any(target.name in self._expected for target in together) else self._taken(together)
+
+    def rest(self) -> Iterator[list[tuple[Target, Tensor]]]:
+        """Return what still waits: the library has left out others that the checkpoint has."""
+        while self._weights:
+            yield self._taken(self._together[next(iter(self._weights))])
+
+    def _taken(self, together: Sequence[Target]) -> list[tuple[Target, Tensor]]:
+        # A tied weight is read under one name, for all its targets.
+        read = {id(each.weight): self._weights.pop(each.name) for each in together if each.name in self._weights}
+        return [(target, read[id(target.weight)]) for target in together if id(target.weight) in read]
+
+
+def _together(targets: Iterable[Target]) -> list[list[Target]]:
+    """Return targets that are of one group or have one weight together, in their order."""
+    found: dict[Hashable, list[Target]] = {}
+    order: dict[int, int] = {}
+    for target in targets:
+        order[id(target)] = len(order)
+        keys = [key for key in (target.group, id(target.weight)) if key is not None]
+        first, *others = {id(found[key]): found[key] for key in keys if key in found}.values() or [[]]
+        for other in others:
+            first.extend(other)
+            found |= {key: first for key, each in found.items() if each is other}
+        first.append(target)
+        found |= dict.fromkeys(keys, first)
+    distinct = {id(each): each for each in found.values()}.values()
+    return [sorted(each, key=lambda target: order[id(target)]) for each in distinct]
+
+
+def quantized(
+    read: Sequence[tuple[Target, Tensor]], rotate: Callable[[Sequence[Target]], None]
+) -> Iterator[tuple[Target, Made]]:
+    """Quantize weights that were read, as `int8compile.convert.quantized_in_groups` does those of a model.
+
+    Yields:
+        Targets, and their weights in int8.
+    """
+    targets = [dataclasses.replace(target, weight=weight) for target, weight in read]
+    for (target, _), (_, made) in zip(read, quantized_in_groups(targets, rotate), strict=True):
+        yield target, made
+
+
+def tensors_of(module: Int8Module) -> list[str]:
+    """Return the names of an int8 module's tensors in files: there is a `d` only where its weight is rotated."""
+    return [name for name in BUFFERS if getattr(module, name) is not None]
+
+
+def with_own_rotations(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which the `d` of each int8 weight has memory of its own.
+
+    Linears that read the same x share one, and a file of safetensors cannot hold a tensor under two names. Loading a
+    folder has equal ones shared again. Those of a weight that is tied stay tied as it is.
+    """
+    result, copies = dict(state), dict[tuple[int, int], Tensor]()
+    for name, d in state.items():
+        path, dot, last = name.rpartition(".")
+        qweight = state.get(f"{path}{dot}qweight") if last == "d" else None
+        if qweight is not None and not d.is_meta:
+            result[name] = copies.setdefault((qweight.data_ptr(), d.data_ptr()), d.clone())
+    return result
+
+
 def _in_memory(model: nn.Module) -> dict[str, Tensor]:
-    """The int8 tensors and scales of a model by their names, without those that are offloaded or parts of one."""
+    """The tensors of a model's int8 modules by their names, without those that are offloaded or parts of one."""
     return {
         f"{path}.{name}": tensor
         for path, module in model.named_modules()
@@ -47,7 +155,7 @@ def _in_memory(model: nn.Module) -> dict[str, Tensor]:
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
-    """Return the SHA-256 of the int8 tensors and scales of a model that are in memory, by their names.
+    """Return the SHA-256 of the tensors of a model's int8 modules that are in memory, by their names.
 
     What is offloaded to a disk has none, and is not checked when the folder is loaded.
     """
@@ -55,7 +163,7 @@ def checksums(model: nn.Module) -> dict[str, str]:
 
 
 def check_loaded(model: nn.Module, expected: Mapping[str, str], files: Mapping[str, str]) -> None:
-    """Check that int8 tensors have the bytes with which they were saved.
+    """Check that the tensors of int8 modules have the bytes with which they were saved.
 
     Tensors that are offloaded to a disk are not read for this, so they are not checked.
 
@@ -65,11 +173,14 @@ def check_loaded(model: nn.Module, expected: Mapping[str, str], files: Mapping[s
         files: The files in which they are, by the same names.
 
     Raises:
-        CheckpointError: A scale is no finite positive number or 0, or the bytes of a tensor have changed.
+        CheckpointError: A scale is no finite positive number or 0, or a d is 0 or not finite, or the bytes of a tensor
+            have changed.
     """
     tensors = _in_memory(model)
+    checks = {"scale": bad_scales, "d": bad_rotation}
     for name, tensor in tensors.items():
-        if name.endswith(".scale") and (why := bad_scales(tensor)):
+        check = checks.get(name.rpartition(".")[2])
+        if check is not None and (why := check(tensor)):
             raise CheckpointError(f"{name}{_where(files.get(name))} {why}. {ADVICE}")
     found = sha256_of_all({name: tensor for name, tensor in tensors.items() if name in expected})
     changed = [name for name, digest in found.items() if digest != expected[name]]
@@ -102,12 +213,16 @@ def opened(file: str) -> Iterator[Any]:
         ) from error
 
 
-def check_dtype(key: str, name: str, tensors: Any) -> None:
-    """Check the dtype of an int8 module's tensor in an open safetensors file.
+def check_tensor(key: str, name: str, module: Int8Module, tensors: Any) -> None:
+    """Check an int8 module's tensor in an open safetensors file.
 
     Raises:
-        CheckpointError: It is another than int8 modules have.
+        CheckpointError: Its dtype is another than int8 modules have, or it rotates a weight that is not rotated.
     """
+    if name == "d" and module.d is None:
+        raise CheckpointError(
+            f"{key} of the checkpoint rotates a weight that by its config.json is not rotated. {ADVICE}"
+        )
     dtype = tensors.get_slice(key).get_dtype()
     if name in _STORED_AS and dtype != _STORED_AS[name]:
         raise CheckpointError(f"{key} of the checkpoint is {dtype}; it must be {_STORED_AS[name]}. {ADVICE}")

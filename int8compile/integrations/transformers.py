@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import difflib
 import enum
 import functools
@@ -22,7 +21,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +38,9 @@ from int8compile.convert import (
     Target,
     dequantize_,
     describe,
-    float_names,
+    make_rotations,
     plan,
     put_described,
-    quantized,
     report,
     warn_if_all_float,
     without_data,
@@ -51,17 +49,21 @@ from int8compile.convert import attach as attach_all
 from int8compile.errors import CheckpointError, ConfigError, listed
 from int8compile.integrations.folders import (
     ADVICE,
-    check_dtype,
+    Arrivals,
     check_loaded,
     check_quantizer,
+    check_tensor,
     checksums,
     describe_when_saved,
     has_int8,
     is_offloaded,
     is_others,
     opened,
+    quantized,
+    tensors_of,
+    with_own_rotations,
 )
-from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout
+from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout, share_rotations
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class _Method(enum.StrEnum):
 
 
 METHOD = _Method.INT8COMPILE
-FIELDS = ("threshold", "outliers", "skip_modules", "lm_head", "min_features")
+FIELDS = ("threshold", "outliers", "skip_modules", "lm_head", "min_features", "rotate")
 # Names that users know from bitsandbytes, and ours.
 _RENAMED = {"llm_int8_threshold": "threshold", "llm_int8_skip_modules": "skip_modules"}
 # Those that have no counterpart, with the values that ask for nothing.
@@ -90,15 +92,16 @@ class Int8CompileConfig(QuantizationConfigMixin):
     """The options of `int8compile.quantize_`, for `from_pretrained(quantization_config=...)`.
 
     Args:
-        threshold: See `int8compile.Int8Config`, as for the next four.
+        threshold: See `int8compile.Int8Config`, as for the next five. None for the usual.
         outliers: "row", or "column" as in bitsandbytes.
         skip_modules: Patterns of modules that stay in float.
         lm_head: "native", "int8_weight" or "int8".
         min_features: The least number of inputs and outputs.
+        rotate: Whether activations and weights are rotated.
         checkpoint_format: "int8compile", or "bitsandbytes" for checkpoints that it saved, see `bitsandbytes_config`.
         modules: What a checkpoint has in int8, by path, as `int8compile.convert.describe` has it; not for users. Where
             it is given it decides, and the options above do not count.
-        checksums: The SHA-256 of a checkpoint's int8 tensors and scales, by their names; not for users.
+        checksums: The SHA-256 of the tensors of a checkpoint's int8 modules, by their names; not for users.
         checksum: That of `modules` and `checksums`; not for users.
         **options: `llm_int8_threshold`, `llm_int8_skip_modules` and `load_in_8bit` of bitsandbytes are understood.
 
@@ -108,11 +111,12 @@ class Int8CompileConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        threshold: float = 6.0,
+        threshold: float | None = None,
         outliers: OutlierPolicy = "row",
         skip_modules: Iterable[str] | None = None,
         lm_head: LmHead = "native",
         min_features: int = 16,
+        rotate: bool = True,
         checkpoint_format: str = METHOD,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         checksums: Mapping[str, str] | None = None,
@@ -126,7 +130,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
             "skip_modules": skip_modules or (),
             "lm_head": lm_head,
         }
-        given |= {"min_features": min_features}
+        given |= {"min_features": min_features, "rotate": rotate}
         options.pop("quant_method", None)
         given |= _from_bitsandbytes(options)
         # Checked by the one who knows.
@@ -136,6 +140,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         self.skip_modules = list(config.skip_modules)
         self.lm_head = config.lm_head
         self.min_features = config.min_features
+        self.rotate = config.rotate
         if checkpoint_format not in (METHOD, "bitsandbytes"):
             raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are '{METHOD}' and 'bitsandbytes'")
         self.checkpoint_format = checkpoint_format
@@ -172,6 +177,10 @@ class Int8CompileConfig(QuantizationConfigMixin):
     def of(cls, config: Int8Config) -> Int8CompileConfig:
         """The fields of int8compile's own config that say how a model is quantized."""
         return cls(**{name: getattr(config, name) for name in FIELDS})
+
+    def rotate_group(self, group: Sequence[Target]) -> None:
+        """Decide what the weights of one group are rotated with, before the first of them is quantized."""
+        make_rotations(group)
 
     def describe(self, model: Any) -> None:
         """Takes down what is int8 in a model.
@@ -230,8 +239,10 @@ class Int8CompileQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Int8CompileConfig, **kwargs: Any) -> None:
         # A copy: what is added to it is for this model, and the user may have others to load.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        # By the names of the float weights; a tied weight has several.
-        self.targets: dict[str, list[Target]] = {}
+        # What becomes int8, and the weights that have been read.
+        self.targets: list[Target] = []
+        self.arrivals = Arrivals(())
+        self.named = ""
         self.converter: Converter | None = None
         self.mapped = _MappedFiles(())
         # Where each tensor of a checkpoint that is int8 already is.
@@ -271,7 +282,7 @@ class Int8CompileQuantizer(HfQuantizer):
             for module in model.modules():
                 if isinstance(module, Int8Module):
                     _as_parameters(module)
-        _rename_ties(model, {target.name for target in targets})
+        _rename_ties(model, {target.name: target.rotation > 1 for target in targets})
         if self.pre_quantized:
             unknown = [r"\.weight_format$"] if config.checkpoint_format != METHOD else _guard_patterns(model)
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unknown}
@@ -292,28 +303,31 @@ class Int8CompileQuantizer(HfQuantizer):
             _tie(model)  # So that the plan sees it.
         self.converter = Converter(model, config.config())
         found = plan(model, config.config())
-        targets = [target for target in found if target.reason is None]
-        for target in targets:
-            self.targets.setdefault(target.name, []).extend(t for t in targets if t.weight is target.weight)
-            if self.pre_quantized:
+        self.targets = [target for target in found if target.reason is None]
+        if self.pre_quantized:
+            for target in self.targets:
                 self.converter.put(target, *without_data(target))
-        if found and not targets:
+        else:
+            self.arrivals = Arrivals(self.targets)
+        if found and not self.targets:
             warn_if_all_float(report(model, config.config()), "Int8CompileConfig")
-        return targets
+        return self.targets
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a float weight of the checkpoint becomes int8."""
-        return param_name in self.targets
+        self.named = param_name
+        return param_name in self.arrivals
 
     def get_quantize_ops(self) -> Quantize:
-        """What quantizes a weight."""
+        """What quantizes a weight: transformers asks before it reads any, for each that it has just asked about."""
+        self.arrivals.expect(self.named)
         return Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """How names of a checkpoint are changed: those of bitsandbytes into ours."""
         if self.quantization_config.checkpoint_format != "bitsandbytes":
             return []
-        paths = "|".join(re.escape(target.path) for targets in self.targets.values() for target in targets)
+        paths = "|".join(re.escape(target.path) for target in self.targets)
         return [
             WeightRenaming(rf"^({paths})\.weight$", r"\1.qweight"),
             WeightRenaming(rf"^({paths})\.SCB$", r"\1.scale"),
@@ -326,10 +340,11 @@ class Int8CompileQuantizer(HfQuantizer):
             if not isinstance(module, Int8Module):
                 continue
             if not is_offloaded(module):
-                missing += [f"{path}.{name}" for name in BUFFERS if not _is_loaded(getattr(module, name))]
+                missing += [f"{path}.{name}" for name in tensors_of(module) if not _is_loaded(getattr(module, name))]
                 _as_buffers(module, plain)
         if missing:
             raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")
+        share_rotations(model)
         check_loaded(model, _fitted_names(self.quantization_config.checksums, model), self.files)
         self.quantization_config.checksums = {}
         self.files = {}
@@ -339,8 +354,7 @@ class Int8CompileQuantizer(HfQuantizer):
         self.quantization_config.describe(model)
         # Saved under the names that the modules have, not those of the float checkpoint, which may split experts.
         model._weight_conversions = []
-        self.targets.clear()
-        self.converter = None
+        self.targets, self.arrivals, self.converter = [], Arrivals(()), None
         self.mapped = _MappedFiles(())
         # Models inside this one can be saved alone.
         attach_all(model, self.quantization_config.config())
@@ -354,7 +368,8 @@ class Int8CompileQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         # Each with memory of its own, or they would be taken for one that is shared.
-        return {**model.state_dict(), **{name: torch.empty(1, device="cpu")[:0] for name in _guards(model)}}, {}
+        guards = {name: torch.empty(1, device="cpu")[:0] for name in _guards(model)}
+        return {**with_own_rotations(model.state_dict()), **guards}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # A string, after `save_pretrained` has made one of the config's.
@@ -363,7 +378,7 @@ class Int8CompileQuantizer(HfQuantizer):
 
 
 class Quantize(ConversionOps):
-    """Quantizes a weight as it is loaded, and puts an int8 module where it is for."""
+    """Quantizes the weights of a group once they are loaded, and puts int8 modules where they are for."""
 
     def __init__(self, quantizer: Int8CompileQuantizer) -> None:
         self.quantizer = quantizer
@@ -376,20 +391,29 @@ class Quantize(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """See `ConversionOps.convert`.
+        """See `ConversionOps.convert`. A weight waits until its group is there, with which it is returned.
+
+        There are several weights where the checkpoint has them in one. What does not fit the model is left as it is,
+        to be reported by transformers.
 
         A weight with NaN or Inf raises `BadWeightError`, of which transformers makes a RuntimeError after logging it.
         """
-        (given,) = input_dict.values()
-        weight = given[0] if isinstance(given, list) else given
-        targets = self.quantizer.targets[full_layer_name]
-        qweight, scale = quantized(dataclasses.replace(targets[0], weight=weight))
-        self.quantizer.mapped.was_read(weight.nbytes)
+        arrivals = self.quantizer.arrivals
+        names = [full_layer_name] if len(input_dict) == 1 else list(input_dict)
+        weights = [given[0] if isinstance(given, list) else given for given in input_dict.values()]
+        for name in names:
+            arrivals.expect(name)
         result: dict[str, Tensor] = {}
-        for target in targets:
-            self._place(target)
-            (missing_keys or set()).discard(target.name)
-            result |= {f"{target.path}.qweight": qweight, f"{target.path}.scale": scale}
+        for name, weight in zip(names, weights, strict=True):
+            whole = arrivals.add(name, weight) if name in arrivals else []
+            if name not in arrivals:
+                result[name] = weight
+            for target, made in quantized(whole, self.quantizer.quantization_config.rotate_group):
+                self._place(target)
+                (missing_keys or set()).discard(target.name)
+                named = zip(BUFFERS, made, strict=True)
+                result |= {f"{target.path}.{buffer}": tensor for buffer, tensor in named if tensor is not None}
+            self.quantizer.mapped.was_read(sum(weight.nbytes for _, weight in whole))
         return result
 
     def _place(self, target: Target) -> None:
@@ -453,20 +477,20 @@ class _MappedFiles:
                     yield int(low, 16), int(high, 16)
 
 
-def _as_parameters(module: nn.Module) -> None:
+def _as_parameters(module: Int8Module) -> None:
     """Registers int8 weights as parameters while a model is loaded.
 
     accelerate offloads parameters, but keeps buffers on the device unless it is told otherwise.
     """
-    for name in BUFFERS:
+    for name in tensors_of(module):
         tensor = module._buffers.pop(name)
         assert tensor is not None
         module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 
-def _as_buffers(module: nn.Module, known: dict[int, Tensor]) -> None:
+def _as_buffers(module: Int8Module, known: dict[int, Tensor]) -> None:
     """Registers int8 weights as the buffers that they are, the same parameter always as the same one."""
-    for name in BUFFERS:
+    for name in tensors_of(module):
         parameter = module._parameters.pop(name)
         assert parameter is not None
         module._buffers[name] = known.setdefault(id(parameter), parameter.data)
@@ -546,7 +570,7 @@ def _check_checkpoint(model: Any, files: Iterable[str]) -> dict[str, str]:
                         f"{key} of the checkpoint is int8, but by its config.json {path} is float. {ADVICE}"
                     )
                 if isinstance(module, Int8Module):
-                    check_dtype(key, name, tensors)
+                    check_tensor(key, name, module, tensors)
                 if name == "weight_format":
                     check_layout(path, tensors.get_tensor(key))
     # bitsandbytes' names are changed into ours while its checkpoints are loaded.
@@ -556,9 +580,8 @@ def _check_checkpoint(model: Any, files: Iterable[str]) -> dict[str, str]:
         if last == "SCB"
         for name in BUFFERS
     }
-    missing = [
-        f"{path}.{name}" for path, module in modules.items() if isinstance(module, Int8Module) for name in BUFFERS
-    ]
+    int8 = {path: module for path, module in modules.items() if isinstance(module, Int8Module)}
+    missing = [f"{path}.{name}" for path, module in int8.items() for name in tensors_of(module)]
     missing = [name for name in missing if name not in found.keys() | renamed]
     tied = {name.removesuffix("weight") for name in model.all_tied_weights_keys}
     missing = [name for name in missing if name.rpartition(".")[0] + "." not in tied]
@@ -579,14 +602,19 @@ def _guard_patterns(model: Any) -> list[str]:
     return [rf"^{re.escape(spelling)}$" for name in _guards(model) for spelling in _spellings(name, model)]
 
 
-def _rename_ties(model: Any, converted: set[str]) -> None:
-    """Tells transformers that tied weights, given by their names in the float model, are tied under other names."""
+def _rename_ties(model: Any, rotated: Mapping[str, bool]) -> None:
+    """Tell transformers that tied weights are tied under other names.
+
+    Args:
+        model: The model.
+        rotated: What is int8, by the names in the float model, and whether it is rotated.
+    """
 
     def renamed(ties: Mapping[str, str]) -> dict[str, str]:
         result = {}
         for name, source in ties.items():
-            if {name, source} <= converted:
-                for buffer in BUFFERS:
+            if name in rotated and source in rotated:
+                for buffer in BUFFERS if rotated[name] else BUFFERS[:2]:
                     result[name.removesuffix("weight") + buffer] = source.removesuffix("weight") + buffer
             else:
                 result[name] = source
@@ -595,6 +623,15 @@ def _rename_ties(model: Any, converted: set[str]) -> None:
     model.all_tied_weights_keys = renamed(model.all_tied_weights_keys)
     if isinstance(model._tied_weights_keys, dict):
         model._tied_weights_keys = renamed(model._tied_weights_keys)
+
+
+def _rotated(model: nn.Module) -> dict[str, bool]:
+    """Return which weights of int8 modules are rotated, by their names in float, shared modules under every path."""
+    return {
+        path if module.source == "experts" else f"{path}.weight": module.d is not None
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Int8Module)
+    }
 
 
 def _rescale(model: nn.Module) -> None:
@@ -618,7 +655,7 @@ def attach(model: Any, config: Int8Config, *, nested: bool = False) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if is_others(quantizer, Int8CompileQuantizer):
         return  # What it says of itself stays so; it cannot be saved.
-    _rename_ties(model, float_names(model))
+    _rename_ties(model, _rotated(model))
     if quantizer is None:
         quantizer = Int8CompileQuantizer(Int8CompileConfig.of(config), pre_quantized=True)
     quantizer.quantization_config.describe(model)
