@@ -22,13 +22,17 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 import int8compile
-from int8compile import BadWeightError, InputError, Int8Config, Int8Warning, SkipReason, quantize_
+from int8compile import BadWeightError, InputError, Int8Config, Int8Warning, SkipReason, ops, quantize_
 from int8compile.export import rewrite
+from int8compile.ops import rotation_of
+from int8compile.passes import WeightView
 from int8compile.report import Report
+from int8compile.weights import STORE
 from tests.implementations import needs_kernel
 from tests.models import Stack
 from tests.test_modules import int8_embedding, int8_experts, int8_linear
 from tests.test_passes import REASONS, SPELLINGS, Weights
+from tests.test_weights import Attention
 
 # Export is for the CPU kernels.
 pytestmark = needs_kernel
@@ -606,6 +610,13 @@ def conv1d() -> nn.Module:
     return pytest.importorskip("transformers.pytorch_utils").Conv1D(48, 32)
 
 
+def calibrated() -> nn.Module:
+    model = Attention()
+    members = [(part.weight, WeightView((48, 32), (32, 1), 0, (48, 32))) for part in model.children()]
+    STORE.calibrate(members, rotation_of(torch.rand(32) + 0.5))
+    return model
+
+
 def quantized(make: Callable[[], nn.Module], **options: Any) -> Callable[[], nn.Module]:
     def changed() -> nn.Module:
         model = make()
@@ -649,6 +660,8 @@ MODULES: dict[str, Case] = {
         lambda: nn.MultiheadAttention(32, 4, add_zero_attn=True, add_bias_kv=True, batch_first=True), (X, X, X)
     ),
     "TransformerDecoderLayer": Case(lambda: nn.TransformerDecoderLayer(32, 4, 64, batch_first=True), (X, X + 1)),
+    "one d for q, k and v": Case(Attention, (X,)),
+    "one d for q, k and v, calibrated": Case(calibrated, (X,)),
     "Int8Linear": Case(int8_linear, (values(5, 48),), options={"free_weights": True}),
     "Int8Linear, weight only": Case(
         lambda: int8_linear(weight_only=True), (values(5, 48),), options={"free_weights": True}
@@ -669,6 +682,18 @@ MODULES: dict[str, Case] = {
 @pytest.mark.parametrize("case", params(MODULES))
 def test_modules(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
+
+
+def test_what_rotates_is_in_a_package_as_it_is() -> None:
+    """For each input of joined linears, however many there are; a calibrated one too."""
+    for make in (Attention, calibrated):
+        model = make()
+        module = torch.export.export(model, (X,), strict=False).module(check_guards=False)
+        with torch.no_grad():
+            rewrite(module, Int8Config())
+        (call,) = [node for node in module.graph.nodes if node.target is ops.packed_linear_triple_no_grad.default]
+        members = [(part.weight, WeightView((48, 32), (32, 1), 0, (48, 32))) for part in model.children()]
+        assert module.get_buffer(str(call.args[3].target)) is STORE.share(members)
 
 
 def test_custom_operators(monkeypatch: pytest.MonkeyPatch) -> None:
