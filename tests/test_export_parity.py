@@ -666,6 +666,12 @@ MODULES: dict[str, Case] = {
     "Int8Linear, weight only": Case(
         lambda: int8_linear(weight_only=True), (values(5, 48),), options={"free_weights": True}
     ),
+    "Int8Linear, not rotated": Case(
+        lambda: int8_linear(rotated=False), (values(5, 48),), options={"free_weights": True}
+    ),
+    "Int8Linear by column": Case(
+        lambda: int8_linear(rotated=False, outliers="column"), (values(5, 48),), options={"free_weights": True}
+    ),
     "Int8Embedding": Case(int8_embedding, (IDS,)),
     "Int8Experts": Case(
         modules(lambda m, x: m.a(x, torch.tensor([2, 5, 9], dtype=torch.int32)), a=int8_experts), (values(9, 48),)
@@ -677,6 +683,17 @@ MODULES: dict[str, Case] = {
     ),
     "quantize_ of Conv1D": Case(quantized(lambda: nn.Sequential(conv1d())), (X,), options={"free_weights": True}),
 }
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_modules_in_int8_that_share_a_d(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share a call where their weights are taken over; as in packages, which have no modules."""
+    case = Case(quantized(Attention), (X,), options={"free_weights": free})
+    expected, actual = compiled(case, monkeypatch), exported(case)
+    assert actual.called == {"packed_linear_triple_no_grad": 1}
+    assert expected.called == (actual.called if free else {"linear_no_grad": 3})
+    assert_equal(actual.outputs, expected.outputs)
+    assert_equal(actual.outputs, compiled(Case(Attention, (X,)), monkeypatch).outputs)
 
 
 @pytest.mark.parametrize("case", params(MODULES))
