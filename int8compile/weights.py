@@ -268,7 +268,8 @@ class WeightStore:
             known = [rotation_of_view(*member) for member in members]
             chosen = _chosen(members, known)
             if chosen is None:
-                chosen = self._made(among or members, each)
+                # Those of other devices read other tensors.
+                chosen = self._made([member for member in among or members if member[0].device == device], each)
             if chosen.d.device != device:
                 with _plain_tensors():
                     chosen = dataclasses.replace(chosen, d=chosen.d.to(device))

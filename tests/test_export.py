@@ -307,7 +307,7 @@ def test_the_portable_form_computes_the_same(config: dict[str, Any], folder: Pat
     int8compile.export(model, (x,), path, config=config, form="portable")
     assert "ERROR_CODE_CHECK(aoti_torch_cpu_packed" not in generated(path)
     expected = compiled(model, x, **config)
-    # Outliers are rounded to 22 bits below the power of two above the row's largest.
+    # Softmax and the like are in other kernels of Inductor's, and a last bit of an activation may move an integer.
     torch.testing.assert_close(aoti_load_package(str(path))(x), expected, rtol=0, atol=1e-3)
     assert int8compile.inspect(path).metadata["form"] == "portable"
 

@@ -22,13 +22,17 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 import int8compile
-from int8compile import BadWeightError, InputError, Int8Config, Int8Warning, SkipReason, quantize_
+from int8compile import BadWeightError, InputError, Int8Config, Int8Warning, SkipReason, ops, quantize_
 from int8compile.export import rewrite
+from int8compile.ops import rotation_of
+from int8compile.passes import WeightView
 from int8compile.report import Report
+from int8compile.weights import STORE
 from tests.implementations import needs_kernel
 from tests.models import Stack
 from tests.test_modules import int8_embedding, int8_experts, int8_linear
 from tests.test_passes import REASONS, SPELLINGS, Weights
+from tests.test_weights import Attention
 
 # Export is for the CPU kernels.
 pytestmark = needs_kernel
@@ -233,7 +237,7 @@ def test_spellings(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [site.rewritten for site in found.report.sites] == [True] * sum(each == op for _, each, _ in SPELLINGS)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
 @pytest.mark.parametrize("op", sorted({op for _, op, _ in SPELLINGS}))
 def test_spellings_for_gpus(op: str, threshold: float) -> None:
     """Each is lowered to the operators for GPUs, which compute their definition here."""
@@ -243,9 +247,7 @@ def test_spellings_for_gpus(op: str, threshold: float) -> None:
     assert set(actual.called) <= {"quantize_rows", "quantized_linear", "batched_linear"}
     products = actual.called["quantized_linear"] + actual.called["batched_linear"]
     assert 0 < products <= len(actual.report.rewritten)
-    for a, b in zip(actual.outputs, expected.outputs, strict=True):
-        # Outliers are rounded to 22 bits below the power of two above the row's largest.
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert_equal(actual.outputs, expected.outputs)
 
 
 @pytest.mark.parametrize(
@@ -572,7 +574,7 @@ def test_dtypes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_biases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linears of one input share a call where their biases are there before the first."""
+    """Parts of one matrix share a call where their biases are there before the first; other matrices have other d."""
 
     def call(m: Any, x: Tensor) -> list[Tensor]:
         scaled = m.bias * 2
@@ -580,8 +582,8 @@ def test_biases(monkeypatch: pytest.MonkeyPatch) -> None:
         return [*joined, F.linear(x, m.kn.t(), m.other), F.linear(x, m.buffer, m.bias), x @ m.square + m.bias[:32]]
 
     assert check(of_weights(call), monkeypatch).called == {
-        "packed_linear_triple_no_grad": 1,
-        "packed_linear_no_grad": 1,
+        "packed_linear_pair_no_grad": 1,
+        "packed_linear_no_grad": 2,
     }
 
 
@@ -606,6 +608,13 @@ def modules(call: Callable[..., Any], **held: Callable[[], Any]) -> Callable[[],
 
 def conv1d() -> nn.Module:
     return pytest.importorskip("transformers.pytorch_utils").Conv1D(48, 32)
+
+
+def calibrated() -> nn.Module:
+    model = Attention()
+    members = [(part.weight, WeightView((48, 32), (32, 1), 0, (48, 32))) for part in model.children()]
+    STORE.calibrate(members, rotation_of(torch.rand(32) + 0.5))
+    return model
 
 
 def quantized(make: Callable[[], nn.Module], **options: Any) -> Callable[[], nn.Module]:
@@ -651,9 +660,17 @@ MODULES: dict[str, Case] = {
         lambda: nn.MultiheadAttention(32, 4, add_zero_attn=True, add_bias_kv=True, batch_first=True), (X, X, X)
     ),
     "TransformerDecoderLayer": Case(lambda: nn.TransformerDecoderLayer(32, 4, 64, batch_first=True), (X, X + 1)),
+    "one d for q, k and v": Case(Attention, (X,)),
+    "one d for q, k and v, calibrated": Case(calibrated, (X,)),
     "Int8Linear": Case(int8_linear, (values(5, 48),), options={"free_weights": True}),
     "Int8Linear, weight only": Case(
         lambda: int8_linear(weight_only=True), (values(5, 48),), options={"free_weights": True}
+    ),
+    "Int8Linear, not rotated": Case(
+        lambda: int8_linear(rotated=False), (values(5, 48),), options={"free_weights": True}
+    ),
+    "Int8Linear by column": Case(
+        lambda: int8_linear(rotated=False, outliers="column"), (values(5, 48),), options={"free_weights": True}
     ),
     "Int8Embedding": Case(int8_embedding, (IDS,)),
     "Int8Experts": Case(
@@ -668,9 +685,32 @@ MODULES: dict[str, Case] = {
 }
 
 
+@pytest.mark.parametrize("free", [False, True])
+def test_modules_in_int8_that_share_a_d(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share a call where their weights are taken over; as in packages, which have no modules."""
+    case = Case(quantized(Attention), (X,), options={"free_weights": free})
+    expected, actual = compiled(case, monkeypatch), exported(case)
+    assert actual.called == {"packed_linear_triple_no_grad": 1}
+    assert expected.called == (actual.called if free else {"linear_no_grad": 3})
+    assert_equal(actual.outputs, expected.outputs)
+    assert_equal(actual.outputs, compiled(Case(Attention, (X,)), monkeypatch).outputs)
+
+
 @pytest.mark.parametrize("case", params(MODULES))
 def test_modules(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
+
+
+def test_what_rotates_is_in_a_package_as_it_is() -> None:
+    """For each input of joined linears, however many there are; a calibrated one too."""
+    for make in (Attention, calibrated):
+        model = make()
+        module = torch.export.export(model, (X,), strict=False).module(check_guards=False)
+        with torch.no_grad():
+            rewrite(module, Int8Config())
+        (call,) = [node for node in module.graph.nodes if node.target is ops.packed_linear_triple_no_grad.default]
+        members = [(part.weight, WeightView((48, 32), (32, 1), 0, (48, 32))) for part in model.children()]
+        assert module.get_buffer(str(call.args[3].target)) is STORE.share(members)
 
 
 def test_custom_operators(monkeypatch: pytest.MonkeyPatch) -> None:

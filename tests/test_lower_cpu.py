@@ -39,11 +39,13 @@ SINGLE, PAIR, TRIPLE = "packed_linear_no_grad", "packed_linear_pair_no_grad", "p
 class Siblings(nn.Module):
     """Linears of one input."""
 
-    def __init__(self, outputs: Sequence[int] = (48, 20, 33), bias: bool | Sequence[bool] = True) -> None:
+    def __init__(
+        self, outputs: Sequence[int] = (48, 20, 33), bias: bool | Sequence[bool] = True, inputs: int = 32
+    ) -> None:
         super().__init__()
         biases = [bias] * len(outputs) if isinstance(bias, bool) else bias
         for i, (n, has) in enumerate(zip(outputs, biases, strict=True)):
-            self.add_module(f"part{i}", nn.Linear(32, n, bias=has))
+            self.add_module(f"part{i}", nn.Linear(inputs, n, bias=has))
         self.requires_grad_(False)
 
     @property
@@ -121,6 +123,23 @@ def test_without_rotation_they_share_a_call_too() -> None:
     assert calls(compiled, x) == {TRIPLE: 1}
     assert_equal(compiled(x), [by_operator(part, x, None, 6.0) for part in model.parts])
     assert not torch.equal(compiled(x)[0], by_operator(model.parts[0], x, None, 12.0))
+
+
+def test_sizes_with_few_factors_of_two_share_a_call_too() -> None:
+    """They are not rotated."""
+    model, x = Siblings(inputs=40), torch.randn(5, 40)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    assert calls(compiled, x) == {TRIPLE: 1}
+    assert_equal(compiled(x), [by_operator(part, x, None, 6.0) for part in model.parts])
+    assert {weight.d for weight in weights_of(model)} == {None}
+
+
+def test_linears_that_are_rotated_otherwise_share_no_call() -> None:
+    """Numbered ones lie one behind the other as a rule; where they do read one x, each has its own d, and is right."""
+    model, x = nn.ModuleList(nn.Linear(32, 48) for _ in range(2)).requires_grad_(False), torch.randn(5, 32)
+    compiled = torch.compile(lambda x: [part(x) for part in model], backend="int8", fullgraph=True)
+    assert calls(compiled, x) == singles(2)
+    assert_equal(compiled(x), [by_operator(part, x, rotation_from(part.weight)) for part in model])
 
 
 def test_columns_stay_with_their_operator() -> None:
@@ -638,6 +657,8 @@ def test_regional_compilation(free: bool) -> None:
     assert STORE.quantized - quantized == 12 * 6
     weights = weights_of(layers)
     assert len({id(weight.fused) for weight in weights if weight.fused is not None}) == 24
+    # Each layer has a d for its attention, one for gate and up, and one for down.
+    assert len({id(weight.d) for weight in weights}) == 36
     names = profiled(run)
     assert [names[f"int8compile::{name}"] for name in (SINGLE, PAIR, TRIPLE)] == [12, 12, 12]
 
