@@ -500,6 +500,11 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
         if target.reason is not None:
             why = f"{target.reason.value} {f'({target.detail})' if target.detail else ''}".strip()
             raise CheckpointError(f"{path} is int8 in the checkpoint, but cannot be in the model: {why}. {advice}")
+        if source == "experts" and options.get("outliers") == "column":
+            raise CheckpointError(
+                f"{path} is int8 by columns in the checkpoint, which experts cannot be any more. Quantize the float "
+                "model again"
+            )
         given = {name: options[name] for name in ("threshold", "outliers") if name in options}
         try:
             config = Int8Config(**given)
