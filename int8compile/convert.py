@@ -155,8 +155,9 @@ def _report(targets: list[Target], config: Int8Config) -> Report:
     # The bytes of a d that several weights share count with the first one's.
     first: dict[Hashable, int] = {}
     for target in targets:
-        first.setdefault(target.group, id(target.weight))
-    rows = [_row(target, with_d=first[target.group] == id(target.weight)) for target in targets]
+        if target.reason is None:
+            first.setdefault(target.group, id(target.weight))
+    rows = [_row(target, with_d=first.get(target.group) == id(target.weight)) for target in targets]
     return Report(sites=rows, unused_patterns=tuple(unused))
 
 
@@ -533,7 +534,7 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
 
 
 def make_rotations(group: Sequence[Target]) -> None:
-    """Decide what targets of one `group` are rotated with, from the weights of all: what is quantized alone is not."""
+    """Make what rotates the targets of one `group`, from the weights of all of them; `quantized` looks it up."""
     if group and group[0].rotation > 1 and not group[0].weight.is_meta:
         members = [(target.weight, target.view) for target in group]
         for member in members:
