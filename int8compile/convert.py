@@ -630,15 +630,6 @@ def attach(model: nn.Module, config: Int8Config) -> None:
             outer.append(path)
 
 
-def float_names(model: nn.Module) -> set[str]:
-    """Return the names that the weights of int8 modules had in float, those of shared modules under every path."""
-    return {
-        path if module.source == "experts" else f"{path}.weight"
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Int8Module)
-    }
-
-
 def without_data(target: Target) -> Made:
     """Return tensors on the meta device like those of a target in int8: qweight, scale and d."""
     # With dtypes: while transformers loads a model, the default is the model's.

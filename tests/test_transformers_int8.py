@@ -35,7 +35,7 @@ from int8compile import (
     quantize_,
 )
 from int8compile.groups import make_d
-from int8compile.modules import Int8Module
+from int8compile.modules import Int8Module, share_rotations
 from int8compile.weights import STORE
 from tests.test_transformers import CASES, DECODER, FIRST, IDS, TEXT, VISION
 
@@ -672,6 +672,23 @@ def test_a_state_dict_of_the_files(tmp_path: Path, float_folder: str) -> None:
     assert torch.equal(logits(model), logits(load(str(folder))))
 
 
+def test_files_of_safetensors_alone(tmp_path: Path) -> None:
+    """Its own functions know no tensor under two names, or leave one name out."""
+    model, other = llama(), llama()
+    quantize_(model, progress=False)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + torch.rand_like(parameter))
+    quantize_(other, progress=False)
+    safetensors.save_file(model.state_dict(), tmp_path / "state.safetensors")
+    safetensors.save_model(model, tmp_path / "model.safetensors")
+    for file in ("state.safetensors", "model.safetensors"):
+        again = copy.deepcopy(other)
+        safetensors.load_model(again, tmp_path / file)
+        share_rotations(again)
+        assert_same_bits(again, model)
+
+
 def test_what_is_offloaded_is_not_checked(tmp_path: Path) -> None:
     folder = tmp_path / "int8"
     model = llama(2)
@@ -918,8 +935,9 @@ model = transformers.LlamaForCausalLM.from_pretrained({folder!r}, **options)
 print((status("VmHWM") - before) / memory_footprint(model))
 """
     output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    # 200 MB in int8; float32 would be 4, and what is let stay meanwhile is 32 MB of weights as read and as cast.
-    assert float(output) < 1.6
+    # 200 MB in int8; float32 would be 4. What is let stay meanwhile is 32 MB of weights as read and as cast, and a
+    # group that waits: the gate and up projections, 32 MB in float32.
+    assert float(output) < 1.7
 
 
 # bitsandbytes
@@ -1179,6 +1197,9 @@ def test_other_tensors_than_the_models_are_not_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
     assert torch.equal(logits(load(str(tmp_path / "own"))), logits(model))
     other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "equal", state_dict=other)
+    assert torch.equal(logits(load(str(tmp_path / "equal"))), logits(model))
+    other["model.layers.0.mlp.up_proj.d"].neg_()
     with pytest.raises(CheckpointError, match="with other tensors than the model's"):
         model.save_pretrained(tmp_path / "other", state_dict=other)
 
