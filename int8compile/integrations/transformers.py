@@ -1,8 +1,9 @@
 """int8 models in transformers: import this module, then pass an `Int8CompileConfig` to `from_pretrained`.
 
-Weights are read one after the other and quantized on the device that they are for; the float model is never in memory
-as a whole. What `save_pretrained` writes loads again without a config, as long as this module was imported. Where it
-was not, transformers warns of an unknown quantization type and raises an error about the shape of a weight.
+Weights are quantized as they are read, on the device that they are for, those together that are rotated alike; the
+float model is never in memory as a whole. What `save_pretrained` writes loads again without a config, as long as this
+module was imported. Where it was not, transformers warns of an unknown quantization type and raises an error about the
+shape of a weight.
 """
 
 from __future__ import annotations
@@ -61,7 +62,6 @@ from int8compile.integrations.folders import (
     opened,
     quantized,
     tensors_of,
-    with_own_rotations,
 )
 from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout, share_rotations
 
@@ -299,8 +299,7 @@ class Int8CompileQuantizer(HfQuantizer):
             if model.dtype == torch.float16:
                 kept += model._keep_in_fp32_modules or []
             config.skip_modules += [name for name in kept if name not in config.skip_modules]
-        if config.lm_head != "native":
-            _tie(model)  # So that the plan sees it.
+        _tie(model)  # So that the plan sees it.
         self.converter = Converter(model, config.config())
         found = plan(model, config.config())
         self.targets = [target for target in found if target.reason is None]
@@ -369,7 +368,7 @@ class Int8CompileQuantizer(HfQuantizer):
             return None, {}
         # Each with memory of its own, or they would be taken for one that is shared.
         guards = {name: torch.empty(1, device="cpu")[:0] for name in _guards(model)}
-        return {**with_own_rotations(model.state_dict()), **guards}, {}
+        return {**model.state_dict(), **guards}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # A string, after `save_pretrained` has made one of the config's.
