@@ -155,8 +155,9 @@ def _report(targets: list[Target], config: Int8Config) -> Report:
     # The bytes of a d that several weights share count with the first one's.
     first: dict[Hashable, int] = {}
     for target in targets:
-        first.setdefault(target.group, id(target.weight))
-    rows = [_row(target, with_d=first[target.group] == id(target.weight)) for target in targets]
+        if target.reason is None:
+            first.setdefault(target.group, id(target.weight))
+    rows = [_row(target, with_d=first.get(target.group) == id(target.weight)) for target in targets]
     return Report(sites=rows, unused_patterns=tuple(unused))
 
 
@@ -500,6 +501,11 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
         if target.reason is not None:
             why = f"{target.reason.value} {f'({target.detail})' if target.detail else ''}".strip()
             raise CheckpointError(f"{path} is int8 in the checkpoint, but cannot be in the model: {why}. {advice}")
+        if source == "experts" and options.get("outliers") == "column":
+            raise CheckpointError(
+                f"{path} is int8 by columns in the checkpoint, which experts cannot be any more. Quantize the float "
+                "model again"
+            )
         given = {name: options[name] for name in ("threshold", "outliers") if name in options}
         try:
             config = Int8Config(**given)
@@ -528,7 +534,7 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
 
 
 def make_rotations(group: Sequence[Target]) -> None:
-    """Decide what targets of one `group` are rotated with, from the weights of all: what is quantized alone is not."""
+    """Make what rotates the targets of one `group`, from the weights of all of them; `quantized` looks it up."""
     if group and group[0].rotation > 1 and not group[0].weight.is_meta:
         members = [(target.weight, target.view) for target in group]
         for member in members:

@@ -133,6 +133,17 @@ def test_linears_of_one_parent_have_one_rotation() -> None:
     assert {site.path: (site.rotation, site.bytes_after) for site in again.sites} == rows
 
 
+def test_a_linear_that_stays_in_float_has_no_rotation() -> None:
+    model = Attention()
+    together = make_d([model.k_proj.weight, model.v_proj.weight])
+    report = quantize_(model, {"skip_modules": ["q_proj"]}, progress=False)
+    assert model.k_proj.d is model.v_proj.d
+    assert torch.equal(model.k_proj.d, together)
+    rows = {site.path: (site.rotation, site.bytes_after) for site in report.sites}
+    assert rows["q_proj"] == (1, 4 * 32 * 64)
+    assert rows["k_proj"] == (32, 32 * 16 + 4 * 16 + 4 * 32)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"rotate": False}, {"outliers": "column"}])
 def test_what_is_not_rotated(options: dict[str, Any]) -> None:

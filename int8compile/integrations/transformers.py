@@ -299,8 +299,7 @@ class Int8CompileQuantizer(HfQuantizer):
             if model.dtype == torch.float16:
                 kept += model._keep_in_fp32_modules or []
             config.skip_modules += [name for name in kept if name not in config.skip_modules]
-        if config.lm_head != "native":
-            _tie(model)  # So that the plan sees it.
+        _tie(model)  # So that the plan sees it.
         self.converter = Converter(model, config.config())
         found = plan(model, config.config())
         self.targets = [target for target in found if target.reason is None]
