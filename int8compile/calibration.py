@@ -169,15 +169,21 @@ class Calibration:
         """
         d = None
         for name, weight in zip(names, weights, strict=True):
-            if name in self._places:
-                group, known = self._places[name]
-                known.check(weight)
-                d = group.d if d is None else d
+            shape, known = tuple(weight.shape), self._places.get(name, [])
+            for group, calibrated in known:
+                if calibrated.view.shape == shape or sorted(calibrated.shape) != sorted(shape):
+                    calibrated.check(weight)
+                    d = group.d if d is None else d
+                # Else the model multiplies by parts of it, and this is the whole.
         return d
 
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[Group, Weight]]:
-        return {weight.name: (group, weight) for group in self.groups for weight in group.weights}
+    def _places(self) -> dict[str, list[tuple[Group, Weight]]]:
+        places: dict[str, list[tuple[Group, Weight]]] = {}
+        for group in self.groups:
+            for weight in group.weights:
+                places.setdefault(weight.name, []).append((group, weight))
+        return places
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file of safetensors."""
@@ -227,7 +233,9 @@ class Calibration:
             names = [weight.name.removesuffix(".weight") for weight in group.weights]
             c = group.d.abs().reciprocal()
             divided = f"{float(c.min()):.2g} to {float(c.max()):.2g}"
-            rows.append((_short(names), group.d.shape[-1], group.rows, f"{float(group.activations.max()):.3g}", divided))
+            rows.append(
+                (_short(names), group.d.shape[-1], group.rows, f"{float(group.activations.max()):.3g}", divided)
+            )
         headers = ("linears that read the same x", "K", "rows", "largest input / rms", "divided by")
         table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
         return f"{table}\n\n{self.summary()}"
@@ -396,15 +404,12 @@ class _Found:
 
 def _group(file: Any, name: str, described: Mapping[str, Any]) -> Group:
     """Return a group as a file has it."""
-    weights = [
-        Weight(
-            weight["name"],
-            tuple(weight["shape"]),
-            WeightView(*(part if isinstance(part, int) else tuple(part) for part in weight["view"])),
-            file.get_tensor(f"{name}.{place}.rms"),
-        )
-        for place, weight in enumerate(described["weights"])
-    ]
+    weights = []
+    for place, weight in enumerate(described["weights"]):
+        size, stride, offset, shape = weight["view"]
+        view = WeightView(tuple(size), tuple(stride), offset, tuple(shape))
+        rms = file.get_tensor(f"{name}.{place}.rms")
+        weights.append(Weight(weight["name"], tuple(weight["shape"]), view, rms))
     return Group(tuple(weights), described["rows"], file.get_tensor(f"{name}.activations"))
 
 

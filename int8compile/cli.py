@@ -195,7 +195,7 @@ def _add_options(command: _Parser) -> None:
         type=float,
         default=default.threshold,
         metavar="T",
-        help="what counts as an outlier: about T times the mean magnitude of its row (default 12, or 6 where nothing is "
+        help="what counts as an outlier: about T times the mean magnitude of its row (default 12, or 6 where it is not "
         "rotated), or T itself for --outliers column (default 6); 0 turns outliers off",
     )
     options.add_argument(
@@ -207,7 +207,7 @@ def _add_options(command: _Parser) -> None:
     options.add_argument(
         "--no-rotate",
         action="store_true",
-        help="do not mix activations with each other before they become int8; nearer to float where most are 0 or equal",
+        help="do not mix activations with each other first: nearer to float where most of a row are 0, or equal",
     )
     options.add_argument(
         "--skip",
@@ -284,6 +284,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from int8compile import models
     from int8compile.demo import describe
 
+    models.new_folder(args.out)
     calibration = None
     if args.calibrate is not None:
         text = None if args.calibrate is RANDOM else args.calibrate

@@ -138,9 +138,7 @@ def quantize(
     Raises:
         ModelError: The model cannot be loaded, is quantized already, or the folder cannot be used.
     """
-    folder = folder.expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{str(folder)!r} exists and is not an empty folder; name another")
+    folder = new_folder(folder)
     model: Any = load(name, dtype, config, calibration)
     processor = load_processor(name)
     try:
@@ -159,6 +157,14 @@ def quantize(
     if processor is None:
         found.notes += ("The model has no tokenizer or processor that could be loaded; the folder has none either.",)
     return found
+
+
+def new_folder(folder: Path) -> Path:
+    """The whole path of a folder that can be written; refuses one that has something in it."""
+    folder = folder.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{str(folder)!r} exists and is not an empty folder; name another")
+    return folder
 
 
 def load_processor(name: str) -> Any:
