@@ -234,13 +234,17 @@ def text_chunks(tokenizer: Any, count: int = 2, length: int = 1024) -> list[Tens
     Returns:
         Tokens, [1, length] each.
     """
+    ids = tokenizer(prose(TOPICS), return_tensors="pt").input_ids
+    return [ids[:, begin : begin + length] for begin in range(0, count * length, length)]
+
+
+def prose(chapters: Sequence[str]) -> str:
+    """Return the running text of chapters of the language reference."""
     from pydoc_data.topics import topics
 
-    paragraphs = [part for name in TOPICS for part in topics[name].split("\n\n")]
+    paragraphs = [part for name in chapters for part in topics[name].split("\n\n")]
     # Indented paragraphs are code and lists; short ones are headings.
-    prose = "\n\n".join(" ".join(part.split()) for part in paragraphs if len(part) >= 200 and not part[0].isspace())
-    ids = tokenizer(prose, return_tensors="pt").input_ids
-    return [ids[:, begin : begin + length] for begin in range(0, count * length, length)]
+    return "\n\n".join(" ".join(part.split()) for part in paragraphs if len(part) >= 200 and not part[0].isspace())
 
 
 @dataclasses.dataclass
