@@ -173,7 +173,11 @@ class Report:
         """Counts and bytes; a weight that several sites share is counted once."""
         before = {site.weight: site.weight_bytes for site in self.sites}
         # A weight that one site uses in float and another in int8 is there twice.
-        after = {(site.weight, site.layout): site.bytes_after for site in self.rewritten}
+        after: dict[tuple[str, str], int] = {}
+        for site in self.rewritten:
+            # One of those that share a d has its bytes.
+            key = (site.weight, site.layout)
+            after[key] = max(site.bytes_after, after.get(key, 0))
         after |= {(site.weight, ""): site.weight_bytes for site in self.skipped}
         return {
             "sites": len(self.sites),
