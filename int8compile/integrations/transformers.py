@@ -33,6 +33,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from int8compile.calibration import Calibration
 from int8compile.config import Int8Config, LmHead, OutlierPolicy
 from int8compile.convert import (
     Converter,
@@ -64,6 +65,7 @@ from int8compile.integrations.folders import (
     tensors_of,
 )
 from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout, share_rotations
+from int8compile.weights import STORE
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
             it is given it decides, and the options above do not count.
         checksums: The SHA-256 of the tensors of a checkpoint's int8 modules, by their names; not for users.
         checksum: That of `modules` and `checksums`; not for users.
+        calibration: What `int8compile.calibrate` found for this model, or a file of it.
         **options: `llm_int8_threshold`, `llm_int8_skip_modules` and `load_in_8bit` of bitsandbytes are understood.
 
     Raises:
@@ -121,6 +124,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         checksums: Mapping[str, str] | None = None,
         checksum: str | None = None,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -141,6 +145,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         self.lm_head = config.lm_head
         self.min_features = config.min_features
         self.rotate = config.rotate
+        self.calibration = Calibration.load(calibration) if isinstance(calibration, str | os.PathLike) else calibration
         if checkpoint_format not in (METHOD, "bitsandbytes"):
             raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are '{METHOD}' and 'bitsandbytes'")
         self.checkpoint_format = checkpoint_format
@@ -155,6 +160,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What config.json says: of a model that is int8, what is in it, and not the options that led to it."""
         shown = super().to_dict()
+        del shown["calibration"]
         if not self.checksums:
             del shown["checksums"]
         if not self.modules:
@@ -174,12 +180,17 @@ class Int8CompileConfig(QuantizationConfigMixin):
         return Int8Config(**{name: getattr(self, name) for name in FIELDS})
 
     @classmethod
-    def of(cls, config: Int8Config) -> Int8CompileConfig:
+    def of(cls, config: Int8Config, calibration: Calibration | None = None) -> Int8CompileConfig:
         """The fields of int8compile's own config that say how a model is quantized."""
-        return cls(**{name: getattr(config, name) for name in FIELDS})
+        return cls(**{name: getattr(config, name) for name in FIELDS}, calibration=calibration)
 
     def rotate_group(self, group: Sequence[Target]) -> None:
         """Decide what the weights of one group are rotated with, before the first of them is quantized."""
+        if self.calibration is not None:
+            for target in group:
+                d = self.calibration.d_of([target.name], [target.view.of(target.weight)])
+                if d is not None:
+                    STORE.calibrate([(target.weight, target.view)], d)
         make_rotations(group)
 
     def describe(self, model: Any) -> None:
