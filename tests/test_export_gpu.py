@@ -456,7 +456,7 @@ def test_activations_that_begin_anywhere(
 @pytest.mark.parametrize(("least", "most", "kernels"), [
     (1, 1, {"gemv"}),
     (4, 8, {"gemm"}),
-    (512, None, {"tma_gemm"}),
+    (512, None, {"tma_gemm", "gemm"}),
     pytest.param(1, None, {"gemv", "gemm", "tma_gemm"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_triton_compiles_takes_what_the_plan_hands_over(

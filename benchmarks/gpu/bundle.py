@@ -264,9 +264,9 @@ def _measured_calls() -> Iterator[Any]:
                 call()
 
     def gate(m: int, k: int, n: int, threshold: float) -> None:
-        *given, d = tensors(m, k, n)
-        d = d if rotation_size(k) > 1 else None
-        operators._linear(*given, d, torch.empty(n, dtype=torch.bfloat16), threshold)
+        x, qweight, scale, d = tensors(m, k, n)
+        bias = torch.empty(n, dtype=torch.bfloat16)
+        operators._linear(x, qweight, scale, d if rotation_size(k) > 1 else None, bias, threshold)
 
     def joined(k: int, parts: tuple[int, int, int], activation: int) -> None:
         x, qweight, scale, d = tensors(1, k, sum(parts))

@@ -33,7 +33,6 @@ def outlier_sums(
     OUTLIERS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
 ):
     """What the int32 sums of a tile begin with: 256 times those of second digits; 0 where no row has any.
 
@@ -50,7 +49,6 @@ def outlier_sums(
         OUTLIERS: Whether there are second digits.
         BM: Rows of the tile.
         BN: Outputs of the tile.
-        BK: Inputs a step.
     """
     acc = tl.zeros((BM, BN), tl.int32)
     if OUTLIERS:
@@ -58,8 +56,8 @@ def outlier_sums(
         if tl.max(counts.to(tl.int32)) > 0:
             x_ptr = q_ptr + M.to(tl.int64) * K + row.to(tl.int64)[:, None] * K
             w_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_n
-            # It runs seldom: not pipelined, which takes registers from the main loop.
-            acc = add_products(acc, x_ptr, w_ptr, counts[:, None], column[None, :] < N, K, BK, 1) * 256
+            # It runs seldom, in short steps that are not pipelined: the main loop needs the registers.
+            acc = add_products(acc, x_ptr, w_ptr, counts[:, None], column[None, :] < N, K, 64, 1) * 256
     return acc
 
 
@@ -113,7 +111,7 @@ def gemm(
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row = tile_m * BM + tl.arange(0, BM)
     column = tile_n * BN + tl.arange(0, BN)
-    acc = outlier_sums(q_ptr, rows_ptr, weight_ptr, row, column, M, N, K, stride_n, OUTLIERS, BM, BN, BK)
+    acc = outlier_sums(q_ptr, rows_ptr, weight_ptr, row, column, M, N, K, stride_n, OUTLIERS, BM, BN)
     x_ptr = q_ptr + row.to(tl.int64)[:, None] * K
     w_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_n
     acc = add_products(acc, x_ptr, w_ptr, row[:, None] < M, column[None, :] < N, K, BK)

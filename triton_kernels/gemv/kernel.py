@@ -52,9 +52,8 @@ def gemv(
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     weight_ptr += column.to(tl.int64)[:, None] * stride_n
     sums = tl.zeros((BN, BK), tl.int32)
-    if OUTLIERS:
-        # How many second digits count.
-        counted = tl.where(tl.load(rows_ptr + 1) > 0, K, 0)
+    # How many second digits count.
+    counted = tl.where(tl.load(rows_ptr + 1) > 0, K, 0)
     for k in range(0, K, BK):
         at = k + tl.arange(0, BK)
         inside = at < K

@@ -46,7 +46,7 @@ def tma_gemm(
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row = tile_m * BM + tl.arange(0, BM)
     column = tile_n * BN + tl.arange(0, BN)
-    acc = outlier_sums(q_ptr, rows_ptr, weight_ptr, row, column, M, N, K, stride_n, OUTLIERS, BM, BN, BK)
+    acc = outlier_sums(q_ptr, rows_ptr, weight_ptr, row, column, M, N, K, stride_n, OUTLIERS, BM, BN)
     for k in range(0, K, BK):
         x = x_desc.load([tile_m * BM, k])
         w = weight_desc.load([tile_n * BN, k])
