@@ -50,24 +50,41 @@ class Weight:
 
     Attributes:
         name: The parameter's name.
-        view: The weight as a view of the parameter.
+        shape: The parameter's shape.
+        view: The weight as a view of it.
         rms: [K] or [B, K] float64, of each of its columns: what tells whether it is still the same weight.
     """
 
     name: str
+    shape: tuple[int, ...]
     view: WeightView
     rms: Tensor
 
-    def fits(self, weight: Tensor) -> bool:
-        """Return whether a weight is this one, up to what its dtype rounds.
+    def check(self, weight: Tensor) -> None:
+        """Raise `CheckpointError` where a weight is another one, beyond what its dtype rounds.
 
         Shapes:
             weight: [N, K] or [B, N, K].
         """
         if tuple(weight.shape) != self.view.shape:
-            return False
+            raise self._misfit(f"is {list(weight.shape)}, not {list(self.view.shape)}")
         found = _column_rms(weight, each=self.rms.dim() > 1)
-        return float((found - self.rms).norm()) <= _SAME * float(self.rms.norm())
+        # NaN is no less than anything.
+        if not float((found - self.rms).norm()) <= _SAME * float(self.rms.norm()):
+            raise self._misfit("has other values")
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the parameter that it is a view of, checked as `check` does."""
+        parameter = parameters.get(self.name)
+        if parameter is None:
+            raise self._misfit("is not in the model")
+        if tuple(parameter.shape) != self.shape:
+            raise self._misfit(f"is {list(parameter.shape)}, not {list(self.shape)}")
+        self.check(self.view.of(parameter))
+        return parameter
+
+    def _misfit(self, how: str) -> CheckpointError:
+        return CheckpointError(f"the calibration does not fit the model: {self.name} {how}. Calibrate this model again")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,17 +140,8 @@ class Calibration:
         model = plain(model)
         _check_in_float(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        wrong = {}
         for weight in (weight for group in self.groups for weight in group.weights):
-            parameter = parameters.get(weight.name)
-            if parameter is None:
-                wrong[weight.name] = "is not in the model"
-            elif (problem := _misfit(weight, parameter)) is not None:
-                wrong[weight.name] = problem
-        if wrong:
-            raise CheckpointError(
-                f"the calibration does not fit the model: {_reasons(wrong)}. Calibrate this model again"
-            )
+            weight.of(parameters)
         self._set(parameters)
 
     def _set(self, parameters: Mapping[str, Tensor]) -> None:
@@ -159,32 +167,31 @@ class Calibration:
         Raises:
             CheckpointError: A weight has another shape than when it was calibrated, or is another one since.
         """
-        found = [
-            (self._places[name], weight) for name, weight in zip(names, weights, strict=True) if name in self._places
-        ]
-        for (_, calibrated), weight in found:
-            if not calibrated.fits(weight):
-                raise CheckpointError(
-                    f"the calibration does not fit the model: {calibrated.name} {list(weight.shape)} was "
-                    f"{list(calibrated.view.shape)}, or had other values. Calibrate this model again"
-                )
-        return found[0][0][0].d if found else None
+        d = None
+        for name, weight in zip(names, weights, strict=True):
+            shape, known = tuple(weight.shape), self._places.get(name, [])
+            for group, calibrated in known:
+                if calibrated.view.shape == shape or sorted(calibrated.shape) != sorted(shape):
+                    calibrated.check(weight)
+                    d = group.d if d is None else d
+                # Else the model multiplies by parts of it, and this is the whole.
+        return d
 
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[Group, Weight]]:
-        return {weight.name: (group, weight) for group in self.groups for weight in group.weights}
+    def _places(self) -> dict[str, list[tuple[Group, Weight]]]:
+        places: dict[str, list[tuple[Group, Weight]]] = {}
+        for group in self.groups:
+            for weight in group.weights:
+                places.setdefault(weight.name, []).append((group, weight))
+        return places
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file of safetensors."""
-        tensors = {}
-        described = []
+        tensors, described = {}, []
         for number, group in enumerate(self.groups):
             tensors[f"{number}.activations"] = group.activations
             tensors |= {f"{number}.{place}.rms": weight.rms for place, weight in enumerate(group.weights)}
-            weights = [
-                [weight.name, *map(list, weight.view[:2]), weight.view.offset, list(weight.view.shape)]
-                for weight in group.weights
-            ]
+            weights = [{"name": weight.name, "shape": weight.shape, "view": weight.view} for weight in group.weights]
             described.append({"rows": group.rows, "weights": weights})
         about = {"format": _FORMAT, "groups": json.dumps(described), "missing": json.dumps(dict(self.missing))}
         save_file(tensors, path, about)
@@ -201,49 +208,37 @@ class Calibration:
                 about = file.metadata() or {}
                 if about.get("format") != _FORMAT:
                     raise CheckpointError(f"{str(path)!r} is not a calibration, or one of a later version")
-                groups = []
-                for number, described in enumerate(json.loads(about["groups"])):
-                    weights = [
-                        Weight(
-                            name,
-                            WeightView(tuple(size), tuple(stride), offset, tuple(shape)),
-                            file.get_tensor(f"{number}.{place}.rms"),
-                        )
-                        for place, (name, size, stride, offset, shape) in enumerate(described["weights"])
-                    ]
-                    groups.append(Group(tuple(weights), described["rows"], file.get_tensor(f"{number}.activations")))
+                described = json.loads(about["groups"])
+                groups = (_group(file, str(number), group) for number, group in enumerate(described))
                 return cls(tuple(groups), json.loads(about["missing"]))
+        except CheckpointError:
+            raise
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{str(path)!r} cannot be read as a calibration: {first_line(error)}") from error
+
+    def summary(self) -> str:
+        """Return how many linears are calibrated, and which are not and why."""
+        count = sum(len(group.weights) for group in self.groups)
+        lines = [f"{count} linears calibrated, in {len(self.groups)} groups"]
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.missing.items():
+            by_reason.setdefault(why, []).append(name)
+        return "\n".join(lines + [f"- not calibrated: {listed(names)}: {why}" for why, names in by_reason.items()])
 
     def __str__(self) -> str:
         from tabulate import tabulate
 
         rows = []
         for group in self.groups:
-            c = group.d.abs().reciprocal()
             names = [weight.name.removesuffix(".weight") for weight in group.weights]
-            largest = float(group.activations.max())
+            c = group.d.abs().reciprocal()
+            divided = f"{float(c.min()):.2g} to {float(c.max()):.2g}"
             rows.append(
-                [
-                    _short(names),
-                    group.d.shape[-1],
-                    group.rows,
-                    f"{largest:.3g}",
-                    f"{float(c.min()):.2g} to {float(c.max()):.2g}",
-                ]
+                (_short(names), group.d.shape[-1], group.rows, f"{float(group.activations.max()):.3g}", divided)
             )
         headers = ("linears that read the same x", "K", "rows", "largest input / rms", "divided by")
-        lines = [tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)] if rows else []
-        count = sum(len(group.weights) for group in self.groups)
-        lines.append(f"\n{count} linears calibrated, in {len(self.groups)} groups")
-        by_reason: dict[str, list[str]] = {}
-        for name, why in self.missing.items():
-            by_reason.setdefault(why, []).append(name)
-        lines += [f"- not calibrated: {listed(names)}: {why}" for why, names in by_reason.items()]
-        return "\n".join(lines)
+        table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+        return f"{table}\n\n{self.summary()}"
 
 
 def calibrate(
@@ -276,7 +271,7 @@ def calibrate(
         raise InputError(f"tokens={tokens!r}: give a whole number of at least 1")
     parameters = dict(model.named_parameters())
     if batches is None:
-        batches = _random_batches(model, tokens)
+        batches = token_batches(model, tokens)
     elif isinstance(batches, Tensor | Mapping):
         batches = [batches]
     found = _Found(parameters, _tables(model), tokens)
@@ -381,10 +376,7 @@ class _Found:
         groups, missing = [], dict[str, str]()
         for statistics in dict.fromkeys(self._of.values()):
             each = statistics.rows.dim() > 0
-            weights = tuple(
-                Weight(self._names[id(parameter)], view, _column_rms(view.of(parameter), each=each))
-                for parameter, view in statistics.members.values()
-            )
+            weights = tuple(self._weight(parameter, view, each=each) for parameter, view in statistics.members.values())
             if rows := int(statistics.rows.sum()):
                 groups.append(Group(weights, rows, statistics.activations()))
             else:
@@ -398,12 +390,27 @@ class _Found:
                 missing[name] = self._why_not(parameter)
         return Calibration(tuple(groups), missing)
 
+    def _weight(self, parameter: Tensor, view: WeightView, *, each: bool) -> Weight:
+        rms = _column_rms(view.of(parameter), each=each)
+        return Weight(self._names[id(parameter)], tuple(parameter.shape), view, rms)
+
     def _why_not(self, parameter: Tensor) -> str:
         if id(parameter) in self._tables:
             return "it is also the embedding table, which is not rotated"
         if parameter.dim() == 2 and rotation_size(parameter.shape[1]) == 1:
             return "its inputs are not rotated, their number is no multiple of 16"
         return "it was not used, or in a way that stays in float (int8compile.explain tells)"
+
+
+def _group(file: Any, name: str, described: Mapping[str, Any]) -> Group:
+    """Return a group as a file has it."""
+    weights = []
+    for place, weight in enumerate(described["weights"]):
+        size, stride, offset, shape = weight["view"]
+        view = WeightView(tuple(size), tuple(stride), offset, tuple(shape))
+        rms = file.get_tensor(f"{name}.{place}.rms")
+        weights.append(Weight(weight["name"], tuple(weight["shape"]), view, rms))
+    return Group(tuple(weights), described["rows"], file.get_tensor(f"{name}.activations"))
 
 
 def _column_rms(weight: Tensor, *, each: bool) -> Tensor:
@@ -426,25 +433,6 @@ def _check_in_float(model: nn.Module) -> None:
         raise ModelError(f"{listed(empty)}: on the meta device, without data. Load the weights before calibrating")
 
 
-def _misfit(weight: Weight, parameter: Tensor) -> str | None:
-    try:
-        fits = weight.fits(weight.view.of(parameter))
-    except RuntimeError:  # It is too small for the view.
-        fits = False
-    if fits:
-        return None
-    k = weight.view.shape[-1]
-    return (
-        "has other values"
-        if parameter.shape[-1] == k
-        else f"is {list(parameter.shape)}, for {k} inputs when it was calibrated"
-    )
-
-
-def _reasons(wrong: Mapping[str, str]) -> str:
-    return listed(f"{name} {why}" for name, why in wrong.items())
-
-
 def _tables(model: nn.Module) -> set[int]:
     """Ids of the parameters that are read by rows."""
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -462,8 +450,17 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _random_batches(model: nn.Module, tokens: int) -> Iterator[dict[str, Any]]:
-    """Return random tokens for a language model of transformers, the same ones every time."""
+def token_batches(model: nn.Module, ids: Tensor | int, length: int = SEQUENCE) -> Iterator[dict[str, Any]]:
+    """Return inputs for a language model of transformers.
+
+    Args:
+        model: The model.
+        ids: Tokens, [1, T]; or how many random ones, the same ones every time.
+        length: The most tokens of a batch, of which each has one row.
+
+    Raises:
+        InputError: It is no language model, or its configuration does not say how many tokens there are.
+    """
     accepted = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -474,12 +471,11 @@ def _random_batches(model: nn.Module, tokens: int) -> Iterator[dict[str, Any]]:
             f"{type(model).__name__} is no language model for which tokens can be made up; give batches of inputs, "
             "int8compile.calibrate(model, [inputs, ...])"
         )
-    length = min(SEQUENCE, getattr(text, "max_position_embeddings", None) or SEQUENCE)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (math.ceil(tokens / length), length), generator=generator)
-    ids = ids.to(next(model.parameters()).device)
+    if isinstance(ids, int):
+        ids = torch.randint(vocabulary, (1, ids), generator=torch.Generator().manual_seed(0))
+    length = min(length, getattr(text, "max_position_embeddings", None) or length)
     also: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    for row in ids.split(1):
+    for row in ids.to(next(model.parameters()).device).split(length, dim=1):
         both = {"decoder_input_ids": row} if getattr(config, "is_encoder_decoder", False) else {}
         yield {"input_ids": row, **both, **also}
 

@@ -21,6 +21,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # As in int8compile.export.
 ISAS = ("native", "avx512", "avx2")
 FORMS = ("fast", "portable")
+# In the place of a file.
+RANDOM = Path()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,6 +120,15 @@ def _add_quantize(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
     quantize.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help="what stays in float is stored as this (default %(default)s)"
     )
+    quantize.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        nargs="?",
+        type=Path,
+        const=RANDOM,
+        help="run the float model first, on random tokens or on a text FILE, and fit the int8 one to what its linears "
+        "read: about half the divergence from float",
+    )
     return quantize
 
 
@@ -184,14 +195,19 @@ def _add_options(command: _Parser) -> None:
         type=float,
         default=default.threshold,
         metavar="T",
-        help="what counts as an outlier: T times the rms of its row, or T itself for --outliers column; "
-        "0 turns the outlier split off (default %(default)s)",
+        help="what counts as an outlier: about T times the mean magnitude of its row (default 12, or 6 where it is not "
+        "rotated), or T itself for --outliers column (default 6); 0 turns outliers off",
     )
     options.add_argument(
         "--outliers",
         choices=get_args(OutlierPolicy),
         default=default.outliers,
-        help="element by element, or whole columns as LLM.int8() does (default %(default)s)",
+        help="elements that take a second digit, or whole columns in float as LLM.int8() does (default %(default)s)",
+    )
+    options.add_argument(
+        "--no-rotate",
+        action="store_true",
+        help="do not mix activations with each other first: nearer to float where most of a row are 0, or equal",
     )
     options.add_argument(
         "--skip",
@@ -219,6 +235,7 @@ def _config(args: argparse.Namespace) -> Int8Config:
     return Int8Config(
         threshold=args.threshold,
         outliers=args.outliers,
+        rotate=not args.no_rotate,
         skip_modules=tuple(args.skip),
         lm_head=args.lm_head,
         min_features=args.min_features,
@@ -267,7 +284,13 @@ def _quantize(args: argparse.Namespace) -> int:
     from int8compile import models
     from int8compile.demo import describe
 
-    report = models.quantize(args.model, args.out, config, getattr(torch, args.dtype))
+    models.new_folder(args.out)
+    calibration = None
+    if args.calibrate is not None:
+        text = None if args.calibrate is RANDOM else args.calibrate
+        calibration = models.calibrated(args.model, text, getattr(torch, args.dtype))
+        print(f"{calibration.summary()}\n")
+    report = models.quantize(args.model, args.out, config, getattr(torch, args.dtype), calibration)
     print(describe(report))
     for note in report.notes:
         print(f"\n{note}")

@@ -501,6 +501,11 @@ def put_described(model: nn.Module, described: Mapping[str, Mapping[str, Any]], 
         if target.reason is not None:
             why = f"{target.reason.value} {f'({target.detail})' if target.detail else ''}".strip()
             raise CheckpointError(f"{path} is int8 in the checkpoint, but cannot be in the model: {why}. {advice}")
+        if source == "experts" and options.get("outliers") == "column":
+            raise CheckpointError(
+                f"{path} is int8 by columns in the checkpoint, which experts cannot be any more. Quantize the float "
+                "model again"
+            )
         given = {name: options[name] for name in ("threshold", "outliers") if name in options}
         try:
             config = Int8Config(**given)
@@ -623,15 +628,6 @@ def attach(model: nn.Module, config: Int8Config) -> None:
             nested = any(not above or path.startswith(f"{above}.") for above in outer)
             integration.attach(inner, config, nested=nested)
             outer.append(path)
-
-
-def float_names(model: nn.Module) -> set[str]:
-    """Return the names that the weights of int8 modules had in float, those of shared modules under every path."""
-    return {
-        path if module.source == "experts" else f"{path}.weight"
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Int8Module)
-    }
 
 
 def without_data(target: Target) -> Made:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import re
 import statistics
@@ -30,7 +31,7 @@ from int8compile.convert import dequantize_, memory_footprint
 from int8compile.errors import ModelError
 from int8compile.explain import explain
 from int8compile.modules import Int8Module
-from int8compile.report import Report, readable
+from int8compile.report import Report, percent, readable
 from int8compile.weights import STORE
 
 Logits = Callable[[Tensor], Tensor]
@@ -233,13 +234,17 @@ def text_chunks(tokenizer: Any, count: int = 2, length: int = 1024) -> list[Tens
     Returns:
         Tokens, [1, length] each.
     """
+    ids = tokenizer(prose(TOPICS), return_tensors="pt").input_ids
+    return [ids[:, begin : begin + length] for begin in range(0, count * length, length)]
+
+
+def prose(chapters: Sequence[str]) -> str:
+    """Return the running text of chapters of the language reference."""
     from pydoc_data.topics import topics
 
-    paragraphs = [part for name in TOPICS for part in topics[name].split("\n\n")]
+    paragraphs = [part for name in chapters for part in topics[name].split("\n\n")]
     # Indented paragraphs are code and lists; short ones are headings.
-    prose = "\n\n".join(" ".join(part.split()) for part in paragraphs if len(part) >= 200 and not part[0].isspace())
-    ids = tokenizer(prose, return_tensors="pt").input_ids
-    return [ids[:, begin : begin + length] for begin in range(0, count * length, length)]
+    return "\n\n".join(" ".join(part.split()) for part in paragraphs if len(part) >= 200 and not part[0].isspace())
 
 
 @dataclasses.dataclass
@@ -484,24 +489,26 @@ def compare_accuracy(full: Any, model: Any, chunks: Sequence[Tensor], *, stored:
     """
     shares: dict[str, float | None] = {FLOAT: None}
 
+    @functools.lru_cache(maxsize=1)
     def logits(chunk: Tensor) -> Tensor:
         result: Tensor = full(chunk, use_cache=False).logits
         return result
 
-    def compare(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, Accuracy]:
+    def compare(policies: Mapping[str, Mapping[str, Any]], **others: Logits) -> dict[str, Accuracy]:
         decoders = {
             name: Decoder(model, chunks[0].shape[1], {"backend": "int8", "options": options})
             for name, options in policies.items()
         }
         for name, options in policies.items():
             shares[name] = outliers(explain(model, chunks[0], use_cache=False, config=options))
-        # The float model with itself, for its perplexity.
-        return evaluate(logits, {FLOAT: logits, **decoders}, chunks, progress=True)
+        return evaluate(logits, {**others, **decoders}, chunks, progress=True)
 
+    # The float model with itself, for its perplexity.
+    itself = {FLOAT: logits}
     if stored:
-        found = compare({STORED: {}})
+        found = compare({STORED: {}}, **itself)
     else:
-        found = compare({DEFAULT: {}, COLUMN: {"outliers": "column"}})
+        found = compare({DEFAULT: {}, COLUMN: {"outliers": "column"}}, **itself)
         calibrate(model)
         found |= compare({CALIBRATED: {}})
     return accuracies(found, shares)
@@ -527,7 +534,7 @@ def accuracies(found: Mapping[str, Accuracy], shares: Mapping[str, float | None]
             f"{found[name].kl:.4f}",
             f"{found[name].top1:.1%}",
             f"{found[name].perplexity:.3f}",
-            "" if shares[name] is None else f"{shares[name]:.3%}",
+            percent(shares[name]),
         )
         for name in order
     ]

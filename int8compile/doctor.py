@@ -135,18 +135,19 @@ def _self_check(library: cpu.Library) -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("int8compile::packed_linear", "CPU"):
         return f"{library.path} does not implement int8compile::packed_linear"
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(19, 300, generator=generator), torch.randn(70, 300, generator=generator)
-    x[::2, ::50] *= 30  # outliers
+    x, weight = torch.randn(19, 320, generator=generator), torch.randn(70, 320, generator=generator)
     bias = torch.randn(70, generator=generator)
-    qweight, scale = ops.quantize_weight(weight)
-    expected = reference.linear(x, qweight, scale, bias, 6.0, "row")
+    d = ops.rotation_of(ops.input_scales([weight]))
+    qweight, scale = ops.quantize_weight(weight, d)
+    # With this threshold a tenth of the elements are outliers.
+    expected = reference.linear(x, qweight, scale, d, bias, 2.0)
     packed = ops.pack_weight(qweight)
     used = library.variant
     wrong = []
     try:
         for name in library.variants:
             library.use_variant(name)
-            if not torch.equal(torch.ops.int8compile.packed_linear(x, packed, scale, bias, 6.0, "row"), expected):
+            if not torch.equal(torch.ops.int8compile.packed_linear(x, packed, scale, d, bias, 2.0), expected):
                 wrong.append(name)
     finally:
         library.use_variant(used)

@@ -15,23 +15,32 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from int8compile.atomic import sync, temporary_folder
+from int8compile.calibration import Calibration, calibrate, token_batches
 from int8compile.config import Int8Config
 from int8compile.convert import quantize_, report
 from int8compile.errors import CheckpointError, Int8CompileError, ModelError, first_line
 from int8compile.report import Report
 
 SMOLLM2 = "smollm2"
+# Of a text that a model is calibrated on: the tokens, and the characters that surely have as many.
+TOKENS, TEXT = 512, 20_000
 
 _HOW = f"give a folder with a config.json, a .gguf file, a name on the Hugging Face hub, or {SMOLLM2!r}"
 
 
-def load(name: str, dtype: torch.dtype = torch.float32, config: Int8Config | None = None) -> nn.Module:
+def load(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    config: Int8Config | None = None,
+    calibration: Calibration | None = None,
+) -> nn.Module:
     """Loads a transformers model, with the head that it was saved with; in int8, if it was saved so.
 
     Args:
         name: A folder, a .gguf file, a name on the Hugging Face hub, or "smollm2" for the model of the demo.
         dtype: What the weights are converted to.
         config: How to quantize its weights while they are loaded; None leaves them as they are.
+        calibration: Of the model, for its weights in int8.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -43,6 +52,8 @@ def load(name: str, dtype: torch.dtype = torch.float32, config: Int8Config | Non
     if file is not None:
         model = load_gguf(file, dtype)
         if config is not None:
+            if calibration is not None:
+                calibration.apply(model)
             quantize_(model, config)
         return model
     path = Path(name).expanduser()
@@ -61,7 +72,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, config: Int8Config | Non
     from int8compile.integrations.transformers import Int8CompileConfig
 
     source = str(path) if path.is_dir() else name
-    options = {} if config is None else {"quantization_config": Int8CompileConfig.of(config)}
+    options = {} if config is None else {"quantization_config": Int8CompileConfig.of(config, calibration)}
     try:
         about = transformers.AutoConfig.from_pretrained(source)
         if config is not None and getattr(about, "quantization_config", None):
@@ -77,7 +88,39 @@ def load(name: str, dtype: torch.dtype = torch.float32, config: Int8Config | Non
     return result
 
 
-def quantize(name: str, folder: Path, config: Int8Config, dtype: torch.dtype = torch.float32) -> Report:
+def calibrated(name: str, text: Path | None, dtype: torch.dtype = torch.float32) -> Calibration:
+    """Calibrates a language model.
+
+    Args:
+        name: As for `load`.
+        text: A file whose first tokens it is given; None gives it random ones.
+        dtype: What it runs in.
+
+    Raises:
+        InputError: It is no language model.
+        ModelError: The model or the text cannot be loaded, or it has no tokenizer.
+    """
+    model = load(name, dtype)
+    if text is None:
+        return calibrate(model)
+    try:
+        words = text.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{str(text)!r} cannot be read: {first_line(error)}") from error
+    tokenizer = load_processor(name)
+    if not hasattr(tokenizer, "decode"):
+        raise ModelError(f"{name!r} has no tokenizer; calibrate it on random tokens, without a file")
+    ids = tokenizer(words[:TEXT], return_tensors="pt").input_ids[:, :TOKENS]
+    return calibrate(model, token_batches(model, ids, TOKENS))
+
+
+def quantize(
+    name: str,
+    folder: Path,
+    config: Int8Config,
+    dtype: torch.dtype = torch.float32,
+    calibration: Calibration | None = None,
+) -> Report:
     """Quantizes a model into a folder that transformers can load, with what makes its inputs (tokenizer, ...).
 
     The folder is there when it is complete, and not before.
@@ -87,6 +130,7 @@ def quantize(name: str, folder: Path, config: Int8Config, dtype: torch.dtype = t
         folder: Where to; it must not exist, or be empty.
         config: How.
         dtype: What stays in float is stored as this.
+        calibration: Of the model.
 
     Returns:
         What became int8, and what did not and why.
@@ -94,10 +138,8 @@ def quantize(name: str, folder: Path, config: Int8Config, dtype: torch.dtype = t
     Raises:
         ModelError: The model cannot be loaded, is quantized already, or the folder cannot be used.
     """
-    folder = folder.expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{str(folder)!r} exists and is not an empty folder; name another")
-    model: Any = load(name, dtype, config)
+    folder = new_folder(folder)
+    model: Any = load(name, dtype, config, calibration)
     processor = load_processor(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +157,14 @@ def quantize(name: str, folder: Path, config: Int8Config, dtype: torch.dtype = t
     if processor is None:
         found.notes += ("The model has no tokenizer or processor that could be loaded; the folder has none either.",)
     return found
+
+
+def new_folder(folder: Path) -> Path:
+    """The whole path of a folder that can be written; refuses one that has something in it."""
+    folder = folder.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{str(folder)!r} exists and is not an empty folder; name another")
+    return folder
 
 
 def load_processor(name: str) -> Any:

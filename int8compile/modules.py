@@ -188,6 +188,12 @@ class Int8Module(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars and self.d is not None:
+            # A copy: siblings share theirs, and a file of safetensors holds no tensor under several names.
+            destination[prefix + "d"] = self.d.detach().clone()
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],

@@ -226,7 +226,7 @@ class Report:
                 " x ".join(site.shape),
                 site.runs_in,
                 site.rotated(),
-                "" if site.outliers is None else f"{site.outliers:.2%}",
+                percent(site.outliers),
                 readable(site.bytes_before),
                 readable(site.bytes_after),
                 site.pays,
@@ -260,3 +260,8 @@ class Report:
 def readable(size: int) -> str:
     """Bytes as "12.3 KiB" or "4.5 MiB"."""
     return f"{size / 2**10:.1f} KiB" if size < 2**20 else f"{size / 2**20:.1f} MiB"
+
+
+def percent(share: float | None) -> str:
+    """A share as "1.9 %" or "0.00021 %", "" for none."""
+    return "" if share is None else f"{100 * share:.2g} %"

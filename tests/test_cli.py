@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -121,6 +122,8 @@ def test_options_reach_the_config(capsys, saved):
         ([], "threshold", Int8Config().threshold),
         (["--threshold", "4.5"], "threshold", 4.5),
         (["--outliers", "column"], "outliers", "column"),
+        ([], "rotate", True),
+        (["--no-rotate"], "rotate", False),
         (["--lm-head", "int8"], "lm_head", "int8"),
         (["--min-features", "32"], "min_features", 32),
         (["--skip", "a", "--skip=b"], "skip_modules", ("a", "b")),
@@ -180,6 +183,7 @@ def test_missing_packages_are_named(monkeypatch, capsys, saved):
     ("argv", "message"),
     [
         (["--threshold", "-1"], "threshold=-1.0: give a finite number >= 0"),
+        (["--threshold", "0.5"], "threshold=0.5: it counts in mean magnitudes of a row"),
         (["--threshold", "six"], "argument --threshold: invalid float value: 'six'"),
         (["--outliers", "rows"], "argument --outliers: invalid choice: 'rows'"),
         (["--batch", "0"], "argument --batch: '0' is not a whole number of at least 1"),
@@ -262,6 +266,61 @@ def test_quantize_writes_a_folder_that_loads(capsys, saved, tmp_path):
     assert kept == ["o_proj", "o_proj", "lm_head"]
 
 
+class Letters:
+    """A tokenizer with a token for each ASCII letter."""
+
+    def __call__(self, text, return_tensors):
+        return types.SimpleNamespace(input_ids=torch.tensor([[ord(letter) % 128 for letter in text]]))
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+    def save_pretrained(self, folder):
+        pass
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_quantize_calibrates(monkeypatch, capsys, saved, tmp_path, text):
+    file = tmp_path / "text.txt"
+    file.write_text("Any text. " * 100)
+    if text:
+        monkeypatch.setattr(models, "load_processor", lambda name: Letters())
+    argv = ["--calibrate", file] if text else ["--calibrate"]
+    code, out, _ = run(capsys, "quantize", saved / "llama", tmp_path / "int8", *argv)
+    assert code == 0
+    # The head is, too, but stays in float.
+    assert "15 linears calibrated, in 9 groups" in out
+    assert "14 of 15 linears in int8" in out
+    model = models.load(str(saved / "llama"))
+    ids = Letters()(file.read_text()[:512], "pt").input_ids
+    calibration = int8compile.calibrate(model, [ids] if text else None)
+    found = models.load(str(tmp_path / "int8"))
+    for group in calibration.groups[:-1]:
+        for weight in group.weights:
+            module = found.get_submodule(weight.name.removesuffix(".weight"))
+            assert torch.equal(module.d, group.d)
+            assert module.d is found.get_submodule(group.weights[0].name.removesuffix(".weight")).d
+    int8compile.quantize_(model, progress=False)
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, model(ids).logits)
+
+
+def test_quantize_of_what_cannot_be_calibrated(monkeypatch, capsys, saved, tmp_path):
+    out = tmp_path / "int8"
+    (tmp_path / "some.txt").write_text("Some text.")
+    for name, argv, message in (
+        ("vit", [], "ViTForImageClassification is no language model for which tokens can be made up"),
+        ("llama", [tmp_path / "none.txt"], f"{str(tmp_path / 'none.txt')!r} cannot be read: [Errno 2] No such file"),
+        ("llama", [tmp_path / "some.txt"], "has no tokenizer; calibrate it on random tokens, without a file"),
+    ):
+        code, _, said = run(capsys, "quantize", saved / name, out, "--calibrate", *argv)
+        assert code == 2
+        assert message in said.splitlines()[-1]
+        assert not out.exists()
+    # Before anything is loaded.
+    assert "exists and is not an empty folder" in refused(capsys, "quantize", "x", tmp_path, "--calibrate")
+
+
 def test_quantize_stores_what_stays_in_float_as_asked(capsys, saved, tmp_path):
     assert run(capsys, "quantize", saved / "llama", tmp_path / "int8", "--dtype", "bfloat16")[0] == 0
     model = models.load(str(tmp_path / "int8"), torch.bfloat16)
@@ -333,13 +392,19 @@ def test_quantize_keeps_what_the_models_authors_keep(capsys, saved, tmp_path):
     assert kept == {torch.nn.Linear}
 
 
-def test_quantize_of_a_model_that_transformers_does_not_stream(monkeypatch, capsys, saved, tmp_path):
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_quantize_of_a_model_that_transformers_does_not_stream(monkeypatch, capsys, saved, tmp_path, calibrate):
     """A GGUF file is loaded in float first; the report is the same."""
     file = tmp_path / "model.gguf"
     monkeypatch.setattr(models, "load_gguf", lambda path, dtype: models.load(str(saved / "llama"), dtype))
     monkeypatch.setattr(models, "load_tokenizer", lambda path: None)
-    code, text, _ = run(capsys, "quantize", file, tmp_path / "int8", "--skip", "o_proj")
+    argv = ["--calibrate"] if calibrate else []
+    code, text, _ = run(capsys, "quantize", file, tmp_path / "int8", "--skip", "o_proj", *argv)
     assert code == 0
     assert "12 of 15 linears in int8" in text
     assert "o_proj stays in float: its module path matches skip_modules (pattern 'o_proj')" in text
+    model = models.load(str(saved / "llama"))
+    calibrated = int8compile.calibrate(model, progress=False).groups[0].d
+    d = models.load(str(tmp_path / "int8")).model.layers[0].self_attn.q_proj.d
+    assert torch.equal(d, calibrated) is calibrate
     assert "has no tokenizer or processor" in text

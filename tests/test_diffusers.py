@@ -17,7 +17,7 @@ from int8compile.modules import Int8Module
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
-from int8compile.integrations.diffusers import Int8CompileConfig  # noqa: E402
+from int8compile.integrations.diffusers import Int8CompileConfig, Int8CompileDiffusersQuantizer  # noqa: E402
 
 
 def flux() -> Any:
@@ -176,16 +176,73 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert load(tmp_path / "again", torch_dtype=dtype).dtype == dtype
 
 
-def test_float_weights_are_quantized_while_they_are_loaded(tmp_path: Path) -> None:
+def assert_same_bits(actual: nn.Module, expected: nn.Module) -> None:
+    ours, theirs = actual.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("files", ["one", "several", "several at once"])
+def test_float_weights_are_quantized_while_they_are_loaded(
+    files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of one group wait for each other, in several files, too."""
     model = flux()
-    model.save_pretrained(tmp_path / "float")
+    model.save_pretrained(tmp_path / "float", max_shard_size="100GB" if files == "one" else "4KB")
+    shards = len(list((tmp_path / "float").glob("*.safetensors")))
+    assert (shards == 1) if files == "one" else (shards > 20)
+    monkeypatch.setattr(diffusers.models.modeling_utils, "HF_ENABLE_PARALLEL_LOADING", files == "several at once")
     config = Int8CompileConfig(skip_modules=["proj_out"])
     loaded = load(tmp_path / "float", quantization_config=config)
     quantize_(model, {"skip_modules": ["proj_out"]}, progress=False)
     assert int8_modules(loaded) == int8_modules(model) == 25
+    assert_same_bits(loaded, model)
+    attention = loaded.transformer_blocks[0].attn
+    assert attention.to_q.d is attention.to_k.d is attention.to_v.d is not None
     assert torch.equal(run(loaded), run(model))
     loaded.save_pretrained(tmp_path / "int8")
-    assert torch.equal(run(load(tmp_path / "int8")), run(model))
+    again = load(tmp_path / "int8")
+    assert again.transformer_blocks[0].attn.to_q.d is again.transformer_blocks[0].attn.to_k.d
+    assert torch.equal(run(again), run(model))
+
+
+def test_a_group_that_is_never_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What diffusers has left out is waited for to the end only."""
+    model = flux()
+    model.save_pretrained(tmp_path)
+    file, name = tmp_path / "diffusion_pytorch_model.safetensors", "transformer_blocks.0.attn.to_k.weight"
+    state = safetensors.load_file(file)
+    del state[name]
+    safetensors.save_file(state, file, {"format": "pt"})
+    original = Int8CompileDiffusersQuantizer.maybe_update_loaded_keys
+    monkeypatch.setattr(
+        Int8CompileDiffusersQuantizer,
+        "maybe_update_loaded_keys",
+        lambda self, keys, files: original(self, [*keys, name], files),
+    )
+    loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, quantization_config=Int8CompileConfig())
+    attention = loaded.transformer_blocks[0].attn
+    assert type(attention.to_k) is nn.Linear
+    assert int8_modules(loaded) == 25
+    assert attention.to_q.d is attention.to_v.d is not None
+
+
+def test_a_folder_of_the_version_before(tmp_path: Path) -> None:
+    """Without rotations: its integers are those of today's weights that are not rotated, and run as these."""
+    model = flux()
+    quantize_(model, {"rotate": False}, progress=False)
+    model.save_pretrained(tmp_path)
+    said = saved_config(tmp_path)
+    for options in said["quantization_config"]["modules"].values():
+        del options["rotation"]
+    del said["quantization_config"]["checksum"]
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    again = load(tmp_path)
+    assert_same_bits(again, model)
+    int8 = [module for module in again.modules() if isinstance(module, Int8Linear)]
+    assert len(int8) == 26
+    assert {(module.d, module.threshold) for module in int8} == {(None, 6.0)}
+    assert torch.equal(run(again), run(model))
 
 
 def test_dequantized(tmp_path: Path) -> None:
@@ -221,6 +278,8 @@ def int8_folder(tmp_path: Path) -> Path:
             lambda state: state.update({"context_embedder.scale": state["context_embedder.scale"].half()}),
             r"context_embedder\.scale of the checkpoint is F16; it must be F32",
         ),
+        (lambda state: state["context_embedder.d"][3:4].fill_(0), r"context_embedder\.d in .* holds 1 NaN, Inf or 0"),
+        (lambda state: state.pop("context_embedder.d"), r"the checkpoint lacks context_embedder\.d"),
         (
             lambda state: state.update({"context_embedder.scale": torch.ones(3)}),
             r"context_embedder\.scale has shape \[3\] in the checkpoint, \[32\] in the model",

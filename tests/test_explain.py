@@ -212,7 +212,7 @@ def test_outliers_are_counted_as_they_will_be(config: dict[str, object], thresho
     assert [site.outliers for site in report.sites] == pytest.approx(expected)
     assert (expected[0] > 0) is (not rotate or threshold == 2.0)
     (line,) = [line for line in str(report).splitlines() if line.startswith("0 ")]
-    assert f"  {expected[0]:.2%}  " in line
+    assert f"  {100 * expected[0]:.2g} %  " in line
     assert report.to_dict()["sites"][0]["outliers"] == report.sites[0].outliers
 
 

@@ -14,7 +14,6 @@ import ctypes
 import dataclasses
 import hashlib
 import itertools
-import math
 import subprocess
 import sys
 import threading
@@ -333,7 +332,7 @@ def by_launches(model: nn.Module, x: Tensor, config: Int8Config, monkeypatch: py
 @pytest.mark.interpreted
 @pytest.mark.parametrize("options", [
     {},
-    {"outliers": "column"},
+    {"rotate": False},
     {"threshold": 0.0},
     {"lm_head": "int8_weight"},
 ], ids=str)  # fmt: skip
@@ -356,18 +355,13 @@ def test_a_package_starts_what_torch_compile_starts(
         except RuntimeError:
             pytest.fail(driver.failed or "a call fails")
         kernels |= set(driver.started)
-        # q, k and v; gate and up; down. The head is in float, or has a kernel for its weight alone and a few rows.
-        products = [name for name in driver.started if name.endswith(("gemm", "gemv"))]
-        assert len(products) == 3 + (options.get("lm_head") == "int8_weight" and math.prod(size) <= 64)
+        # q, k and v; gate and up; down. The head is in float, or in int8 alone.
+        products = [name for name in driver.started if name in ("gemm", "gemv", "weight_only")]
+        assert len(products) == 3 + (options.get("lm_head") == "int8_weight")
         assert torch.equal(y, by_launches(model, x, config, monkeypatch))
-    expected = {"quantize_rows", "gemv", "gemm"}
-    if options.get("threshold") != 0:
-        expected |= {"list_columns", "gather_digits"}
-    if options.get("outliers") != "column":
-        expected |= {"small_gemm"}
-    if "lm_head" in options:
-        expected |= {"weight_only_gemm"}
-    assert kernels == expected
+    assert kernels == {"quantize_rows", "gemv", "gemm"} | (
+        {"fixed_point", "weight_only"} if "lm_head" in options else set()
+    )
 
 
 @pytest.mark.interpreted
@@ -377,7 +371,7 @@ def test_the_copy_engine_is_told_of_matrices(driver: Driver, tmp_path: Path, mon
     loaded = aoti_load_package(str(path))
     x = activations(257)
     y = loaded(x)
-    assert driver.started == ["quantize_rows", "list_columns", "gather_digits", "tma_gemm"]
+    assert driver.started == ["quantize_rows", "tma_gemm"]
     assert torch.equal(y, by_launches(model, x, Int8Config(), monkeypatch))
 
 
@@ -396,7 +390,7 @@ def test_other_threads_and_cuda_graphs(driver: Driver, tmp_path: Path) -> None:
         assert torch.equal(results[0], loaded(x))
     finally:
         driver.capture(False)
-    assert driver.started == ["quantize_rows", "list_columns", "gather_digits", "gemm"] * 2
+    assert driver.started == ["quantize_rows", "gemm"] * 2
 
 
 class Head(nn.Module):
@@ -416,7 +410,7 @@ class Head(nn.Module):
 def test_weights_in_int8_alone(
     dtype: torch.dtype, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel for a few rows; PyTorch's product with the dequantized weight for many."""
+    """For any number of rows."""
     model, config, path = Head(dtype), Int8Config(lm_head="int8_weight"), tmp_path / "head.pt2"
     shapes = ({0: Dim("rows", min=1, max=1000)},)
     int8compile.export(model, (activations(3, dtype=dtype),), path, dynamic_shapes=shapes, config=config)
@@ -425,7 +419,7 @@ def test_weights_in_int8_alone(
         x = activations(rows, dtype=dtype)
         driver.started = []
         assert torch.equal(loaded(x), by_launches(model, x, config, monkeypatch))
-        assert driver.started == ["weight_only_gemm"] * (rows <= 64)
+        assert driver.started == ["fixed_point", "weight_only"]
 
 
 class Sliced(nn.Module):
@@ -449,7 +443,7 @@ def test_activations_that_begin_anywhere(
     path = tmp_path / "sliced.pt2"
     int8compile.export(model, (x,), path)
     y = aoti_load_package(str(path))(x)
-    assert driver.started == ["quantize_rows", "gemv" if rows == 1 else "small_gemm"] * (rows > 0)
+    assert driver.started == ["quantize_rows", "gemv" if rows == 1 else "gemm"] * (rows > 0)
     assert y.shape == (rows, 32)
     if rows:
         assert torch.equal(y, by_launches(model, x, Int8Config(), monkeypatch))
@@ -461,19 +455,19 @@ def test_activations_that_begin_anywhere(
 @compiled_only
 @pytest.mark.parametrize(("least", "most", "kernels"), [
     (1, 1, {"gemv"}),
-    (4, 8, {"small_gemm"}),
-    pytest.param(70, 70, {"gemm"}, marks=pytest.mark.slow),
+    (4, 8, {"gemm"}),
     (512, None, {"tma_gemm"}),
-    pytest.param(1, None, {"gemv", "small_gemm", "gemm", "tma_gemm"}, marks=pytest.mark.slow),
+    pytest.param(1, None, {"gemv", "gemm", "tma_gemm"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_triton_compiles_takes_what_the_plan_hands_over(
     least: int, most: int | None, kernels: set[str], tmp_path: Path
 ) -> None:
     planner = Planner(dataclasses.replace(SM_90, multiprocessors=132))
-    planner.quantize_rows(512, torch.bfloat16, 6.0, False, least, most)
-    planner.quantized_linear(1536, 512, 3, torch.float32, 6.0, False, 0, 512, 512, torch.bfloat16, least, most)
-    planner.weight_only_linear(512, 512, torch.bfloat16, None, least, min(most or 4, 4))
-    assert {name.rpartition("-")[0] for name in planner.cubins} - {"weight_only_gemm"} >= {"quantize_rows", *kernels}
+    planner.quantize_rows(512, torch.bfloat16, True, 12.0, least, most)
+    planner.quantized_linear(1536, 512, 2, torch.float32, 0, 512, 512, torch.bfloat16, least, most)
+    planner.weight_only_linear(512, 512, torch.bfloat16, True, None, least, most)
+    expected = {"quantize_rows", "fixed_point", "weight_only", *kernels}
+    assert {name.rpartition("-")[0] for name in planner.cubins} == expected
     for cubin in planner.cubins.values():
         assert cubin[:4] == b"\x7fELF"
     source = tmp_path / "plan.cpp"
@@ -516,10 +510,10 @@ def test_another_way_to_hand_arguments_over_is_noticed(monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(Launch, "compile", lambda self, target: made)
     with pytest.raises(ExportError, match=r"gemv takes arguments of \[8\] bytes, and \[8, 8, .* in another way"):
-        Planner(SM_90).quantized_linear(64, 64, 3, None, 6.0, False, 0, 0, 0, torch.float32, 1, 1)
+        Planner(SM_90).quantized_linear(64, 64, 2, None, 0, 0, 0, torch.float32, 1, 1)
     metadata.global_scratch_size = 128
     with pytest.raises(ExportError, match="gemv in a way that a package cannot start"):
-        Planner(SM_90).quantized_linear(64, 64, 3, None, 6.0, False, 0, 0, 0, torch.float32, 1, 1)
+        Planner(SM_90).quantized_linear(64, 64, 2, None, 0, 0, 0, torch.float32, 1, 1)
 
 
 def test_every_number_of_rows_is_looked_at() -> None:
@@ -556,7 +550,7 @@ def test_a_package_has_its_kernels_beside_its_library(
         (wrapper,) = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
         source = archive.read(wrapper).decode()
     cubins = {name.rpartition("-")[0] for name in names if name.endswith(".cubin")}
-    assert cubins == {"quantize_rows", "small_gemm"}
+    assert cubins == {"quantize_rows", "gemm"}
     assert source.count("AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_quantized_linear(") == 3
     # Where there is no driver, and on another GPU, nothing runs.
     done = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, check=False)
@@ -621,7 +615,7 @@ def test_the_form_follows_from_what_there_is(form: str | None, tmp_path: Path, m
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"outliers": "column"}, {"lm_head": "int8_weight"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rotate": False}, {"lm_head": "int8_weight"}], ids=str)
 def test_a_gpu_runs_the_kernels_of_a_package(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     model = Block(dtype=dtype).cuda()
     path = tmp_path / "gpu.pt2"

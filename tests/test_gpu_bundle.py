@@ -37,7 +37,7 @@ standin.take_over()
 bundle.record_keys()
 bundle.watch(Path(os.environ[bundle.WATCH]))
 x, qweight = torch.randn(3, 64, dtype=torch.bfloat16), torch.ones(32, 64, dtype=torch.int8)
-torch.ops.int8compile.linear(x, qweight, torch.ones(32), None, 6.0, "row")
+torch.ops.int8compile.linear(x, qweight, torch.ones(32), None, None, 6.0)
 if not file.exists():
     print(bundle.pack(cache, file))
 """
@@ -63,7 +63,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     file = folder / "bundle.tar.xz"
     count, counts = start(folder, file, "of Python 3.11")
-    assert (count, counts) == (2, Counts(0, ("quantize_rows", "small_gemm")))
+    assert (count, counts) == (2, Counts(0, ("quantize_rows", "gemm")))
     return file
 
 

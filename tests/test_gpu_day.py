@@ -244,9 +244,9 @@ def test_a_case_of_a_linear_layer_holds_what_readme_needs(dry_run: Path) -> None
     assert (case["m"], case["k"], case["n"], case["shape"]) == (80, 64, 64, "o")
     baselines = {"bf16 eager", "bf16 Inductor"}
     assert case["fastest_baseline"] in baselines
-    assert set(case["medians"]) == set(case["spreads"]) == baselines | {linear.OURS, linear.IN_COLUMNS}
-    assert set(case["ratios"]) == {linear.OURS, linear.IN_COLUMNS}
-    assert set(case["roofline_share"]) == {case["fastest_baseline"], linear.OURS, linear.IN_COLUMNS}
+    assert set(case["medians"]) == set(case["spreads"]) == baselines | {linear.OURS}
+    assert set(case["ratios"]) == {linear.OURS}
+    assert set(case["roofline_share"]) == {case["fastest_baseline"], linear.OURS}
     assert case["copies"]["int8"] > case["copies"]["bf16"] >= 2
     judged = case["bars"]["times faster"]
     assert judged["at_least"] == bars.linear(80)
@@ -258,7 +258,7 @@ def test_candidates_are_the_tables(dry_run: Path) -> None:
 
     case = load(dry_run)["stages"][candidates.NAME]["cases"]["M=1 o 64x64"]
     arch = tables.ARCHITECTURES[candidates.DRY_RUN]
-    assert list(case["medians"]) == [str(config) for config in tables.candidates(arch, 1, 64, lists=False)]
+    assert list(case["medians"]) == [str(config) for config in tables.candidates(arch, 1, 64)]
     assert {case["choice"], case["best"]} <= set(case["medians"])
 
 
@@ -266,16 +266,13 @@ def test_candidates_are_the_tables(dry_run: Path) -> None:
 def test_candidates_are_launches_of_kernels(m: int) -> None:
     pytest.importorskip("triton")
     from int8compile.ops import quantize_rows
-    from int8compile.ops.digits import Activations
     from int8compile.triton_kernels import tables
-    from int8compile.triton_kernels.policy import Policy
 
     arch = tables.ARCHITECTURES["sm_90"]
-    x = Activations(*quantize_rows(torch.randn(m, 256, dtype=torch.bfloat16), 6.0, False))
-    policy = Policy.of(m, 256, x.digits.shape[0], 6.0, False, arch)
+    x = quantize_rows(torch.randn(m, 256, dtype=torch.bfloat16), None, 6.0)
     qweights, scale = [torch.ones(128, 256, dtype=torch.int8) for _ in range(2)], torch.ones(128)
-    for config in tables.candidates(arch, m, 256, lists=policy.lists):
-        first, second = (call.__self__ for call in candidates._launches(x, qweights, scale, policy, config))
+    for config in tables.candidates(arch, m, 256):
+        first, second = (call.__self__ for call in candidates._launches(x, qweights, scale, config))
         assert first.kernel.__name__ == config.kernel
         assert first.args["weight_ptr"] is qweights[0]
         assert second.args["weight_ptr"] is qweights[1]
@@ -904,16 +901,17 @@ def test_copies_of_a_weight_do_not_fit_into_the_l2_cache(shape: sizes.Shape) -> 
     assert len({copy.data_ptr() for copy in inputs.copies(weight, 1000)}) == inputs.copies_needed(400, 1000) == 8
 
 
-def test_outlier_columns_are_exactly_as_many() -> None:
-    from int8compile.ops import reference
+def test_rows_with_outliers_keep_them_when_they_are_rotated() -> None:
+    from int8compile.ops import quantize_rows
 
-    for k, count in ((64, 1), (4096, 32), (14336, 43)):
-        x = inputs.with_outlier_columns(50, k, count, torch.device("cpu"))
-        outlier = reference.outlier_mask(x.float(), linear.THRESHOLD, "row")
-        assert outlier.sum(dim=1).tolist() == [count] * 50
-        assert int(outlier.any(dim=0).sum()) == count
-    with pytest.raises(ValueError, match="at most 1"):
-        inputs.with_outlier_columns(2, 64, 2, torch.device("cpu"))
+    for k in (64, 4096, 14336):
+        *_, d = inputs.quantized(inputs.weight(k, 16, torch.device("cpu")))
+        has = [
+            quantize_rows(make(50, k, torch.device("cpu")), d, linear.THRESHOLD)[1][1]
+            for make in (inputs.with_outliers, inputs.activations)
+        ]
+        assert has[0].all() or k == 64
+        assert not has[1].any()
 
 
 def test_the_rows_of_a_gpu_reach_every_part_of_the_table() -> None:

@@ -527,11 +527,11 @@ def loaded(module: nn.Module, state: dict[str, Tensor], **options: Any) -> nn.Mo
 def test_a_rotation_is_loaded_with_its_weight(before: bool, after: bool, on: str, assign: bool) -> None:
     """Also into a module that has none, and gone where the weight that is loaded has none; with its threshold."""
     source, x = int8_linear(bias=False, rotated=after), torch.randn(5, 48)
-    module = int8_linear(bias=False, rotated=before).to(on)
+    module, state = int8_linear(bias=False, rotated=before).to(on), source.state_dict()
     if on == "cpu" or assign:
-        loaded(module, source.state_dict(), assign=assign)
+        loaded(module, state, assign=assign)
         assert torch.equal(module(x), source(x))
-        assert not after or (module.d.data_ptr() == source.d.data_ptr()) == assign
+        assert not after or (module.d.data_ptr() == state["d"].data_ptr()) == assign
     else:
         with pytest.warns(UserWarning, match="which is a no-op"):
             loaded(module, source.state_dict())
@@ -541,6 +541,16 @@ def test_a_rotation_is_loaded_with_its_weight(before: bool, after: bool, on: str
     # What somebody chose stays.
     module = loaded(int8_linear(bias=False, rotated=before, threshold=9.0), source.state_dict(), assign=assign)
     assert module.threshold == 9.0
+
+
+def test_a_rotation_that_siblings_share_is_saved_for_each() -> None:
+    """safetensors refuses a tensor under two names, and its `save_model` leaves one name out."""
+    q = int8_linear()
+    model = nn.ModuleDict({"q": q, "k": int8_linear(d=q.d)})
+    state = model.state_dict()
+    assert torch.equal(state["q.d"], state["k.d"])
+    assert len({state["q.d"].data_ptr(), state["k.d"].data_ptr(), q.d.data_ptr()}) == 3
+    assert model.state_dict(keep_vars=True)["k.d"] is q.d
 
 
 def test_a_rotation_is_not_written_into_that_of_a_sibling() -> None:

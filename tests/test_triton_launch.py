@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportE
 import triton
 
 from benchmarks.gpu.standin import Driver
-from int8compile.ops import digits, quantize_weight
+from int8compile.ops import quantize_weight, quantized, rotation_of
 from int8compile.triton_kernels import operators
 from int8compile.triton_kernels.launch import settle
 from int8compile.triton_kernels.tables import ARCHITECTURES
@@ -55,18 +55,17 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     triton.runtime.driver._active = before
 
 
-def called(m: int, *, bias: bool = True, threshold: float = 6.0) -> list[Any]:
+def called(m: int, *, bias: bool = True, threshold: float = 6.0, rotated: bool = True) -> list[Any]:
     """What one linear starts, and with which tensors."""
     STARTED.clear()
-    qweight, scale = quantize_weight(torch.randn(64, 128))
+    d = rotation_of(torch.ones(128)) if rotated else None
+    qweight, scale = quantize_weight(torch.randn(64, 128), d)
     x = torch.randn(m, 128, dtype=torch.bfloat16)
-    planes, info = operators._quantize_rows(x, threshold, False)
+    q, rows = operators._quantize_rows(x, d, threshold)
     addend = torch.randn(64) if bias else None
-    y = operators._quantized_linear(
-        planes, info, qweight, scale, addend, threshold, False, digits.NONE, 0, 0, torch.bfloat16
-    )
+    y = operators._quantized_linear(q, rows, qweight, scale, addend, quantized.NONE, 0, 0, torch.bfloat16)
     assert y.shape == (m, 64)
-    tensors = [x, planes, info, qweight, scale, y] + ([] if addend is None else [addend])
+    tensors = [each for each in (x, q, rows, qweight, scale, y, d, addend) if each is not None]
     places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors)}
     return [
         (name, grid, [places.get(each.data_ptr(), each.shape) if isinstance(each, Tensor) else each for each in given])
@@ -76,7 +75,7 @@ def called(m: int, *, bias: bool = True, threshold: float = 6.0) -> list[Any]:
 
 @pytest.mark.parametrize("threshold", [6.0, 0.0])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("m", "kernel"), [(1, "gemv"), (2, "small_gemm"), (20, "small_gemm"), (64, "small_gemm")])
+@pytest.mark.parametrize(("m", "kernel"), [(1, "gemv"), (2, "gemm"), (20, "gemm"), (64, "gemm")])
 def test_a_prepared_call_is_what_triton_starts(m: int, kernel: str, bias: bool, threshold: float, driver: None) -> None:
     """The first call goes through Triton, the others past its look at every argument, with the same arguments."""
     first = called(m, bias=bias, threshold=threshold)
@@ -87,9 +86,9 @@ def test_a_prepared_call_is_what_triton_starts(m: int, kernel: str, bias: bool, 
 
 
 def test_what_a_call_depends_on_is_prepared_apart(driver: None) -> None:
-    kinds = [{"m": 1}, {"m": 2}, {"m": 1, "bias": False}, {"m": 1, "threshold": 5.0}]
-    # The quantization does not depend on the bias.
-    for made, kind in zip((2, 4, 5, 7), kinds, strict=True):
+    kinds = [{"m": 1}, {"m": 2}, {"m": 1, "bias": False}, {"m": 1, "threshold": 5.0}, {"m": 1, "rotated": False}]
+    # The quantization does not depend on the bias, nor the product on what was quantized.
+    for made, kind in zip((2, 4, 5, 6, 7), kinds, strict=True):
         called(**kind)  # type: ignore[arg-type]
         assert len(operators._prepared) == made
 
@@ -97,7 +96,7 @@ def test_what_a_call_depends_on_is_prepared_apart(driver: None) -> None:
 def test_many_rows_are_not_prepared(driver: None) -> None:
     """There are too many sizes, and the host has time."""
     names = [name for name, _, _ in called(300)]
-    assert names == ["quantize_rows", "list_columns", "gather_digits", "gemm"]
+    assert names == ["quantize_rows", "gemm"]
     assert not operators._prepared
 
 
@@ -106,12 +105,12 @@ def test_tensors_that_begin_anywhere_are_not_prepared(driver: None) -> None:
     x = torch.randn(129, dtype=torch.bfloat16)[1:].view(1, 128)
     assert x.data_ptr() % 16
     for _ in range(2):
-        operators._quantize_rows(x, 6.0, False)
+        operators._quantize_rows(x, None, 6.0)
     assert not operators._prepared
     # And not mistaken for one that was prepared with another beginning.
-    operators._quantize_rows(torch.randn(1, 128, dtype=torch.bfloat16), 6.0, False)
+    operators._quantize_rows(torch.randn(1, 128, dtype=torch.bfloat16), None, 6.0)
     assert len(operators._prepared) == 1
-    operators._quantize_rows(x, 6.0, False)
+    operators._quantize_rows(x, None, 6.0)
     assert len(operators._prepared) == 1
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from int8compile import hardware, triton_kernels
 from int8compile.errors import ConfigError
-from int8compile.ops import digits
+from int8compile.ops.quantized import NONE
 from int8compile.triton_kernels import autotune, tables
 from int8compile.triton_kernels.tables import ARCHITECTURES
 from tests.triton_problems import Problem
@@ -27,20 +27,14 @@ WITH_INT8 = [arch for arch in ARCHITECTURES.values() if arch.instruction]
 SIZES = st.integers(1, 200_000)
 
 
-@given(arch=st.sampled_from(WITH_INT8), m=SIZES, n=SIZES, k=st.integers(1, 131071), by_column=st.booleans(),
-       multiprocessors=st.integers(1, 200))  # fmt: skip
+@given(arch=st.sampled_from(WITH_INT8), m=SIZES, n=SIZES, k=st.integers(1, 131071), multiprocessors=st.integers(1, 200))
 def test_every_product_has_a_configuration(
-    arch: tables.Architecture, m: int, n: int, k: int, by_column: bool, multiprocessors: int
+    arch: tables.Architecture, m: int, n: int, k: int, multiprocessors: int
 ) -> None:
-    lists = m > (1 if by_column else arch.planes_rows)
-    configs = tables.candidates(arch, m, k, lists=lists)
+    configs = tables.candidates(arch, m, k)
     config = tables.choose(configs, m, n, multiprocessors)
     assert config in configs
-    if config.kernel == "gemv":
-        assert m == 1
-    else:
-        # What takes planes gets planes, what takes lists gets lists.
-        assert (config.kernel == "small_gemm") == (not lists)
+    assert (config.kernel == "gemv") == (m == 1)
     assert config.kernel != "tma_gemm" or k % 16 == 0
     # The largest tile that keeps every multiprocessor busy, or the smallest.
     larger = configs[: configs.index(config)]
@@ -51,16 +45,13 @@ def test_every_product_has_a_configuration(
 @pytest.mark.parametrize("arch", WITH_INT8, ids=lambda arch: arch.name)
 def test_tiles_fit_the_kernels(arch: tables.Architecture) -> None:
     assert set(arch.rows) == set(tables.BUCKETS)
-    assert arch.planes_rows in (32, 64)
-    assert set(arch.lists) == {bucket for bucket in tables.BUCKETS if 1 < bucket <= arch.planes_rows}
-    for bucket, configs in [*arch.rows.items(), *arch.lists.items()]:
+    for bucket, configs in arch.rows.items():
         for config in configs:
-            assert digits.LIST_ROWS % config.bm == 0
-            sizes = (config.bm, config.bn, config.bk, config.bf)
+            sizes = (config.bm, config.bn, config.bk)
             assert all(size & (size - 1) == 0 for size in sizes)
             following = min([other for other in tables.BUCKETS if other > bucket], default=bucket + 1)
             # Few rows are one tile: the weight is read once.
-            assert config.kernel not in ("small_gemm", "gemv") or config.bm >= following - 1
+            assert config.bm >= min(following - 1, 64)
             if arch.instruction == "wgmma" and config.bm >= 64:
                 assert config.num_warps % 4 == 0
 
@@ -96,11 +87,9 @@ def tuned(path: Path, times: dict[str, float], calls: list[str]) -> autotune.Cac
 
 
 def product(m: int = 20) -> autotune.Product:
-    arch = ARCHITECTURES["sm_90"]
     problem = Problem.random(m, 64, 64, torch.bfloat16)
-    x = problem.quantize_by_definition(arch)
-    y = torch.empty(m, 64)
-    return autotune.Product(x, problem.qweight, problem.scale, None, y, digits.NONE, 0, 0, problem.policy(arch))
+    q, rows = problem.quantize_by_definition()
+    return autotune.Product(q, rows, problem.qweight, problem.scale, None, torch.empty(m, 64), NONE, 0, 0)
 
 
 def launch_of(product: autotune.Product, config: tables.Config) -> Recorded:
@@ -126,7 +115,7 @@ def test_autotune_measures_once_and_remembers(tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())) == 2
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"17 64 64 21100": "a kernel of another table"}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"17 64 64 20": "a kernel of another table"}'])
 def test_autotune_survives_its_file(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     configs = ARCHITECTURES["sm_90"].rows[17]
     path = tmp_path / "device.json"
@@ -161,7 +150,7 @@ def test_autotune_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_table_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     before = autotune.path_for("NVIDIA H100 80GB HBM3")
     assert before.name.startswith("NVIDIA-H100-80GB-HBM3-triton-")
-    changed = dataclasses.replace(ARCHITECTURES["sm_90"], planes_rows=16)
+    changed = dataclasses.replace(ARCHITECTURES["sm_90"], shared_memory=1)
     monkeypatch.setitem(ARCHITECTURES, "sm_90", changed)
     assert autotune.path_for("NVIDIA H100 80GB HBM3") != before
 

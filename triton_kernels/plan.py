@@ -223,7 +223,7 @@ def _changes(rows: tuple[int, int | None], decided: Callable[[int], Any], settle
     least = max(rows[0], 1)  # No row, no kernel.
     last = max(settled, least)
     most = last if rows[1] is None else min(rows[1], last)
-    before = None
+    before = object()  # Equal to nothing.
     for m in range(least, most + 1):
         now = decided(m)
         if now != before:

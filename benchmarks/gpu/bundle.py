@@ -242,48 +242,44 @@ def _measured_calls() -> Iterator[Any]:
     from benchmarks.gpu import exported as exports
     from benchmarks.gpu.linear import THRESHOLD, int8_call
     from benchmarks.gpu.sizes import gpu
-    from int8compile.ops.digits import NONE, SILU_MUL, Activations
-    from int8compile.ops.digits import count as digits_of
+    from int8compile.ops import rotation_size
+    from int8compile.ops.quantized import NONE, SILU_MUL
     from int8compile.triton_kernels import operators, plan, tables
-    from int8compile.triton_kernels.policy import Policy
 
     sizes, arch = gpu(decode.LAYERS), tables.ARCHITECTURES["sm_90"]
 
-    def tensors(m: int, k: int, n: int) -> tuple[Any, Any, Any]:
+    def tensors(m: int, k: int, n: int) -> tuple[Any, Any, Any, Any]:
         # What they hold does not matter, only their sizes: memory that nobody touches costs nothing.
         x = torch.empty(m, k, dtype=torch.bfloat16)
-        return x, torch.empty(n, k, dtype=torch.int8), torch.empty(n)
+        return x, torch.empty(n, k, dtype=torch.int8), torch.empty(n), torch.empty(k)
 
     def linear(m: int, k: int, n: int, threshold: float) -> None:
         int8_call(*tensors(m, k, n), threshold)()
 
     def all_candidates(m: int, k: int, n: int) -> None:
-        x, qweight, scale = tensors(m, k, n)
-        made = Activations(*operators._quantize_rows(x, THRESHOLD, False))
-        policy = Policy.of(m, k, made.digits.shape[0], THRESHOLD, False, arch)
-        for config in tables.candidates(arch, m, k, lists=policy.lists):
-            for call in candidates._launches(made, [qweight], scale, policy, config):
+        x, qweight, scale, d = tensors(m, k, n)
+        made = operators._quantize_rows(x, d, THRESHOLD)
+        for config in tables.candidates(arch, m, k):
+            for call in candidates._launches(made, [qweight], scale, config):
                 call()
 
-    def gate(m: int, k: int, n: int, threshold: float, outliers: str) -> None:
-        bias = torch.empty(n, dtype=torch.bfloat16)
-        operators._linear(*tensors(m, k, n), bias, threshold, outliers)
+    def gate(m: int, k: int, n: int, threshold: float) -> None:
+        *given, d = tensors(m, k, n)
+        d = d if rotation_size(k) > 1 else None
+        operators._linear(*given, d, torch.empty(n, dtype=torch.bfloat16), threshold)
 
     def joined(k: int, parts: tuple[int, int, int], activation: int) -> None:
-        x, qweight, scale = tensors(1, k, sum(parts))
-        made = operators._quantize_rows(x.view(1, 1, k), THRESHOLD, False)
+        x, qweight, scale, d = tensors(1, k, sum(parts))
+        made = operators._quantize_rows(x.view(1, 1, k), d, THRESHOLD)
         n0, n1 = (parts[0], parts[1]) if parts[1] else (0, 0)
-        operators._quantized_linear(*made, qweight, scale, None, THRESHOLD, False, activation, n0, n1, torch.bfloat16)
+        operators._quantized_linear(*made, qweight, scale, None, activation, n0, n1, torch.bfloat16)
 
     def exported() -> None:
         hidden, inner = sizes.llama.hidden, sizes.llama.intermediate
         planner = plan.Planner(plan.Gpu("sm_90", arch, standin.MULTIPROCESSORS))
         for k, n, activation in ((hidden, 2 * inner, SILU_MUL), (inner, hidden, NONE)):
-            count = 1 + digits_of(torch.bfloat16, False)
-            planner.quantize_rows(k, torch.bfloat16, THRESHOLD, False, 1, exports.MOST_ROWS)
-            planner.quantized_linear(
-                n, k, count, None, THRESHOLD, False, activation, 0, 0, torch.bfloat16, 1, exports.MOST_ROWS
-            )
+            planner.quantize_rows(k, torch.bfloat16, True, THRESHOLD, 1, exports.MOST_ROWS)
+            planner.quantized_linear(n, k, 2, None, activation, 0, 0, torch.bfloat16, 1, exports.MOST_ROWS)
 
     rows = {*sizes.rows, *sizes.outlier_rows}
     for shape in sizes.shapes:
@@ -293,7 +289,7 @@ def _measured_calls() -> Iterator[Any]:
         for m in sizes.candidate_rows:
             yield lambda m=m, shape=shape: all_candidates(m, shape.k, shape.n)
     for each in sizes.gates:
-        yield lambda each=each: gate(each.m, each.k, each.n, each.threshold, each.outliers)
+        yield lambda each=each: gate(each.m, each.k, each.n, each.threshold)
     yield exported
     llama = sizes.llama
     keys = llama.kv_heads * llama.head_dim

@@ -12,11 +12,9 @@ from benchmarks.gpu.clock import Call, Clock, described_times
 from benchmarks.gpu.day import CaseResult, Stage
 from benchmarks.gpu.linear import THRESHOLD, product_call
 from benchmarks.gpu.sizes import Shape, Sizes
-from int8compile.ops import quantize_rows, quantize_weight
-from int8compile.ops.digits import NONE, Activations
-from int8compile.ops.quantized import empty_result
+from int8compile.ops import quantize_rows
+from int8compile.ops.quantized import NONE, empty_result
 from int8compile.triton_kernels import tables
-from int8compile.triton_kernels.policy import Policy
 from int8compile.triton_kernels.tables import Architecture, Config
 
 NAME = "candidates"
@@ -36,8 +34,7 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> St
         }
     return Stage(
         NAME,
-        f"quantized_linear (threshold 6, row policy; {sizes.outlier_columns} outlier columns in the activations) with "
-        "each configuration of the table",
+        "quantized_linear (threshold 12, activations without outliers) with each configuration of the table",
         seconds=70,
         cases=cases,
         notes=[] if cases else ["there are no kernels for int8 activations on this GPU"],
@@ -55,17 +52,14 @@ def case(
     m: int,
 ) -> CaseResult:
     """One shape with one number of rows."""
-    # As a language model's lie: anywhere, outliers would take most of the time of many rows, and decide the order.
-    given = inputs.with_outlier_columns(m, shape.k, sizes.outlier_columns, device)
-    x = Activations(*quantize_rows(given, THRESHOLD, False))
-    qweight, scale = quantize_weight(inputs.weight(shape.k, shape.n, device))
+    qweight, scale, d = inputs.quantized(inputs.weight(shape.k, shape.n, device))
+    x = quantize_rows(inputs.activations(m, shape.k, device), d, THRESHOLD)
     qweights = inputs.copies(qweight, l2_bytes)
-    policy = Policy.of(m, shape.k, x.digits.shape[0], THRESHOLD, False, arch)
-    configs = tables.candidates(arch, m, shape.k, lists=policy.lists)
+    configs = tables.candidates(arch, m, shape.k)
     if sizes.dry_run:
-        calls = {str(config): [product_call(x, one, scale, THRESHOLD) for one in qweights] for config in configs}
+        calls = {str(config): [product_call(x, one, scale) for one in qweights] for config in configs}
     else:
-        calls = {str(config): _launches(x, qweights, scale, policy, config) for config in configs}
+        calls = {str(config): _launches(x, qweights, scale, config) for config in configs}
     measured = clock.times(calls, sizes.rounds)
     choice = str(tables.choose(configs, m, shape.n, multiprocessors))
     times = measured.needed(choice)
@@ -94,14 +88,11 @@ def _of(device: torch.device) -> tuple[Architecture | None, int]:
     return operators.architecture(index), operators.multiprocessors(index)
 
 
-def _launches(x: Activations, qweights: list[Tensor], scale: Tensor, policy: Policy, config: Config) -> list[Call]:
+def _launches(x: tuple[Tensor, Tensor], qweights: list[Tensor], scale: Tensor, config: Config) -> list[Call]:
     from int8compile.triton_kernels.operators import launch_of
     from int8compile.triton_kernels.product import Product
 
     # All write to one result: a model's are in the L2 cache as well.
-    y = empty_result(x.planes, qweights[0], NONE, 0, torch.bfloat16)
-    products = [
-        Product(x=x, qweight=one, scale=scale, bias=None, y=y, activation=NONE, n0=0, n1=0, policy=policy)
-        for one in qweights
-    ]
+    y = empty_result(x[0], qweights[0], NONE, 0, torch.bfloat16)
+    products = [Product(*x, one, scale, None, y, activation=NONE, n0=0, n1=0) for one in qweights]
     return [launch_of(product, config).run for product in products]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from int8compile.ops import input_scales, quantize_weight, rotation_of, rotation_size
+
 OUTLIERS = 0.003
 # Copies of a weight together are this many times as large as the L2 cache: it does not evict strictly the oldest.
 PASSES = 3
@@ -21,24 +23,33 @@ def activations(m: int, k: int, device: torch.device) -> Tensor:
 
 
 def with_outlier_columns(m: int, k: int, count: int, device: torch.device) -> Tensor:
-    """Normal rows with outliers in all elements of exactly `count` columns, and nowhere else.
-
-    At 20 to 22 they are above six times the rms, which they raise to at most 3, while `count` is at most K / 64; what
-    is normal stays below six times 1.
+    """Normal rows with `count` columns of 20 to 22: outliers for packages that know those of LLM.int8().
 
     Shapes:
         result: [M, K] bfloat16.
-
-    Raises:
-        ValueError: There are too many: they would be no outliers any more.
     """
-    if count * 64 > k:
-        raise ValueError(f"{count} outlier columns of {k}: give at most {k // 64}")
-    x = torch.randn(m, k, device=device).clamp(-5.5, 5.5)
+    x = torch.randn(m, k, device=device)
     sign = torch.where(torch.rand(m, count, device=device) < 0.5, -1.0, 1.0)
     columns = torch.randperm(k, device=device)[:count]
     x[:, columns] = sign * (20 + 2 * torch.rand(m, count, device=device))
     return x.to(torch.bfloat16)
+
+
+def with_outliers(m: int, k: int, device: torch.device) -> Tensor:
+    """Normal rows with one massive element each, which stays an outlier when it is rotated.
+
+    Shapes:
+        result: [M, K] bfloat16.
+    """
+    x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+    x[:, k // 2] = 1000
+    return x
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A weight in int8, its scales, and what it is rotated with."""
+    d = rotation_of(input_scales([weight])) if rotation_size(weight.shape[1]) > 1 else None
+    return (*quantize_weight(weight, d), d)
 
 
 def weight(k: int, n: int, device: torch.device) -> Tensor:

@@ -18,7 +18,6 @@ from benchmarks.gpu.clock import Call, Clock, described_times
 from benchmarks.gpu.day import CaseResult, Stage
 from benchmarks.gpu.linear import compiled, each, int8_call
 from benchmarks.gpu.sizes import Shape, Sizes
-from int8compile.ops import quantize_weight
 
 NAME = "peers"
 OURS, OURS_EAGER = "int8", "int8, eager"
@@ -27,7 +26,7 @@ EAGER = "bitsandbytes"
 
 
 def stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> Stage:
-    """Outliers lie in columns here, as a language model's do: in bitsandbytes' policy one makes its column float."""
+    """Outliers lie in columns, as a language model's do: in bitsandbytes' policy one makes its column float."""
     makers: dict[str, Callable[..., list[Call]]] = {
         "bitsandbytes": _bitsandbytes,
         "torchao": functools.partial(_torchao, sizes.peer_compiler),
@@ -64,13 +63,13 @@ def case(
     """One package, one shape, one number of rows."""
     x = inputs.with_outlier_columns(m, shape.k, sizes.outlier_columns, device)
     weight = inputs.weight(shape.k, shape.n, device)
-    qweight, scale = quantize_weight(weight)
+    qweight, scale, d = inputs.quantized(weight)
     qweights = inputs.copies(qweight, l2_bytes)
     with warnings.catch_warnings():
         # What they warn of is no concern of ours.
         warnings.simplefilter("ignore")
         calls = {name: make(x, weight, len(qweights))}
-        calls |= {ours: [int8_call(x, one, scale) for one in qweights] for ours in (OURS, OURS_EAGER)}
+        calls |= {ours: [int8_call(x, one, scale, d) for one in qweights] for ours in (OURS, OURS_EAGER)}
         measured = clock.times(calls, sizes.rounds, eager=[OURS_EAGER, EAGER])
     torch._dynamo.reset()
     ours = OURS_EAGER if name == EAGER else OURS

@@ -90,16 +90,16 @@ def parsed(text: str) -> dict[str, dict[str, str]]:
 
 def calls() -> Iterator[Callable[[], Any]]:
     """The kernels' calls, as `KERNELS` names them."""
-    from int8compile.ops import quantize_rows, quantize_weight
+    from int8compile.ops import quantize_rows
 
     device = torch.device("cuda", 0)
     for name, (m, n, k) in KERNELS.items():
-        x = inputs.with_outlier_columns(m, k, max(1, round(inputs.OUTLIERS * k)), device)
-        qweight, scale = quantize_weight(inputs.weight(k, n, device))
+        x = inputs.activations(m, k, device)
+        qweight, scale, d = inputs.quantized(inputs.weight(k, n, device))
         if name == "quantize":
-            yield functools.partial(quantize_rows, x, THRESHOLD, False)
+            yield functools.partial(quantize_rows, x, d, THRESHOLD)
         else:
-            yield product_call(quantize_rows(x, THRESHOLD, False), qweight, scale, THRESHOLD)
+            yield product_call(quantize_rows(x, d, THRESHOLD), qweight, scale)
 
 
 def main() -> None:

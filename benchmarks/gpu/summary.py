@@ -95,9 +95,7 @@ def _speed_ups(data: Mapping[str, Any], axes: Any) -> bool:
     for shape in dict.fromkeys(case["shape"] for case in cases):
         chosen = sorted((case for case in cases if case["shape"] == shape), key=lambda case: case["m"])
         label = "{shape} {k}x{n}".format(**chosen[0])
-        line = _line(axes, chosen, linear.OURS, marker=".", label=label)
-        if any(linear.IN_COLUMNS in case["ratios"] for case in chosen):
-            _line(axes, chosen, linear.IN_COLUMNS, color=line.get_color(), linestyle="--", label=f"{label}, in columns")
+        _line(axes, chosen, linear.OURS, marker=".", label=label)
     ms = sorted({case["m"] for case in cases})
     axes.plot(ms, [bars.linear(m) for m in ms], "k_", markersize=12, label="bar")
     axes.axhline(1, color="gray", linewidth=0.8)

@@ -41,7 +41,6 @@ from int8compile.integrations.folders import (
     opened,
     quantized,
     tensors_of,
-    with_own_rotations,
 )
 from int8compile.integrations.transformers import METHOD, Int8CompileConfig
 from int8compile.modules import BUFFERS, Int8Module, share_rotations
@@ -172,12 +171,6 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
         self.arrivals, self.loaded_keys, self.converter, self.files = Arrivals(()), [], None, {}
         model.hf_quantizer = self
         attach_all(model, self.quantization_config.config())
-
-    def get_state_dict_and_metadata(
-        self, state_dict: dict[str, Any], safe_serialization: bool = False
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what is saved: the tensors of the model, and nothing about them."""
-        return with_own_rotations(state_dict), {}
 
     def dequantize(self, model: Any) -> Any:
         """Make the int8 modules of a model ordinary ones again, see `int8compile.dequantize_`."""

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -126,21 +127,6 @@ def quantized(
 def tensors_of(module: Int8Module) -> list[str]:
     """Return the names of an int8 module's tensors in files: there is a `d` only where its weight is rotated."""
     return [name for name in BUFFERS if getattr(module, name) is not None]
-
-
-def with_own_rotations(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict in which the `d` of each int8 weight has memory of its own.
-
-    Linears that read the same x share one, and a file of safetensors cannot hold a tensor under two names. Loading a
-    folder has equal ones shared again. Those of a weight that is tied stay tied as it is.
-    """
-    result, copies = dict(state), dict[tuple[int, int], Tensor]()
-    for name, d in state.items():
-        path, dot, last = name.rpartition(".")
-        qweight = state.get(f"{path}{dot}qweight") if last == "d" else None
-        if qweight is not None and not d.is_meta:
-            result[name] = copies.setdefault((qweight.data_ptr(), d.data_ptr()), d.clone())
-    return result
 
 
 def _in_memory(model: nn.Module) -> dict[str, Tensor]:
@@ -301,7 +287,10 @@ def _check_given(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> N
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    return tensor is other or (tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape)
+    if (tensor.shape, tensor.dtype, tensor.is_meta) != (other.shape, other.dtype, other.is_meta):
+        return False
+    # Each state dict has copies of the d that several modules share.
+    return tensor.data_ptr() == other.data_ptr() or torch.equal(tensor, other.to(tensor.device))
 
 
 def is_others(quantizer: Any, ours: type[Any]) -> bool:

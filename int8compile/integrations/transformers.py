@@ -1,8 +1,9 @@
 """int8 models in transformers: import this module, then pass an `Int8CompileConfig` to `from_pretrained`.
 
-Weights are read one after the other and quantized on the device that they are for; the float model is never in memory
-as a whole. What `save_pretrained` writes loads again without a config, as long as this module was imported. Where it
-was not, transformers warns of an unknown quantization type and raises an error about the shape of a weight.
+Weights are quantized as they are read, on the device that they are for, those together that are rotated alike; the
+float model is never in memory as a whole. What `save_pretrained` writes loads again without a config, as long as this
+module was imported. Where it was not, transformers warns of an unknown quantization type and raises an error about the
+shape of a weight.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from int8compile.calibration import Calibration
 from int8compile.config import Int8Config, LmHead, OutlierPolicy
 from int8compile.convert import (
     Converter,
@@ -61,9 +63,9 @@ from int8compile.integrations.folders import (
     opened,
     quantized,
     tensors_of,
-    with_own_rotations,
 )
 from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout, share_rotations
+from int8compile.weights import STORE
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
             it is given it decides, and the options above do not count.
         checksums: The SHA-256 of the tensors of a checkpoint's int8 modules, by their names; not for users.
         checksum: That of `modules` and `checksums`; not for users.
+        calibration: What `int8compile.calibrate` found for this model, or a file of it.
         **options: `llm_int8_threshold`, `llm_int8_skip_modules` and `load_in_8bit` of bitsandbytes are understood.
 
     Raises:
@@ -121,6 +124,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         checksums: Mapping[str, str] | None = None,
         checksum: str | None = None,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -141,6 +145,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         self.lm_head = config.lm_head
         self.min_features = config.min_features
         self.rotate = config.rotate
+        self.calibration = Calibration.load(calibration) if isinstance(calibration, str | os.PathLike) else calibration
         if checkpoint_format not in (METHOD, "bitsandbytes"):
             raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are '{METHOD}' and 'bitsandbytes'")
         self.checkpoint_format = checkpoint_format
@@ -155,6 +160,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What config.json says: of a model that is int8, what is in it, and not the options that led to it."""
         shown = super().to_dict()
+        del shown["calibration"]
         if not self.checksums:
             del shown["checksums"]
         if not self.modules:
@@ -174,12 +180,17 @@ class Int8CompileConfig(QuantizationConfigMixin):
         return Int8Config(**{name: getattr(self, name) for name in FIELDS})
 
     @classmethod
-    def of(cls, config: Int8Config) -> Int8CompileConfig:
+    def of(cls, config: Int8Config, calibration: Calibration | None = None) -> Int8CompileConfig:
         """The fields of int8compile's own config that say how a model is quantized."""
-        return cls(**{name: getattr(config, name) for name in FIELDS})
+        return cls(**{name: getattr(config, name) for name in FIELDS}, calibration=calibration)
 
     def rotate_group(self, group: Sequence[Target]) -> None:
         """Decide what the weights of one group are rotated with, before the first of them is quantized."""
+        if self.calibration is not None:
+            for target in group:
+                d = self.calibration.d_of([target.name], [target.view.of(target.weight)])
+                if d is not None:
+                    STORE.calibrate([(target.weight, target.view)], d)
         make_rotations(group)
 
     def describe(self, model: Any) -> None:
@@ -299,8 +310,7 @@ class Int8CompileQuantizer(HfQuantizer):
             if model.dtype == torch.float16:
                 kept += model._keep_in_fp32_modules or []
             config.skip_modules += [name for name in kept if name not in config.skip_modules]
-        if config.lm_head != "native":
-            _tie(model)  # So that the plan sees it.
+        _tie(model)  # So that the plan sees it.
         self.converter = Converter(model, config.config())
         found = plan(model, config.config())
         self.targets = [target for target in found if target.reason is None]
@@ -369,7 +379,7 @@ class Int8CompileQuantizer(HfQuantizer):
             return None, {}
         # Each with memory of its own, or they would be taken for one that is shared.
         guards = {name: torch.empty(1, device="cpu")[:0] for name in _guards(model)}
-        return {**with_own_rotations(model.state_dict()), **guards}, {}
+        return {**model.state_dict(), **guards}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # A string, after `save_pretrained` has made one of the config's.
