@@ -85,7 +85,7 @@ class Target:
     def of(
         isa: str, device: torch.device, form: str, options: Int8Config, library: cpu.Library, gpu: Gpu | None
     ) -> Target:
-        """What code is compiled for on this machine.
+        """Return what code is compiled for on this machine.
 
         Args:
             isa: "native", "avx512" or "avx2".
@@ -124,12 +124,12 @@ class Target:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The CPU kernels that are in the package."""
+        """Return the CPU kernels that are in the package."""
         return self.library.built.variants if self.form == "fast" and not self.gpu else ()
 
     @functools.cached_property
     def functions(self) -> dict[Any, list[str]]:
-        """Declarations of the C functions by the operators that they compute."""
+        """Return declarations of C functions by the operators that they compute."""
         operators = () if self.form == "portable" else _GPU_OPERATORS if self.gpu else _CPU_OPERATORS
         return {
             op: [f"AOTITorchError aoti_torch_{self.device}_{op._opname}({ops.c_parameters(op)})"] for op in operators
@@ -138,7 +138,7 @@ class Target:
 
 @contextlib.contextmanager
 def failing(what: str) -> Iterator[None]:
-    """Tells what PyTorch could not do, in an `ExportError`."""
+    """Tell what PyTorch could not do, in an `ExportError`."""
     try:
         yield
     except Int8CompileError:
@@ -148,7 +148,7 @@ def failing(what: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error of PyTorch's says, in a few lines, without its advice."""
+    """Return what an error of PyTorch's says, in a few lines, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Set TORCH", "You can suppress", "For more info"))]
     return f"{type(error).__name__}: {' '.join(told[:4])[:600]}"
@@ -161,7 +161,7 @@ def compile_graph(
     metadata: Mapping[str, Any],
     target: Target,
 ) -> list[str]:
-    """Has AOTInductor compile a rewritten module.
+    """Have AOTInductor compile a rewritten module.
 
     Args:
         module: The module.
@@ -230,7 +230,7 @@ def compile_graph(
 
 
 def _guards(program: ExportedProgram) -> list[sympy.Basic]:
-    """What the model asked of sizes while it was captured, beyond their ranges: that one is a multiple of 4, say."""
+    """Return what the model asked of sizes while it was captured: that one is a multiple of 4, say."""
     values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
     sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
     shapes = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
@@ -250,7 +250,7 @@ def _guards(program: ExportedProgram) -> list[sympy.Basic]:
 
 
 def bounds(sizes: Any) -> tuple[int, int | None]:
-    """The least and the largest value of a size; None where there is no largest."""
+    """Return the least and the largest value of a size; None where there is no largest."""
     return int(sizes.lower), int(sizes.upper) if isinstance(sizes.upper, sympy.Integer) else None
 
 
@@ -350,7 +350,7 @@ def _with_checks(source: str, guards: Sequence[sympy.Basic] = (), plan: str = ""
 
 
 def _check_generated(source: str, module: GraphModule, target: Target) -> None:
-    """Reads in the generated code that what was rewritten runs in int8, and that no float copy of it is stored."""
+    """Check in the generated code that what was rewritten runs in int8, and that no float copy of it is stored."""
     constants = dict(
         re.findall(r'constants_info_\[(?:\d+)\]\.name = "([^"]*)";\s*constants_info_\[\d+\]\.dtype = (\w+);', source)
     )

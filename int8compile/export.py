@@ -80,7 +80,7 @@ def export(
     isa: str = "native",
     form: str | None = None,
 ) -> Report:
-    """Compiles a model to int8 and writes it to a file that runs without this package, in Python and in C++.
+    """Compile a model to int8 and write it to a file that runs without this package, in Python and in C++.
 
     `int8compile.load_exported(path)` checks and loads it. `torch._inductor.aoti_load_package(path)` loads it where
     there is PyTorch and nothing else, not even a compiler.
@@ -174,7 +174,7 @@ def export(
 
 
 def _check_arguments(model: Any, path: Path, isa: str) -> torch.device:
-    """Returns the device that the model is on."""
+    """Check what `export` is given, and return the device that the model is on."""
     if not isinstance(model, nn.Module):
         raise ExportError(f"the model is a {type(model).__name__}; give an nn.Module, as torch.export asks for")
     if model.training:
@@ -196,7 +196,7 @@ def _check_arguments(model: Any, path: Path, isa: str) -> torch.device:
 
 
 def _gpu_of(device: torch.device) -> tuple[Gpu | None, str]:
-    """What Triton kernels for a device are compiled for, if it is a GPU; and why a package can have none for it."""
+    """Return what Triton kernels for a GPU are compiled for, and why a package can have none for it."""
     if device.type != "cuda":
         return None, ""
     isa = hardware.of(device).isa
@@ -212,7 +212,7 @@ def _gpu_of(device: torch.device) -> tuple[Gpu | None, str]:
 
 
 def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_gpu: bool = False) -> Report:
-    """Rewrites an exported graph, in place, with its int8 weights as buffers of the module.
+    """Rewrite an exported graph, in place, with its int8 weights as buffers of the module.
 
     Args:
         module: What `torch.export.ExportedProgram.module` returns.
@@ -278,7 +278,7 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
 
 
 def _stored(module: GraphModule) -> dict[Node, Tensor]:
-    """The tensors of an exported module by their nodes: one node for each tensor, however many names it has."""
+    """Return the tensors of an exported module by their nodes: one node for each tensor, however many names it has."""
     named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     first: dict[Any, Node] = {}
     tensors: dict[Node, Tensor] = {}
@@ -298,7 +298,7 @@ def _stored(module: GraphModule) -> dict[Node, Tensor]:
 
 
 def _drop_unread(module: GraphModule) -> None:
-    """Removes what the graph does not read any more: the float weights."""
+    """Remove what the graph does not read any more: the float weights."""
     for node in module.graph.find_nodes(op="get_attr"):
         if not node.users:
             module.graph.erase_node(node)
@@ -327,7 +327,7 @@ def _check_report(report: Report, allow_partial: bool) -> None:
 
 
 def _check_operators(module: GraphModule, target: Target) -> tuple[str, ...]:
-    """Notes on operators that are not PyTorch's; refuses those of ours that a package has not."""
+    """Return notes on operators that are not PyTorch's; refuse int8compile's that a package has not."""
     foreign: dict[str, None] = {}
     for node in module.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload) or node.target in target.functions:
@@ -383,7 +383,7 @@ def _metadata(
 
 
 def _tensors(nodes: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    """Inputs or outputs as the runtime counts them: a number becomes a tensor."""
+    """Return inputs or outputs as the runtime counts them: a number becomes a tensor."""
     values = [(str(node), node.meta.get("val") if isinstance(node, Node) else node) for node in nodes]
     return [
         (name, value if isinstance(value, Tensor) else torch.empty((), dtype=torch.int64, device="meta"))
@@ -394,7 +394,7 @@ def _tensors(nodes: Sequence[Any]) -> list[tuple[str, Tensor]]:
 
 @contextlib.contextmanager
 def _steps() -> Iterator[Any]:
-    """A progress line that names what is being done; it appears only if it takes longer than a second."""
+    """Show a progress line that names what is being done, if it takes longer than a second."""
     with tqdm(total=4, delay=1, leave=False, bar_format="{desc} [{n_fmt}/{total_fmt}, {elapsed}]") as bar:
 
         def step(name: str) -> None:

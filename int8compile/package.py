@@ -63,7 +63,7 @@ class Package:
     metadata: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The package as plain data."""
+        """Return the package as plain data."""
         return {"path": str(self.path), "size": self.size, **self.metadata}
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ def _layout(tensor: Mapping[str, Any]) -> str:
 
 
 def shortened(rows: Sequence[tuple[str, str]], limit: int = 4) -> list[tuple[str, str]]:
-    """Rows without most of those of one kind that there are many of, such as the tensors of a cache."""
+    """Return rows without most of those of one kind of which there are many, such as the tensors of a cache."""
     kept: list[tuple[str, str]] = []
     for name in dict.fromkeys(name for name, _ in rows):
         same = [row for row in rows if row[0] == name]
@@ -110,7 +110,7 @@ def shortened(rows: Sequence[tuple[str, str]], limit: int = 4) -> list[tuple[str
 
 
 def check_name(path: Path) -> None:
-    """Raises `ExportError` where a package cannot have this name."""
+    """Raise `ExportError` where a package cannot have this name."""
     if path.suffix != ".pt2":
         raise ExportError(f"{str(path)!r} must end in .pt2, which PyTorch's loader asks for")
     if path.is_dir():
@@ -276,7 +276,7 @@ def _size(size: Any) -> int | str:
 
 
 def line_of(tensors: Sequence[Mapping[str, Any]]) -> str:
-    """Inputs or outputs as words: dtype, number of dimensions and sizes of each; -1 for a size that changes."""
+    """Return inputs or outputs as words: dtype, number of dimensions and sizes of each; -1 for a size that changes."""
     words: list[str] = []
     for each in tensors:
         sizes = [str(size) if isinstance(size, int) else "-1" for size in each["shape"]]
