@@ -1,7 +1,7 @@
 """What the Triton kernels become: registers, spills, shared memory and instructions, compiled without a GPU.
 
-    python -m benchmarks.compiled                          # the table of every configuration of every architecture
-    python -m benchmarks.compiled --arch sm_90 --column    # with the column policy's three digits
+    python -m benchmarks.compiled                 # the table of every configuration of every architecture
+    python -m benchmarks.compiled --arch sm_90
     python -m benchmarks.compiled --out benchmarks/results/triton-compiled.md
 
 It needs Triton, whose wheel brings NVIDIA's assembler and disassembler.
@@ -26,13 +26,10 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from int8compile.ops import digits
-from int8compile.ops.digits import Activations
-from int8compile.ops.quantized import empty_result
+from int8compile.ops.quantized import NONE, empty_result, empty_rows
 from int8compile.triton_kernels import tables
 from int8compile.triton_kernels.launch import Launch
 from int8compile.triton_kernels.operators import launch_of
-from int8compile.triton_kernels.policy import Policy
 from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import Architecture, Config
 
@@ -43,7 +40,7 @@ _MATRIX = re.compile(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*|v_mfm
 _SASS_MATRIX = re.compile(r"\b(IGMMA|IMMA|UTCIMMA)\b")
 _ABOUT = """# The Triton kernels, compiled
 
-Policy "{policy}", bfloat16 activations, weight 4096 x 4096, Triton {version}; made by `python -m benchmarks.compiled`
+bfloat16 activations with outliers, weight 4096 x 4096, Triton {version}; made by `python -m benchmarks.compiled`
 without a GPU. Registers are a thread's; "spilled" are the bytes of a thread that do not fit into them, "in loops" the
 instructions of the innermost loops with matrix instructions that move them; "load" is the widest load from memory.
 """
@@ -58,7 +55,6 @@ class Compiled:
         arch: "sm_90", "gfx942".
         bucket: Lower end of the rows it is for.
         config: Its tile, as text.
-        policy: "row" or "column".
         instructions: The matrix instructions in it.
         registers: Of a thread.
         spilled: Bytes of a thread that do not fit into registers.
@@ -70,7 +66,6 @@ class Compiled:
     arch: str
     bucket: int
     config: str
-    policy: str
     instructions: tuple[str, ...]
     registers: int
     spilled: int
@@ -79,12 +74,11 @@ class Compiled:
     widest_load: int
 
 
-def cases(arch: Architecture, *, by_column: bool) -> Iterator[tuple[int, Config]]:
+def cases(arch: Architecture) -> Iterator[tuple[int, Config]]:
     """The buckets of an architecture with each of their configurations, those of earlier buckets left out."""
     seen = set()
     for bucket in arch.rows:
-        lists = bucket > (1 if by_column else arch.planes_rows)
-        for config in tables.candidates(arch, bucket, K, lists=lists):
+        for config in tables.candidates(arch, bucket, K):
             if config not in seen:
                 seen.add(config)
                 yield bucket, config
@@ -97,27 +91,23 @@ def target_of(arch: Architecture) -> GPUTarget:
     return GPUTarget("cuda", int(arch.name.removeprefix("sm_")), 32)
 
 
-def launch(arch: Architecture, bucket: int, config: Config, *, by_column: bool) -> Launch:
+def launch(arch: Architecture, bucket: int, config: Config, activation: int = NONE) -> Launch:
     """The call of a product of bfloat16 activations, with tensors that have no data."""
-    x = torch.empty(bucket, K, dtype=torch.bfloat16, device="meta")
-    activations = Activations.empty(x, 6.0, by_column)
+    q, rows = empty_rows(torch.empty(bucket, K, dtype=torch.bfloat16, device="meta"), 12.0)
     qweight = torch.empty(N, K, dtype=torch.int8, device="meta")
     scale = torch.empty(N, device="meta")
-    policy = Policy.of(bucket, K, activations.digits.shape[0], 6.0, by_column, arch)
-    y = empty_result(activations.planes, qweight, digits.NONE, 0, torch.bfloat16)
-    product = Product(activations, qweight, scale, scale, y, digits.NONE, 0, 0, policy)
-    return launch_of(product, config)
+    y = empty_result(q, qweight, activation, 0, torch.bfloat16)
+    return launch_of(Product(q, rows, qweight, scale, scale, y, activation, 0, 0), config)
 
 
-def compiled(arch: Architecture, bucket: int, config: Config, *, by_column: bool = False) -> Compiled:
+def compiled(arch: Architecture, bucket: int, config: Config) -> Compiled:
     """Compiles a configuration.
 
     Raises:
         Exception: Triton's own, where it cannot.
     """
-    kernel = launch(arch, bucket, config, by_column=by_column).compile(target_of(arch))
-    found = examine(kernel)
-    return Compiled(arch.name, bucket, str(config), "column" if by_column else "row", **found)
+    found = examine(launch(arch, bucket, config).compile(target_of(arch)))
+    return Compiled(arch.name, bucket, str(config), **found)
 
 
 def examine(kernel: Any) -> dict[str, Any]:
@@ -189,9 +179,9 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _compiled(task: tuple[str, int, Config, bool]) -> Compiled:
-    name, bucket, config, by_column = task
-    return compiled(tables.ARCHITECTURES[name], bucket, config, by_column=by_column)
+def _compiled(task: tuple[str, int, Config]) -> Compiled:
+    name, bucket, config = task
+    return compiled(tables.ARCHITECTURES[name], bucket, config)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,13 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.splitlines()[0])
     known = [name for name, arch in tables.ARCHITECTURES.items() if arch.instruction]
     parser.add_argument("--arch", action="append", choices=known, help="only this one; may be given again")
-    parser.add_argument("--column", action="store_true", help="the column policy, whose outliers have three digits")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the table, instead of printing it")
     given = parser.parse_args(arguments)
     tasks = [
-        (name, bucket, config, given.column)
-        for name in given.arch or known
-        for bucket, config in cases(tables.ARCHITECTURES[name], by_column=given.column)
+        (name, bucket, config) for name in given.arch or known for bucket, config in cases(tables.ARCHITECTURES[name])
     ]
     from tabulate import tabulate
 
@@ -223,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.out is None:
         print(table)
     else:
-        given.out.write_text(f"{_ABOUT.format(policy=rows[0].policy, version=triton.__version__)}\n{table}\n")
+        given.out.write_text(f"{_ABOUT.format(version=triton.__version__)}\n{table}\n")
     return 0
 
 

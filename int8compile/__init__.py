@@ -4,6 +4,7 @@ The backend is found by its name; importing this package is needed only for what
 """
 
 from int8compile.backend import register as _register
+from int8compile.calibration import Calibration, calibrate
 from int8compile.checkpoint import load, save
 from int8compile.config import Int8Config
 from int8compile.convert import dequantize_, memory_footprint, quantize_
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BadWeightError",
+    "Calibration",
     "CheckpointError",
     "ConfigError",
     "ExportError",
@@ -52,6 +54,7 @@ __all__ = [
     "Report",
     "Site",
     "SkipReason",
+    "calibrate",
     "dequantize_",
     "explain",
     "export",

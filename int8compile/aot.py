@@ -34,13 +34,14 @@ from int8compile import cpu, ops, package
 from int8compile.config import Int8Config
 from int8compile.cpu.stub import add_stub
 from int8compile.errors import ExportError, Int8CompileError, first_line, listed
-from int8compile.ops import digits
-from int8compile.passes import EXACT_DIVISION, AttributeBinder
+from int8compile.passes import AttributeBinder
 from int8compile.passes.static import attribute, is_written, meta_tensor, traced
 
 if TYPE_CHECKING:
     from int8compile.triton_kernels.plan import Gpu, Planner
 
+# Inductor's division on GPUs is off by one unit at times, and quantization is defined with the correctly rounded one.
+_EXACT_DIVISION = {"eager_numerics.division_rounding": True}
 # As GCC and Clang name the levels of x86-64, and the bits of their registers.
 _LEVELS = {"avx512": ("x86-64-v4", 512), "avx2": ("x86-64-v3", 256)}
 
@@ -99,7 +100,7 @@ class Target:
         """
         from torch._inductor import config, cpp_builder, cpu_vec_isa
 
-        patches = (EXACT_DIVISION if device.type == "cuda" else {}) | options.inductor_patches()
+        patches = (_EXACT_DIVISION if device.type == "cuda" else {}) | options.inductor_patches()
         if isa in _LEVELS:
             if not hasattr(config.cpp, "march") or platform.machine() not in ("x86_64", "AMD64"):
                 raise ExportError(f"isa={isa!r} needs torch 2.13 or later and an x86-64 machine; use isa='native'")
@@ -266,18 +267,16 @@ def _planned(module: GraphModule, program: ExportedProgram, gpu: Gpu) -> Planner
     planner = Planner(gpu)
     for node in module.graph.nodes:
         if node.target is ops.quantized_linear.default:
-            planes, _, qweight, _, bias, threshold, by_column, *rest, dtype = node.args
+            q, _, qweight, _, bias, *rest, dtype = node.args
             n, k = attribute(module, qweight).shape
-            quantize = planes.args[0]
-            x = quantize.args[0]
-            if quantize.target is ops.quantize_rows.default:
-                want(x, planner.quantize_rows, k, dtype, threshold, by_column)
-            count = 1 + (digits.count(dtype, by_column) if threshold else 0)
-            want(x, planner.quantized_linear, n, k, count, _dtype(module, bias), threshold, by_column, *rest, dtype)
+            x, d, threshold = q.args[0].args
+            want(x, planner.quantize_rows, k, dtype, d is not None, threshold)
+            planes = 2 if threshold else 1
+            want(x, planner.quantized_linear, n, k, planes, _dtype(module, bias), *rest, dtype)
         elif node.target is ops.weight_only_linear.default:
-            x, qweight, _, bias = node.args
+            x, qweight, _, d, bias = node.args
             n, k = attribute(module, qweight).shape
-            want(x, planner.weight_only_linear, n, k, traced(node).dtype, _dtype(module, bias))
+            want(x, planner.weight_only_linear, n, k, traced(node).dtype, d is not None, _dtype(module, bias))
     with tqdm(wanted.items(), "Compiling Triton kernels", delay=1, leave=False) as progress:
         for (add, *arguments), rows in progress:
             most = [most for _, most in rows if most is not None]
@@ -359,14 +358,14 @@ def _check_generated(source: str, module: GraphModule, target: Target) -> None:
     added = names - {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     calls_of_ours = [node for node in module.graph.nodes if node.target in target.functions]
     read = {each for call in calls_of_ours for each in call.all_input_nodes if each.op == "get_attr"}
-    int8 = [each for each in read if attribute(module, each).dtype == torch.int8]
-    held = {re.sub(r"\W", "_", str(each.target)) for each in int8}  # as generated code spells them
+    int8 = [each for each in read if attribute(module, each).dtype in (torch.int8, torch.uint8)]
+    read_by_kernels = {re.sub(r"\W", "_", str(each.target)) for each in int8}  # as generated code spells them
     ours = re.compile(rf"{AttributeBinder.PREFIX}\d+_qweight")
-    weights = [name for name in constants if name in held or ours.fullmatch(name)]
+    weights = [name for name in constants if name in read_by_kernels or ours.fullmatch(name)]
     names_of = "|".join(op._opname for op in target.functions)
     call = rf"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_{target.device}_(?:{names_of})\(.*"
     calls = "\n".join(re.findall(call, source))
-    lost = [name for name in weights if target.functions and not re.search(rf"\b{re.escape(name)}\b", calls)]
+    lost = [name for name in weights if name in read_by_kernels and not re.search(rf"\b{re.escape(name)}\b", calls)]
     lost += [name for name in weights if not re.search(r"int8$", constants[name])]
     if not weights or lost or added:
         raise ExportError(

@@ -28,7 +28,6 @@ from int8compile import cpu, frames, hardware, triton_kernels
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError, Int8CompileError, Int8Warning, warn_once
 from int8compile.passes import (
-    EXACT_DIVISION,
     PlaceholderBinder,
     int8_tensors,
     lower_for_cpu,
@@ -95,10 +94,8 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     if inductor_config.freezing:  # Which its freezing of constants would need, and inputs are none.
         patches = {"freezing": False} | patches
     if report.rewritten and _any_on("cuda", parameters) and _gpu_kernels(parameters):
-        lowered = lower_for_gpu(module, binder, parameters)
+        lower_for_gpu(module, binder, parameters)
         module.graph.lint()
-        if lowered.quantized_by_inductor:
-            patches = EXACT_DIVISION | patches
     for note in report.notes:
         warn_once(note)
     log.info("%s", report.summary())
@@ -240,10 +237,19 @@ class _Part:
             packed=self.key.packed,
             scale=None if self.scale is None else args[self.scale],
             d=None if self.d is None else args[self.d],
-            group=[(args[position], view) for position, view in self.group],
-            among=[(args[position], view) for position, view in self.among],
+            group=self._at(self.group, args),
+            among=self._at(self.among, args),
             each=self.each,
         )
+
+    def share(self, args: Sequence[Any]) -> None:
+        """Have those that read one x rotated by one d, for which some may have to be quantized anew."""
+        if self.group:
+            STORE.share(self._at(self.group, args), self._at(self.among, args), each=self.each)
+
+    @staticmethod
+    def _at(places: Sequence[tuple[int, WeightView]], args: Sequence[Any]) -> list[tuple[Tensor, WeightView]]:
+        return [(args[position], view) for position, view in places]
 
 
 def _parts(slot: WeightSlot, positions: Mapping[Node, int]) -> list[_Part]:
@@ -331,9 +337,11 @@ def _compile(
                 fresh(args[position], key, None if scale is None else args[scale]) or part.get(args)
                 for position, key, scale, part in lookups
             ]
-            # Another graph, or thread, may group them otherwise and have some rotated by another d meanwhile.
             if all(found[number].d is found[first].d for number, first in alike):
                 break
+            # Other graphs group them otherwise and have rotated some of them by another d, or another thread does.
+            for part in parts:
+                part.share(args)
         tensors: list[Any] = []
         for begin, end, interleaved in joined:
             if end == begin + 1:

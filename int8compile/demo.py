@@ -21,9 +21,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from int8compile import models
+from int8compile.calibration import calibrate
 from int8compile.convert import dequantize_, memory_footprint
 from int8compile.errors import ModelError
 from int8compile.explain import explain
@@ -40,10 +42,14 @@ QUESTION = (
     "each token that is generated. Stored as 8 bit integers they take half of that, so half the bytes are read. The "
     "price is rounding: each weight becomes the nearest of 255 levels, and the inputs of a layer are rounded in the "
     "same way. A few of those inputs are a hundred times larger than all the others, and if they set the scale, "
-    "everything else is rounded to zero. So the large ones are taken out and multiplied in floating point.\n\n"
+    "everything else is rounded to zero. So they are all mixed with each other first, after which few are large, and "
+    "those few get a second digit.\n\n"
     "In your own words: why does a language model run faster with 8 bit weights?"
 )
 TOPICS = ("objects", "execmodel", "import")
+# Names of what is compared.
+FLOAT, STORED, DEFAULT, CALIBRATED = "float32", "as stored", "int8", "int8, calibrated"
+COLUMN = 'outliers="column"'
 # How often the prompt is read for the median of its time.
 PREFILLS = 5
 
@@ -160,11 +166,13 @@ class Accuracy(NamedTuple):
     Attributes:
         kl: Mean over positions of KL(reference || candidate), in nats.
         top1: Share of positions whose most likely token is the same.
+        perplexity: Of the candidate.
         positions: How many positions were compared.
     """
 
     kl: float
     top1: float
+    perplexity: float
     positions: int
 
 
@@ -179,7 +187,7 @@ def evaluate(
         chunks: Texts as tokens, [1, T] each.
         progress: Whether to show a progress bar.
     """
-    kl = dict.fromkeys(candidates, 0.0)
+    kl, surprise = (dict.fromkeys(candidates, 0.0) for _ in range(2))
     agreed = dict.fromkeys(candidates, 0)
     bar = tqdm(total=len(chunks) * (1 + len(candidates)), desc="Comparing", disable=not progress, leave=False)
     with bar, torch.no_grad():
@@ -189,10 +197,15 @@ def evaluate(
             for name, candidate in candidates.items():
                 logits = candidate(chunk)
                 kl[name] += float(divergence(expected, logits).sum())
+                surprise[name] += float(F.cross_entropy(logits[0, :-1].float(), chunk[0, 1:], reduction="sum"))
                 agreed[name] += int((expected.argmax(-1) == logits.argmax(-1)).sum())
                 bar.update()
     positions = sum(chunk.numel() for chunk in chunks)
-    return {name: Accuracy(kl[name] / positions, agreed[name] / positions, positions) for name in candidates}
+    predicted = positions - len(chunks)
+    return {
+        name: Accuracy(kl[name] / positions, agreed[name] / positions, math.exp(surprise[name] / predicted), positions)
+        for name in candidates
+    }
 
 
 def divergence(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -362,15 +375,7 @@ def run(
         write("\n" + agreement(texts))
     if accuracy:
         with clock.part("Accuracy"):
-            chunks = text_chunks(tokenizer)
-            # What is stored in int8 brings its policy along.
-            policies = {"as stored": {}} if stored else {f'outliers="{p}"': {"outliers": p} for p in ("row", "column")}
-            candidates = {
-                policy: Decoder(model, chunks[0].shape[1], {"backend": "int8", "options": options})
-                for policy, options in policies.items()
-            }
-            found = evaluate(lambda chunk: full(chunk, use_cache=False).logits, candidates, chunks, progress=True)
-            write(accuracies(found))
+            write(compare_accuracy(full, model, text_chunks(tokenizer), stored=stored))
     clock.summary()
 
 
@@ -468,20 +473,87 @@ def agreement(timings: Mapping[str, Timing]) -> str:
     return f"The first {same} tokens are the same; {first} wrote {len(one)} and {second} {len(other)}."
 
 
-def accuracies(found: Mapping[str, Accuracy]) -> str:
-    """A table of accuracies, by name, with what was measured."""
-    rows = [(name, f"{one.kl:.4f}", f"{one.top1:.1%}") for name, one in found.items()]
-    positions = next(iter(found.values())).positions
-    if "as stored" in found:
+def compare_accuracy(full: Any, model: Any, chunks: Sequence[Tensor], *, stored: bool) -> str:
+    """Compare a model in int8 with its floats on text, in a table and a picture.
+
+    Args:
+        full: The model in float.
+        model: The model that is to run in int8; it is calibrated here, if it is not int8 already.
+        chunks: The text as tokens, [1, T] each.
+        stored: Whether it is int8 already. Then it brings its policy along.
+    """
+    shares: dict[str, float | None] = {FLOAT: None}
+
+    def logits(chunk: Tensor) -> Tensor:
+        result: Tensor = full(chunk, use_cache=False).logits
+        return result
+
+    def compare(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, Accuracy]:
+        decoders = {
+            name: Decoder(model, chunks[0].shape[1], {"backend": "int8", "options": options})
+            for name, options in policies.items()
+        }
+        for name, options in policies.items():
+            shares[name] = outliers(explain(model, chunks[0], use_cache=False, config=options))
+        # The float model with itself, for its perplexity.
+        return evaluate(logits, {FLOAT: logits, **decoders}, chunks, progress=True)
+
+    if stored:
+        found = compare({STORED: {}})
+    else:
+        found = compare({DEFAULT: {}, COLUMN: {"outliers": "column"}})
+        calibrate(model)
+        found |= compare({CALIBRATED: {}})
+    return accuracies(found, shares)
+
+
+def outliers(report: Report) -> float | None:
+    """Return the share of outliers among the activations of all linears; None where none of them counted any."""
+    seen = [(site.outliers, int(site.shape[-2])) for site in report.rewritten if site.outliers is not None]
+    return sum(share * k for share, k in seen) / sum(k for _, k in seen) if seen else None
+
+
+def accuracies(found: Mapping[str, Accuracy], shares: Mapping[str, float | None]) -> str:
+    """Return a table of accuracies, by name, with what was measured, and a picture of the divergences.
+
+    Args:
+        found: The accuracies.
+        shares: Of outliers among activations, by the same names.
+    """
+    order = [name for name in (FLOAT, STORED, DEFAULT, CALIBRATED, COLUMN) if name in found]
+    rows = [
+        (
+            name,
+            f"{found[name].kl:.4f}",
+            f"{found[name].top1:.1%}",
+            f"{found[name].perplexity:.3f}",
+            "" if shares[name] is None else f"{shares[name]:.3%}",
+        )
+        for name in order
+    ]
+    headers = ("", "KL divergence [nats]", "same most likely token", "perplexity", "outliers")
+    if STORED in found:
         note = "float32 has the weights that the stored int8 stands for: compared is how activations are quantized."
     else:
-        note = 'outliers="row" is the default; "column" is LLM.int8() as bitsandbytes computes it.'
-    return (
-        f"int8 against float32 on {positions} tokens of English, the running text of the chapters "
-        f"{', '.join(TOPICS)}\nof the language reference that comes with Python:\n\n"
-        + tabulate(rows, headers=("", "KL divergence [nats]", "same most likely token"), disable_numparse=True)
-        + f"\n{note}"
+        note = (
+            f"{CALIBRATED}: after int8compile.calibrate(model), which gives the model random tokens.\n"
+            f"{COLUMN}: LLM.int8() as bitsandbytes computes it. Its outliers are columns in float, those of the others "
+            "have a second digit."
+        )
+    measured = (
+        f"int8 against float32 on {next(iter(found.values())).positions} tokens of English, the running text of the "
+        f"chapters {', '.join(TOPICS)} of the language reference that comes with Python:"
     )
+    table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 4))
+    picture = bars({name: found[name].kl for name in order if name != FLOAT})
+    return "\n".join([_wrapped(measured), "", table, _wrapped(note), "", "KL divergence:", picture])
+
+
+def bars(values: Mapping[str, float], width: int = 60) -> str:
+    """Draw numbers as bars of text, the largest of them `width` letters long."""
+    longest = max(values.values(), default=0.0) or 1.0
+    rows = [(name, "█" * max(1, round(width * value / longest)), f"{value:.4f}") for name, value in values.items()]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
 class _Clock:

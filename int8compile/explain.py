@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FunctionType
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo import eval_frame
-from torch._dynamo import convert_frame
-from torch._inductor import config as inductor_config
 from torch.fx import GraphModule
 
-from int8compile import cpu, hardware, roofline, triton_kernels
-from int8compile.backend import copy_graph, errors_unwrapped, rewrite_captured
+from int8compile import cpu, hardware, ops, roofline, triton_kernels
 from int8compile.config import Int8Config
-from int8compile.errors import FreedWeightError
+from int8compile.groups import make_d
+from int8compile.observation import Given, Linear, captured, check_not_freed, observed, plain, some_rows
+from int8compile.ops import column, reference
 from int8compile.passes import RULES, finite, matches
 from int8compile.passes.names import parameter_name
 from int8compile.report import Report, Site, SkipReason
-from int8compile.weights import FreedWeight
+from int8compile.weights import rotation_of_view
 
 
 def explain(
@@ -51,39 +48,42 @@ def explain(
     """
     if not isinstance(config, Int8Config):
         config = Int8Config.from_options(config)
-    model = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    model = plain(model)
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     parameters = dict(modules[""].named_parameters()) if modules else {}
-    for name, parameter in parameters.items():
-        if isinstance(parameter, FreedWeight):
-            raise FreedWeightError(
-                f"{name} has no float weight any more (free_weights=True), so the model cannot run in float. "
-                "Call explain() before compiling"
-            )
+    check_not_freed(parameters, "Call explain() before compiling")
     qualified = {id(parameter): name for name, parameter in parameters.items()}
     report = Report()
     used: set[int] = set()
     matched: set[str] = set()
     devices: set[torch.device] = set()
+    counts: dict[int, _Outliers] = collections.defaultdict(_Outliers)
+    rotations = _Rotations()
 
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        with errors_unwrapped():
-            found = rewrite_captured(copy_graph(gm), example_inputs, config, rules=(*RULES, finite))[1]
+        begin = 0  # Of its sites in the report, where it stands now.
+
+        def see(linear: Linear, given: Given) -> None:
+            counts[begin + order[id(linear.site)]].add(linear, given, rotations)
+
+        observing, found = observed(gm, example_inputs, config, (*RULES, finite), see)
+        order = {id(site): position for position, site in enumerate(found.sites)}
         # Of the paths that the rules saw, which begin at the graph's own module.
         matched.update(
             pattern for pattern in config.skip_modules if any(matches(pattern, site.path) for site in found.sites)
         )
         # Read now: Dynamo erases the sources afterwards.
         names = [parameter_name(node) for node in gm.graph.find_nodes(op="placeholder")]
-        seen: set[str] = set()
+        places: dict[str, int] = {}
         report.graphs += 1
 
         def run(*inputs: Any) -> Any:
             # One graph serves all modules of the same code, so where in the model it stands shows only at the call.
+            nonlocal begin
             tensors = [value for value in inputs if isinstance(value, Tensor)]
             prefix = _prefix(zip(names, inputs, strict=True), qualified)
-            if prefix not in seen:
-                seen.add(prefix)
+            if prefix not in places:
+                places[prefix] = len(report.sites)
                 report.activation_matmuls += found.activation_matmuls
                 report.notes += found.notes
                 report.sites += [
@@ -92,26 +92,17 @@ def explain(
                 ]
                 used.update(map(id, tensors))
                 devices.update(value.device for value in tensors)
-            return gm.forward(*inputs)
+            begin = places[prefix]
+            return observing(*inputs)
 
         return run
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
     # Only what is marked dynamic is a symbol. Dynamo would make one of each size that an earlier call had otherwise.
     static: Any = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-    # Parameters that Inductor is to freeze would be no inputs.
-    thawed: Any = inductor_config.patch(freezing=False)
-    with (
-        torch.no_grad(),
-        static,
-        thawed,
-        torch.random.fork_rng(),
-        _buffers_restored(model),
-        _dynamo_caches_dropped(),
-    ):
-        torch.compile(_with_code_of_its_own(call), backend=record)(*args, **kwargs)
+    with static, captured(model, record) as call:
+        call(*args, **kwargs)
+    for position, count in counts.items():
+        report.sites[position] = count.added_to(report.sites[position])
     report.sites += [
         _not_captured(name, owner, parameter)
         for name, parameter in parameters.items()
@@ -147,6 +138,63 @@ def _with_speed(site: Site, facts: hardware.Hardware) -> Site:
     return dataclasses.replace(site, pays=roofline.describe(int(k), int(n), rows, 2, facts))
 
 
+# Rows of a linear in which outliers are counted.
+_ROWS = 512
+
+
+class _Rotations:
+    """What linears would be rotated with; kept here, since a model that is explained is not changed."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Tensor] = {}
+
+    def of(self, given: Given, *, each: bool) -> tuple[Tensor, bool]:
+        """Return the d of a group, and whether it is calibrated."""
+        known = [rotation for member in given.group if (rotation := rotation_of_view(*member)) is not None]
+        if known:
+            first = min(known, key=lambda rotation: (not rotation.calibrated, rotation.number))
+            return first.d, first.calibrated
+        key = tuple((id(parameter), view) for parameter, view in given.among)
+        if key not in self._made:
+            self._made[key] = make_d([view.of(parameter) for parameter, view in given.among], each=each)
+        return self._made[key], False
+
+
+@dataclasses.dataclass
+class _Outliers:
+    """How many elements of a linear's activations do not fit in 8 bits."""
+
+    found: int = 0
+    elements: int = 0
+    calibrated: bool = False
+
+    def add(self, linear: Linear, given: Given, rotations: _Rotations) -> None:
+        """Count those of a call."""
+        if given.x.is_meta:
+            return
+        d = given.d
+        if given.group:
+            d, self.calibrated = rotations.of(given, each=linear.each)
+        if linear.op is ops.column_linear.default:
+            columns = column.outliers(given.x.detach().flatten(0, -2), linear.threshold).any(dim=0)
+            self.found += int(columns.count_nonzero())
+            self.elements += columns.numel()
+        elif linear.op in _ON_A_GRID and (d is None or d.dim() == 1):
+            x = some_rows(given.x, _ROWS)
+            _, q1 = reference.digits(reference.quantize_rows(x, d, linear.threshold).Q)
+            self.found += int(q1.count_nonzero())
+            self.elements += q1.numel()
+
+    def added_to(self, site: Site) -> Site:
+        """Return a site with what was found."""
+        share = self.found / self.elements if self.elements else None
+        return dataclasses.replace(site, outliers=share, calibrated=self.calibrated)
+
+
+# Operators whose activations have 8 bits, and outliers a second digit.
+_ON_A_GRID = (ops.linear.default, ops.batched_linear.default, ops.grouped_linear.default)
+
+
 def _prefix(given: Iterable[tuple[str, Any]], qualified: Mapping[int, str]) -> str:
     """Where in the model a graph lies: after a graph break in a submodule, its names begin at that submodule."""
     for name, value in given:
@@ -174,51 +222,3 @@ def _not_captured(name: str, owner: nn.Module, parameter: Tensor) -> Site:
         bytes_after=parameter.nbytes,
         reason=SkipReason.NOT_CAPTURED,
     )
-
-
-def _with_code_of_its_own(function: Any) -> FunctionType:
-    """A copy whose code Dynamo has never seen: it gives up on code that was compiled 256 times."""
-    code = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
-
-
-@contextlib.contextmanager
-def _buffers_restored(model: Any) -> Iterator[None]:
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    # The tensors, which forward may replace, and their values, which it may change.
-    tensors = [(module, dict(module._buffers)) for module in modules]
-    values = {
-        buffer: buffer.clone()
-        for _, buffers in tensors
-        for buffer in buffers.values()
-        if buffer is not None and not buffer.is_meta and not buffer.is_inference()
-    }
-    try:
-        yield
-    finally:
-        for module, buffers in tensors:
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values.items():
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def _dynamo_caches_dropped() -> Iterator[None]:
-    """Drops the cache entries that Dynamo makes meanwhile: they would count against the model's own recompile limit.
-
-    After a graph break the model's own functions get some. Where they had entries before, which are the user's, theirs
-    are kept and so ours stay.
-    """
-
-    def compiled() -> set[Any]:
-        codes = {code for ref in convert_frame.input_codes.seen if (code := ref()) is not None}
-        return {code for code in codes if eval_frame._debug_get_cache_entry_list(code)}
-
-    before = compiled()
-    try:
-        yield
-    finally:
-        for code in compiled() - before:
-            eval_frame.reset_code(code)

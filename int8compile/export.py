@@ -35,6 +35,7 @@ from int8compile.errors import ExportError, listed
 from int8compile.ops import dequantize_weight, pack_weight
 from int8compile.passes import (
     AttributeBinder,
+    inline_columns,
     int8_tensors,
     lower_for_cpu,
     lower_for_gpu,
@@ -45,9 +46,9 @@ from int8compile.passes.binding import WeightSlot
 from int8compile.passes.lower_gpu import has_int8_kernels
 from int8compile.passes.module_weights import module_weights
 from int8compile.passes.names import module_path
-from int8compile.passes.static import BUFFER
+from int8compile.passes.static import BUFFER, QUANTIZED
 from int8compile.report import Report, SkipReason
-from int8compile.weights import FREED, joined, quantize_checked, view_of_int8
+from int8compile.weights import FREED, STORE, joined, quantize_checked, view_of_int8
 
 if TYPE_CHECKING:
     from int8compile.triton_kernels.plan import Gpu
@@ -59,6 +60,9 @@ FORMS = ("fast", "portable")
 
 # What the options ask for; all else that stays in float is refused.
 _ASKED_FOR = {SkipReason.NAME, SkipReason.LM_HEAD, SkipReason.TIED, SkipReason.SMALL}
+
+# Key in the meta of nodes of tensors that a module holds in int8.
+_HELD = "int8compile_held"
 
 # Inductor's settings are of the process.
 _lock = threading.Lock()
@@ -224,6 +228,8 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     """
     tensors = _stored(module)
     held = int8_tensors(module.graph)
+    for node in held:
+        node.meta[_HELD] = True
     parameters = {node: value for node, value in tensors.items() if isinstance(value, nn.Parameter) or node in held}
     for node in module.graph.find_nodes(op="get_attr"):
         # What `forward` makes of numbers is a constant.
@@ -238,7 +244,8 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
     for node, _ in module_weights(module.graph):
         # A function that a compiler traces through, in the place of an operator that packages do not have.
-        node.target, node.args = dequantize_weight, node.args[:3]
+        node.target, node.args = dequantize_weight, node.args[:4]
+    inline_columns(module)
     if form == "portable":
         lower_portable(module)
     elif for_gpu:
@@ -247,16 +254,23 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
         lower_for_cpu(module, binder, parameters)
     module.graph.lint()
 
-    def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor]:
+    def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor, Tensor | None]:
+        group, d = slot.group, None
+        if group is not None and slot.members[0].scale is None:  # What is int8 already has the d that it has.
+            members, among = (
+                [(parameters[each.source], each.view) for each in part] for part in (group.members, group.among)
+            )
+            d = STORE.share(members, among, each=group.each)
         weights, scales = [], []
-        for source, view, path, scale in slot.members:
+        for source, view, path, scale, its_d in slot.members:
             if scale is None:
-                weight, rows = quantize_checked(parameters[source], view, path)
+                weight, rows = quantize_checked(parameters[source], view, path, d)
             else:
-                weight, rows = view_of_int8(parameters[source], parameters[scale], view)
+                given_d = None if its_d is None else parameters[its_d]
+                weight, rows, d = view_of_int8(parameters[source], parameters[scale], given_d, view)
             weights.append(pack_weight(weight) if slot.packed else weight)
             scales.append(rows)
-        return joined(weights, interleaved=slot.interleaved), joined(scales, interleaved=slot.interleaved)
+        return joined(weights, interleaved=slot.interleaved), joined(scales, interleaved=slot.interleaved), d
 
     binder.fill(quantized)
     module.recompile()
@@ -338,11 +352,15 @@ def _metadata(
 
     stored = {"int8": 0, "float": 0}
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    # The integers of a weight, its scales and what it is rotated with.
+    of_weights = {
+        str(node.target) for node in module.graph.find_nodes(op="get_attr") if {_HELD, QUANTIZED} & node.meta.keys()
+    }
     for name, each in tensors.items():
-        # Those of modules that `quantize_` made are called qweight and scale.
+        # A table that is read by rows, and by no linear.
         scale_of = tensors.get(f"{name.removesuffix('scale')}qweight") if name.endswith("scale") else None
         of_int8 = each.dtype == torch.int8 or (scale_of is not None and scale_of.dtype == torch.int8)
-        stored["int8" if of_int8 or name.startswith(AttributeBinder.PREFIX) else "float"] += each.nbytes
+        stored["int8" if of_int8 or name in of_weights else "float"] += each.nbytes
     return {
         "format": package.FORMAT,
         "int8compile": __version__,

@@ -11,6 +11,7 @@ int8compile is not installed, the package's own stub library checks the files th
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -76,12 +77,23 @@ class Package:
             *([("needs of the GPU", about["gpu"]["isa"])] if about.get("gpu") else []),
             ("int8 linears", "; variants ".join(filter(None, (_FORMS[about["form"]], " ".join(about["variants"]))))),
             ("weights", f"{readable(sizes['int8'])} in int8 with scales, {readable(sizes['float'])} in float"),
+            ("rotations", _rotations(about["report"]["sites"])),
             ("options", ", ".join(f"{name}={value!r}" for name, value in about["config"].items())),
             *(("input", f"{each['name']}: {_layout(each)}") for each in about["inputs"]),
             *(("output", _layout(each)) for each in about["outputs"]),
             *(("size", f"{name} from {low} to {high or 'any'}") for name, (low, high) in about["sizes"].items()),
         ]
         return "\n".join([tabulate(shortened(rows), tablefmt="plain"), "", about["explain"]])
+
+
+def _rotations(sites: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many linears in int8 mix how many elements of their activations with each other."""
+    # Packages of before there were rotations say nothing of them.
+    sizes = collections.Counter(int(site.get("rotation") or 1) for site in sites if site["rewritten"])
+    return ", ".join(
+        f"{count} {'linear' if count == 1 else 'linears'} {f'by {size}' if size > 1 else 'not rotated'}"
+        for size, count in sorted(sizes.items(), reverse=True)
+    )
 
 
 def _layout(tensor: Mapping[str, Any]) -> str:

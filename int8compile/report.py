@@ -76,6 +76,9 @@ class Site:
         detail: What the reason found, e.g. the pattern that matched.
         weight_only: Whether its weight is int8 and its activations keep the precision of float.
         rotation: How many elements of its activations are mixed with each other; 1 where they are not rotated.
+        calibrated: Whether that was made for such activations, see `int8compile.calibrate`.
+        outliers: The share of its activations that took more than 8 bits, or ran in float with outliers="column"; None
+            where that was not seen.
         pays: For which M int8 can be faster than float on this device, by its roofline; "" where that is not known.
     """
 
@@ -92,6 +95,8 @@ class Site:
     detail: str = ""
     weight_only: bool = False
     rotation: int = 1
+    calibrated: bool = False
+    outliers: float | None = None
     pays: str = ""
 
     @property
@@ -103,6 +108,12 @@ class Site:
     def runs_in(self) -> str:
         """What the site is computed in."""
         return "float" if not self.rewritten else "int8 weight" if self.weight_only else "int8"
+
+    def rotated(self) -> str:
+        """Return how its activations are rotated, "" where they are not."""
+        if self.rotation == 1:
+            return ""
+        return f"{self.rotation}, calibrated" if self.calibrated else f"{self.rotation}"
 
     def why(self) -> str:
         """The reason as a sentence, "" for a rewritten site."""
@@ -120,6 +131,8 @@ class Site:
             "rewritten": self.rewritten,
             "runs_in": self.runs_in,
             "rotation": self.rotation,
+            "calibrated": self.calibrated,
+            "outliers": self.outliers,
             "reason": self.why() or None,
             "reason_code": self.reason.name.lower() if self.reason else None,
             "pays": self.pays,
@@ -160,7 +173,11 @@ class Report:
         """Counts and bytes; a weight that several sites share is counted once."""
         before = {site.weight: site.weight_bytes for site in self.sites}
         # A weight that one site uses in float and another in int8 is there twice.
-        after = {(site.weight, site.layout): site.bytes_after for site in self.rewritten}
+        after: dict[tuple[str, str], int] = {}
+        for site in self.rewritten:
+            # One of those that share a d has its bytes.
+            key = (site.weight, site.layout)
+            after[key] = max(site.bytes_after, after.get(key, 0))
         after |= {(site.weight, ""): site.weight_bytes for site in self.skipped}
         return {
             "sites": len(self.sites),
@@ -208,13 +225,26 @@ class Report:
                 site.source,
                 " x ".join(site.shape),
                 site.runs_in,
+                site.rotated(),
+                "" if site.outliers is None else f"{site.outliers:.2%}",
                 readable(site.bytes_before),
                 readable(site.bytes_after),
                 site.pays,
             )
             for site in self.sites
         ]
-        header = ("module", "op", "source", "M x K x N", "runs in", "before", "after", "can be faster")
+        header = (
+            "module",
+            "op",
+            "source",
+            "M x K x N",
+            "runs in",
+            "rotated",
+            "outliers",
+            "before",
+            "after",
+            "can be faster",
+        )
         lines = [tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True), "", self.summary()]
         by_reason: dict[str, list[str]] = collections.defaultdict(list)
         for site in self.skipped:

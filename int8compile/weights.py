@@ -6,6 +6,7 @@ parameters, tied modules share one: so the int8 weight is looked up, at every ca
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -83,7 +84,8 @@ class _Rotations(dict[WeightView, Rotation]):
     """Those of a parameter by view. Pickles of a model do without: they must load where int8compile is not."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()
+        # One of the types that torch.load takes with weights_only=True.
+        return collections.OrderedDict, ()
 
 
 # The name of the attribute.
@@ -304,7 +306,10 @@ class WeightStore:
                 self._rotate(parameter, view, rotation)
 
     def _rotate(self, parameter: Tensor, view: WeightView, rotation: Rotation) -> None:
-        vars(parameter).setdefault(_ROTATIONS, _Rotations())[view] = rotation
+        rotations = vars(parameter).get(_ROTATIONS)
+        if not isinstance(rotations, _Rotations):  # Of a pickle there is another mapping.
+            rotations = vars(parameter)[_ROTATIONS] = _Rotations()
+        rotations[view] = rotation
         for key, weight in self.weights(parameter).items():
             if key.view == view and key.rotated and weight.d is not rotation.d:
                 weight.made_of.outdate()

@@ -8,20 +8,20 @@ if __name__ != "int8compile.passes":
 
 from int8compile.passes.binding import AttributeBinder, Binder, PlaceholderBinder
 from int8compile.passes.lower_cpu import lower_for_cpu
-from int8compile.passes.lower_gpu import EXACT_DIVISION, lower_for_gpu
-from int8compile.passes.lower_portable import lower_portable
+from int8compile.passes.lower_gpu import lower_for_gpu
+from int8compile.passes.lower_portable import inline_columns, lower_portable
 from int8compile.passes.pipeline import int8_tensors, may_multiply, rewrite_graph
 from int8compile.passes.rules import RULES, finite, matches
 from int8compile.passes.static import WeightView
 
 __all__ = [
-    "EXACT_DIVISION",
     "RULES",
     "AttributeBinder",
     "Binder",
     "PlaceholderBinder",
     "WeightView",
     "finite",
+    "inline_columns",
     "int8_tensors",
     "lower_for_cpu",
     "lower_for_gpu",

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +18,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from int8compile import hardware, ops
-from int8compile.ops import OUTLIER_POLICIES, digits
-from int8compile.ops.quantized import flattened
+from int8compile.ops import quantized
 from int8compile.passes.binding import Binder, Member, QuantizedNodes, WeightSlot
 from int8compile.passes.rewrite import NEEDS_GRAD
 from int8compile.passes.siblings import is_barrier, siblings
 from int8compile.passes.static import meta_tensor, traced, weight_view
 
-log = logging.getLogger(__name__)
 aten = torch.ops.aten
-
-# Inductor's division on GPUs is off by one unit at times, and quantization is defined with the correctly rounded one.
-EXACT_DIVISION = {"eager_numerics.division_rounding": True}
 
 _PARTS = 3
 # Each as Dynamo's graphs and as exported ones spell it.
@@ -38,11 +32,6 @@ _RELU = (F.relu, torch.relu, "relu", aten.relu.default)
 _SILU = (F.silu, aten.silu.default)
 _GELU = (F.gelu, aten.gelu.default)
 _MUL = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
-# Between a kernel and what reads it.
-_VIEWS = (
-    *(operator.getitem, "narrow", "view", "reshape", "flatten", "unflatten"),
-    *(aten.narrow.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int),
-)
 
 
 @dataclasses.dataclass
@@ -52,12 +41,10 @@ class Lowered:
     Attributes:
         products: Products with quantized activations.
         quantized: Activations that are quantized for them.
-        quantized_by_inductor: Those of them that Inductor quantizes.
     """
 
     products: int = 0
     quantized: int = 0
-    quantized_by_inductor: int = 0
 
 
 def lower_for_gpu(
@@ -102,11 +89,11 @@ def _held(
     for node in module.graph.nodes:
         if node.target is not ops.linear.default:
             continue
-        _, qweight, scale, *_ = node.args
+        _, qweight, scale, d, *_ = node.args
         weight = meta_tensor(qweight)  # None for a slot's.
         if qweight not in slots and weight is not None and is_gpu(weight.device):
             view = weight_view(weight, [0, 1], tuple(weight.shape))
-            held[qweight] = WeightSlot((Member(qweight, view, "", scale),), QuantizedNodes(qweight, scale))
+            held[qweight] = WeightSlot((Member(qweight, view, "", scale, d),), QuantizedNodes(qweight, scale, d))
     return held
 
 
@@ -116,24 +103,6 @@ def has_int8_kernels(device: torch.device) -> bool:
     return bool(hardware.kernel_family(isa)) and not hardware.weight_only(isa)
 
 
-def quantized_by_inductor(x: Node, threshold: float) -> tuple[bool, str]:
-    """Whether Inductor generates the quantization of an activation, and why.
-
-    What it generates it fuses with what makes the activation, usually a norm, which then is never written to memory,
-    nor rounded to 16 bit before it is quantized.
-    """
-    if threshold > 0:
-        return False, "lists of outliers and the exact sums that decide on them need a kernel of their own"
-    made_by: Any = x
-    while getattr(made_by, "target", None) in _VIEWS:
-        made_by = made_by.args[0]
-    if not isinstance(made_by, Node) or made_by.op not in ("call_function", "call_method"):
-        return False, "the activation comes from outside of the graph, there is nothing to fuse with"
-    if getattr(getattr(made_by, "target", None), "namespace", "") == "int8compile":
-        return False, "a kernel makes the activation, with which Inductor does not fuse"
-    return True, "without outliers it is a maximum and a rounding, which Inductor fuses with what makes the activation"
-
-
 class _Lowering:
     def __init__(self, module: GraphModule, binder: Binder, slots: Mapping[Node, WeightSlot]) -> None:
         self.done = Lowered()
@@ -141,7 +110,7 @@ class _Lowering:
         self._binder = binder
         self._slots = slots
         self._planned: list[tuple[Node, Callable[[], None]]] = []
-        self._quantized: dict[tuple[Node, float, str, torch.dtype, int], tuple[Node, ...]] = {}
+        self._quantized: dict[tuple[Node, Node | None, float, torch.dtype, int], list[Node]] = {}
         # What lies between two barriers may share what is computed there.
         self._stretch: dict[Node, int] = {}
         stretch = 0
@@ -171,10 +140,10 @@ class _Lowering:
         slot = self._binder.join(slots, interleaved=True)
         bias = None
         with self._graph.inserting_before(first):
-            if gate.args[3] is not None:
-                stacked = self._graph.call_function(torch.stack, ([gate.args[3], up.args[3]], 1))
+            if gate.args[4] is not None:
+                stacked = self._graph.call_function(torch.stack, ([gate.args[4], up.args[4]], 1))
                 bias = self._graph.call_method("flatten", (stacked,))
-            (y,) = self._product(first, slot, bias, digits.SILU_MUL, [slot.members[0].view.shape[0]])
+            (y,) = self._product(first, slot, bias, quantized.SILU_MUL, [slot.members[0].view.shape[0]])
         y.meta.update(mul.meta)
         mul.replace_all_uses_with(y)
         for node in (mul, silu, gate, up):
@@ -184,7 +153,7 @@ class _Lowering:
     def _lower_parts(self, nodes: Sequence[Node]) -> None:
         """One product for up to three linears of one activation."""
         first = nodes[0]
-        biases = [node.args[3] for node in nodes]
+        biases = [node.args[4] for node in nodes]
         bias: Any = biases[0]
         slots = self._slots_of(nodes)
         if len(nodes) == 1:
@@ -192,7 +161,7 @@ class _Lowering:
             activation, replaced = _activation(first)
         else:
             slot = self._binder.join(slots)
-            activation, replaced = digits.NONE, first
+            activation, replaced = quantized.NONE, first
         sizes = [member.view.shape[0] for member in slot.members]
         with self._graph.inserting_before(first):
             if bias is not None and len(nodes) > 1:
@@ -218,57 +187,37 @@ class _Lowering:
     ) -> list[Node]:
         """Appends a product of the activation that `at` reads; its results by parts, shaped as linears' are."""
         x: Any = at.args[0]
-        threshold, outliers = at.args[4:6]
-        assert isinstance(threshold, float)
-        assert isinstance(outliers, str)
+        d, threshold = cast("Node | None", at.args[3]), cast("float", at.args[5])
         dtype = traced(at).dtype
         graph = self._graph
-        activations = self._quantize(x, threshold, outliers, dtype, self._stretch[at])
+        q, rows = self._quantize(x, d, threshold, dtype, self._stretch[at])
         n0, n1 = (*sizes[:-1], 0, 0)[:2]
-        by_column = bool(OUTLIER_POLICIES.index(outliers))
         y = graph.call_function(
             ops.quantized_linear.default,
-            (*activations, *slot.nodes, bias, threshold, by_column, activation, n0, n1, dtype),
+            (q, rows, slot.nodes.qweight, slot.nodes.scale, bias, activation, n0, n1, dtype),
         )
         self.done.products += 1
         rank = traced(x).dim()
         # Sizes of rows may change from call to call, so they are read from the activation.
-        rows = [graph.call_method("size", (x, i)) for i in range(rank - 1)]
+        leading = [graph.call_method("size", (x, i)) for i in range(rank - 1)]
         if len(sizes) == 1:
-            return [y if rank == 2 else graph.call_method("view", (y, *rows, sizes[0]))]
-        m = graph.call_method("size", (activations[0], 1))
+            return [y if rank == 2 else graph.call_method("view", (y, *leading, sizes[0]))]
+        m = graph.call_method("size", (q, 1))
         results, begin = [], 0
         for size in sizes:
             length = graph.call_function(operator.mul, (m, size))
             part = graph.call_method("narrow", (y, 0, graph.call_function(operator.mul, (m, begin)), length))
-            results.append(graph.call_method("view", (part, *rows, size)))
+            results.append(graph.call_method("view", (part, *leading, size)))
             begin += size
         return results
 
-    def _quantize(self, x: Node, threshold: float, outliers: str, dtype: torch.dtype, stretch: int) -> tuple[Node, ...]:
-        key = (x, threshold, outliers, dtype, stretch)
+    def _quantize(self, x: Node, d: Node | None, threshold: float, dtype: torch.dtype, stretch: int) -> list[Node]:
+        key = (x, d, threshold, dtype, stretch)
         if key not in self._quantized:
-            by_inductor, why = quantized_by_inductor(x, threshold)
-            log.debug("%s is quantized by %s: %s", x, "Inductor" if by_inductor else "the kernel", why)
-            if by_inductor:
-                call = self._graph.call_function(quantize_without_outliers, (x, dtype))
-            else:
-                by_column = bool(OUTLIER_POLICIES.index(outliers))
-                call = self._graph.call_function(ops.quantize_rows.default, (x, threshold, by_column))
-            self._quantized[key] = tuple(self._graph.call_function(operator.getitem, (call, i)) for i in range(2))
+            call = self._graph.call_function(ops.quantize_rows.default, (x, d, threshold))
+            self._quantized[key] = [self._graph.call_function(operator.getitem, (call, i)) for i in range(2)]
             self.done.quantized += 1
-            self.done.quantized_by_inductor += by_inductor
         return self._quantized[key]
-
-
-def quantize_without_outliers(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """`quantize_rows` with threshold 0 in PyTorch operators, for Inductor to generate.
-
-    Args:
-        x: [..., K].
-        dtype: What the linear computes in: under autocast, which does not know this function, x may be of another.
-    """
-    return tuple(digits.quantize_rows(flattened(x.to(dtype)), 0.0, "row"))
 
 
 def _gated(nodes: Sequence[Node]) -> Iterator[tuple[Node, Node, Node, Node]]:
@@ -295,14 +244,14 @@ def _alone(node: Node) -> bool:
 
 def _activation(node: Node) -> tuple[int, Node]:
     """The activation function that alone reads a linear, and its node; NONE and the linear if there is none."""
-    for number, targets in ((digits.RELU, _RELU), (digits.SILU, _SILU), (digits.GELU, _GELU)):
+    for number, targets in ((quantized.RELU, _RELU), (quantized.SILU, _SILU), (quantized.GELU, _GELU)):
         user = _only_user(node, targets)
         if user is None or user.args[1:]:
             continue
-        if number == digits.GELU and user.kwargs.get("approximate", "none") == "tanh":
-            number = digits.GELU_TANH
+        if number == quantized.GELU and user.kwargs.get("approximate", "none") == "tanh":
+            number = quantized.GELU_TANH
         return number, user
-    return digits.NONE, node
+    return quantized.NONE, node
 
 
 def _only_user(node: Node, targets: Sequence[object]) -> Node | None:

@@ -14,7 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from int8compile import ops
-from int8compile.ops import SUPPORTED_DTYPES, portable, reference
+from int8compile.ops import SUPPORTED_DTYPES, portable, quantized, reference
+from int8compile.ops.column import column_linear
 from int8compile.passes.siblings import is_barrier
 
 
@@ -24,25 +25,31 @@ def lower_portable(module: GraphModule) -> None:
     Args:
         module: A rewritten graph. `grouped_linear`, which depends on values, stays.
     """
-    quantized: dict[tuple[Any, ...], tuple[Node, Node]] = {}
+    activations: dict[tuple[Any, ...], tuple[Node, Node]] = {}
     graph = module.graph
     for node in list(graph.nodes):
         if is_barrier(node):
-            quantized.clear()
+            activations.clear()
         if node.target is ops.linear.default:
-            x, qweight, scale, bias, threshold, outliers = node.args
-            key = (x, threshold, outliers)
-            if key not in quantized:
+            x, qweight, scale, d, bias, threshold = node.args
+            key = (x, d, threshold)
+            if key not in activations:
                 with graph.inserting_before(node):
-                    call = graph.call_function(_quantize_rows, key)
-                    planes, rows = (graph.call_function(operator.getitem, (call, i)) for i in range(2))
-                quantized[key] = planes, rows
+                    call = graph.call_function(_quantized, key)
+                    q, rows = (graph.call_function(operator.getitem, (call, i)) for i in range(2))
+                activations[key] = q, rows
             node.target = _quantized_linear
-            node.args = (*quantized[key], qweight, scale, bias, x)
+            node.args = (*activations[key], qweight, scale, bias, x)
         elif node.target is ops.batched_linear.default:
             node.target = _batched_linear
         elif node.target is ops.weight_only_linear.default:
             node.target = _weight_only_linear
+
+
+def inline_columns(module: GraphModule) -> None:
+    """Replace `column_linear`, for which a package has no kernel, by its definition, in place."""
+    for node in module.graph.find_nodes(op="call_function", target=ops.column_linear.default):
+        node.target = _column_linear
 
 
 def _without_autocast(compute: Callable[..., Any], position: int) -> Callable[..., Any]:
@@ -67,7 +74,8 @@ def _without_autocast(compute: Callable[..., Any], position: int) -> Callable[..
     return call
 
 
-_quantize_rows = _without_autocast(portable.quantize_rows, 0)
+_quantized = _without_autocast(quantized.quantize, 0)
 _quantized_linear = _without_autocast(portable.quantized_linear, -1)
 _batched_linear = _without_autocast(portable.batched_linear, 0)
 _weight_only_linear = _without_autocast(reference.weight_only_linear, 0)
+_column_linear = _without_autocast(column_linear, 0)

@@ -155,7 +155,9 @@ def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Bind
         each = alone and not reads_tokens(site.path)
         # A bare parameter has its own name in the path.
         own = alone or names.parameter_name(site.static.source) != f"{site.path}.weight"
-        key = (group_of(site.path, own=own), view if own else view.shape[-1]) if rotated else None
+        # Parts of one matrix, as of q, k and v, may read one x; several matrices are those of layers or of experts.
+        several = alone or (own and traced(site.static.source).dim() > 2)
+        key = (group_of(site.path, own=own), view if several else view.shape[-1]) if rotated else None
         return binder.bind(Member(site.static.source, view, site.path), key, site.x, each=each)
     qweight, scale, d, _ = site.held
     if site.held.is_all(view) and (not config.free_weights or site.held.is_changed()):

@@ -84,11 +84,6 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
   if (threads_y != 1 || threads_z != 1 || extra || int(shared) > kernel.shared) return 1;
   return start(kernel.image.c_str(), kernel.name.c_str(), grid, threads, shared, arguments);
 }
-int cuMemsetD32Async(unsigned long long address, unsigned value, size_t count, void*) {
-  if (!current) return INVALID_CONTEXT;
-  for (size_t i = 0; i < count; ++i) std::memcpy(reinterpret_cast<char*>(address) + 4 * i, &value, 4);
-  return 0;
-}
 // What it is asked for, as numbers.
 int cuTensorMapEncodeTiled(uint64_t* map, int dtype, uint32_t rank, void* address, const uint64_t* sizes,
                            const uint64_t* strides, const uint32_t* tile, const uint32_t* steps, int interleave,

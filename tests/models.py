@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from int8compile.backend import int8
+from int8compile.ops import column_linear, input_scales, linear, quantize_weight, rotation_of, rotation_size
 
 
 class Block(nn.Module):
@@ -52,6 +53,38 @@ class CountingBackend:
     @property
     def compiler_fn(self) -> Callable[..., object]:
         return int8
+
+
+def rotation_from(*weights: Tensor) -> Tensor | None:
+    """The d of weights that share one, without calibration; None where K has few factors of two."""
+    return rotation_of(input_scales(weights)) if rotation_size(weights[0].shape[-1]) > 1 else None
+
+
+# Linears that stand alone: they read what no other linear of their parent reads.
+_ALONE = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "to_out")
+
+
+def rotations(model: nn.Module) -> dict[nn.Module, Tensor | None]:
+    """The d of each linear of a model: one for linears of a parent that have as many inputs."""
+    groups: dict[tuple[str, int], list[nn.Linear]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            group = path if name in _ALONE or name.isdigit() else parent
+            groups.setdefault((group, module.in_features), []).append(module)
+    return {part: rotation_from(*(each.weight for each in group)) for group in groups.values() for part in group}
+
+
+def by_operator(part: nn.Linear, x: Tensor, d: Tensor | None, threshold: float | None = None) -> Tensor:
+    """A linear through the operator, in eager mode: what a compiled one must equal."""
+    if threshold is None:
+        threshold = 6.0 if d is None else 12.0
+    return linear(x, *quantize_weight(part.weight, d), d, part.bias, threshold)
+
+
+def by_column(part: nn.Linear, x: Tensor, threshold: float = 6.0) -> Tensor:
+    """The same in the column policy."""
+    return column_linear(x, *quantize_weight(part.weight, None), part.bias, threshold)
 
 
 @contextlib.contextmanager

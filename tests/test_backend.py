@@ -18,18 +18,42 @@ from torch import Tensor, nn
 
 import int8compile
 from int8compile import cpu
-from int8compile.ops import packed_shape, quantize_weight
+from int8compile.ops import packed_shape
 from int8compile.weights import STORE
-from tests.models import INT8_ERROR, CountingBackend, Stack, relative_error
+from tests.models import (
+    INT8_ERROR,
+    CountingBackend,
+    Stack,
+    by_column,
+    by_operator,
+    relative_error,
+    rotation_from,
+    rotations,
+)
+
+# The d of each linear of a model.
+Rotations = dict[nn.Module, Tensor | None]
 
 
-def reference(model: Stack, x: Tensor, threshold: float = 6.0, outliers: str = "row") -> Tensor:
-    """The stack through the operators, in eager mode: what the compiled model must equal."""
+def reference(
+    model: Stack, x: Tensor, threshold: float | None = None, *, rotated: Rotations | None = None, columns: bool = False
+) -> Tensor:
+    """The stack through the operators, in eager mode: what the compiled model must equal.
+
+    Args:
+        model: The stack.
+        x: Its input.
+        threshold: That of the options.
+        rotated: The d of each linear, where it was made of other weights.
+        columns: Whether in the column policy.
+    """
+    d = rotations(model) if rotated is None else rotated
+
+    def product(part: nn.Linear, x: Tensor) -> Tensor:
+        return by_column(part, x, threshold or 6.0) if columns else by_operator(part, x, d[part], threshold)
+
     for layer in model.layers:
-        up = torch.ops.int8compile.linear(x, *quantize_weight(layer.up.weight), layer.up.bias, threshold, outliers)
-        x = x + torch.ops.int8compile.linear(
-            torch.relu(up), *quantize_weight(layer.down.weight), layer.down.bias, threshold, outliers
-        )
+        x = x + product(layer.down, torch.relu(product(layer.up, x)))
     return x
 
 
@@ -73,16 +97,33 @@ int8compile.backend.register()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("outliers", ["row", "column"])
-@pytest.mark.parametrize("threshold", [0.0, 2.0, 6.0])
-def test_equals_the_operators_bit_by_bit(outliers: str, threshold: float) -> None:
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("threshold", [None, 0.0, 2.0, 12.0])
+def test_equals_the_operators_bit_by_bit(threshold: float | None, rotate: bool) -> None:
     """Options reach the operators, and what Inductor generates around them changes nothing."""
     model, x = Stack(), torch.randn(6, 32)
-    x[2, 3] = 9.0
-    options = {"outliers": outliers, "threshold": threshold}
+    x[2, 3] = 90.0
+    options = {"threshold": threshold, "rotate": rotate}
     actual = torch.compile(model, backend="int8", fullgraph=True, options=options)(x)
-    assert torch.equal(actual, reference(model, x, threshold, outliers))
+    rotated = None if rotate else dict.fromkeys(model.modules())
+    assert torch.equal(actual, reference(model, x, threshold, rotated=rotated))
+    # Where nothing is rotated and all has 8 bits, the outlier takes the other elements' precision.
+    assert 0 < relative_error(actual[:2], model(x)[:2]) < INT8_ERROR
+    if threshold == 2.0:
+        assert not torch.equal(actual, reference(model, x, rotated=rotated))
+
+
+@pytest.mark.parametrize("threshold", [None, 2.0])
+def test_columns_are_those_of_the_operator(threshold: float | None) -> None:
+    """Bit for bit; nothing is rotated."""
+    model, x = Stack(), torch.randn(6, 32)
+    x[2, 3] = 9.0
+    options = {"outliers": "column", "threshold": threshold}
+    actual = torch.compile(model, backend="int8", fullgraph=True, options=options)(x)
+    assert torch.equal(actual, reference(model, x, threshold, columns=True))
     assert 0 < relative_error(actual, model(x)) < INT8_ERROR
+    for parameter in model.parameters():
+        assert all(weight.d is None for weight in STORE.weights(parameter).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -194,8 +235,7 @@ def test_autocast(inside: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
         actual = compiled(x)
     assert actual.dtype == torch.bfloat16
-    expected = torch.ops.int8compile.linear(x.bfloat16(), *quantize_weight(model.weight), model.bias, 6.0, "row")
-    assert torch.equal(actual, expected)
+    assert torch.equal(actual, by_operator(model, x.bfloat16(), rotation_from(model.weight)))
 
 
 def test_autocast_with_an_addend() -> None:
@@ -231,8 +271,7 @@ def test_sizes_that_depend_on_data() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         call = torch.compile(lambda x: model(x[x[:, 0] > 0]), backend="int8", fullgraph=True)
         actual = call(x)
-    expected = torch.ops.int8compile.linear(x[x[:, 0] > 0], *quantize_weight(model.weight), model.bias, 6.0, "row")
-    assert torch.equal(actual, expected)
+    assert torch.equal(actual, by_operator(model, x[x[:, 0] > 0], rotation_from(model.weight)))
 
 
 def test_a_graph_without_inputs() -> None:
@@ -306,8 +345,10 @@ def test_the_compiled_code_has_no_float_weight_and_no_symbolic_weight() -> None:
     assert sorted(arguments) == sorted(
         [
             ("(4, 32)", "float32"),  # x
-            *(weight_argument(64, 32), ("(64, )", "float32"), ("(64, )", "float32")),  # up: int8, scale, bias
-            *(weight_argument(32, 64), ("(32, )", "float32"), ("(32, )", "float32")),  # down
+            # up: int8, scale, d, bias
+            *(weight_argument(64, 32), ("(64, )", "float32"), ("(32, )", "float32"), ("(64, )", "float32")),
+            # down
+            *(weight_argument(32, 64), ("(32, )", "float32"), ("(64, )", "float32"), ("(32, )", "float32")),
         ]
     )
     # x's rows are a symbol; the weights' sizes are numbers.
@@ -318,6 +359,8 @@ def test_the_compiled_code_has_no_float_weight_and_no_symbolic_weight() -> None:
 BAD_INPUTS: list[tuple[str, type[Exception], dict, str]] = [
     ("unknown option", int8compile.ConfigError, {"treshold": 3}, "did you mean 'threshold'"),
     ("negative threshold", int8compile.ConfigError, {"threshold": -3}, "threshold=-3: give a finite number"),
+    ("small threshold", int8compile.ConfigError, {"threshold": 0.5}, "threshold=0.5: it counts in mean magnitudes"),
+    ("rotate", int8compile.ConfigError, {"rotate": "yes"}, "rotate='yes': give True or False"),
     ("NaN threshold", int8compile.ConfigError, {"threshold": float("nan")}, "threshold=nan: give a finite number"),
     ("unknown Inductor option", int8compile.ConfigError, {"inductor": {"freezin": 1}}, "did you mean 'freezing'"),
 ]
@@ -407,7 +450,7 @@ def test_only_what_is_inside_vmap_stays_in_float() -> None:
 
     actual = torch.compile(run, backend="int8", fullgraph=True)(x)
     up = model.layers[0].up
-    expected = torch.ops.int8compile.linear(x, *quantize_weight(up.weight), up.bias, 6.0, "row")
+    expected = by_operator(up, x, rotation_from(up.weight))
     torch.testing.assert_close(actual, up(x) + expected)
     sites = int8compile.explain(run, x).sites
     assert [site.reason for site in sites] == [int8compile.SkipReason.ACTIVATION, None]

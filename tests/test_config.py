@@ -7,7 +7,16 @@ from int8compile import ConfigError, Int8Config
 
 def test_defaults_are_the_specification() -> None:
     config = Int8Config()
-    assert (config.threshold, config.outliers, config.lm_head) == (6.0, "row", "native")
+    assert (config.threshold, config.outliers, config.rotate, config.lm_head) == (None, "row", True, "native")
+    assert (config.threshold_of(rotated=True), config.threshold_of(rotated=False)) == (12.0, 6.0)
+    assert Int8Config(threshold=3).threshold_of(rotated=True) == 3.0
+
+
+def test_columns_are_those_of_x_itself() -> None:
+    assert Int8Config().rotates
+    assert not Int8Config(rotate=False).rotates
+    assert not Int8Config(outliers="column").rotates
+    assert Int8Config(outliers="column", threshold=0.5).threshold == 0.5  # Absolute there.
 
 
 @pytest.mark.parametrize(
@@ -20,6 +29,8 @@ def test_defaults_are_the_specification() -> None:
         ({"threshold": float("inf")}, "threshold=inf"),
         ({"threshold": "6"}, "threshold='6'"),
         ({"threshold": True}, "threshold=True"),
+        ({"threshold": 0.5}, r"threshold=0.5: it counts in mean magnitudes of a row.*Give a number >= 1"),
+        ({"rotate": 1}, "rotate=1: give True or False"),
         ({"outliers": "col"}, "did you mean 'column'"),
         ({"lm_head": "float"}, "allowed are 'native', 'int8_weight', 'int8'"),
         ({"skip_modules": "lm_head"}, r"give a list of patterns, e.g. \['lm_head'\]"),

@@ -14,6 +14,8 @@ from torch._C._dynamo import eval_frame
 import int8compile
 from int8compile import Int8Config, SkipReason, cpu, hardware, roofline, triton_kernels
 from int8compile.explain import kernel_of
+from int8compile.groups import make_d
+from int8compile.ops import reference
 from int8compile.passes import rules
 from int8compile.weights import STORE
 from tests.models import Block, CountingBackend, Stack
@@ -59,7 +61,8 @@ def test_a_row_for_every_site() -> None:
         "activation_matmuls": 2,
         "graphs": 1,
         "bytes_before": 4 * (4 * 64 * 32 + 4 * 32 + 64 * 32),
-        "bytes_after": 4 * 64 * 32 + 4 * 2 * (64 + 32) + 4 * (4 * 32 + 64 * 32),
+        # Of each block, scales for 64 + 32 outputs and d for 32 + 64 inputs.
+        "bytes_after": 4 * 64 * 32 + 4 * 2 * 2 * (64 + 32) + 4 * (4 * 32 + 64 * 32),
     }
 
 
@@ -111,6 +114,8 @@ def test_nothing_is_left_behind_and_nothing_runs_twice() -> None:
     assert STORE.quantized == quantized
     assert set(vars(model)) == attributes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    kept = {name for parameter in model.parameters() for name in vars(parameter)}
+    assert not any("int8compile" in name for name in kept), "what they are rotated with is decided when they are int8"
     assert eval_frame._debug_get_cache_entry_list(Model.forward.__code__) == []
     assert torch.is_grad_enabled()
     assert model.router.weight.requires_grad
@@ -189,6 +194,64 @@ def test_functions_keyword_arguments_and_configs() -> None:
         int8compile.explain(call, torch.randn(2, 32), scale=2.0, config={"min_feature": 3})
 
 
+def share(x: Tensor, weight: Tensor, threshold: float, *, rotate: bool) -> float:
+    """The share of outliers among the activations of a linear alone."""
+    d = make_d([weight.detach()]) if rotate else None
+    return float(reference.digits(reference.quantize_rows(x, d, threshold).Q)[1].ne(0).float().mean())
+
+
+@pytest.mark.parametrize(("config", "threshold"), [({}, 12.0), ({"rotate": False}, 6.0), ({"threshold": 2.0}, 2.0)])
+def test_outliers_are_counted_as_they_will_be(config: dict[str, object], threshold: float) -> None:
+    model, x = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 48)), torch.randn(40, 256)
+    x[::3, 7] = 200.0
+    report = int8compile.explain(model, x, config=config)
+    rotate = "rotate" not in config
+    assert [site.rotation for site in report.sites] == ([128, 64] if rotate else [1, 1])
+    inner = model[1](model[0](x)).detach()
+    expected = [share(given, model[i].weight, threshold, rotate=rotate) for i, given in ((0, x), (2, inner))]
+    assert [site.outliers for site in report.sites] == pytest.approx(expected)
+    assert (expected[0] > 0) is (not rotate or threshold == 2.0)
+    (line,) = [line for line in str(report).splitlines() if line.startswith("0 ")]
+    assert f"  {expected[0]:.2%}  " in line
+    assert report.to_dict()["sites"][0]["outliers"] == report.sites[0].outliers
+
+
+def test_columns_that_run_in_float_are_counted() -> None:
+    x = torch.randn(2, 5, 64).clamp(-5, 5)
+    x[0, 1, 7], x[1, 3, 7], x[1, 0, 9] = 6.0, 8.0, torch.inf
+    (site,) = int8compile.explain(nn.Linear(64, 32), x, config={"outliers": "column"}).sites
+    assert (site.rotation, site.outliers) == (1, 2 / 64)
+
+
+def test_int8_weights_alone_have_no_outliers() -> None:
+    model = nn.ModuleDict({"lm_head": nn.Linear(64, 32)})
+
+    def call(x: Tensor) -> Tensor:
+        return model["lm_head"](x)
+
+    (site,) = int8compile.explain(call, torch.randn(4, 64), config={"lm_head": "int8_weight"}).sites
+    assert site.weight_only
+    assert site.outliers is None
+
+
+def test_calibrated_sites_are_marked() -> None:
+    model, x = Stack(), torch.randn(64, 32)
+    int8compile.calibrate(model.layers[0], [x], progress=False)
+    report = int8compile.explain(model, x)
+    assert [site.calibrated for site in report.sites] == [True, True, False, False]
+    assert [site.rotated() for site in report.sites] == ["32, calibrated", "64, calibrated", "32", "64"]
+    assert report.to_dict()["sites"][0]["calibrated"] is True
+
+
+def test_a_module_that_is_int8_runs_as_it_is() -> None:
+    model, x = Stack(), torch.randn(64, 32)
+    int8compile.quantize_(model.layers[0], progress=False)
+    report = int8compile.explain(model, x, config={"free_weights": True})
+    assert [site.rewritten for site in report.sites] == [True] * 4
+    assert all(site.outliers is not None for site in report.sites)
+    assert [site.rotation for site in report.sites] == [32, 64, 32, 64]
+
+
 class Breaking(nn.Module):
     """Breaks the graph inside a submodule inside a loop, after which Dynamo leaves the outer function to Python."""
 
@@ -226,6 +289,7 @@ def test_after_graph_breaks_paths_are_whole_and_lost_linears_are_named() -> None
         ("last", SkipReason.NOT_CAPTURED),
     ]
     assert report.graphs == 2
+    assert [site.outliers is not None for site in report.sites] == [True] * 4 + [False]
     for code in (Breaking.forward.__code__, Breaking.Part.forward.__code__):
         assert eval_frame._debug_get_cache_entry_list(code) == []
 
@@ -234,7 +298,8 @@ def test_a_model_on_the_meta_device() -> None:
     """What a model that does not fit in memory would take."""
     report = int8compile.explain(Stack().to("meta"), torch.randn(4, 32, device="meta"))
     assert len(report.rewritten) == 4
-    assert report.totals()["bytes_after"] == 4 * 64 * 32 + 4 * 2 * (64 + 32)
+    assert report.totals()["bytes_after"] == 4 * 64 * 32 + 4 * 2 * 2 * (64 + 32)
+    assert [(site.rotation, site.outliers) for site in report.sites] == [(32, None), (64, None)] * 2
 
 
 def test_symbolic_rows() -> None:

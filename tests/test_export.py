@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +22,7 @@ from torch.export import Dim
 import int8compile
 from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, aot, cli, cpu, package
 from int8compile.cli import main
+from tests.models import by_column
 from tests.test_modules import int8_experts
 
 export_module = sys.modules["int8compile.export"]
@@ -47,7 +49,7 @@ class Several(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts = nn.Parameter(torch.randn(3, 64, 32))
+        self.experts = nn.Parameter(torch.randn(3, 64, 32) / 4)
         self.lm_head = nn.Linear(32, 96, bias=False)
         self.register_buffer("calls", torch.zeros(1))
 
@@ -90,6 +92,13 @@ def block(folder: Path) -> tuple[Block, Path, int8compile.Report]:
     return model, path, report
 
 
+def generated(path: Path) -> str:
+    """The C++ that calls the kernels."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
+        return archive.read(name).decode()
+
+
 @torch.no_grad()
 def compiled(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
     torch._dynamo.reset()
@@ -108,9 +117,7 @@ def test_a_package_computes_what_torch_compile_does(block: Any) -> None:
 
 def test_generated_code_calls_the_kernels_and_stores_no_float_weight(block: Any) -> None:
     _, path, _ = block
-    with zipfile.ZipFile(path) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
-        source = archive.read(name).decode()
+    source = generated(path)
     for function in ("packed_linear_triple_no_grad", "packed_linear_pair_no_grad", "packed_linear_no_grad"):
         assert f"ERROR_CODE_CHECK(aoti_torch_cpu_{function}(" in source
     assert "proxy_executor->" not in source  # nothing goes through the dispatcher
@@ -118,6 +125,9 @@ def test_generated_code_calls_the_kernels_and_stores_no_float_weight(block: Any)
     stored = int8compile.inspect(path).metadata["bytes"]
     # Biases: three of q, k and v and one of down.
     assert stored["float"] == 4 * 512 * 4
+    # Scales; and one d for q, k and v with gate and up, which have as many inputs, and one for down.
+    weights, outputs = 3 * 512 * 512 + 3 * 512 * 1024, 4 * 512 + 2 * 1024
+    assert stored["int8"] == weights + 4 * (outputs + 512 + 1024)
     code = 4 * 2**20
     assert path.stat().st_size <= 1.1 * stored["int8"] + stored["float"] + code
 
@@ -218,13 +228,16 @@ def test_a_quantized_model_makes_the_same_package(block: Any, folder: Path) -> N
     assert len(report.rewritten) == 6
     x = outlying(2, 5, 512)
     assert aoti_load_package(str(other))(x).equal(aoti_load_package(str(path))(x))
-    assert int8compile.inspect(other).metadata["bytes"] == int8compile.inspect(path).metadata["bytes"]
+    found, expected = (int8compile.inspect(each).metadata for each in (other, path))
+    assert found["bytes"] == expected["bytes"]
+    assert [site["rotation"] for site in found["report"]["sites"]] == [128] * 6
+    assert "6 linears by 128" in str(int8compile.inspect(other))
 
 
 def test_batched_and_weight_only_linears_and_buffers_that_change(folder: Path) -> None:
     model = Several().eval()
     path = folder / "several.pt2"
-    config = {"lm_head": "int8_weight", "outliers": "column"}
+    config = {"lm_head": "int8_weight"}
     x = outlying(3, 5, 64)
     report = int8compile.export(model, (x,), path, config=config)
     assert {site.op: site.weight_only for site in report.sites} == {"bmm": False, "linear": True}
@@ -233,6 +246,33 @@ def test_batched_and_weight_only_linears_and_buffers_that_change(folder: Path) -
     for call in (1, 2, 3):
         assert loaded(x).equal(compiled(model, x, **config))
         assert model.calls.item() == call  # by `compiled`: the package has its own
+
+
+def test_columns_are_compiled_from_their_definition(folder: Path) -> None:
+    """A package has no kernel for them, and does not need any."""
+    model, path = Block(64).eval(), folder / "columns.pt2"
+    x = outlying(2, 5, 64)
+    shapes = ({0: Dim("batch", min=1, max=8), 1: Dim("sequence", min=1, max=64)},)
+    config = {"outliers": "column"}
+    report = int8compile.export(model, (x,), path, dynamic_shapes=shapes, config=config)
+    assert len(report.rewritten) == 6
+    source = generated(path)
+    assert not re.search(r"ERROR_CODE_CHECK\(aoti_torch_cpu_\w*_linear|proxy_executor->", source)
+    assert "int8_0_qweight" in source
+    assert "gate_weight" not in source
+    loaded = aoti_load_package(str(path))
+    for size in ((2, 5), (1, 1), (8, 64)):
+        x = outlying(*size, 64)
+        # The outlier column is multiplied in float, by code that is compiled for other sizes.
+        torch.testing.assert_close(loaded(x), compiled(model, x, **config), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loaded(x), in_columns(model, x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def in_columns(model: Block, x: Tensor) -> Tensor:
+    """The block through the operators, in eager mode."""
+    mixed = torch.softmax(by_column(model.q, x) * by_column(model.k, x), dim=-1) * by_column(model.v, x)
+    return by_column(model.down, torch.relu(by_column(model.gate, mixed)) * by_column(model.up, mixed))
 
 
 @pytest.mark.slow
@@ -265,9 +305,7 @@ def test_the_portable_form_computes_the_same(config: dict[str, Any], folder: Pat
     x = outlying(7, 64)
     path = folder / "portable.pt2"
     int8compile.export(model, (x,), path, config=config, form="portable")
-    with zipfile.ZipFile(path) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
-        assert "ERROR_CODE_CHECK(aoti_torch_cpu_packed" not in archive.read(name).decode()
+    assert "ERROR_CODE_CHECK(aoti_torch_cpu_packed" not in generated(path)
     expected = compiled(model, x, **config)
     # Outliers are rounded to 22 bits below the power of two above the row's largest.
     torch.testing.assert_close(aoti_load_package(str(path))(x), expected, rtol=0, atol=1e-3)
@@ -393,30 +431,34 @@ def test_a_tied_table_in_int8_is_stored_once(lm_head: str, folder: Path) -> None
     ids = torch.tensor([[3, 0, 4095]])
     int8compile.export(model, (ids,), path)
     assert torch.equal(aoti_load_package(str(path))(ids), model(ids))
-    assert int8compile.inspect(path).metadata["bytes"]["int8"] == 4096 * (64 + 4) + 64 * (64 + 4)
+    assert int8compile.inspect(path).metadata["bytes"]["int8"] == 4096 * (64 + 4) + 64 * (64 + 4) + 4 * 64
 
 
 class Mixture(nn.Module):
     """Experts that `quantize_` made, and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, rotated: str = "together") -> None:
         super().__init__()
-        self.experts = int8_experts()
+        self.experts = int8_experts(rotated)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         result: Tensor = self.experts(x, ends)
         return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_experts_in_int8(dtype: torch.dtype, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("rotated", "dtype", "d"),
+    [("together", torch.float32, 48), ("each", torch.bfloat16, 3 * 48), ("not", torch.bfloat16, 0)],
+)
+def test_experts_in_int8(rotated: str, dtype: torch.dtype, d: int, folder: Path) -> None:
     """Each row by its expert: none for some, and rows of no expert, which give zeros."""
-    model, x = Mixture().eval(), outlying(9, 40, dtype=dtype)
+    model, x = Mixture(rotated).eval(), outlying(9, 48, dtype=dtype)
     path = folder / "mixture.pt2"
     shapes = ({0: Dim("rows", min=1, max=64)}, {})
     ends = torch.tensor([2, 5, 9], dtype=torch.int32)
     report = int8compile.export(model, (x, ends), path, dynamic_shapes=shapes)
-    assert [site.op for site in report.rewritten] == ["grouped_linear"]
+    assert [(site.op, site.rotation) for site in report.rewritten] == [("grouped_linear", 16 if d else 1)]
+    assert int8compile.inspect(path).metadata["bytes"] == {"int8": 3 * 24 * (48 + 4) + 4 * d, "float": 0}
     loaded = aoti_load_package(str(path))
     for each in ([2, 5, 9], [0, 0, 9], [0, 4, 6], [0, 0, 0]):
         ends = torch.tensor(each, dtype=torch.int32)
@@ -428,7 +470,7 @@ def test_experts_in_int8(dtype: torch.dtype, folder: Path) -> None:
 
 
 def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:
-    inputs = torch.randn(9, 40), torch.tensor([2, 5, 9], dtype=torch.int32)
+    inputs = torch.randn(9, 48), torch.tensor([2, 5, 9], dtype=torch.int32)
     with pytest.raises(ExportError, match=r"^experts calls int8compile::grouped_linear, for which there is no kernel"):
         int8compile.export(Mixture().eval(), inputs, tmp_path / "m.pt2", form="portable")
 

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from int8compile.ops import linear, pack_weight, packed_shape, quantize_weight, weight_only_linear
 from int8compile.weights import STORE, FreedWeight, QuantizedWeight
 from tests.implementations import needs_kernel, profiled
-from tests.models import INT8_ERROR, CountingBackend, relative_error
+from tests.models import (
+    INT8_ERROR,
+    CountingBackend,
+    by_column,
+    by_operator,
+    relative_error,
+    rotation_from,
+    rotations,
+)
 
 pytestmark = needs_kernel
 
@@ -34,16 +42,37 @@ class Siblings(nn.Module):
     def __init__(self, outputs: Sequence[int] = (48, 20, 33), bias: bool | Sequence[bool] = True) -> None:
         super().__init__()
         biases = [bias] * len(outputs) if isinstance(bias, bool) else bias
-        self.parts = nn.ModuleList(nn.Linear(32, n, bias=has) for n, has in zip(outputs, biases, strict=True))
+        for i, (n, has) in enumerate(zip(outputs, biases, strict=True)):
+            self.add_module(f"part{i}", nn.Linear(32, n, bias=has))
         self.requires_grad_(False)
+
+    @property
+    def parts(self) -> list[nn.Linear]:
+        return list(self.children())  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [part(x) for part in self.parts]
 
 
-def by_operator(part: nn.Linear, x: Tensor, threshold: float = 6.0, outliers: str = "row") -> Tensor:
-    """A linear through the operator, in eager mode."""
-    return linear(x, *quantize_weight(part.weight), part.bias, threshold, outliers)
+def by_operators(
+    model: Siblings, x: Tensor, threshold: float | None = None, rotated: dict[nn.Module, Tensor | None] | None = None
+) -> list[Tensor]:
+    """All its linears through the operator, in eager mode.
+
+    Args:
+        model: The linears.
+        x: Their input.
+        threshold: That of the options.
+        rotated: The d of each, where it was made of other weights.
+    """
+    d = rotations(model) if rotated is None else rotated
+    return [by_operator(part, x, d[part], threshold) for part in model.parts]
+
+
+def by_groups(model: nn.Module) -> Callable[[nn.Linear, Tensor], Tensor]:
+    """What multiplies with the linears of a model, each with the d of its group."""
+    d = rotations(model)
+    return lambda part, x: by_operator(part, x, d[part])
 
 
 def calls(compiled: Callable[..., object], *inputs: Tensor) -> dict[str, int]:
@@ -72,19 +101,51 @@ def test_linears_of_one_input_share_a_call(count: int, expected: dict[str, int],
     model, x = Siblings([48, 20, 33, 16, 17][:count], bias), torch.randn(5, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     assert calls(compiled, x) == expected
-    assert_equal(compiled(x), [by_operator(part, x) for part in model.parts])
+    assert_equal(compiled(x), by_operators(model, x))
 
 
-def test_options_reach_the_shared_call() -> None:
+def test_the_threshold_reaches_the_shared_call() -> None:
     model, x = Siblings(), torch.randn(5, 32)
     x[1, 2] = 9.0
-    for outliers in ("row", "column"):
-        options = {"outliers": outliers, "threshold": 2.5}
+    compiled = torch.compile(model, backend="int8", fullgraph=True, options={"threshold": 2.5})
+    assert calls(compiled, x) == {TRIPLE: 1}
+    assert_equal(compiled(x), by_operators(model, x, 2.5))
+    assert not torch.equal(compiled(x)[0], by_operators(model, x)[0])
+
+
+def test_without_rotation_they_share_a_call_too() -> None:
+    """The threshold is that of weights that are not rotated."""
+    model, x = Siblings(), torch.randn(5, 32)
+    x[1, 2] = 30.0
+    compiled = torch.compile(model, backend="int8", fullgraph=True, options={"rotate": False})
+    assert calls(compiled, x) == {TRIPLE: 1}
+    assert_equal(compiled(x), [by_operator(part, x, None, 6.0) for part in model.parts])
+    assert not torch.equal(compiled(x)[0], by_operator(model.parts[0], x, None, 12.0))
+
+
+def test_columns_stay_with_their_operator() -> None:
+    """There is no kernel for them, and no graph break."""
+    model, x = Siblings(), torch.randn(5, 32)
+    x[1, 2] = 9.0
+    for threshold in (None, 2.5):
+        options = {"outliers": "column", "threshold": threshold}
         compiled = torch.compile(model, backend="int8", fullgraph=True, options=options)
-        assert calls(compiled, x) == {TRIPLE: 1}
-        # One outlier column at most: exact in the column policy too.
-        x = x.clamp(-2, 9)
-        assert_equal(compiled(x), [by_operator(part, x, 2.5, outliers) for part in model.parts])
+        assert calls(compiled, x) == {"column_linear": 3}
+        assert_equal(compiled(x), [by_column(part, x, threshold or 6.0) for part in model.parts])
+        assert not torch.equal(compiled(x)[0], by_column(model.parts[0], x, 0.0))
+
+
+def test_columns_have_gradients() -> None:
+    model, x = Siblings(), torch.randn(5, 32, requires_grad=True)
+    compiled = torch.compile(model, backend="int8", fullgraph=True, options={"outliers": "column"})
+    assert calls(compiled, x) == {"column_linear": 3}
+    y, expected = compiled(x), [by_column(part, x) for part in model.parts]
+    assert_equal([each.detach() for each in y], [each.detach() for each in expected])
+    grads = [torch.randn_like(each) for each in y]
+    (actual,) = torch.autograd.grad(y, x, grads)
+    (wanted,) = torch.autograd.grad(expected, x, grads)
+    # The same products, added in another order.
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -94,7 +155,7 @@ def test_biases_of_different_dtypes(dtype: torch.dtype) -> None:
     others = [torch.randn(48), torch.randn(20, dtype=torch.float64), torch.randn(33, dtype=dtype)]
     for part, bias in zip(model.parts, others, strict=True):
         part.bias = nn.Parameter(bias, requires_grad=False)
-    expected = [by_operator(part, x) for part in model.parts]
+    expected = by_operators(model, x)
     with torch.autocast("cpu", dtype):
         # Under autocast linears take biases of any dtype.
         fused = torch.compile(model, backend="int8", fullgraph=True)
@@ -277,8 +338,7 @@ def test_later_linears_share_a_call_again() -> None:
     x = torch.randn(5, 32)
     compiled = torch.compile(call, backend="int8", fullgraph=True)
     assert calls(compiled, x) == {PAIR: 2}
-    expected = [by_operator(part, x + (0 if i < 2 else 1)) for i, part in enumerate(model.parts)]
-    assert_equal(compiled(x), expected)
+    assert_equal(compiled(x), by_operators(model, x)[:2] + by_operators(model, x + 1)[2:])
 
 
 def test_views_of_one_parameter_share_a_call() -> None:
@@ -286,7 +346,8 @@ def test_views_of_one_parameter_share_a_call() -> None:
     weight, x = nn.Parameter(torch.randn(64, 32), requires_grad=False), torch.randn(5, 32)
     compiled = torch.compile(lambda x: [x @ half.t() for half in weight.chunk(2)], backend="int8", fullgraph=True)
     assert calls(compiled, x) == {PAIR: 1}
-    assert_equal(compiled(x), [linear(x, *quantize_weight(half), None, 6.0, "row") for half in weight.chunk(2)])
+    d = rotation_from(*weight.chunk(2))
+    assert_equal(compiled(x), [linear(x, *quantize_weight(half, d), d, None, 12.0) for half in weight.chunk(2)])
 
 
 def test_gradients_keep_them_apart() -> None:
@@ -294,7 +355,7 @@ def test_gradients_keep_them_apart() -> None:
     model, x = Siblings(), torch.randn(5, 32, requires_grad=True)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     assert calls(compiled, x) == {"packed_linear": 3}
-    y, expected = compiled(x), [by_operator(part, x) for part in model.parts]
+    y, expected = compiled(x), by_operators(model, x)
     assert_equal([each.detach() for each in y], [each.detach() for each in expected])
     grads = [torch.randn_like(each) for each in y]
     (actual,) = torch.autograd.grad(y, x, grads)
@@ -329,13 +390,14 @@ def test_lora() -> None:
 
     model, x = Lora(), torch.randn(5, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
-    y, expected = compiled(x), model(x, by_operator)
+    product = by_groups(model)
+    y, expected = compiled(x), model(x, product)
     # x @ down @ up may be compiled to other roundings, and those can move a quantized value by a step.
     assert relative_error(y, expected) < INT8_ERROR
     y.square().sum().backward()
     actual = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad()
-    model(x, by_operator).square().sum().backward()
+    model(x, product).square().sum().backward()
     assert set(actual) == {"down", "up"}
     for name, grad in actual.items():
         assert relative_error(grad, model.get_parameter(name).grad) < INT8_ERROR
@@ -370,7 +432,7 @@ def test_any_number_of_rows() -> None:
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for rows in (5, 9, 2, 40):
         x = torch.randn(rows, 32)
-        assert_equal(compiled(x), [by_operator(part, x) for part in model.parts])
+        assert_equal(compiled(x), by_operators(model, x))
     assert backend.graphs == 2
     assert calls(compiled, torch.randn(17, 32)) == {TRIPLE: 1}
 
@@ -379,8 +441,9 @@ def test_experts_are_packed() -> None:
     experts, x = nn.Parameter(torch.randn(3, 32, 40), requires_grad=False), torch.randn(3, 5, 32)
     compiled = torch.compile(lambda x: torch.bmm(x, experts), backend="int8", fullgraph=True)
     assert calls(compiled, x) == {"packed_batched_linear": 1}
-    qweight, scale = quantize_weight(experts.mT)
-    assert torch.equal(compiled(x), torch.ops.int8compile.batched_linear(x, qweight, scale, None, 6.0, "row"))
+    d = torch.stack([rotation_from(expert.mT) for expert in experts])
+    expected = torch.ops.int8compile.batched_linear(x, *quantize_weight(experts.mT, d), d, None, 12.0)
+    assert torch.equal(compiled(x), expected)
 
 
 # Where the weights live
@@ -416,7 +479,7 @@ def test_a_shared_weight_is_held_once() -> None:
     bytes_before = STORE.nbytes()
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x)
-    assert STORE.nbytes() - bytes_before == packed_bytes(model)
+    assert STORE.nbytes() - bytes_before == packed_bytes(model) + 4 * 32  # And what rotates them.
     weights = weights_of(model)
     assert storages([each for weight in weights for each in (weight.qweight, weight.scale)]) == packed_bytes(model)
     fused = weights[0].fused
@@ -425,8 +488,11 @@ def test_a_shared_weight_is_held_once() -> None:
     assert {weight.qweight.untyped_storage().data_ptr() for weight in weights} == {fused.qweight.data_ptr()}
     new = [each for each in alive() if id(each) not in before]
     assert storages(new) == fused.qweight.nbytes
+    d = rotation_from(*(part.weight for part in model.parts))
     for part, weight in zip(model.parts, weights, strict=True):
-        assert torch.equal(weight.qweight, pack_weight(quantize_weight(part.weight)[0]))
+        assert torch.equal(weight.qweight, pack_weight(quantize_weight(part.weight, d)[0]))
+        assert torch.equal(weight.d, d)
+    assert len({id(weight.d) for weight in weights}) == 1
 
 
 def test_memory_goes_with_the_model_at_once() -> None:
@@ -453,9 +519,10 @@ def test_a_stale_member_is_replaced_and_joined_again(changed: int) -> None:
     assert STORE.quantized - quantized == 3
     fused = weights_of(model)[0].fused
     assert fused is not None
-    before = fused.qweight.clone(), fused.scale.clone()
-    model.parts[changed].weight.mul_(-2)
-    assert_equal(compiled(x), [by_operator(part, x) for part in model.parts])
+    before, rotated = (fused.qweight.clone(), fused.scale.clone()), rotations(model)
+    model.parts[changed].weight.copy_(torch.randn_like(model.parts[changed].weight))
+    # It is quantized again with the d that it had.
+    assert_equal(compiled(x), by_operators(model, x, rotated=rotated))
     assert STORE.quantized - quantized == 4
     (again,) = {id(weight.fused): weight.fused for weight in weights_of(model)}.values()
     assert again is not None
@@ -470,8 +537,10 @@ def test_load_state_dict() -> None:
         model, other, x = Siblings(), Siblings(), torch.randn(5, 32)
         compiled = torch.compile(model, backend="int8", fullgraph=True)
         compiled(x)
+        rotated = rotations(other if assign else model)  # Parameters keep theirs.
         model.load_state_dict(other.state_dict(), assign=assign)
-        assert_equal(compiled(x), [by_operator(part, x) for part in other.parts])
+        expected = [by_operator(part, x, d) for part, d in zip(other.parts, rotated.values(), strict=True)]
+        assert_equal(compiled(x), expected)
         weights = weights_of(model)
         assert storages([each for weight in weights for each in (weight.qweight, weight.scale)]) == packed_bytes(model)
 
@@ -479,7 +548,7 @@ def test_load_state_dict() -> None:
 def test_graphs_that_share_weights_otherwise() -> None:
     """One graph takes three together, another two of them or one: right, in turns, and held once in the end."""
     model, x, quantized = Siblings(), torch.randn(5, 32), STORE.quantized
-    expected = [by_operator(part, x) for part in model.parts]
+    expected, rotated = by_operators(model, x), rotations(model)
     all_three = torch.compile(model, backend="int8", fullgraph=True)
     two = torch.compile(lambda x: [model.parts[2](x), model.parts[0](x)], backend="int8", fullgraph=True)
     one = torch.compile(lambda x: [model.parts[1](x)], backend="int8", fullgraph=True)
@@ -490,7 +559,7 @@ def test_graphs_that_share_weights_otherwise() -> None:
         assert_equal(one(x), expected[1:2])
     assert STORE.quantized - quantized == 3
     model.parts[0].weight.mul_(3)
-    expected[0] = by_operator(model.parts[0], x)
+    expected[0] = by_operator(model.parts[0], x, rotated[model.parts[0]])
     assert_equal(two(x), [expected[2], expected[0]])
     assert_equal(all_three(x), expected)
     weights = weights_of(model)
@@ -514,7 +583,7 @@ def test_with_and_without_gradients_they_are_held_once() -> None:
 
 def test_free_weights() -> None:
     model, x = Siblings(), torch.randn(5, 32)
-    expected = [by_operator(part, x) for part in model.parts]
+    expected = by_operators(model, x)
     compiled = torch.compile(model, backend="int8", fullgraph=True, options={"free_weights": True})
     for _ in range(3):
         assert_equal(compiled(x), expected)
@@ -525,7 +594,7 @@ def test_free_weights() -> None:
     assert_equal(compiled(more), [torch.cat([each, each]) for each in expected])
     new = Siblings()
     model.load_state_dict(new.state_dict(), assign=True)
-    assert_equal(compiled(x), [by_operator(part, x) for part in new.parts])
+    assert_equal(compiled(x), by_operators(new, x))
 
 
 class Layer(nn.Module):
@@ -554,7 +623,7 @@ def test_regional_compilation(free: bool) -> None:
     quantized = STORE.quantized
     expected = x
     for layer in layers:
-        expected = layer(expected, by_operator)
+        expected = layer(expected, by_groups(layer))
         layer.compile(backend=backend, fullgraph=True)
 
     def run() -> Tensor:
@@ -633,10 +702,10 @@ def test_a_tied_head_leaves_the_table_in_float() -> None:
         )
         x, logits = compiled(ids)
         assert torch.equal(x, embedding.weight[:7])
-        qweight, scale = quantize_weight(embedding.weight)
-        expected = weight_only_linear(x * 3, qweight, scale, None)
+        qweight, scale = quantize_weight(embedding.weight, None)
+        expected = weight_only_linear(x * 3, qweight, scale, None, None)
         if lm == "int8":
-            expected = linear(x * 3, qweight, scale, None, 6.0, "row")
+            expected = linear(x * 3, qweight, scale, None, None, 6.0)
         assert torch.equal(logits, expected)
         assert not isinstance(embedding.weight, FreedWeight)
         assert 0 < relative_error(logits, lm_head(x * 3)) < (INT8_ERROR if lm == "int8" else INT8_ERROR / 2)
@@ -645,7 +714,7 @@ def test_a_tied_head_leaves_the_table_in_float() -> None:
     # An update is seen by both, at the next call.
     embedding.weight.mul_(2)
     assert torch.equal(compiled(ids)[0], embedding.weight[:7])
-    assert torch.equal(compiled(ids)[1], linear(x * 6, *quantize_weight(embedding.weight), None, 6.0, "row"))
+    assert torch.equal(compiled(ids)[1], linear(x * 6, *quantize_weight(embedding.weight, None), None, None, 6.0))
 
 
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
@@ -679,7 +748,8 @@ def test_lm_head_in_half(dtype: torch.dtype) -> None:
     model, x = Headed().to(dtype), torch.randn(5, 32, dtype=dtype)
     compiled = torch.compile(model, backend="int8", fullgraph=True, options={"lm_head": "int8_weight"})
     head = model.lm_head
-    assert torch.equal(compiled(x), weight_only_linear(x, *quantize_weight(head.weight), head.bias))
+    d = rotation_from(head.weight)
+    assert torch.equal(compiled(x), weight_only_linear(x, *quantize_weight(head.weight, d), d, head.bias))
     assert calls(compiled, x) == {"packed_weight_only_linear_no_grad": 1}
 
 
@@ -690,7 +760,8 @@ def test_gradients_through_an_int8_weight_head() -> None:
     y, head = compiled(x), model.lm_head
     grad = torch.randn_like(y)
     (actual,) = torch.autograd.grad(y, x, grad)
-    y = weight_only_linear(x, *quantize_weight(head.weight), head.bias)
+    d = rotation_from(head.weight)
+    y = weight_only_linear(x, *quantize_weight(head.weight, d), d, head.bias)
     torch.testing.assert_close(actual, torch.autograd.grad(y, x, grad)[0], rtol=1e-5, atol=1e-5)
 
 

@@ -98,7 +98,7 @@ def tuned(path: Path, times: dict[str, float], calls: list[str]) -> autotune.Cac
 def product(m: int = 20) -> autotune.Product:
     arch = ARCHITECTURES["sm_90"]
     problem = Problem.random(m, 64, 64, torch.bfloat16)
-    x = problem.quantized_by_definition(arch)
+    x = problem.quantize_by_definition(arch)
     y = torch.empty(m, 64)
     return autotune.Product(x, problem.qweight, problem.scale, None, y, digits.NONE, 0, 0, problem.policy(arch))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import gc
+import io
 import time
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 import int8compile
 from int8compile import cpu, weights
-from int8compile.ops import pack_weight, quantize_weight
+from int8compile.ops import input_scales, pack_weight, quantize_weight, rotation_of
+from int8compile.passes import WeightView
 from int8compile.weights import STORE, FreedWeight, WeightStore
-from tests.models import CountingBackend, Stack, threads
+from tests.models import CountingBackend, Stack, by_operator, rotation_from, rotations, threads
 from tests.test_backend import reference
 
 
@@ -42,10 +44,29 @@ def test_two_compiled_copies_of_a_model_share_the_bytes() -> None:
     # As the graph takes them, packed or not; never both.
     lay_out = pack_weight if cpu.available() else Tensor.char
     weights = [weight for weight in model.parameters() if weight.dim() == 2]
-    assert once == sum(lay_out(weight.char()).nbytes + 4 * weight.shape[0] for weight in weights)
+    # Scales, and a d for each: none has a sibling of as many inputs.
+    assert once == sum(lay_out(weight.char()).nbytes + 4 * sum(weight.shape) for weight in weights)
     torch._dynamo.reset()
-    torch.compile(model, backend="int8", options={"outliers": "column"})(x)
+    torch.compile(model, backend="int8", options={"threshold": 3.0})(x)
     assert STORE.nbytes() - before == once
+
+
+@pytest.mark.parametrize("other", [{"rotate": False}, {"outliers": "column"}], ids=["not rotated", "columns"])
+def test_two_compiled_copies_that_rotate_otherwise(other: dict[str, Any]) -> None:
+    """In turns, each is right; and once both have what they need nothing is quantized again."""
+    model, x = Stack(), torch.randn(4, 32).clamp(-2, 2)
+    first = torch.compile(model, backend="int8", fullgraph=True)
+    expected = reference(model, x)
+    assert torch.equal(first(x), expected)
+    torch._dynamo.reset()
+    second = torch.compile(model, backend="int8", fullgraph=True, options=other)
+    plain = reference(model, x, rotated=dict.fromkeys(model.modules()), columns="outliers" in other)
+    assert torch.equal(second(x), plain)
+    torch._dynamo.reset()
+    first, quantized = torch.compile(model, backend="int8", fullgraph=True), STORE.quantized
+    for _ in range(2):
+        assert torch.equal(first(x), expected)
+    assert STORE.quantized == quantized
 
 
 def test_tied_weights_are_quantized_once() -> None:
@@ -103,11 +124,14 @@ def test_stale_weights_are_replaced(change: Callable[[nn.Parameter], object]) ->
     compiled(x)
     (weight,) = STORE.weights(model.layers[1].up.weight).values()
     before, quantized = (weight.qweight.clone(), weight.scale.clone()), STORE.quantized
+    rotated = rotations(model)
     change(model.layers[1].up.weight)
-    assert torch.equal(compiled(x), reference(model, x))
+    # It keeps its d, which other weights made in part.
+    assert torch.equal(compiled(x), reference(model, x, rotated=rotated))
     assert STORE.quantized - quantized == 1
     (after,) = STORE.weights(model.layers[1].up.weight).values()
-    qweight, scale = quantize_weight(model.layers[1].up.weight)
+    assert after.d is weight.d
+    qweight, scale = quantize_weight(model.layers[1].up.weight, weight.d)
     assert torch.equal(after.qweight, pack_weight(qweight) if cpu.available() else qweight)
     assert torch.equal(after.scale, scale)
     # A thread that computes with the old ones goes on with them.
@@ -134,9 +158,9 @@ def test_addresses_stay_where_graphs_hold_them(
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x)
     (before,) = STORE.weights(model.layers[1].up.weight).values()
-    address, quantized = before.qweight.data_ptr(), STORE.quantized
+    address, quantized, rotated = before.qweight.data_ptr(), STORE.quantized, rotations(model)
     change(model.layers[1].up.weight)
-    assert torch.equal(compiled(x), reference(model, x))
+    assert torch.equal(compiled(x), reference(model, x, rotated=rotated))
     assert STORE.quantized - quantized == 1
     (after,) = STORE.weights(model.layers[1].up.weight).values()
     assert (after.qweight.data_ptr() == address) is stays
@@ -146,10 +170,10 @@ def test_a_vector_that_is_changed_and_assigned_again() -> None:
     """As an evolution strategy does: `.data` is replaced by views of the same memory."""
     model, x = Stack(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
-    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    vector, rotated = nn.utils.parameters_to_vector(model.parameters()).detach(), rotations(model)
     for factor in (1, -2, 0.5):
         nn.utils.vector_to_parameters(vector.mul_(factor), model.parameters())
-        assert torch.equal(compiled(x), reference(model, x))
+        assert torch.equal(compiled(x), reference(model, x, rotated=rotated))
 
 
 def one_element(weight: Tensor) -> None:
@@ -160,28 +184,29 @@ def test_an_element_that_leaves_no_trace_is_seen_when_something_is_compiled() ->
     """And only then: what is not read is not seen. `refresh` is the way out."""
     model, x = Stack(1), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
-    before, quantized = compiled(x), STORE.quantized
+    before, quantized, rotated = compiled(x), STORE.quantized, rotations(model)
     one_element(model.layers[0].up.weight)
     assert torch.equal(compiled(x), before)
     torch._dynamo.reset()
     again = torch.compile(model, backend="int8", fullgraph=True)
-    assert torch.equal(again(x), reference(model, x))
+    assert torch.equal(again(x), reference(model, x, rotated=rotated))
     assert not torch.equal(again(x), before)
     # Nothing else was quantized for that.
     assert STORE.quantized - quantized == 1
     one_element(model.layers[0].up.weight)
     int8compile.refresh(model)
-    assert torch.equal(again(x), reference(model, x))
+    assert torch.equal(again(x), reference(model, x, rotated=rotated))
 
 
 def test_a_recompile_compares_the_weights() -> None:
     model, x = Stack(1), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True, dynamic=False)
     compiled(x)
+    rotated = rotations(model)
     one_element(model.layers[0].up.weight)
     longer = torch.randn(7, 32)
-    assert torch.equal(compiled(longer), reference(model, longer))
-    assert torch.equal(compiled(x), reference(model, x))
+    assert torch.equal(compiled(longer), reference(model, longer, rotated=rotated))
+    assert torch.equal(compiled(x), reference(model, x, rotated=rotated))
 
 
 def test_threads_get_results_of_the_old_weights_or_of_the_new() -> None:
@@ -220,13 +245,15 @@ def test_a_model_can_be_converted_after_compiling(swap: bool) -> None:
     model, x = Stack(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8")
     compiled(x)
+    rotated = rotations(model)
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
         model.to(torch.bfloat16)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     x = x.to(torch.bfloat16)
-    assert torch.equal(compiled(x), reference(model, x))
+    # Parameters that are swapped are new ones, and so is their d.
+    assert torch.equal(compiled(x), reference(model, x, rotated=None if swap else rotated))
 
 
 def test_two_parameters_are_swapped() -> None:
@@ -234,6 +261,7 @@ def test_two_parameters_are_swapped() -> None:
     compiled = torch.compile(model, backend="int8")
     compiled(x)
     torch.utils.swap_tensors(model.layers[0].up.weight, model.layers[1].up.weight)
+    # Each with what rotates it.
     assert torch.equal(compiled(x), reference(model, x))
 
 
@@ -245,22 +273,23 @@ def test_optimizer_steps_are_noticed(optimizer: type, fused: bool) -> None:
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     with torch.no_grad():
         compiled(x)
+        rotated = rotations(model)
     model(x).square().sum().backward()
     optimizer(model.parameters(), lr=1.0, fused=fused).step()
     with torch.no_grad():
-        assert torch.equal(compiled(x), reference(model, x))
+        assert torch.equal(compiled(x), reference(model, x, rotated=rotated))
 
 
 def test_a_new_storage_at_an_old_address_is_noticed() -> None:
     """Offloading frees the data and allocates it again, often at the same place."""
     model, x = nn.Linear(256, 256).requires_grad_(False), torch.randn(4, 256)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
+    d = rotation_from(model.weight)
     for _ in range(20):
         compiled(x)
         model.weight.data = torch.empty(0)
         model.weight.data = torch.randn(256, 256)
-        expected = torch.ops.int8compile.linear(x, *quantize_weight(model.weight), model.bias, 6.0, "row")
-        assert torch.equal(compiled(x), expected)
+        assert torch.equal(compiled(x), by_operator(model, x, d))
 
 
 def test_weights_quantized_in_inference_mode_serve_every_mode() -> None:
@@ -270,7 +299,7 @@ def test_weights_quantized_in_inference_mode_serve_every_mode() -> None:
     with torch.inference_mode():
         compiled(x)
     with torch.no_grad():
-        model.layers[0].up.weight.mul_(2)
+        model.layers[0].up.weight.mul_(2)  # By a power of two, which changes no d.
     assert torch.equal(compiled(x), reference(model, x))
     x.requires_grad_()
     compiled(x).sum().backward()
@@ -282,8 +311,10 @@ def test_load_state_dict_after_compiling(assign: bool) -> None:
     model, other, x = Stack(), Stack(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x)
+    # Parameters keep their d; those that are assigned are others.
+    kept = dict(zip(other.modules(), map(rotations(model).get, model.modules()), strict=True))
     model.load_state_dict(other.state_dict(), assign=assign)
-    assert torch.equal(compiled(x), reference(other, x))
+    assert torch.equal(compiled(x), reference(other, x, rotated=None if assign else kept))
 
 
 def test_a_weight_that_turns_bad_is_refused_at_the_next_call() -> None:
@@ -295,13 +326,116 @@ def test_a_weight_that_turns_bad_is_refused_at_the_next_call() -> None:
         compiled(x)
 
 
+class Attention(nn.Module):
+    """Linears of one input."""
+
+    def __init__(self, names: str = "qkv") -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(32, 48))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [part(x) for part in self.children()]
+
+
+def held(part: nn.Module) -> weights.QuantizedWeight:
+    """What the store holds of a linear's weight."""
+    (weight,) = STORE.weights(part.weight).values()
+    return weight
+
+
+@pytest.mark.parametrize("names", ["qk", "qkv"])
+@pytest.mark.parametrize("first", [["q"], ["q", "k"]], ids=str)
+def test_graphs_that_group_weights_otherwise_share_a_d(names: str, first: list[str]) -> None:
+    """The oldest d is that of all, and weights that had another are quantized again; then each graph is right."""
+    model, x = Attention(names), torch.randn(4, 32)
+    alone = [torch.compile(model.get_submodule(name), backend="int8", fullgraph=True) for name in first]
+    for name, compiled in zip(first, alone, strict=True):
+        part = model.get_submodule(name)
+        assert torch.equal(compiled(x), by_operator(part, x, rotation_from(part.weight)))
+    together = torch.compile(model, backend="int8", fullgraph=True)
+    d = rotation_from(model.q.weight)
+    expected = [by_operator(part, x, d) for part in model.children()]
+    quantized = STORE.quantized
+    for _ in range(2):
+        assert all(map(torch.equal, together(x), expected))
+        assert all(torch.equal(compiled(x), expected[i]) for i, compiled in enumerate(alone))
+    assert STORE.quantized - quantized == len(names) - 1
+    assert len({id(held(part).d) for part in model.children()}) == 1
+
+
+def test_weights_that_were_rotated_apart_and_freed_cannot_share_a_d() -> None:
+    model, x, options = Attention(), torch.randn(4, 32), {"free_weights": True}
+    for part in (model.q, model.k):
+        torch.compile(part, backend="int8", options=options)(x)
+    with pytest.raises(
+        int8compile.FreedWeightError, match=r"rotated differently and then freed\. Compile them together"
+    ):
+        torch.compile(model, backend="int8", options=options)(x)
+    # What was freed goes on, and gives its d to others.
+    expected = by_operator(model.v, x, held(model.k).d)
+    del model.q
+    assert torch.equal(torch.compile(model, backend="int8", options=options)(x)[1], expected)
+
+
+def test_a_calibrated_d_takes_the_place_of_another() -> None:
+    """At the next call, without compiling again."""
+    model, x = Attention(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    compiled(x)
+    members = [(part.weight, view) for part in model.children() for view, *_ in STORE.weights(part.weight)]
+    d = rotation_of(input_scales([part.weight for part in model.children()], torch.rand(32)))
+    STORE.calibrate(members, d)
+    quantized = STORE.quantized
+    assert all(map(torch.equal, compiled(x), [by_operator(part, x, d) for part in model.children()]))
+    assert STORE.quantized - quantized == 3
+    assert STORE.share(members) is d
+    # A weight that changes keeps it, and so does its group where another graph asks for one of it.
+    model.q.weight.copy_(torch.randn(48, 32))
+    assert all(map(torch.equal, compiled(x), [by_operator(part, x, d) for part in model.children()]))
+    again = torch.compile(model.q, backend="int8", fullgraph=True)
+    assert torch.equal(again(x), by_operator(model.q, x, d))
+
+
+def test_one_calibrated_member_gives_its_group_its_d() -> None:
+    model, x = Attention(), torch.randn(4, 32)
+    d = rotation_of(torch.rand(32) + 0.5)
+    STORE.calibrate([(model.k.weight, WeightView((48, 32), (32, 1), 0, (48, 32)))], d)
+    compiled = torch.compile(model, backend="int8", fullgraph=True)
+    assert all(map(torch.equal, compiled(x), [by_operator(part, x, d) for part in model.children()]))
+
+
+def test_what_rotates_a_parameter_is_in_no_file_of_it() -> None:
+    """Such a file must load where int8compile is not. What is loaded may then be compiled."""
+    model, x = Attention(), torch.randn(4, 32)
+    torch.compile(model, backend="int8")(x)
+    d = held(model.q).d
+    file = io.BytesIO()
+    torch.save({"weights": list(model.parameters()), "state": model.state_dict(keep_vars=True)}, file)
+    for _ in range(2):
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)["state"]
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.items())
+        other = Attention()
+        other.load_state_dict(loaded, assign=True)
+        other.k.weight.copy_(torch.randn(48, 32))
+        torch.compile(other, backend="int8")(x)
+        assert not torch.equal(held(other.q).d, d)
+        file = io.BytesIO()
+        torch.save({"state": other.state_dict(keep_vars=True)}, file)
+        model = other
+        d = held(other.q).d
+
+
 def test_a_store_does_not_keep_parameters_alive() -> None:
     store = WeightStore()
     parameter = nn.Parameter(torch.randn(16, 16))
-    from int8compile.passes import WeightView
-
-    store.get(parameter, WeightView((16, 16), (16, 1), 0, (16, 16)), "weight")
+    view = WeightView((16, 16), (16, 1), 0, (16, 16))
+    store.get(parameter, view, "weight")
     assert store.nbytes() == 16 * 16 + 4 * 16
+    store.get(parameter, view, "weight", group=[(parameter, view)])
+    assert store.nbytes() == 2 * (16 * 16 + 4 * 16) + 4 * 16
     del parameter
     gc.collect()
     assert store.nbytes() == 0

@@ -71,8 +71,7 @@ class Cache:
         While a CUDA graph is captured nothing can be measured, and the table's is taken.
         """
         m, n, k = product.sizes
-        policy = product.policy
-        kind = f"{policy.digits}{policy.join:d}{policy.split:d}{policy.by_column:d}{product.activation}"
+        kind = f"{len(product.q)}{product.activation}"
         key = f"{tables.bucket_of(m)} {n} {k} {kind}"
         named = {str(config): config for config in configs}
         with self._lock:

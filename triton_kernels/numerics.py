@@ -1,12 +1,7 @@
-"""What several kernels share: masks and digits of outliers, the epilogue, rows with NaN or Inf. Device code only.
+"""What several kernels share: rounding, the sum of a tile's products, the epilogue. Device code only.
 
-**Activations** are two tensors, see `int8compile.ops.digits.Activations`: planes, of which the first is q and the
-others digits; and info, which begins with four float32 numbers a row, `rows[4, M]`, indexed by the constants below.
-
-**Digits.** What an outlier adds must not depend on how many others are summed with it, in which order or in which tile,
-or a token's result would depend on the batch. So outliers are integers, `d = rne(x / unit)`, with `unit` a power of two
-that depends on their row alone: 14 bits, or 22 with three digits. In int8 digits, `d = 256 * d1 + d0`, they go through
-the same instructions as everything else, and their sum is exact in int32.
+Quantized activations are two tensors, see `int8compile.ops.quantized`: the digits q [2, M, K] int8 and rows [2, M]
+float32, of which the first is the scale and the second says whether the row's second digits count.
 """
 
 from __future__ import annotations
@@ -14,15 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Indices of rows[4, M].
-SCALE = tl.constexpr(0)  # s_x: absmax of what is not an outlier, over 127
-UNIT = tl.constexpr(1)  # of the row's digits
-SPECIAL = tl.constexpr(2)  # 0; the number of Infs in the row; HAS_NAN
-CUTOFF = tl.constexpr(3)  # row policy: the least magnitude that is an outlier, Inf if none is
-
-HAS_NAN = tl.constexpr(-0.5)  # no sum of signs is that, nor the opposite of one
-
-# What is done to the result before it is rounded; the same numbers as int8compile.ops.ACTIVATIONS.
+# What is done to the result before it is rounded; the same numbers as int8compile.ops.quantized.ACTIVATIONS.
+NONE = tl.constexpr(0)
 RELU = tl.constexpr(1)
 SILU = tl.constexpr(2)
 GELU = tl.constexpr(3)
@@ -36,50 +24,32 @@ TILED = tl.constexpr(3)
 
 
 @triton.jit
-def rows_of(info_ptr):
-    """Where the numbers of rows are."""
-    return info_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
-
-
-@triton.jit
 def round_to_int(x):
-    """Rounds half to even, for |x| <= 2**22: above 2**23 float32 has no fraction."""
+    """Round half to even, for |x| <= 2**22: above 2**23 float32 has no fraction."""
     return ((x + 12582912.0) - 12582912.0).to(tl.int32)
 
 
 @triton.jit
-def digit_of(value, which: tl.constexpr):
-    """The int8 digit of weight 256**which of an integer, balanced: each is in [-128, 127]."""
-    for _ in tl.static_range(which):
-        value = (value + 128) >> 8
-    return (((value + 128) & 255) - 128).to(tl.int8)
-
-
-@triton.jit
-def sign_of(w):
-    """-1, 0 or 1, int8."""
-    return (w > 0).to(tl.int8) - (w < 0).to(tl.int8)
-
-
-@triton.jit
-def add_digits(y, total, unit, which: tl.constexpr):
-    """Adds an exact sum of digits to `acc * s_x`."""
-    return y + total.to(tl.float32) * (unit * (1 << (8 * which)))
-
-
-@triton.jit
-def override_special(y, signs, special):
-    """Rows with Inf: what float arithmetic gives; rows with NaN: NaN.
+def add_products(acc, q_ptr, weight_ptr, x_inside, w_inside, K, BK: tl.constexpr, STAGES: tl.constexpr = None):
+    """Add a tile's products to its int32 sums, which may wrap on the way.
 
     Args:
-        y: The result so far.
-        signs: Sum over the row's Infs of their sign times the weight's.
-        special: See SPECIAL, broadcast against y.
+        acc: [BM, BN] int32.
+        q_ptr: [BM, 1], where rows of q begin.
+        weight_ptr: [1, BN], where rows of the weight begin.
+        x_inside: [BM, 1], which rows count.
+        w_inside: [1, BN], which outputs there are.
+        K: Inputs.
+        BK: Inputs a step.
+        STAGES: Steps in flight; None for those of the launch.
     """
-    signs = signs.to(tl.float32)
-    # All Infs of the sum have one sign and none met a zero, or the sum is NaN.
-    infinite = tl.where(signs == special, float("inf"), tl.where(signs == -special, float("-inf"), float("nan")))
-    return tl.where(special == 0, y, infinite)
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        at = k + tl.arange(0, BK)
+        x = tl.load(q_ptr + at[None, :], mask=x_inside & (at[None, :] < K), other=0)
+        # Read as [K, N]: 8-bit matrix instructions want both factors with K contiguous.
+        w = tl.load(weight_ptr + at[:, None], mask=w_inside & (at[:, None] < K), other=0)
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+    return acc
 
 
 @triton.jit
@@ -116,10 +86,10 @@ def finish(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The end of every kernel: `(acc * s_x + out) * s_w + bias`, the activation, one rounding, the store.
+    """The end of every kernel: `acc * s_x * s_w + bias`, the activation, one rounding, the store.
 
     Args:
-        y: [BM, BN] float32, `acc * s_x + out`.
+        y: [BM, BN] float32, `acc * s_x`.
         y_ptr: [M, N], or [M, N / 2] for SILU_MUL, contiguous; or the parts one behind the other.
         scale_ptr: [N].
         bias_ptr: [N], where there is one.

@@ -13,30 +13,32 @@ import torch
 from torch import Tensor
 
 from int8compile import hardware
-from int8compile.ops import OUTLIER_POLICIES, dequantize_weight, reference
-from int8compile.ops.digits import NONE, Activations, quantize_rows
-from int8compile.ops.linear import check
+from int8compile.ops import reference
+from int8compile.ops.declaration import Declaration
 from int8compile.ops.quantized import (
+    NONE,
     by_definition,
     check_quantize_rows,
     check_quantized_linear,
     empty_result,
+    empty_rows,
     flattened,
+    quantize,
 )
 from int8compile.triton_kernels import autotune, tables
 from int8compile.triton_kernels.launch import Launch, Prepared
-from int8compile.triton_kernels.policy import Policy
 from int8compile.triton_kernels.product import Product
-from int8compile.triton_kernels.quantize.launch import launches
+from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
 from int8compile.triton_kernels.tables import Architecture, Config
-from int8compile.triton_kernels.weight_only.launch import MAX_ROWS
-from int8compile.triton_kernels.weight_only.launch import launch as weight_only_launch
+from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
 
 _library: torch.library.Library | None = None
 
 # Calls of a few rows, by all that they depend on but the tensors' values. Tensors begin at multiples of 16 bytes, as
 # all but parts of others do: kernels are compiled for that.
 _prepared: dict[Any, Prepared] = {}
+# Of more rows the host's time does not matter, and there are many numbers of them.
+_PREPARED_ROWS = 64
 
 
 @functools.cache
@@ -89,157 +91,145 @@ def _on(device: int) -> contextlib.AbstractContextManager[Any]:
 _HERE = contextlib.nullcontext()
 
 
-def _quantize_rows(x: Tensor, threshold: float, by_column: bool) -> tuple[Tensor, Tensor]:
+def _quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
     index = _index(x)
-    key = None if x.data_ptr() % 16 else (index, x.shape, x.stride(), x.dtype, threshold, by_column)
+    key = None
+    if not (x.data_ptr() if d is None else x.data_ptr() | d.data_ptr()) % 16:
+        rotation = None if d is None else (d.device, d.shape, d.dtype, d.stride())
+        key = (index, x.shape, x.stride(), x.dtype, rotation, threshold)
     prepared = _prepared.get(key)
     if prepared is None:
-        return _quantize_rows_checked(x, threshold, by_column, key)
-    into = Activations.empty(x if x.dim() == 2 else flattened(x), threshold, by_column)
+        return _quantize_rows_checked(x, d, threshold, key)
+    q, rows = empty_rows(x if x.dim() == 2 else flattened(x), threshold)
     with _on(index):
-        # Marks are made in lists only.
-        prepared.run(x, *into, into.info)
-    return into
+        if d is None:
+            prepared.run(x, q, rows)
+        else:
+            prepared.run(x, d, q, rows)
+    return q, rows
 
 
-def _quantize_rows_checked(x: Tensor, threshold: float, by_column: bool, key: Any) -> tuple[Tensor, Tensor]:
-    """What is looked at once for all calls of a kind."""
-    check_quantize_rows(x, threshold, by_column)
-    index, given = _index(x), x
+def _quantize_rows_checked(x: Tensor, d: Tensor | None, threshold: float, key: Any) -> tuple[Tensor, Tensor]:
+    """Quantize after the checks that one call of a kind needs."""
+    check_quantize_rows(x, d, threshold)
+    index, given = _index(x), (x, d)
     x = flattened(x)
     arch = architecture(index)
     if arch is None or not arch.instruction or x.numel() == 0:
-        return quantize_rows(x, threshold, OUTLIER_POLICIES[by_column])
+        return quantize(x, d, threshold)
     if x.stride(1) != 1:
         x = x.contiguous()
-    into = Activations.empty(x, threshold, by_column)
-    m, k = x.shape
-    policy = Policy.of(m, k, len(into.planes) - 1, threshold, by_column, arch)
+    d = None if d is None else d.contiguous()
+    q, rows = empty_rows(x, threshold)
     with _on(index):
-        calls = launches(x, into, policy)
-        # Of many rows the host's time does not matter, and there are many sizes.
-        if key and len(calls) == 1 and m <= arch.planes_rows and x.data_ptr() == given.data_ptr():
-            _prepare(key, calls[0])
+        call = quantize_launch(x, d, threshold, q, rows)
+        same = x.data_ptr() == given[0].data_ptr() and d is given[1]
+        if key and x.shape[0] <= _PREPARED_ROWS and same:
+            _prepare(key, call)
         else:
-            for call in calls:
-                call.run()
-    return into
+            call.run()
+    return q, rows
 
 
 def _quantized_linear(
-    planes: Tensor,
-    info: Tensor,
+    q: Tensor,
+    rows: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    threshold: float,
-    by_column: bool,
     activation: int,
     n0: int,
     n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    index = _index(planes)
-    places = planes.data_ptr() | info.data_ptr() | qweight.data_ptr() | scale.data_ptr()
+    index = _index(q)
+    places = q.data_ptr() | rows.data_ptr() | qweight.data_ptr() | scale.data_ptr()
     key = None
     if not (places if bias is None else places | bias.data_ptr()) % 16:
         with_bias = None if bias is None else (bias.device, bias.shape, bias.dtype, bias.stride())
-        how = (threshold, by_column, activation, n0, n1, dtype)
         weight = (qweight.device, qweight.dtype, qweight.shape, qweight.stride())
         with_scale = (scale.device, scale.dtype, scale.shape, scale.stride())
-        key = (planes.device, planes.shape, info.shape, weight, with_scale, with_bias, how)
+        key = (q.device, q.shape, rows.shape, weight, with_scale, with_bias, activation, n0, n1, dtype)
     prepared = _prepared.get(key)
-    x = Activations(planes, info)
     if prepared is None:
-        return _quantized_linear_checked(x, qweight, scale, bias, threshold, by_column, activation, n0, n1, dtype, key)
-    y = empty_result(planes, qweight, activation, n0, dtype)
+        return _quantized_linear_checked(q, rows, qweight, scale, bias, activation, n0, n1, dtype, key)
+    y = empty_result(q, qweight, activation, n0, dtype)
     with _on(index):
         if bias is None:
-            prepared.run(planes, info, qweight, scale, y)
+            prepared.run(q, rows, qweight, scale, y)
         else:
-            prepared.run(planes, info, qweight, scale, bias, y)
+            prepared.run(q, rows, qweight, scale, bias, y)
     return y
 
 
 def _quantized_linear_checked(
-    x: Activations,
+    q: Tensor,
+    rows: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    threshold: float,
-    by_column: bool,
     activation: int,
     n0: int,
     n1: int,
     dtype: torch.dtype,
     key: Any,
 ) -> Tensor:
-    """What is looked at once for all calls of a kind."""
-    check_quantized_linear(x, qweight, scale, bias, threshold, activation, n0, n1, dtype)
-    (count, m, k), n = x.planes.shape, qweight.shape[0]
-    index = _index(x.planes)
+    """Multiply after the checks that one call of a kind needs."""
+    check_quantized_linear(q, rows, qweight, scale, bias, activation, n0, n1, dtype)
+    (_, m, k), n = q.shape, qweight.shape[0]
+    index = _index(q)
     arch = architecture(index)
     if arch is None or not arch.instruction or 0 in (m, n, k):
-        return by_definition(*x, qweight, scale, bias, threshold, by_column, activation, n0, n1, dtype)
+        return by_definition(q, rows, qweight, scale, bias, activation, n0, n1, dtype)
     given = (qweight, scale, bias)
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
-    policy = Policy.of(m, k, count - 1, threshold, by_column, arch)
-    y = empty_result(x.planes, qweight, activation, n0, dtype)
-    product = Product(x, qweight, scale, bias, y, activation, n0, n1, policy)
-    configs = tables.candidates(arch, m, k, lists=policy.lists)
-    if (qweight.data_ptr() | x.planes.data_ptr() | qweight.stride(0)) % 16:
+    y = empty_result(q, qweight, activation, n0, dtype)
+    product = Product(q, rows, qweight, scale, bias, y, activation, n0, n1)
+    configs = tables.candidates(arch, m, k)
+    if (qweight.data_ptr() | q.data_ptr() | qweight.stride(0)) % 16:
         configs = tuple(config for config in configs if config.kernel != "tma_gemm")
     with _on(index):
         call = launch_of(product, autotune.choose(product, configs, multiprocessors(index), launch_of))
-        if key and m <= arch.planes_rows and not policy.lists and all(map(operator.is_, given, (qweight, scale, bias))):
+        if key and m <= _PREPARED_ROWS and all(map(operator.is_, given, (qweight, scale, bias))):
             _prepare(key, call)
         else:
             call.run()
     return y
 
 
-def _linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str) -> Tensor:
-    check("linear", x, qweight, scale, bias, (threshold, outliers))
-    by_column = bool(OUTLIER_POLICIES.index(outliers))
-    planes, info = _quantize_rows(x, threshold, by_column)
-    y = _quantized_linear(planes, info, qweight, scale, bias, threshold, by_column, NONE, 0, 0, x.dtype)
+def _linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None, threshold: float
+) -> Tensor:
+    y = _quantized_linear(*_quantize_rows(x, d, threshold), qweight, scale, bias, NONE, 0, 0, x.dtype)
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 
 def _batched_linear(
-    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, outliers: str
+    x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    check("batched_linear", x, qweight, scale, bias, (threshold, outliers), batch_dims=1)
-    biases = [None] * x.shape[0] if bias is None else list(bias)
-    products = [_linear(*each, threshold, outliers) for each in zip(x, qweight, scale, biases, strict=True)]
-    return torch.stack(products) if products else x.new_empty(0, x.shape[1], qweight.shape[1])
+    return reference.each_of(_linear, x, qweight, scale, d, bias, threshold)
 
 
-def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    check("weight_only_linear", x, qweight, scale, bias, ())
-    if architecture(_index(x)) is None:
-        return reference.weight_only_linear(x, qweight, scale, bias)
-    flat = flattened(x)
-    m, n = flat.shape[0], qweight.shape[0]
-    if m > MAX_ROWS or 0 in (*flat.shape, n):
-        # The matrix product of 16 bit is as fast as it gets; a tile of floats from int8 would cost more than it saves.
-        y = torch.nn.functional.linear(x, dequantize_weight(qweight, scale, x.dtype))
-        return y if bias is None else (y.to(torch.float32) + bias.to(torch.float32)).to(x.dtype)
+def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
+    flat, n = flattened(x), qweight.shape[0]
+    if architecture(_index(x)) is None or 0 in (*flat.shape, n):
+        return reference.weight_only_linear(x, qweight, scale, d, bias)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    y = x.new_empty(m, n)
-    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], n)
+    d, bias = (None if each is None else each.contiguous() for each in (d, bias))
     with _on(_index(x)):
-        weight_only_launch(flat, qweight.contiguous(), scale.contiguous(), bias, y).run()
-    return y.reshape(*x.shape[:-1], n)
+        for call in weight_only_launches(flat, d, qweight.contiguous(), scale.contiguous(), bias, y.view(-1, n)):
+            call.run()
+    return y
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
-    "linear": _linear,
-    "batched_linear": _batched_linear,
-    "weight_only_linear": _weight_only_linear,
+    "linear": Declaration("linear", _linear).implementation,
+    "batched_linear": Declaration("batched_linear", _batched_linear, batch_dims=1).implementation,
+    "weight_only_linear": Declaration("weight_only_linear", _weight_only_linear, quantizes=False).implementation,
     "quantize_rows": _quantize_rows,
     "quantized_linear": _quantized_linear,
 }

@@ -21,27 +21,23 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from int8compile.errors import ExportError
-from int8compile.ops import digits
-from int8compile.ops.digits import Activations
-from int8compile.ops.quantized import empty_result
+from int8compile.ops.quantized import empty_result, empty_rows
 from int8compile.triton_kernels import tables
 from int8compile.triton_kernels.launch import Launch
 from int8compile.triton_kernels.operators import launch_of
-from int8compile.triton_kernels.policy import Policy
 from int8compile.triton_kernels.product import Product
-from int8compile.triton_kernels.quantize.launch import launches
+from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
 from int8compile.triton_kernels.tables import Architecture, Config
-from int8compile.triton_kernels.weight_only.launch import MAX_ROWS
-from int8compile.triton_kernels.weight_only.launch import launch as weight_only_launch
+from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
 
 # The tensors that launcher.cpp has for each operator's kernels, in its order, by the names of kernels' arguments.
 _TENSORS = {
-    "quantize_rows": ("x_ptr", "planes_ptr", "info_ptr", "flags_ptr"),
-    "quantized_linear": ("planes_ptr", "info_ptr", "weight_ptr", "scale_ptr", "bias_ptr", "y_ptr"),
-    "weight_only_linear": ("x_ptr", "weight_ptr", "scale_ptr", "bias_ptr", "y_ptr"),
+    "quantize_rows": ("x_ptr", "d_ptr", "q_ptr", "rows_ptr"),
+    "quantized_linear": ("q_ptr", "rows_ptr", "weight_ptr", "scale_ptr", "bias_ptr", "y_ptr"),
+    "weight_only_linear": (*("x_ptr", "d_ptr", "X_ptr", "unit_ptr", "weight_ptr", "scale_ptr", "bias_ptr", "y_ptr"),),
 }
 # Matrices by what the copy engine's arguments are called.
-_MATRICES = {"x_desc": "planes_ptr", "weight_desc": "weight_ptr"}
+_MATRICES = {"x_desc": "q_ptr", "weight_desc": "weight_ptr"}
 # c10::ScalarType.
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15, None: -1}
 # Bytes of a parameter, as PTX declares it.
@@ -83,28 +79,23 @@ class Planner:
         self._calls: dict[tuple[str, tuple[int, ...]], str] = {}
 
     def quantize_rows(
-        self, k: int, dtype: torch.dtype, threshold: float, by_column: bool, least: int, most: int | None
+        self, k: int, dtype: torch.dtype, rotated: bool, threshold: float, least: int, most: int | None
     ) -> None:
-        """Adds what `int8compile::quantize_rows` starts for x [M, K] of a dtype."""
-
-        def policy(m: int) -> Policy:
-            return Policy.of(m, k, digits.count(dtype, by_column), threshold, by_column, self._gpu.arch)
+        """Add what `int8compile::quantize_rows` starts for x [M, K] of a dtype."""
 
         def started(m: int) -> list[Launch]:
-            x = torch.empty(m, k, dtype=dtype, device="meta")
-            return launches(x, Activations.empty(x, threshold, by_column), policy(m))
+            x = _empty(m, k, dtype=dtype)
+            return [quantize_launch(x, _empty(k) if rotated else None, threshold, *empty_rows(x, threshold))]
 
-        key = (k, _SCALAR_TYPES[dtype], _bits(threshold), int(by_column))
-        self._add("quantize_rows", key, (least, most), policy, started, self._gpu.arch.planes_rows + 1)
+        key = (k, _SCALAR_TYPES[dtype], int(rotated), _bits(threshold))
+        self._add("quantize_rows", key, (least, most), lambda m: None, started, 1)
 
     def quantized_linear(
         self,
         n: int,
         k: int,
-        count: int,
+        planes: int,
         bias_dtype: torch.dtype | None,
-        threshold: float,
-        by_column: bool,
         activation: int,
         n0: int,
         n1: int,
@@ -112,45 +103,44 @@ class Planner:
         least: int,
         most: int | None,
     ) -> None:
-        """Adds what `int8compile::quantized_linear` starts for a weight [N, K] and `count` planes [M, K]."""
+        """Add what `int8compile::quantized_linear` starts for a weight [N, K] and q [planes, M, K]."""
         arch, sms = self._gpu.arch, self._gpu.multiprocessors
 
-        def chosen(m: int) -> tuple[Policy, Config]:
-            policy = Policy.of(m, k, count - 1, threshold, by_column, arch)
-            configs = tables.candidates(arch, m, k, lists=policy.lists)
-            return policy, tables.choose(configs, m, n, sms)
+        def chosen(m: int) -> Config:
+            return tables.choose(tables.candidates(arch, m, k), m, n, sms)
 
         def started(m: int) -> list[Launch]:
-            policy, config = chosen(m)
-            # Of any size: kernels are handed where it begins, and no size of it.
-            x = Activations(_int8(count, m, k), torch.empty(1, dtype=torch.int32, device="meta"))
-            qweight, scale = _int8(n, k), torch.empty(n, device="meta")
-            bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device="meta")
-            y = empty_result(x.planes, qweight, activation, n0, dtype)
-            return [launch_of(Product(x, qweight, scale, bias, y, activation, n0, n1, policy), config)]
+            q, qweight = _empty(planes, m, k, dtype=torch.int8), _empty(n, k, dtype=torch.int8)
+            bias = None if bias_dtype is None else _empty(n, dtype=bias_dtype)
+            y = empty_result(q, qweight, activation, n0, dtype)
+            product = Product(q, _empty(2, m), qweight, _empty(n), bias, y, activation, n0, n1)
+            return [launch_of(product, chosen(m))]
 
         # From that many rows on the largest tiles are enough for all multiprocessors.
         settled = max(*(config.bm * sms for config in arch.rows[tables.BUCKETS[-1]]), tables.BUCKETS[-1])
-        sizes = (n, k, count, _bits(threshold), int(by_column), activation, n0, n1)
-        key = (*sizes, _SCALAR_TYPES[dtype], _SCALAR_TYPES[bias_dtype])
+        key = (n, k, planes, activation, n0, n1, _SCALAR_TYPES[dtype], _SCALAR_TYPES[bias_dtype])
         self._add("quantized_linear", key, (least, most), chosen, started, settled)
 
     def weight_only_linear(
-        self, n: int, k: int, dtype: torch.dtype, bias_dtype: torch.dtype | None, least: int, most: int | None
+        self,
+        n: int,
+        k: int,
+        dtype: torch.dtype,
+        rotated: bool,
+        bias_dtype: torch.dtype | None,
+        least: int,
+        most: int | None,
     ) -> None:
-        """Adds what `int8compile::weight_only_linear` starts for x [M, K]; nothing for many rows, as it does."""
+        """Add what `int8compile::weight_only_linear` starts for x [M, K]."""
 
         def started(m: int) -> list[Launch]:
-            x, y = (torch.empty(m, size, dtype=dtype, device="meta") for size in (k, n))
-            bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device="meta")
-            call = weight_only_launch(x, _int8(n, k), torch.empty(n, device="meta"), bias, y)
-            return [call] if m <= MAX_ROWS else []
+            x, y = (_empty(m, size, dtype=dtype) for size in (k, n))
+            bias = None if bias_dtype is None else _empty(n, dtype=bias_dtype)
+            d = _empty(k) if rotated else None
+            return weight_only_launches(x, d, _empty(n, k, dtype=torch.int8), _empty(n), bias, y)
 
-        key = (n, k, _SCALAR_TYPES[dtype], _SCALAR_TYPES[bias_dtype])
-        rows = (least, most)
-        self._add(
-            "weight_only_linear", key, rows, lambda m: [call.constants for call in started(m)], started, MAX_ROWS + 1
-        )
+        key = (n, k, _SCALAR_TYPES[dtype], int(rotated), _SCALAR_TYPES[bias_dtype])
+        self._add("weight_only_linear", key, (least, most), lambda m: None, started, 1)
 
     def source(self) -> str:
         """The plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""
@@ -272,8 +262,8 @@ def _arguments(
     return arguments, maps
 
 
-def _int8(*size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="meta")
+def _empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 def _bits(number: float) -> int:

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from int8compile.ops.digits import Activations
 from int8compile.triton_kernels.numerics import SCATTERED, TILED, WHOLE
-from int8compile.triton_kernels.policy import Policy
 from int8compile.triton_kernels.tables import Config
 
 
@@ -18,18 +16,19 @@ class Product:
     """One product of quantized activations with a weight.
 
     Attributes:
-        x: The activations.
+        q: [2, M, K] int8, or [1, M, K] without outliers.
+        rows: [2, M] float32.
         qweight: [N, K] int8, its rows contiguous.
         scale: [N] float32.
         bias: [N], any float dtype, or None.
         y: As `int8compile.ops.quantized.empty_result` makes it.
-        activation: One of `int8compile.ops.digits.ACTIVATIONS`.
+        activation: One of `int8compile.ops.quantized.ACTIVATIONS`.
         n0: Outputs of the first of several parts, 0 if there is one.
         n1: Outputs of the second of three parts.
-        policy: How it is computed.
     """
 
-    x: Activations
+    q: Tensor
+    rows: Tensor
     qweight: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -37,18 +36,17 @@ class Product:
     activation: int
     n0: int
     n1: int
-    policy: Policy
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """M, N and K."""
-        return self.x.planes.shape[1], *self.qweight.shape
+        return self.q.shape[1], *self.qweight.shape
 
     def pointers(self) -> dict[str, Any]:
         """The tensors by the names of the kernels' arguments."""
         return {
-            "planes_ptr": self.x.planes,
-            "info_ptr": self.x.info,
+            "q_ptr": self.q,
+            "rows_ptr": self.rows,
             "weight_ptr": self.qweight,
             "scale_ptr": self.scale,
             "bias_ptr": self.bias,
@@ -67,7 +65,5 @@ class Product:
             "HAS_BIAS": self.bias is not None,
             "ACTIVATION": self.activation,
             "PARTS": parts.value,
-            "SPLIT": self.policy.split,
-            "DIGITS": self.policy.digits,
-            "JOIN": self.policy.join,
+            "OUTLIERS": self.q.shape[0] > 1,
         }

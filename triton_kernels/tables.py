@@ -19,13 +19,12 @@ class Config:
     """A kernel and its tile.
 
     Attributes:
-        kernel: The folder's name: "gemv", "small_gemm", "gemm" or "tma_gemm".
+        kernel: The folder's name: "gemv", "gemm" or "tma_gemm".
         bm: Rows of a tile.
         bn: Outputs of a tile.
         bk: Inputs a step of the main loop.
         num_warps: Warps of a program.
         num_stages: Steps of the main loop that are in flight.
-        bf: Outlier columns a step.
         group_m: Row tiles whose programs run together.
     """
 
@@ -35,7 +34,6 @@ class Config:
     bk: int
     num_warps: int
     num_stages: int
-    bf: int = 32
     group_m: int = 8
 
     def tiles(self, m: int, n: int) -> int:
@@ -54,17 +52,13 @@ class Architecture:
         name: Of the oldest member: "sm_80".
         shared_memory: Bytes that one program can have.
         instruction: The int8 matrix instruction from 64 rows on, as compiled code has it; "" where Triton has none.
-        planes_rows: Up to this many rows outliers are planes of digits, beyond that lists of columns.
         rows: Candidates by bucket, from large to small tiles.
-        lists: The same where few rows have lists of outliers, as in the column policy.
     """
 
     name: str
     shared_memory: int
     instruction: str
-    planes_rows: int
     rows: dict[int, tuple[Config, ...]]
-    lists: dict[int, tuple[Config, ...]]
 
 
 def _gemv(*shapes: tuple[int, int, int]) -> tuple[Config, ...]:
@@ -75,31 +69,17 @@ def _tiles(kernel: str, *shapes: tuple[int, int, int, int, int]) -> tuple[Config
     return tuple(Config(kernel, *shape) for shape in shapes)
 
 
-def _cuda(
-    name: str, kilobytes: int, planes_rows: int, rows: dict[int, tuple[Config, ...]], instruction: str = "mma.sync"
-) -> Architecture:
-    lists = {bucket: _FEW_ROWS[bucket] for bucket in BUCKETS if 1 < bucket <= planes_rows}
-    return Architecture(name, kilobytes * 1024, instruction, planes_rows, rows, lists)
-
-
 _GEMV = _gemv((8, 512, 4), (4, 1024, 4), (2, 1024, 4))
 
-# Lists of outliers for a few rows: the column policy's.
-_FEW_ROWS = {
-    2: _tiles("gemm", (16, 64, 128, 4, 4), (16, 32, 128, 4, 4)),
-    17: _tiles("gemm", (32, 64, 128, 4, 4), (32, 32, 128, 4, 4)),
-    33: _tiles("gemm", (64, 64, 128, 4, 4), (64, 32, 128, 4, 4)),
-}
-
 # 163 KB of shared memory. Instructions take 16 rows; larger BK do not fit with enough stages.
-_SM_80 = _cuda(
+_SM_80 = Architecture(
     "sm_80",
-    163,
-    32,
+    163 * 1024,
+    "mma.sync",
     {
         1: _GEMV,
-        2: _tiles("small_gemm", (16, 64, 128, 4, 4), (16, 32, 256, 4, 4), (16, 16, 256, 4, 4)),
-        17: _tiles("small_gemm", (32, 64, 128, 4, 4), (32, 32, 128, 4, 4)),
+        2: _tiles("gemm", (16, 64, 128, 4, 4), (16, 32, 256, 4, 4), (16, 16, 256, 4, 4)),
+        17: _tiles("gemm", (32, 64, 128, 4, 4), (32, 32, 128, 4, 4)),
         33: _tiles("gemm", (64, 64, 128, 4, 4), (64, 32, 128, 4, 4)),
         65: _tiles("gemm", (128, 128, 64, 8, 4), (64, 128, 128, 8, 4), (64, 64, 128, 4, 4)),
         129: _tiles("gemm", (128, 128, 64, 8, 4), (64, 128, 128, 8, 4), (64, 64, 128, 4, 4)),
@@ -109,14 +89,14 @@ _SM_80 = _cuda(
 )
 
 # 99 KB.
-_SM_86 = _cuda(
+_SM_86 = Architecture(
     "sm_86",
-    99,
-    32,
+    99 * 1024,
+    "mma.sync",
     {
         1: _GEMV,
-        2: _tiles("small_gemm", (16, 64, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 256, 4, 3)),
-        17: _tiles("small_gemm", (32, 64, 128, 4, 3), (32, 32, 128, 4, 4)),
+        2: _tiles("gemm", (16, 64, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 256, 4, 3)),
+        17: _tiles("gemm", (32, 64, 128, 4, 3), (32, 32, 128, 4, 4)),
         33: _tiles("gemm", (64, 64, 128, 4, 4), (64, 32, 128, 4, 4)),
         65: _tiles("gemm", (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 128, 4, 4)),
         129: _tiles("gemm", (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 128, 4, 4)),
@@ -126,16 +106,16 @@ _SM_86 = _cuda(
 )
 
 # 227 KB. wgmma needs 64 rows and 4 warps for each 64 of them, below that Triton takes mma.sync.
-_SM_90 = _cuda(
+_SM_90 = Architecture(
     "sm_90",
-    227,
-    64,
+    227 * 1024,
+    "wgmma",
     {
         1: _GEMV,
         # 16 outputs a tile are slower on an H200 (1.2 to 1.9 times), though they fill more multiprocessors.
-        2: _tiles("small_gemm", (16, 64, 256, 4, 4), (16, 32, 256, 4, 5)),
-        17: _tiles("small_gemm", (32, 64, 256, 4, 4), (32, 32, 256, 4, 5)),
-        33: _tiles("small_gemm", (64, 64, 128, 4, 4), (64, 32, 256, 4, 3)),
+        2: _tiles("gemm", (16, 64, 256, 4, 4), (16, 32, 256, 4, 5)),
+        17: _tiles("gemm", (32, 64, 256, 4, 4), (32, 32, 256, 4, 5)),
+        33: _tiles("gemm", (64, 64, 128, 4, 4), (64, 32, 256, 4, 3)),
         65: _tiles("gemm", (128, 128, 128, 8, 5), (64, 128, 256, 4, 3), (64, 64, 256, 4, 5)),
         129: _tiles("gemm", (128, 128, 128, 8, 5), (64, 128, 256, 4, 3), (64, 64, 256, 4, 5)),
         256: (
@@ -147,18 +127,17 @@ _SM_90 = _cuda(
             *_tiles("gemm", (128, 128, 128, 8, 5)),
         ),
     },
-    "wgmma",
 )
 
 # 227 KB. From 64 rows on newer versions of Triton take its own matrix instruction, older ones mma.sync.
-_SM_100 = _cuda(
+_SM_100 = Architecture(
     "sm_100",
-    227,
-    32,
+    227 * 1024,
+    "mma.sync",
     {
         1: _GEMV,
-        2: _tiles("small_gemm", (16, 64, 256, 4, 4), (16, 32, 256, 4, 5), (16, 16, 512, 4, 4)),
-        17: _tiles("small_gemm", (32, 64, 256, 4, 4), (32, 32, 256, 4, 5)),
+        2: _tiles("gemm", (16, 64, 256, 4, 4), (16, 32, 256, 4, 5), (16, 16, 512, 4, 4)),
+        17: _tiles("gemm", (32, 64, 256, 4, 4), (32, 32, 256, 4, 5)),
         33: _tiles("gemm", (64, 64, 128, 4, 5), (64, 32, 256, 4, 4)),
         65: _tiles("gemm", (128, 128, 128, 8, 4), (64, 128, 128, 8, 4), (64, 64, 128, 4, 5)),
         129: _tiles("gemm", (128, 128, 128, 8, 4), (64, 128, 128, 8, 4), (64, 64, 128, 4, 5)),
@@ -172,22 +151,20 @@ _GFX942 = Architecture(
     "gfx942",
     64 * 1024,
     "v_mfma_i32",
-    32,
     {
         1: _gemv((4, 1024, 4), (2, 1024, 4)),
-        2: _tiles("small_gemm", (16, 64, 128, 4, 2), (16, 32, 128, 4, 2)),
-        17: _tiles("small_gemm", (32, 64, 128, 4, 2), (32, 32, 128, 4, 2)),
+        2: _tiles("gemm", (16, 64, 128, 4, 2), (16, 32, 128, 4, 2)),
+        17: _tiles("gemm", (32, 64, 128, 4, 2), (32, 32, 128, 4, 2)),
         33: _tiles("gemm", (64, 64, 128, 4, 2), (64, 32, 128, 4, 2)),
         65: _tiles("gemm", (128, 128, 64, 8, 2), (64, 64, 128, 4, 2)),
         129: _tiles("gemm", (128, 128, 64, 8, 2), (64, 64, 128, 4, 2)),
         256: _tiles("gemm", (128, 128, 64, 8, 2), (64, 128, 64, 4, 2)),
         512: _tiles("gemm", (128, 128, 64, 8, 2), (64, 128, 64, 4, 2)),
     },
-    {bucket: tuple(dataclasses.replace(config, num_stages=2) for config in _FEW_ROWS[bucket]) for bucket in (2, 17)},
 )
 
 # Triton has no matrix instructions at all for it: weights in int8, activations in 16 bit.
-_SM_75 = Architecture("sm_75", 64 * 1024, "", 0, {}, {})
+_SM_75 = Architecture("sm_75", 64 * 1024, "", {})
 
 ARCHITECTURES = {arch.name: arch for arch in (_SM_75, _SM_80, _SM_86, _SM_90, _SM_100, _GFX942)}
 
@@ -197,18 +174,15 @@ def bucket_of(m: int) -> int:
     return max(bucket for bucket in BUCKETS if bucket <= m)
 
 
-def candidates(arch: Architecture, m: int, k: int, *, lists: bool) -> tuple[Config, ...]:
-    """The configurations that can compute a product, from large to small tiles.
+def candidates(arch: Architecture, m: int, k: int) -> tuple[Config, ...]:
+    """Return the configurations that can compute a product, from large to small tiles.
 
     Args:
         arch: The GPU's.
         m: Rows, at least 1.
         k: Inputs. Tensor descriptors want rows that begin at multiples of 16 bytes.
-        lists: Whether outliers are in lists.
     """
-    bucket = bucket_of(m)
-    configs = arch.lists[bucket] if lists and bucket in arch.lists else arch.rows[bucket]
-    return tuple(config for config in configs if config.kernel != "tma_gemm" or k % 16 == 0)
+    return tuple(config for config in arch.rows[bucket_of(m)] if config.kernel != "tma_gemm" or k % 16 == 0)
 
 
 def choose(configs: tuple[Config, ...], m: int, n: int, multiprocessors: int) -> Config:

@@ -36,9 +36,7 @@ def column_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
         dtype.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.float32)
-    outlier = ~flat.isfinite()
-    if threshold:
-        outlier = outlier | ((flat.abs() >= threshold) & (flat != 0))
+    outlier = outliers(flat, threshold)
     columns = outlier.any(dim=0)
     kept = flat.masked_fill(outlier, 0)
     absmax = kept.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else kept.new_zeros(kept.shape[0], 1)
@@ -51,3 +49,13 @@ def column_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
+
+
+def outliers(x: Tensor, threshold: float) -> Tensor:
+    """Return which elements are outliers: at least as large as the threshold, where there is one, NaN and Inf.
+
+    Shapes:
+        x: [..., K]; result: the same, bool.
+    """
+    special = ~x.isfinite()
+    return special | ((x.abs() >= threshold) & (x != 0)) if threshold else special

@@ -170,17 +170,7 @@ class Declaration:
                 f"{name}: ends is {list(given['ends'].shape)}; give [{weight.shape[0]}], one for each weight of qweight"
             )
         if self.quantizes:
-            self._check_threshold(name, given["threshold"])
-
-    def _check_threshold(self, name: str, threshold: float) -> None:
-        if math.isfinite(threshold) and (threshold >= (1 if self.rotates else 0) or threshold == 0):
-            return
-        if self.rotates:
-            raise InputError(
-                f"{name}: threshold is {threshold}; give a finite number >= 1, in mean magnitudes of a row, or 0 for "
-                "no outliers"
-            )
-        raise InputError(f"{name}: threshold is {threshold}; give a finite number >= 0, 0 for no outliers")
+            check_threshold(name, given["threshold"], absolute=not self.rotates)
 
     def _parts(self, given: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the calls of one weight each. Each weight has panels of its own: ceil(N / 16) of them."""
@@ -219,6 +209,22 @@ def check_d(name: str, d: Tensor | None, k: int, batch: Sequence[int]) -> None:
     raise InputError(
         f"{name}: d is {d.dtype} {list(d.shape)}; give float32 {allowed}, that of quantize_weight, or None for a "
         "weight that is not rotated"
+    )
+
+
+def check_threshold(name: str, threshold: float, *, absolute: bool = False) -> None:
+    """Check a threshold of outliers, absolute or in mean magnitudes of a row.
+
+    Raises:
+        InputError: It is not finite, negative, or between 0 and 1 mean magnitudes.
+    """
+    if math.isfinite(threshold) and (threshold >= (0 if absolute else 1) or threshold == 0):
+        return
+    if absolute:
+        raise InputError(f"{name}: threshold is {threshold}; give a finite number >= 0, 0 for no outliers")
+    raise InputError(
+        f"{name}: threshold is {threshold}; give a finite number >= 1, in mean magnitudes of a row, or 0 for no "
+        "outliers"
     )
 
 

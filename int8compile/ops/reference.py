@@ -36,8 +36,6 @@ BITS = 22
 # A sum of this many products of two int8 values, -128 included, is at most 2**24, so float32 holds every partial sum.
 EXACT_K = 2**24 // 128**2
 _NO_LIMIT = 2.0**100
-# Rows of a weight that are looked at together.
-_ROWS = 1024
 
 
 class Grid(NamedTuple):
@@ -271,6 +269,19 @@ def quantize_weight(weight: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
         `qweight` [..., N, K] int8 in [-127, 127] and `scale` [..., N] float32, `absmax / 127`. A zero row gives zeros
         and scale 0; one with NaN or Inf a scale that is not finite, and any values.
     """
+    if weight.dim() < 2:
+        return _quantized_rows(weight, d)
+    parts = [_quantized_rows(part, d) for part in weight.split(_rows_at_once(weight), dim=-2)]
+    return torch.cat([part[0] for part in parts], dim=-2), torch.cat([part[1] for part in parts], dim=-1)
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    """Return how many rows of a weight are looked at together: on a CPU what a core's cache holds in float32."""
+    elements = 2**17 if weight.device.type == "cpu" else 2**26
+    return max(1, elements // max(1, weight.numel() // max(1, weight.shape[-2])))
+
+
+def _quantized_rows(weight: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = weight.to(torch.float32)
     if d is not None:
         rows = butterflies(rows * over_rows(d).reciprocal(), rotation(d)) * (1 / rotation(d))
@@ -327,7 +338,8 @@ def input_scales(weights: Sequence[Tensor], activations: Tensor | None = None) -
         result: [K] float32.
     """
     # By parts: a float64 copy of all of it may not fit.
-    squares = sum(part.to(torch.float64).square().sum(dim=0) for weight in weights for part in weight.split(_ROWS))
+    parts = (part for weight in weights for part in weight.split(_rows_at_once(weight)))
+    squares = sum(part.to(torch.float64).square().sum(dim=0) for part in parts)
     w = _floored((squares / max(1, sum(weight.shape[0] for weight in weights))).sqrt())
     if activations is None:
         return (w.mean() / w).sqrt().clamp(1, 32).to(torch.float32)

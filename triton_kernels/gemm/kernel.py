@@ -1,20 +1,11 @@
-"""Many rows times a weight: tiles of both, and outliers from lists of columns."""
+"""Rows times a weight, by tiles of both."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import (
-    SCALE,
-    SPECIAL,
-    UNIT,
-    add_digits,
-    finish,
-    override_special,
-    rows_of,
-    sign_of,
-)
+from int8compile.triton_kernels.numerics import add_products, finish
 
 
 @triton.jit
@@ -29,11 +20,9 @@ def tile_of(program, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.const
 
 
 @triton.jit
-def add_listed(
-    y,
-    digits_ptr,
+def outlier_sums(
+    q_ptr,
     rows_ptr,
-    lists_ptr,
     weight_ptr,
     row,
     column,
@@ -41,125 +30,43 @@ def add_listed(
     N,
     K,
     stride_n,
-    LIST_ROWS: tl.constexpr,
-    DIGITS: tl.constexpr,
-    JOIN: tl.constexpr,
+    OUTLIERS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BF: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """Adds the outliers of a tile's list to `acc * s_x`; how many there are is read here, on the device.
-
-    Digit by digit, each with the same int32 accumulator: beside y there is room for one.
+    """What the int32 sums of a tile begin with: 256 times those of second digits; 0 where no row has any.
 
     Args:
-        y: [BM, BN] float32.
-        digits_ptr: [DIGITS, M, K] int8.
-        rows_ptr: [4, M] float32.
-        lists_ptr: [lists, 1 + K] int32.
-        weight_ptr: [N, K] int8.
-        row: [BM] numbers of the rows, all of one list.
+        q_ptr: [2, M, K] int8.
+        rows_ptr: [2, M] float32.
+        weight_ptr: [N, K] int8, rows `stride_n` apart.
+        row: [BM] numbers of the rows.
         column: [BN] numbers of the outputs.
         M: Rows.
         N: Outputs.
         K: Inputs.
         stride_n: Elements from row to row of the weight.
-        LIST_ROWS: Rows that share a list; 0: all do.
-        DIGITS: Digits of an outlier.
-        JOIN: Whether the sum of outliers fits int32.
+        OUTLIERS: Whether there are second digits.
         BM: Rows of the tile.
         BN: Outputs of the tile.
-        BF: Listed columns that are taken together.
+        BK: Inputs a step.
     """
-    if LIST_ROWS > 0:
-        of_these = tl.min(row, axis=0).to(tl.int64) // LIST_ROWS
-        lists_ptr += of_these * (K + 1)
-    count = tl.load(lists_ptr)
-    unit = tl.load(rows_ptr + UNIT * M + row, mask=row < M, other=0.0)[:, None]
-    total = tl.zeros((BM, BN), tl.int32)
-    for which in tl.static_range(DIGITS - 1, -1, -1):
-        digit_ptr = digits_ptr + (which * M + row.to(tl.int64)[:, None]) * K
-        for begin in tl.range(0, count, BF, num_stages=1):
-            at = begin + tl.arange(0, BF)
-            listed = tl.load(lists_ptr + 1 + at, mask=at < count, other=0)
-            d = tl.load(digit_ptr + at[None, :], mask=(row[:, None] < M) & (at[None, :] < count), other=0)
-            w_at = column.to(tl.int64)[None, :] * stride_n + listed[:, None]
-            w = tl.load(weight_ptr + w_at, mask=(column[None, :] < N) & (at[:, None] < count), other=0)
-            total = tl.dot(d, w, total, out_dtype=tl.int32)
-        if not JOIN:
-            y = add_digits(y, total, unit, which)
-            total = tl.zeros((BM, BN), tl.int32)
-        elif which > 0:
-            total = total * 256
-    if JOIN:
-        y = add_digits(y, total, unit, 0)
-    return y
-
-
-@triton.jit
-def special_signs(
-    q_ptr, weight_ptr, row, column, M, N, K, stride_n, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """For rows with Inf: sum of the Infs' signs times the weights' signs."""
-    signs = tl.zeros((BM, BN), tl.int32)
-    for k in tl.range(0, K, BK, num_stages=1):
-        at = k + tl.arange(0, BK)
-        w_at = column.to(tl.int64)[None, :] * stride_n + at[:, None]
-        w = tl.load(weight_ptr + w_at, mask=(column[None, :] < N) & (at[:, None] < K), other=0)
-        x_at = row.to(tl.int64)[:, None] * K + at[None, :]
-        x = tl.load(q_ptr + x_at, mask=(row[:, None] < M) & (at[None, :] < K), other=0)
-        signs = tl.dot(x, sign_of(w), signs, out_dtype=tl.int32)
-    return signs
-
-
-@triton.jit
-def epilogue(
-    acc,
-    q_ptr,
-    digits_ptr,
-    rows_ptr,
-    lists_ptr,
-    weight_ptr,
-    scale_ptr,
-    bias_ptr,
-    y_ptr,
-    row,
-    column,
-    M,
-    N,
-    K,
-    stride_n,
-    n0,
-    n1,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LIST_ROWS: tl.constexpr,
-    DIGITS: tl.constexpr,
-    JOIN: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BF: tl.constexpr,
-):
-    """From the int32 sums of a tile to its results in memory; the arguments are those of `gemm` and `add_listed`."""
-    y = acc.to(tl.float32) * tl.load(rows_ptr + SCALE * M + row, mask=row < M, other=0.0)[:, None]
-    if SPLIT:
-        y = add_listed(
-            y, digits_ptr, rows_ptr, lists_ptr, weight_ptr, row, column, M, N, K,
-            stride_n, LIST_ROWS, DIGITS, JOIN, BM, BN, BF,
-        )  # fmt: skip
-    special = tl.load(rows_ptr + SPECIAL * M + row, mask=row < M, other=0.0)
-    if tl.max(tl.abs(special)) > 0:
-        signs = special_signs(q_ptr, weight_ptr, row, column, M, N, K, stride_n, BM, BN, 32)
-        y = override_special(y, signs, special[:, None])
-    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, BM, BN)
+    acc = tl.zeros((BM, BN), tl.int32)
+    if OUTLIERS:
+        counts = tl.load(rows_ptr + M + row, mask=row < M, other=0.0) > 0
+        if tl.max(counts.to(tl.int32)) > 0:
+            x_ptr = q_ptr + M.to(tl.int64) * K + row.to(tl.int64)[:, None] * K
+            w_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_n
+            # It runs seldom: not pipelined, which takes registers from the main loop.
+            acc = add_products(acc, x_ptr, w_ptr, counts[:, None], column[None, :] < N, K, BK, 1) * 256
+    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
 def gemm(
-    planes_ptr,
-    info_ptr,
+    q_ptr,
+    rows_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
@@ -173,21 +80,17 @@ def gemm(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LIST_ROWS: tl.constexpr,
-    DIGITS: tl.constexpr,
-    JOIN: tl.constexpr,
+    OUTLIERS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    BF: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """A tile of BM rows and BN outputs a program.
 
     Args:
-        planes_ptr: [1 + DIGITS, M, K] int8.
-        info_ptr: int32, the numbers of rows and the lists.
+        q_ptr: [2, M, K] int8; [1, M, K] without outliers.
+        rows_ptr: [2, M] float32.
         weight_ptr: [N, K] int8, rows `stride_n` apart.
         scale_ptr: [N] float32.
         bias_ptr: [N], any float dtype.
@@ -201,33 +104,18 @@ def gemm(
         HAS_BIAS: Whether there is a bias.
         ACTIVATION: See `numerics`.
         PARTS: See `numerics`.
-        SPLIT: Whether there can be outliers but NaN and Inf.
-        LIST_ROWS: Rows that share a list; 0: all do. BM divides it.
-        DIGITS: Digits of an outlier.
-        JOIN: Whether the sum of outliers fits int32.
+        OUTLIERS: Whether there are second digits.
         BM: Rows of a tile.
         BN: Outputs of a tile.
         BK: Inputs a step.
-        BF: Listed columns that are taken together.
         GROUP_M: Row tiles whose programs run together.
     """
-    q_ptr = planes_ptr
-    digits_ptr = planes_ptr + M.to(tl.int64) * K
-    rows_ptr = rows_of(info_ptr)
-    lists_ptr = info_ptr + 4 * M
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     row = tile_m * BM + tl.arange(0, BM)
     column = tile_n * BN + tl.arange(0, BN)
+    acc = outlier_sums(q_ptr, rows_ptr, weight_ptr, row, column, M, N, K, stride_n, OUTLIERS, BM, BN, BK)
     x_ptr = q_ptr + row.to(tl.int64)[:, None] * K
-    # Read as [K, N]: 8-bit matrix instructions want both factors with K contiguous.
     w_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_n
-    acc = tl.zeros((BM, BN), tl.int32)
-    for k in range(0, K, BK):
-        at = k + tl.arange(0, BK)
-        x = tl.load(x_ptr + at[None, :], mask=(row[:, None] < M) & (at[None, :] < K), other=0)
-        w = tl.load(w_ptr + at[:, None], mask=(column[None, :] < N) & (at[:, None] < K), other=0)
-        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-    epilogue(
-        acc, q_ptr, digits_ptr, rows_ptr, lists_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
-        row, column, M, N, K, stride_n, n0, n1, HAS_BIAS, ACTIVATION, PARTS, SPLIT, LIST_ROWS, DIGITS, JOIN, BM, BN, BF,
-    )  # fmt: skip
+    acc = add_products(acc, x_ptr, w_ptr, row[:, None] < M, column[None, :] < N, K, BK)
+    y = acc.to(tl.float32) * tl.load(rows_ptr + row, mask=row < M, other=0.0)[:, None]
+    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, BM, BN)

@@ -12,7 +12,7 @@ from int8compile.triton_kernels.tables import Config
 
 
 def launch(product: Product, config: Config) -> Launch:
-    """A product whose outliers are listed by columns."""
+    """Multiply any number of rows."""
     m, n, k = product.sizes
     return Launch(
         gemm,
@@ -31,13 +31,6 @@ def tiles(config: Config, n: int) -> Programs:
 
 
 def constants(product: Product, config: Config) -> dict[str, Any]:
-    """The compile-time constants of a kernel that takes lists."""
-    return {
-        **product.constants(config),
-        "LIST_ROWS": product.policy.list_rows,
-        "BM": config.bm,
-        "BN": config.bn,
-        "BK": config.bk,
-        "BF": config.bf,
-        "GROUP_M": config.group_m,
-    }
+    """The compile-time constants of a kernel of tiles."""
+    sizes = {"BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP_M": config.group_m}
+    return {**product.constants(config), **sizes}

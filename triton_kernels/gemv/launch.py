@@ -11,7 +11,7 @@ from int8compile.triton_kernels.tables import Config
 
 
 def launch(product: Product, config: Config) -> Launch:
-    """A product of one row."""
+    """Multiply one row."""
     m, n, k = product.sizes
     return Launch(
         gemv,

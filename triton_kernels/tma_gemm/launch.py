@@ -12,14 +12,14 @@ from int8compile.triton_kernels.tma_gemm.kernel import tma_gemm
 
 
 def launch(product: Product, config: Config) -> Launch:
-    """A product whose outliers are listed by columns; K is a multiple of 16."""
+    """Multiply many rows; K is a multiple of 16."""
     m, n, k = product.sizes
     return Launch(
         tma_gemm,
         m,
         (tiles(config, n),),
         {
-            "x_desc": TensorDescriptor.from_tensor(product.x.q, [config.bm, config.bk]),
+            "x_desc": TensorDescriptor.from_tensor(product.q[0], [config.bm, config.bk]),
             "weight_desc": TensorDescriptor.from_tensor(product.qweight, [config.bn, config.bk]),
             **product.pointers(),
             "M": m,

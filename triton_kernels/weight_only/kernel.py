@@ -1,6 +1,6 @@
-"""Float rows times an int8 weight.
+"""Activations in fixed point times an int8 weight: for outputs whose activations are to keep about float32's precision.
 
-For outputs that are to be exact in the activations, and for GPUs without int8 matrix instructions in Triton.
+Sums of 64 bits, so exact. There are no matrix instructions for these.
 """
 
 from __future__ import annotations
@@ -8,53 +8,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import WHOLE, finish
+from int8compile.triton_kernels.numerics import NONE, WHOLE, finish
 
 
 @triton.jit(do_not_specialize=["M"])
-def weight_only_gemm(
-    x_ptr,
+def weight_only(
+    X_ptr,
+    unit_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
     y_ptr,
-    stride_m,
     M,
     N,
     K,
     HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A tile of BM rows and BN outputs a program; sums in float32.
+    """One row and BN outputs a program; those with the same outputs run together, and share the weight in the cache.
 
     Args:
-        x_ptr: [M, K], any float dtype, rows `stride_m` apart.
+        X_ptr: [M, K] int32.
+        unit_ptr: [M] float32.
         weight_ptr: [N, K] int8, contiguous.
         scale_ptr: [N] float32.
         bias_ptr: [N], any float dtype.
-        y_ptr: [M, N] of x's dtype.
-        stride_m: Elements from row to row of x.
+        y_ptr: [M, N].
         M: Rows.
         N: Outputs.
         K: Inputs.
         HAS_BIAS: Whether there is a bias.
-        ACTIVATION: See `numerics`.
-        BM: Rows of a tile.
-        BN: Outputs of a tile.
-        BK: Inputs a step.
+        BN: Outputs a program computes.
+        BK: Inputs it takes together.
     """
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    w_ptr = weight_ptr + column.to(tl.int64)[None, :] * K
-    x_ptr += row.to(tl.int64)[:, None] * stride_m
-    acc = tl.zeros((BM, BN), tl.float32)
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    weight_ptr += column.to(tl.int64)[:, None] * K
+    X_ptr += row.to(tl.int64) * K
+    sums = tl.zeros((BN, BK), tl.int64)
     for k in range(0, K, BK):
         at = k + tl.arange(0, BK)
-        x = tl.load(x_ptr + at[None, :], mask=(row[:, None] < M) & (at[None, :] < K), other=0.0)
-        w = tl.load(w_ptr + at[:, None], mask=(column[None, :] < N) & (at[:, None] < K), other=0)
-        # int8 values are exact in every float dtype.
-        acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
-    finish(acc, y_ptr, scale_ptr, bias_ptr, row, column, M, N, 0, 0, HAS_BIAS, ACTIVATION, WHOLE, BM, BN)
+        w = tl.load(weight_ptr + at[None, :], mask=(column[:, None] < N) & (at[None, :] < K), other=0)
+        X = tl.load(X_ptr + at, mask=at < K, other=0)
+        sums += w.to(tl.int64) * X.to(tl.int64)[None, :]
+    y = tl.sum(sums, axis=1).to(tl.float32) * tl.load(unit_ptr + row)
+    row += tl.zeros((1,), tl.int32)
+    finish(y[None, :], y_ptr, scale_ptr, bias_ptr, row, column, M, N, 0, 0, HAS_BIAS, NONE, WHOLE, 1, BN)

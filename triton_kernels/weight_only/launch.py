@@ -1,4 +1,4 @@
-"""Calls of `weight_only_gemm`."""
+"""Calls of `weight_only`."""
 
 from __future__ import annotations
 
@@ -7,40 +7,39 @@ import math
 import torch
 from torch import Tensor
 
-from int8compile.ops.digits import NONE
 from int8compile.triton_kernels.launch import Launch, Programs
-from int8compile.triton_kernels.weight_only.kernel import weight_only_gemm
+from int8compile.triton_kernels.quantize.launch import launch_fixed_point
+from int8compile.triton_kernels.weight_only.kernel import weight_only
 
-# Beyond it a product with the dequantized weight is faster.
-MAX_ROWS = 64
+BN, BK = 8, 512
 
 
-def launch(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
-    """A product of a few float rows, x [M, K] and y [M, N]."""
+def empty_integers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate x [M, K] in fixed point: integers [M, K], and what they are multiplied with [M]."""
+    return x.new_empty(x.shape, dtype=torch.int32), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def launches(
+    x: Tensor, d: Tensor | None, qweight: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor
+) -> list[Launch]:
+    """Multiply x [M, K], its rows contiguous, into y [M, N]."""
     (m, k), n = x.shape, qweight.shape[0]
-    bm, bn = next(rows for rows in (16, 32, 64) if rows >= min(m, 64)), 64
-    return Launch(
-        weight_only_gemm,
+    integers, unit = empty_integers(x)
+    product = Launch(
+        weight_only,
         m,
-        (Programs(math.ceil(n / bn)), Programs(rows=bm)),
+        (Programs(rows=1), Programs(math.ceil(n / BN))),
         {
-            "x_ptr": x,
+            "X_ptr": integers,
+            "unit_ptr": unit,
             "weight_ptr": qweight,
             "scale_ptr": scale,
             "bias_ptr": bias,
             "y_ptr": y,
-            "stride_m": x.stride(0),
             "M": m,
             "N": n,
             "K": k,
         },
-        {
-            "HAS_BIAS": bias is not None,
-            "ACTIVATION": NONE,
-            "BM": bm,
-            "BN": bn,
-            # What two steps of fit into 64 KB.
-            "BK": 64 if x.dtype == torch.float32 else 128,
-        },
-        num_stages=2,
+        {"HAS_BIAS": bias is not None, "BN": BN, "BK": BK},
     )
+    return [launch_fixed_point(x, d, integers, unit), product]

@@ -34,8 +34,6 @@ constexpr int UINT8 = 0, NO_INTERLEAVE = 0, PROMOTE_128B = 2, FILL_ZERO = 0;
 constexpr unsigned DEFAULT_SHARED = 48 * 1024;
 // Tensors begin at multiples of this: kernels are compiled for that.
 constexpr uintptr_t ALIGNMENT = 16;
-// LIST_ROWS of int8compile/ops/digits.py.
-constexpr int64_t LIST_ROWS = 128;
 
 struct alignas(64) CUtensorMap {
   uint64_t opaque[16];
@@ -55,7 +53,6 @@ struct Driver {
   int (*cuFuncSetCacheConfig)(void*, int);
   int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                         void**);
-  int (*cuMemsetD32Async)(unsigned long long, unsigned, size_t, void*);
   int (*cuTensorMapEncodeTiled)(CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                                 const uint32_t*, int, int, int, int);
   static const Driver& get() {
@@ -98,7 +95,6 @@ struct Driver {
     FIND(cuFuncSetAttribute);
     FIND(cuFuncSetCacheConfig);
     FIND(cuLaunchKernel);
-    FIND(cuMemsetD32Async);
     FIND(cuTensorMapEncodeTiled);
 #undef FIND
   }
@@ -237,6 +233,12 @@ const std::vector<Launch>& launches(const Call& call, int64_t m) {
   return found->launches;
 }
 
+void run(const Call& call, int64_t m, const std::vector<void*>& tensors, const Tensor& x) {
+  if (m == 0) return;
+  const Stream stream(x);
+  for (const Launch& launch : launches(call, m)) start(launch, m, tensors, stream);
+}
+
 int64_t bits(double number) {
   int64_t result;
   std::memcpy(&result, &number, sizeof(result));
@@ -278,85 +280,55 @@ std::pair<int64_t, int64_t> rows_of(const Tensor& x) {
   return {m, x.size(-1)};
 }
 
-std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_, double threshold, bool by_column) {
-  const Tensor x = plain(x_);
-  const auto [m, k] = rows_of(x);
-  const Call& call = call_of("quantize_rows", {k, dtype_of(x), bits(threshold), by_column});
-  const int64_t digits = threshold == 0 ? 0 : by_column || x.scalar_type() == ScalarType::Float ? 3 : 2;
-  const int64_t lists = threshold == 0 ? 0 : (m + LIST_ROWS - 1) / LIST_ROWS;
-  const Tensor planes = empty({1 + digits, m, k}, aoti_torch_dtype_int8(), x);
-  const Tensor info = empty({4 * m + lists * (1 + k)}, aoti_torch_dtype_int32(), x);
-  if (m == 0) return {planes, info};
-  const Stream stream(x);
-  const std::vector<Launch>& all = launches(call, m);
-  Tensor flags = info;  // One kernel alone marks nothing.
-  if (all.size() > 1) {
-    const int64_t size = (by_column ? 1 : lists) * ((k + 31) / 32);
-    flags = empty({size}, aoti_torch_dtype_int32(), x);
-    const Driver& driver = Driver::get();
-    driver.check(driver.cuMemsetD32Async(reinterpret_cast<uintptr_t>(address(flags)), 0, size_t(size), stream.handle),
-                 "memory cannot be set to zero");
-  }
-  const std::vector<void*> tensors{address(x), address(planes), address(info), address(flags)};
-  for (const Launch& launch : all) start(launch, m, tensors, stream);
-  return {planes, info};
+std::optional<Tensor> plain(const std::optional<Tensor>& x) {
+  return x ? std::optional(plain(*x)) : std::nullopt;
 }
 
-Tensor quantized_linear(const Tensor& planes_, const Tensor& info_, const Tensor& qweight_, const Tensor& scale_,
-                        const std::optional<Tensor>& bias_, double threshold, bool by_column, int64_t activation,
-                        int64_t n0, int64_t n1, int32_t dtype) {
-  const Tensor planes = plain(planes_), info = plain(info_), qweight = plain(qweight_), scale = plain(scale_);
-  std::optional<Tensor> bias;
-  if (bias_) bias = plain(*bias_);
-  const int64_t count = planes.size(0), m = planes.size(1), k = planes.size(2), n = qweight.size(0);
-  const Call& call = call_of("quantized_linear", {n, k, count, bits(threshold), by_column, activation, n0, n1, dtype,
-                                                  bias ? dtype_of(*bias) : -1});
-  constexpr int64_t SILU_MUL = 5;  // Of int8compile/ops/digits.py.
+void* address(const std::optional<Tensor>& x) { return x ? address(*x) : nullptr; }
+
+int64_t dtype_of(const std::optional<Tensor>& x) { return x ? dtype_of(*x) : -1; }
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_, const std::optional<Tensor>& d_, double threshold) {
+  const Tensor x = plain(x_);
+  const std::optional<Tensor> d = plain(d_);
+  const auto [m, k] = rows_of(x);
+  const Call& call = call_of("quantize_rows", {k, dtype_of(x), d.has_value(), bits(threshold)});
+  const Tensor q = empty({threshold == 0 ? 1 : 2, m, k}, aoti_torch_dtype_int8(), x);
+  const Tensor rows = empty({2, m}, aoti_torch_dtype_float32(), x);
+  run(call, m, {address(x), address(d), address(q), address(rows)}, x);
+  return {q, rows};
+}
+
+Tensor quantized_linear(const Tensor& q_, const Tensor& rows_, const Tensor& qweight_, const Tensor& scale_,
+                        const std::optional<Tensor>& bias_, int64_t activation, int64_t n0, int64_t n1, int32_t dtype) {
+  const Tensor q = plain(q_), rows = plain(rows_), qweight = plain(qweight_), scale = plain(scale_);
+  const std::optional<Tensor> bias = plain(bias_);
+  const int64_t planes = q.size(0), m = q.size(1), k = q.size(2), n = qweight.size(0);
+  const Call& call = call_of("quantized_linear", {n, k, planes, activation, n0, n1, dtype, dtype_of(bias)});
+  constexpr int64_t SILU_MUL = 5;  // Of int8compile/ops/quantized.py.
   const int64_t width = activation == SILU_MUL ? n / 2 : n;
-  const Tensor y = n0 ? empty({m * n}, dtype, planes) : empty({m, width}, dtype, planes);
-  if (m == 0) return y;
-  const std::vector<void*> tensors{address(planes), address(info),  address(qweight), address(scale),
-                                   bias ? address(*bias) : nullptr, address(y)};
-  const Stream stream(planes);
-  for (const Launch& launch : launches(call, m)) start(launch, m, tensors, stream);
+  const Tensor y = n0 ? empty({m * n}, dtype, q) : empty({m, width}, dtype, q);
+  run(call, m, {address(q), address(rows), address(qweight), address(scale), address(bias), address(y)}, q);
   return y;
 }
 
-// `x @ dequantized weight`, as triton_kernels/operators.py has it for many rows.
-Tensor dequantized_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
-                          int64_t m, int64_t k, const std::vector<int64_t>& sizes) {
-  StableIValue factors[] = {torch::stable::detail::from(qweight),
-                            torch::stable::detail::from(torch::stable::unsqueeze(scale, 1))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", factors, TORCH_ABI_VERSION));
-  const Tensor weight = torch::stable::to(torch::stable::detail::to<Tensor>(factors[0]), x.scalar_type());
-  Tensor y = torch::stable::matmul(torch::stable::reshape(x, {m, k}), torch::stable::transpose(weight, 0, 1));
-  if (bias) {
-    // A sum: the operator with a plus takes a number that the stable ABI does not have.
-    y = torch::stable::subtract(torch::stable::to(y, ScalarType::Float), torch::stable::to(*bias, ScalarType::Float),
-                                -1.0);
-    y = torch::stable::to(y, x.scalar_type());
-  }
-  return torch::stable::reshape(y, sizes);
-}
-
 Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor& scale_,
-                          const std::optional<Tensor>& bias_) {
+                          const std::optional<Tensor>& d_, const std::optional<Tensor>& bias_) {
   const Tensor x = plain(x_), qweight = plain(qweight_), scale = plain(scale_);
-  std::optional<Tensor> bias;
-  if (bias_) bias = plain(*bias_);
+  const std::optional<Tensor> d = plain(d_), bias = plain(bias_);
   const auto [m, k] = rows_of(x);
   const int64_t n = qweight.size(0);
   const int32_t dtype = dtype_of(x);
-  const Call& call = call_of("weight_only_linear", {n, k, dtype, bias ? dtype_of(*bias) : -1});
+  const Call& call = call_of("weight_only_linear", {n, k, dtype, d.has_value(), dtype_of(bias)});
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
-  if (m > 0 && launches(call, m).empty()) return dequantized_linear(x, qweight, scale, bias, m, k, sizes);
   const Tensor y = empty(sizes, dtype, x);
-  if (m == 0) return y;
-  const std::vector<void*> tensors{address(x), address(qweight), address(scale), bias ? address(*bias) : nullptr,
-                                   address(y)};
-  const Stream stream(x);
-  for (const Launch& launch : launches(call, m)) start(launch, m, tensors, stream);
+  const Tensor integers = empty({m, k}, aoti_torch_dtype_int32(), x);
+  const Tensor unit = empty({m}, aoti_torch_dtype_float32(), x);
+  run(call, m,
+      {address(x), address(d), address(integers), address(unit), address(qweight), address(scale), address(bias),
+       address(y)},
+      x);
   return y;
 }
 
@@ -389,28 +361,26 @@ using namespace int8compile;
 
 extern "C" {
 
-AOTITorchError aoti_torch_cuda_quantize_rows(AtenTensorHandle x, double threshold, int32_t by_column,
-                                             AtenTensorHandle* planes, AtenTensorHandle* info) {
-  const auto made = quantize_rows(borrowed(x), threshold, by_column);
-  give(std::get<0>(made), planes);
-  give(std::get<1>(made), info);
+AOTITorchError aoti_torch_cuda_quantize_rows(AtenTensorHandle x, AtenTensorHandle* d, double threshold,
+                                             AtenTensorHandle* q, AtenTensorHandle* rows) {
+  const auto made = quantize_rows(borrowed(x), borrowed(d), threshold);
+  give(std::get<0>(made), q);
+  give(std::get<1>(made), rows);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cuda_quantized_linear(AtenTensorHandle planes, AtenTensorHandle info,
-                                                AtenTensorHandle qweight, AtenTensorHandle scale,
-                                                AtenTensorHandle* bias, double threshold, int32_t by_column,
-                                                int64_t activation, int64_t n0, int64_t n1, int32_t dtype,
-                                                AtenTensorHandle* y) {
-  give(quantized_linear(borrowed(planes), borrowed(info), borrowed(qweight), borrowed(scale), borrowed(bias), threshold,
-                        by_column, activation, n0, n1, dtype),
+AOTITorchError aoti_torch_cuda_quantized_linear(AtenTensorHandle q, AtenTensorHandle rows, AtenTensorHandle qweight,
+                                                AtenTensorHandle scale, AtenTensorHandle* bias, int64_t activation,
+                                                int64_t n0, int64_t n1, int32_t dtype, AtenTensorHandle* y) {
+  give(quantized_linear(borrowed(q), borrowed(rows), borrowed(qweight), borrowed(scale), borrowed(bias), activation, n0,
+                        n1, dtype),
        y);
   return AOTI_TORCH_SUCCESS;
 }
 
 AOTITorchError aoti_torch_cuda_weight_only_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
-                                                  AtenTensorHandle* bias, AtenTensorHandle* y) {
-  give(weight_only_linear(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(bias)), y);
+                                                  AtenTensorHandle* d, AtenTensorHandle* bias, AtenTensorHandle* y) {
+  give(weight_only_linear(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(d), borrowed(bias)), y);
   return AOTI_TORCH_SUCCESS;
 }
 

@@ -49,7 +49,7 @@ struct Launch {
   std::vector<TensorMap> maps;
 };
 
-// What is started from so many rows on. Nothing for weights alone where PyTorch's product is faster.
+// What is started from so many rows on.
 struct Range {
   int64_t rows;
   std::vector<Launch> launches;

@@ -1,0 +1,253 @@
+"""Running a model once in float while its linears are observed: what `explain` and `calibrate` share.
+
+Dynamo captures the model as it does for the backend, and the same passes find the linears, of any spelling. Then each
+of them tells what it is given and multiplies by its float weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
+from torch._dynamo import convert_frame
+from torch._inductor import config as inductor_config
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from int8compile import ops
+from int8compile.backend import copy_graph, errors_unwrapped, rewrite_captured
+from int8compile.config import Int8Config
+from int8compile.errors import FreedWeightError
+from int8compile.passes.binding import Member
+from int8compile.passes.rules import Rule
+from int8compile.passes.static import WeightView
+from int8compile.report import Report, Site
+from int8compile.weights import FreedWeight, Members
+
+Record = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear of a captured graph that would be int8.
+
+    Attributes:
+        site: Its row in the report.
+        op: The operator that takes its place.
+        threshold: The operator's; 0 where it has none.
+        each: Whether each matrix of a weight [B, N, K] is rotated by its own d.
+        first: Whether it is the first of those that read the same x and are rotated alike.
+    """
+
+    site: Site
+    op: Any
+    threshold: float
+    each: bool
+    first: bool
+
+
+class Given(NamedTuple):
+    """What a linear is given at a call.
+
+    Attributes:
+        x: Its activations, as the operator takes them.
+        group: It and those that read the same x and are rotated alike; empty where it is not rotated, or int8 already.
+        among: Those that a d is made of where the group has none, see `int8compile.groups`.
+        d: What is int8 already is rotated with.
+    """
+
+    x: Tensor
+    group: Members
+    among: Members
+    d: Tensor | None
+
+
+See = Callable[[Linear, Given], None]
+
+
+def plain(model: Any) -> Any:
+    """Return what a compiled model or function was made from."""
+    return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+
+
+def check_not_freed(parameters: Mapping[str, Tensor], advice: str) -> None:
+    """Raise `FreedWeightError` where a model cannot run in float any more."""
+    for name, parameter in parameters.items():
+        if isinstance(parameter, FreedWeight):
+            raise FreedWeightError(
+                f"{name} has no float weight any more (free_weights=True), so the model cannot run in float. {advice}"
+            )
+
+
+def some_rows(x: Tensor, count: int) -> Tensor:
+    """Return at most so many rows, spread evenly over all.
+
+    Shapes:
+        x: [..., K]; result: [M, K].
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    return rows[:: max(1, -(-len(rows) // count))]
+
+
+@contextlib.contextmanager
+def captured(model: Any, record: Record) -> Iterator[Callable[..., Any]]:
+    """Capture a model whenever it is called, without gradients.
+
+    Buffers that calls change, the state of the random number generators and Dynamo's caches are restored afterwards.
+
+    Args:
+        model: A module or a function.
+        record: Takes each captured graph, as a Dynamo backend.
+
+    Returns:
+        What calls the model.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Parameters that Inductor is to freeze would be no inputs.
+    thawed: Any = inductor_config.patch(freezing=False)
+    with torch.no_grad(), thawed, torch.random.fork_rng(), _buffers_restored(model), _dynamo_caches_dropped():
+        yield torch.compile(_with_code_of_its_own(call), backend=record)
+
+
+def observed(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config, rules: tuple[Rule, ...], see: See
+) -> tuple[GraphModule, Report]:
+    """Copy a captured graph, with linears that tell what they are given before they multiply in float.
+
+    Args:
+        gm: A Dynamo graph.
+        example_inputs: What its placeholders were captured with.
+        config: Which linears would be int8.
+        rules: The same.
+        see: Is told of each of them at every call.
+
+    Returns:
+        The copy, which takes the same inputs, and what the passes say of its linears.
+    """
+    module = copy_graph(gm)
+    # Modules that are int8 keep their weights here.
+    config = dataclasses.replace(config, free_weights=False)
+    with errors_unwrapped():
+        binder, report = rewrite_captured(module, example_inputs, config, rules=rules)
+    slots = {slot.nodes.qweight: slot for slot in binder.slots}
+    graph = module.graph
+    calls = [node for node in graph.nodes if node.target in _OPERATORS]
+    for site, call in zip(report.rewritten, calls, strict=True):
+        given = dict(zip((argument.name for argument in call.target._schema.arguments), call.args, strict=False))
+        slot = slots.get(given["qweight"])
+        # What is int8 already has the d that it has.
+        member = None if slot is None else slot.members[0]
+        group = None if slot is None or slot.members[0].scale is not None else slot.group
+        linear = Linear(
+            site=site,
+            op=call.target,
+            threshold=given.get("threshold", 0.0),
+            each=group is not None and group.each,
+            first=group is None or group.members[0] is member,
+        )
+        members, among = ([], []) if group is None else (group.members, group.among)
+        d = given.get("d") if member is None else member.d
+        with graph.inserting_before(call):
+            sources = [each.source for each in (*members, *among)]
+            graph.call_function(_telling(see, linear, members, among), (given["x"], d, *sources))
+            if member is not None:
+                weight = member.source, member.scale, member.d
+                product = graph.call_function(_multiplying(member.view), (given["x"], given["bias"], *weight))
+                call.replace_all_uses_with(product)
+                graph.erase_node(call)
+    groups = binder.groups
+    binder.drop(list(binder.slots))
+    for group in groups:
+        graph.erase_node(group.node)
+    module.recompile()
+    return module, report
+
+
+_OPERATORS = {
+    ops.linear.default,
+    ops.batched_linear.default,
+    ops.grouped_linear.default,
+    ops.weight_only_linear.default,
+    ops.column_linear.default,
+}
+
+
+def _telling(see: See, linear: Linear, members: Sequence[Member], among: Sequence[Member]) -> Callable[..., None]:
+    views = [member.view for member in (*members, *among)]
+    count = len(members)
+
+    def tell(x: Tensor, d: Tensor | None, *sources: Tensor) -> None:
+        weights = list(zip(sources, views, strict=True))
+        see(linear, Given(x, weights[:count], weights[count:], d))
+
+    return tell
+
+
+def _multiplying(view: WeightView) -> Callable[..., Tensor]:
+    def multiply(x: Tensor, bias: Tensor | None, source: Tensor, scale: Tensor | None, d: Tensor | None) -> Tensor:
+        if scale is not None:  # A module holds it in int8, and something else than its own product reads it.
+            source = torch.empty_like(source, dtype=x.dtype).copy_(ops.dequantize_weight(source, scale, d, x.dtype))
+        weight = view.of(source).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        if weight.dim() == 2:
+            return F.linear(x, weight, bias)
+        return x @ weight.mT if bias is None else x @ weight.mT + bias[:, None]
+
+    return multiply
+
+
+def _with_code_of_its_own(function: Any) -> FunctionType:
+    """A copy whose code Dynamo has never seen: it gives up on code that was compiled 256 times."""
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
+@contextlib.contextmanager
+def _buffers_restored(model: Any) -> Iterator[None]:
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    # The tensors, which forward may replace, and their values, which it may change.
+    tensors = [(module, dict(module._buffers)) for module in modules]
+    values = {
+        buffer: buffer.clone()
+        for _, buffers in tensors
+        for buffer in buffers.values()
+        if buffer is not None and not buffer.is_meta and not buffer.is_inference()
+    }
+    try:
+        yield
+    finally:
+        for module, buffers in tensors:
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values.items():
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _dynamo_caches_dropped() -> Iterator[None]:
+    """Drops the cache entries that Dynamo makes meanwhile: they would count against the model's own recompile limit.
+
+    After a graph break the model's own functions get some. Where they had entries before, which are the user's, theirs
+    are kept and so ours stay.
+    """
+
+    def compiled() -> set[Any]:
+        codes = {code for ref in convert_frame.input_codes.seen if (code := ref()) is not None}
+        return {code for code in codes if eval_frame._debug_get_cache_entry_list(code)}
+
+    before = compiled()
+    try:
+        yield
+    finally:
+        for code in compiled() - before:
+            eval_frame.reset_code(code)

@@ -1,1 +1,0 @@
-"""A few rows times a weight."""
