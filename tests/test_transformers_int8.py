@@ -386,17 +386,40 @@ def test_a_bad_weight_of_a_group(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert r"self_attn.k_proj: its weight [32, 64] has 1 NaN or Inf of 2048 entries" in caplog.text
 
 
-def test_weights_that_the_checkpoint_has_in_one(tmp_path: Path) -> None:
-    """DINOv2's gate and up projection."""
+def test_a_weight_that_transformers_leaves_out(float_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for to the end only."""
+    drop(float_folder, "model.layers.0.self_attn.v_proj.weight")
+    ask = integration.Int8CompileQuantizer.get_quantize_ops
+
+    def announcing_more(self: integration.Int8CompileQuantizer) -> Any:
+        self.arrivals.expect("model.layers.0.self_attn.v_proj.weight")
+        return ask(self)
+
+    monkeypatch.setattr(integration.Int8CompileQuantizer, "get_quantize_ops", announcing_more)
+    model = load(float_folder, quantization_config=Int8CompileConfig())
+    attention = model.model.layers[0].self_attn
+    assert type(attention.v_proj) is nn.Linear
+    assert attention.q_proj.d is attention.k_proj.d is not None
+    own = llama()
+    quantize_(own, {"skip_modules": ["v_proj"]}, progress=False)
+    for name in ("q_proj", "k_proj"):
+        assert_same_bits(attention.get_submodule(name), own.model.layers[0].self_attn.get_submodule(name))
+
+
+@pytest.mark.parametrize("kept", [[], ["gate_proj"], ["up_proj"]])
+def test_weights_that_the_checkpoint_has_in_one(kept: list[str], tmp_path: Path) -> None:
+    """DINOv2's gate and up projection, also where one of them stays in float."""
     torch.manual_seed(0)
     config = transformers.Dinov2Config(**VISION, use_swiglu_ffn=True)
     original = transformers.Dinov2Model(config).eval()
     folder = saved(original, tmp_path / "float")
     assert "encoder.layer.0.mlp.weights_in.weight" in safetensors.load_file(Path(folder) / "model.safetensors")
-    model = transformers.Dinov2Model.from_pretrained(folder, quantization_config=Int8CompileConfig())
-    assert len(int8_paths(model)) == 7
-    assert model.encoder.layer[0].mlp.gate_proj.d is model.encoder.layer[0].mlp.up_proj.d
-    quantize_(original, progress=False)
+    options = {"quantization_config": Int8CompileConfig(skip_modules=kept)}
+    model = transformers.Dinov2Model.from_pretrained(folder, **options)
+    assert len(int8_paths(model)) == 7 - len(kept)
+    mlp = model.encoder.layer[0].mlp
+    assert kept or mlp.gate_proj.d is mlp.up_proj.d is not None
+    quantize_(original, {"skip_modules": kept}, progress=False)
     assert_same_bits(model, original)
     again = transformers.Dinov2Model.from_pretrained(saved(model, tmp_path / "int8"))
     assert_same_bits(again, model)

@@ -23,6 +23,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -354,6 +355,7 @@ class Int8CompileQuantizer(HfQuantizer):
                 _as_buffers(module, plain)
         if missing:
             raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")
+        self._quantize_the_rest()
         share_rotations(model)
         check_loaded(model, _fitted_names(self.quantization_config.checksums, model), self.files)
         self.quantization_config.checksums = {}
@@ -368,6 +370,22 @@ class Int8CompileQuantizer(HfQuantizer):
         self.mapped = _MappedFiles(())
         # Models inside this one can be saved alone.
         attach_all(model, self.quantization_config.config())
+
+    def _quantize_the_rest(self) -> None:
+        """Quantize what still waits for others, and what transformers has loaded in float.
+
+        Of several weights that a checkpoint has in one it asks about the first only, which may stay in float.
+        """
+        loaded: dict[str, Tensor] = {}
+        for target in self.targets:
+            weight: Any = getattr(target.module, target.name.rpartition(".")[2], None)
+            if target.name in self.arrivals and _is_loaded(weight):
+                loaded[target.name] = weight
+                self.arrivals.expect(target.name)
+        groups = [self.arrivals.add(name, weight) for name, weight in loaded.items()]
+        for target, made in quantized([*chain(*groups, *self.arrivals.rest())], self.quantization_config.rotate_group):
+            assert self.converter is not None
+            self.converter.put(target, *made)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """Return what is saved: the tensors of the model and, under the names of its float weights, empty ones.
@@ -506,9 +524,9 @@ def _as_buffers(module: Int8Module, known: dict[int, Tensor]) -> None:
         module._buffers[name] = known.setdefault(id(parameter), parameter.data)
 
 
-def _is_loaded(tensor: Tensor) -> bool:
+def _is_loaded(tensor: Tensor | None) -> bool:
     """Whether transformers has given a tensor the data of a checkpoint."""
-    return not tensor.is_meta and bool(getattr(tensor, "_is_hf_initialized", False))
+    return tensor is not None and not tensor.is_meta and bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 def _tie(model: Any) -> None:
