@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from int8compile.config import Int8Config
-from int8compile.errors import CheckpointError, InputError, ModelError, first_line, listed
+from int8compile.errors import CheckpointError, InputError, Int8Warning, ModelError, first_line, listed
 from int8compile.explain import looks_fused, multiplies
 from int8compile.modules import Int8Module
 from int8compile.observation import Given, Linear, captured, check_not_freed, observed, plain
@@ -143,7 +144,7 @@ class Calibration:
         """
         model = plain(model)
         _check_in_float(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = _parameters(model)
         for weight in (weight for group in self.groups for weight in group.weights):
             weight.of(parameters)
         self._set(parameters)
@@ -273,11 +274,11 @@ def calibrate(
     _check_in_float(model)
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"tokens={tokens!r}: give a whole number of at least 1")
-    parameters = dict(model.named_parameters())
     if batches is None:
         batches = token_batches(model, tokens)
     elif isinstance(batches, Tensor | Mapping):
         batches = [batches]
+    parameters = _parameters(model)
     found = _Found(parameters, _tables(model), tokens)
     # Inputs of different sizes are compiled once each, or once for all of them.
     many: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
@@ -288,6 +289,8 @@ def calibrate(
             if found.complete:
                 break
     calibration = found.calibration(model)
+    if not calibration.groups:
+        warnings.warn(f"calibrate() has calibrated nothing: {calibration.summary()}", Int8Warning, stacklevel=2)
     calibration._set(parameters)
     return calibration
 
@@ -377,7 +380,8 @@ class _Found:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], tables: set[int], limit: int) -> None:
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        # The first one of those that have several.
+        self._names = {id(parameter): name for name, parameter in reversed(list(parameters.items()))}
         self._tables = tables
         self._limit = limit
         self._of: dict[_Key, _Statistics] = {}
@@ -420,14 +424,12 @@ class _Found:
             else:
                 missing |= {weight.name: "no row of its input was usable (all zero, NaN or Inf)" for weight in weights}
         seen = {identity for identity, _ in self._of}
-        modules = dict(model.named_modules())
-        for identity, name in self._names.items():
-            owner, _, last = name.rpartition(".")
-            parameter = modules[owner]._parameters[last]
-            if identity in seen or parameter is None:
-                continue
-            if multiplies(modules[owner], parameter) or looks_fused(modules[owner], parameter):
-                missing[name] = self._why_not(parameter)
+        for owner in model.modules():
+            for parameter in owner._parameters.values():
+                if parameter is None or id(parameter) in seen:
+                    continue
+                if multiplies(owner, parameter) or looks_fused(owner, parameter):
+                    missing[self._names[id(parameter)]] = self._why_not(parameter)
         return Calibration(tuple(groups), missing)
 
     def _weight(self, parameter: Tensor, view: WeightView, *, each: bool) -> Weight:
@@ -467,10 +469,17 @@ def _check_in_float(model: nn.Module) -> None:
     held = [path for path, module in model.named_modules() if isinstance(module, Int8Module)]
     if held:
         raise ModelError(f"{listed(held)}: int8 already. Calibrate the float model, before quantize_")
-    parameters = dict(model.named_parameters())
+    parameters = _parameters(model)
     check_not_freed(parameters, "Calibrate it before compiling")
     if empty := [name for name, parameter in parameters.items() if parameter.is_meta]:
         raise ModelError(f"{listed(empty)}: on the meta device, without data. Load the weights before calibrating")
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by the names that they have where no part of the model is compiled."""
+    return {
+        name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _tables(model: nn.Module) -> set[int]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import int8compile
-from int8compile import Calibration, CheckpointError, FreedWeightError, InputError, ModelError
+from int8compile import Calibration, CheckpointError, FreedWeightError, InputError, Int8Warning, ModelError
 from int8compile.calibration import FEW, token_batches
 from int8compile.ops import input_scales, reference, rotation_of
 from int8compile.passes import WeightView
@@ -100,7 +100,8 @@ def test_rows_that_cannot_be_used_are_left_out() -> None:
 
 def test_a_group_without_a_usable_row_is_not_calibrated() -> None:
     model = Stack(1)
-    calibration = int8compile.calibrate(model.layers[0].up, [torch.zeros(8, 32)], progress=False)
+    with pytest.warns(Int8Warning, match="calibrate.. has calibrated nothing: 0 linears calibrated"):
+        calibration = int8compile.calibrate(model.layers[0].up, [torch.zeros(8, 32)], progress=False)
     assert calibration.groups == ()
     assert calibration.missing == {"weight": "no row of its input was usable (all zero, NaN or Inf)"}
     assert "0 linears calibrated" in str(calibration)
@@ -320,11 +321,25 @@ def test_what_cannot_be_calibrated() -> None:
         int8compile.calibrate(model, [x])
 
 
-def test_a_compiled_model_is_calibrated_as_what_it_was_made_from() -> None:
+@pytest.mark.parametrize("part", ["model", "in place", "layers", "layers in place"])
+def test_a_compiled_model_is_calibrated_as_what_it_was_made_from(part: str) -> None:
     model, x = Stack(1), inputs()
-    (up, _) = int8compile.calibrate(torch.compile(model, backend="int8"), [x], progress=False).groups
-    assert [weight.name for weight in up.weights] == ["layers.0.up.weight"]
+    compiled: nn.Module = model
+    if part == "model":
+        compiled = torch.compile(model, backend="int8")
+    elif part == "layers":
+        model.layers[0] = torch.compile(model.layers[0], backend="int8")
+    else:
+        (model if part == "in place" else model.layers[0]).compile(backend="int8")
+    before = compiled(x)
+    (up, down) = int8compile.calibrate(compiled, [x], progress=False).groups
+    assert [weight.name for group in (up, down) for weight in group.weights] == [
+        "layers.0.up.weight",
+        "layers.0.down.weight",
+    ]
     assert rotation(model.layers[0].up.weight) is up.d
+    torch.testing.assert_close(up.activations, statistics(x))
+    assert not torch.equal(compiled(x), before)
 
 
 def test_batched_weights_whose_matrices_read_rows_of_their_own() -> None:

@@ -77,11 +77,13 @@ def test_one_linear_by_the_kind_of_its_rows() -> None:
 
 
 def test_what_is_not_within_its_bar_is_named() -> None:
-    model = {"the default": {"the demo's text": 0.0031}, "calibrated on random tokens": {"the demo's text": 0.0019}}
+    bars = fidelity.BARS["SmolLM2-135M-Instruct"]
+    default, calibrated = bars["the default"], bars["calibrated on random tokens"]
+    model = {"the default": {"a": default - 1, "b": default + 1.0002}, "calibrated on random tokens": {"a": calibrated}}
     found = {"SmolLM2-135M-Instruct": model, "another": model}
     errors = {"a massive channel, x1, suppressed": {"the default": 5.1}, "any": {"the default": 50.0}}
     assert fidelity.misses(found, errors) == [
-        "SmolLM2-135M-Instruct, the default, the demo's text: 0.0031, bar 0.0030",
+        f"SmolLM2-135M-Instruct, the default: {default + 0.0001:.4f}, bar {default:.4f}",
         "a massive channel, x1, suppressed: 5.1 %, bar 5.0 %",
     ]
 
