@@ -13,7 +13,7 @@ import copy
 import importlib
 import importlib.resources
 import importlib.util
-import pathlib
+import inspect
 import statistics
 import sys
 import tempfile
@@ -39,8 +39,11 @@ from int8compile.weights import STORE
 Distances = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 TOKENS = 512
-# KL of SmolLM2 on the demo's text, which the tests of the demo hold.
-DEFAULT_BAR, CALIBRATED_BAR = 0.0030, 0.0020
+# The mean over texts, by model and setting. (Of the demo, whose text is an easier one, the tests hold the figures.)
+BARS = {
+    "SmolLM2-135M-Instruct": {"the default": 0.0045, "calibrated on random tokens": 0.0027},
+    "Gemma-3-270M": {"the default": 0.0032, "calibrated on random tokens": 0.0022},
+}
 K, N, M = 4096, 512, 256
 # Per cent, of a channel far larger than all others that meets weights which suppress it.
 MASSIVE_BAR = 5.0
@@ -78,12 +81,11 @@ SOURCES = {
 def texts(tokenizer: Any, length: int = TOKENS) -> dict[str, Tensor]:
     """Texts that every machine has, as tokens [1, length]."""
     licence = (Path(__file__).parents[1] / "LICENSE").read_text()
-    source = pathlib.Path(sys.modules[Path.__module__].__file__ or pathlib.__file__).read_text()
     found = {
         "a licence": licence,
         "the demo's text": demo.prose(demo.TOPICS),
         "more of the language reference": demo.prose(("specialnames", "context-managers", "attribute-access")),
-        "Python": source,
+        "Python": inspect.getsource(sys.modules[Path.__module__]),
     }
     return {name: tokenizer(text[:20_000], return_tensors="pt").input_ids[:, :length] for name, text in found.items()}
 
@@ -262,10 +264,10 @@ def misses(
     """What is not within its bar, in words."""
     wrong = []
     for model, by in found.items():
-        for name, bar in (("the default", DEFAULT_BAR), ("calibrated on random tokens", CALIBRATED_BAR)):
-            value = by[name]["the demo's text"]
-            if model == "SmolLM2-135M-Instruct" and value > bar:
-                wrong.append(f"{model}, {name}, the demo's text: {value:.4f}, bar {bar:.4f}")
+        for name, bar in BARS.get(model, {}).items():
+            value = statistics.mean(by[name].values())
+            if value > bar:
+                wrong.append(f"{model}, {name}: {value:.4f}, bar {bar:.4f}")
     for kind, by_way in errors.items():
         if "suppressed" in kind and by_way["the default"] > MASSIVE_BAR:
             wrong.append(f"{kind}: {by_way['the default']:.1f} %, bar {MASSIVE_BAR} %")

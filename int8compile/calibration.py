@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from int8compile.config import Int8Config
-from int8compile.errors import CheckpointError, InputError, ModelError, first_line, listed
-from int8compile.explain import multiplies
+from int8compile.errors import CheckpointError, InputError, Int8Warning, ModelError, first_line, listed
+from int8compile.explain import looks_fused, multiplies
 from int8compile.modules import Int8Module
 from int8compile.observation import Given, Linear, captured, check_not_freed, observed, plain
 from int8compile.ops import input_scales, rotation_of, rotation_size
@@ -37,6 +38,10 @@ _Key = tuple[int, WeightView]
 
 # Random tokens are given in rows of so many.
 SEQUENCE = 128
+# With fewer rows an expert is rotated as its weights alone ask for.
+FEW = 16
+# Rows that are counted together.
+_PART = 1024
 _FORMAT = "int8compile calibration 1"
 # Another weight, not the same one in another dtype: bfloat16 moves a column's rms by less than 0.2 %.
 _SAME = 0.01
@@ -95,7 +100,7 @@ class Group:
         weights: Their weights.
         rows: How many rows of x the statistics are of.
         activations: a [K] float64: the root of the mean, over rows, of the squares of x, each row divided by its rms.
-            [B, K] for the weights [B, N, K] of experts that read rows of their own, zero for those that had none.
+            [B, K] for the weights [B, N, K] of experts that read rows of their own, zero for those that had few.
     """
 
     weights: tuple[Weight, ...]
@@ -139,7 +144,7 @@ class Calibration:
         """
         model = plain(model)
         _check_in_float(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = _parameters(model)
         for weight in (weight for group in self.groups for weight in group.weights):
             weight.of(parameters)
         self._set(parameters)
@@ -269,11 +274,11 @@ def calibrate(
     _check_in_float(model)
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"tokens={tokens!r}: give a whole number of at least 1")
-    parameters = dict(model.named_parameters())
     if batches is None:
         batches = token_batches(model, tokens)
     elif isinstance(batches, Tensor | Mapping):
         batches = [batches]
+    parameters = _parameters(model)
     found = _Found(parameters, _tables(model), tokens)
     # Inputs of different sizes are compiled once each, or once for all of them.
     many: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
@@ -284,6 +289,8 @@ def calibrate(
             if found.complete:
                 break
     calibration = found.calibration(model)
+    if not calibration.groups:
+        warnings.warn(f"calibrate() has calibrated nothing: {calibration.summary()}", Int8Warning, stacklevel=2)
     calibration._set(parameters)
     return calibration
 
@@ -304,20 +311,38 @@ class _Statistics:
     rows: Tensor = dataclasses.field(default_factory=lambda: torch.tensor(0))
     total: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
-    def add(self, x: Tensor, limit: int, *, each: bool) -> None:
-        """Count rows of an x, [..., K] or [B, M, K]; only so many that `limit` are seen."""
-        rows = x.detach() if each else x.detach().reshape(-1, x.shape[-1])
-        step = max(1, math.ceil(rows.shape[-2] / max(1, limit - self.seen)))
-        if self.seen >= limit or not rows.shape[-2]:
+    def add(self, given: Given, limit: int, *, each: bool) -> None:
+        """Count rows of an x, only so many that `limit` are seen; of each matrix where each has its own rows."""
+        rows, left = given.x.detach(), limit - self.seen
+        if left <= 0:
             return
-        rows = rows[..., ::step, :].to("cpu", torch.float64)
+        if each and given.ends is not None:
+            self._add_grouped(rows.reshape(-1, rows.shape[-1]), given.ends)
+            return
+        rows = rows if each else rows.reshape(-1, rows.shape[-1])
+        rows = rows[..., :: max(1, math.ceil(rows.shape[-2] / left)), :]
+        counted, usable = _normalized(rows)
         self.seen += rows.shape[-2]
-        squares = rows.square()
-        size = squares.mean(dim=-1, keepdim=True)
-        usable = size.isfinite() & (size > 0)
-        # NaN times 0 is NaN.
-        self.total = self.total + torch.where(usable, squares / size, 0).sum(dim=-2)
-        self.rows = self.rows + usable.squeeze(-1).sum(dim=-1)
+        self.total = self.total + counted.sum(dim=-2)
+        self.rows = self.rows + usable.sum(dim=-1)
+
+    def _add_grouped(self, rows: Tensor, ends: Tensor) -> None:
+        """Count all rows of experts, which lie one behind the other."""
+        ends = ends.cpu()
+        experts = len(ends)
+        # Behind the last end there may be some of none.
+        rows = rows[: int(ends[-1])] if experts else rows[:0]
+        total, count = (
+            torch.zeros(experts, rows.shape[-1], dtype=torch.float64),
+            torch.zeros_like(ends, dtype=torch.int64),
+        )
+        owner = torch.searchsorted(ends.long(), torch.arange(len(rows)), right=True)
+        for part, of in zip(rows.split(_PART), owner.split(_PART), strict=True):
+            counted, usable = _normalized(part)
+            total.index_add_(0, of, counted)
+            count.index_add_(0, of, usable.to(torch.int64))
+        self.seen += math.ceil(len(rows) / max(1, experts))
+        self.total, self.rows = self.total + total, self.rows + count
 
     def join(self, other: _Statistics) -> None:
         """Take over what another has seen."""
@@ -327,7 +352,22 @@ class _Statistics:
 
     def activations(self) -> Tensor:
         """Return a, see `Group`."""
-        return (self.total / self.rows.clamp_min(1).unsqueeze(-1)).sqrt()
+        a = (self.total / self.rows.clamp_min(1).unsqueeze(-1)).sqrt()
+        # Few rows of an expert tell less than its weights.
+        return a if not self.rows.dim() else a * (self.rows >= FEW).unsqueeze(-1)
+
+
+def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squares of rows, each divided by its mean square; 0 for those that cannot be used; and which can be.
+
+    Shapes:
+        rows: [..., M, K]; results: the same, float64, and [..., M].
+    """
+    squares = rows.to("cpu", torch.float64).square()
+    size = squares.mean(dim=-1, keepdim=True)
+    usable = size.isfinite() & (size > 0)
+    # NaN times 0 is NaN.
+    return torch.where(usable, squares / size, 0), usable.squeeze(-1)
 
 
 class _Found:
@@ -340,7 +380,8 @@ class _Found:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], tables: set[int], limit: int) -> None:
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        # The first one of those that have several.
+        self._names = {id(parameter): name for name, parameter in reversed(list(parameters.items()))}
         self._tables = tables
         self._limit = limit
         self._of: dict[_Key, _Statistics] = {}
@@ -369,7 +410,7 @@ class _Found:
             statistics.join(other)
         statistics.members |= members
         self._of.update(dict.fromkeys(statistics.members, statistics))
-        statistics.add(given.x, self._limit, each=linear.each)
+        statistics.add(given, self._limit, each=linear.each)
 
     def calibration(self, model: nn.Module) -> Calibration:
         """Return all that was found."""
@@ -377,17 +418,18 @@ class _Found:
         for statistics in dict.fromkeys(self._of.values()):
             each = statistics.rows.dim() > 0
             weights = tuple(self._weight(parameter, view, each=each) for parameter, view in statistics.members.values())
-            if rows := int(statistics.rows.sum()):
-                groups.append(Group(weights, rows, statistics.activations()))
+            activations = statistics.activations()
+            if activations.any():
+                groups.append(Group(weights, int(statistics.rows.sum()), activations))
             else:
                 missing |= {weight.name: "no row of its input was usable (all zero, NaN or Inf)" for weight in weights}
         seen = {identity for identity, _ in self._of}
-        modules = dict(model.named_modules())
-        for identity, name in self._names.items():
-            owner, _, last = name.rpartition(".")
-            parameter = modules[owner]._parameters[last]
-            if identity not in seen and parameter is not None and multiplies(modules[owner], parameter):
-                missing[name] = self._why_not(parameter)
+        for owner in model.modules():
+            for parameter in owner._parameters.values():
+                if parameter is None or id(parameter) in seen:
+                    continue
+                if multiplies(owner, parameter) or looks_fused(owner, parameter):
+                    missing[self._names[id(parameter)]] = self._why_not(parameter)
         return Calibration(tuple(groups), missing)
 
     def _weight(self, parameter: Tensor, view: WeightView, *, each: bool) -> Weight:
@@ -427,10 +469,17 @@ def _check_in_float(model: nn.Module) -> None:
     held = [path for path, module in model.named_modules() if isinstance(module, Int8Module)]
     if held:
         raise ModelError(f"{listed(held)}: int8 already. Calibrate the float model, before quantize_")
-    parameters = dict(model.named_parameters())
+    parameters = _parameters(model)
     check_not_freed(parameters, "Calibrate it before compiling")
     if empty := [name for name, parameter in parameters.items() if parameter.is_meta]:
         raise ModelError(f"{listed(empty)}: on the meta device, without data. Load the weights before calibrating")
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by the names that they have where no part of the model is compiled."""
+    return {
+        name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _tables(model: nn.Module) -> set[int]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from int8compile import ops
 from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError, ConfigError, Int8Warning, ModelError
-from int8compile.explain import multiplies
+from int8compile.explain import looks_fused, multiplies
 from int8compile.groups import group_of, reads_tokens
 from int8compile.modules import Int8Embedding, Int8Experts, Int8Linear, Int8Module, Source
 from int8compile.passes.rules import by_name, by_size, matches
@@ -286,7 +286,7 @@ def _targets(path: str, module: nn.Module) -> Iterator[Target]:
                 yield Target(path=path, module=module, source="linear", weight=parameter)
         elif name in experts:
             yield Target(path=f"{path}.{name}".lstrip("."), module=module, source="experts", weight=parameter)
-        elif multiplies(module, parameter) or _looks_fused(module, parameter):
+        elif multiplies(module, parameter) or looks_fused(module, parameter):
             plain = isinstance(module, nn.Linear) and name == "weight"
             yield Target(
                 path=path if plain else f"{path}.{name}".lstrip("."), module=module, source="linear", weight=parameter
@@ -298,11 +298,6 @@ def _expert_weights(module: nn.Module) -> tuple[str, ...]:
     if not hasattr(module, "has_gate") or not hasattr(getattr(module, "config", None), "_experts_implementation"):
         return ()
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-
-
-def _looks_fused(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter may be several matrices in one, as experts of modules that follow no interface are."""
-    return parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _verdict(

@@ -64,7 +64,8 @@ def explain(
         begin = 0  # Of its sites in the report, where it stands now.
 
         def see(linear: Linear, given: Given) -> None:
-            counts[begin + order[id(linear.site)]].add(linear, given, rotations)
+            if linear.site is not None:
+                counts[begin + order[id(linear.site)]].add(linear, given, rotations)
 
         observing, found = observed(gm, example_inputs, config, (*RULES, finite), see)
         order = {id(site): position for position, site in enumerate(found.sites)}
@@ -208,6 +209,11 @@ def multiplies(owner: nn.Module, parameter: Tensor) -> bool:
     """Whether a parameter is a matmul's weight for certain: a matrix of a PyTorch layer, or a kernel of size 1."""
     layers = nn.Linear | nn.Bilinear | nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | nn.modules.conv._ConvNd
     return isinstance(owner, layers) and parameter.dim() > 1 and all(size == 1 for size in parameter.shape[2:])
+
+
+def looks_fused(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter may be several matrices in one, as experts of modules that follow no interface are."""
+    return parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _not_captured(name: str, owner: nn.Module, parameter: Tensor) -> Site:

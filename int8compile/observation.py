@@ -17,39 +17,43 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame
 from torch._inductor import config as inductor_config
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from int8compile import ops
-from int8compile.backend import copy_graph, errors_unwrapped, rewrite_captured
+from int8compile.backend import captured_parameters, copy_graph, errors_unwrapped, rewrite_captured
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError
+from int8compile.groups import reads_tokens
+from int8compile.ops import rotation_size
 from int8compile.passes.binding import Member
+from int8compile.passes.names import parameter_name
 from int8compile.passes.rules import Rule
-from int8compile.passes.static import WeightView
+from int8compile.passes.static import WeightView, static_weight, weight_view
 from int8compile.report import Report, Site
 from int8compile.weights import FreedWeight, Members
 
 Record = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
     """A linear of a captured graph that would be int8.
 
     Attributes:
-        site: Its row in the report.
-        op: The operator that takes its place.
+        op: The operator that takes its place; None for experts that one product multiplies by, which only `quantize_`
+            makes int8.
         threshold: The operator's; 0 where it has none.
+        site: Its row in the report, of those that are rewritten.
         each: Whether each matrix of a weight [B, N, K] is rotated by its own d.
         first: Whether it is the first of those that read the same x and are rotated alike.
     """
 
-    site: Site
-    op: Any
-    threshold: float
-    each: bool
-    first: bool
+    op: Any = None
+    threshold: float = 0.0
+    site: Site | None = None
+    each: bool = False
+    first: bool = True
 
 
 class Given(NamedTuple):
@@ -60,12 +64,14 @@ class Given(NamedTuple):
         group: It and those that read the same x and are rotated alike; empty where it is not rotated, or int8 already.
         among: Those that a d is made of where the group has none, see `int8compile.groups`.
         d: What is int8 already is rotated with.
+        ends: Where the rows of each expert end, which lie one behind the other; None where they do not.
     """
 
     x: Tensor
     group: Members
     among: Members
     d: Tensor | None
+    ends: Tensor | None = None
 
 
 See = Callable[[Linear, Given], None]
@@ -158,12 +164,13 @@ def observed(
         d = given.get("d") if member is None else member.d
         with graph.inserting_before(call):
             sources = [each.source for each in (*members, *among)]
-            graph.call_function(_telling(see, linear, members, among), (given["x"], d, *sources))
+            graph.call_function(_telling(see, linear, members, among), (given["x"], d, None, *sources))
             if member is not None:
                 weight = member.source, member.scale, member.d
                 product = graph.call_function(_multiplying(member.view), (given["x"], given["bias"], *weight))
                 call.replace_all_uses_with(product)
                 graph.erase_node(call)
+    _observe_experts(module, captured_parameters(module, example_inputs), see)
     groups = binder.groups
     binder.drop(list(binder.slots))
     for group in groups:
@@ -185,11 +192,29 @@ def _telling(see: See, linear: Linear, members: Sequence[Member], among: Sequenc
     views = [member.view for member in (*members, *among)]
     count = len(members)
 
-    def tell(x: Tensor, d: Tensor | None, *sources: Tensor) -> None:
+    def tell(x: Tensor, d: Tensor | None, ends: Tensor | None, *sources: Tensor) -> None:
         weights = list(zip(sources, views, strict=True))
-        see(linear, Given(x, weights[:count], weights[count:], d))
+        see(linear, Given(x, weights[:count], weights[count:], d, ends))
 
     return tell
+
+
+def _observe_experts(module: GraphModule, parameters: Mapping[Node, Tensor], see: See) -> None:
+    """Have products of the rows of several experts, one behind the other, tell what they are given."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or "grouped_mm" not in str(node.target):
+            continue
+        given = dict(zip(("x", "weight", "offs"), node.args, strict=False)) | node.kwargs
+        weight = static_weight(given["weight"], parameters)
+        if weight is None or weight.tensor.dim() != 3 or given.get("offs") is None:
+            continue
+        experts, k, n = weight.tensor.shape
+        path = parameter_name(weight.source)
+        member = Member(weight.source, weight_view(weight.tensor, [0, 2, 1], (experts, n, k)), path)
+        if rotation_size(k) > 1:
+            tell = _telling(see, Linear(each=not reads_tokens(path)), [member], [])
+            with module.graph.inserting_before(node):
+                module.graph.call_function(tell, (given["x"], None, given["offs"], weight.source))
 
 
 def _multiplying(view: WeightView) -> Callable[..., Tensor]:

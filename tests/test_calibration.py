@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import int8compile
-from int8compile import Calibration, CheckpointError, FreedWeightError, InputError, ModelError
+from int8compile import Calibration, CheckpointError, FreedWeightError, InputError, Int8Warning, ModelError
+from int8compile.calibration import FEW, token_batches
 from int8compile.ops import input_scales, reference, rotation_of
 from int8compile.passes import WeightView
 from int8compile.weights import STORE, rotation_of_view
@@ -99,7 +100,8 @@ def test_rows_that_cannot_be_used_are_left_out() -> None:
 
 def test_a_group_without_a_usable_row_is_not_calibrated() -> None:
     model = Stack(1)
-    calibration = int8compile.calibrate(model.layers[0].up, [torch.zeros(8, 32)], progress=False)
+    with pytest.warns(Int8Warning, match="calibrate.. has calibrated nothing: 0 linears calibrated"):
+        calibration = int8compile.calibrate(model.layers[0].up, [torch.zeros(8, 32)], progress=False)
     assert calibration.groups == ()
     assert calibration.missing == {"weight": "no row of its input was usable (all zero, NaN or Inf)"}
     assert "0 linears calibrated" in str(calibration)
@@ -319,11 +321,25 @@ def test_what_cannot_be_calibrated() -> None:
         int8compile.calibrate(model, [x])
 
 
-def test_a_compiled_model_is_calibrated_as_what_it_was_made_from() -> None:
+@pytest.mark.parametrize("part", ["model", "in place", "layers", "layers in place"])
+def test_a_compiled_model_is_calibrated_as_what_it_was_made_from(part: str) -> None:
     model, x = Stack(1), inputs()
-    (up, _) = int8compile.calibrate(torch.compile(model, backend="int8"), [x], progress=False).groups
-    assert [weight.name for weight in up.weights] == ["layers.0.up.weight"]
+    compiled: nn.Module = model
+    if part == "model":
+        compiled = torch.compile(model, backend="int8")
+    elif part == "layers":
+        model.layers[0] = torch.compile(model.layers[0], backend="int8")
+    else:
+        (model if part == "in place" else model.layers[0]).compile(backend="int8")
+    before = compiled(x)
+    (up, down) = int8compile.calibrate(compiled, [x], progress=False).groups
+    assert [weight.name for group in (up, down) for weight in group.weights] == [
+        "layers.0.up.weight",
+        "layers.0.down.weight",
+    ]
     assert rotation(model.layers[0].up.weight) is up.d
+    torch.testing.assert_close(up.activations, statistics(x))
+    assert not torch.equal(compiled(x), before)
 
 
 def test_batched_weights_whose_matrices_read_rows_of_their_own() -> None:
@@ -404,6 +420,60 @@ def test_both_halves_of_an_encoder_decoder_get_tokens() -> None:
     attention = model.get_submodule(cross)
     assert attention.k.d is attention.v.d
     assert attention.k.d is not attention.q.d
+
+
+def test_experts_that_one_product_multiplies_by() -> None:
+    """Only quantize_ makes these int8: the product is a custom operator."""
+    config = transformers.MixtralConfig(
+        **SMALL | {"num_hidden_layers": 1}, num_key_value_heads=2, vocab_size=128, num_local_experts=4
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    assert model.config._experts_implementation == "grouped_mm"
+    experts, read = model.model.layers[0].mlp.experts, {}
+    with torch.no_grad():
+        experts.down_proj *= torch.logspace(-1, 1, 96)
+
+    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hidden, chosen, _ = args
+        read.setdefault("tokens", []).append(hidden)
+        for expert in range(4):
+            token = torch.where(chosen == expert)[0]
+            gate, up = nn.functional.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            read.setdefault(expert, []).append(experts.act_fn(gate) * up)
+
+    hook = experts.register_forward_pre_hook(see)
+    with torch.no_grad():
+        for inputs in token_batches(model, 512):
+            model(**inputs)
+        hook.remove()
+        calibration = int8compile.calibrate(model, progress=False)
+    groups = {group.weights[0].name.rpartition(".")[2]: group for group in calibration.groups}
+    gate_up, down = groups["gate_up_proj"], groups["down_proj"]
+    assert down.rows == 1024
+    assert gate_up.activations.shape == (64,)
+    assert down.activations.shape == (4, 96)
+    for expert in range(4):
+        rows = torch.cat(read[expert])
+        expected = statistics(rows) if len(rows) >= FEW else torch.zeros(96, dtype=torch.float64)
+        torch.testing.assert_close(down.activations[expert], expected, rtol=1e-3, atol=0)
+        a = expected if expected.any() else None
+        d = rotation_of(input_scales([experts.down_proj[expert].detach()], a))
+        torch.testing.assert_close(down.d[expert], d, rtol=1e-3, atol=0)
+    int8compile.quantize_(model, progress=False)
+    assert torch.equal(experts.down_proj.d, down.d)
+    assert torch.equal(experts.gate_up_proj.d, gate_up.d)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_experts_that_are_not_seen_are_named(implementation: str) -> None:
+    config = transformers.MixtralConfig(
+        **SMALL | {"num_hidden_layers": 1}, num_key_value_heads=2, vocab_size=128, num_local_experts=4
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.set_experts_implementation(implementation)
+    calibration = int8compile.calibrate(model, progress=False)
+    assert {name.rpartition(".")[2] for name in calibration.missing} == {"gate_up_proj", "down_proj"}
+    assert "gate_up_proj, model.layers.0.mlp.experts.down_proj: it was not used, or in a way that" in str(calibration)
 
 
 def test_a_model_of_something_else_needs_batches() -> None:

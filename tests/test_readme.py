@@ -12,10 +12,11 @@ from int8compile import Int8Config
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_examples_run_in_order() -> None:
+def test_examples_run_in_order(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     names: dict[str, object] = {}
     for block in blocks[1:]:  # The first is the one line that the others spell out.
         exec(block, names)
