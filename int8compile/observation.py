@@ -31,7 +31,7 @@ from int8compile.passes.names import parameter_name
 from int8compile.passes.rules import Rule
 from int8compile.passes.static import WeightView, static_weight, weight_view
 from int8compile.report import Report, Site
-from int8compile.weights import FreedWeight, Members
+from int8compile.weights import FreedWeight, Members, view_of_int8
 
 Record = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -163,6 +163,9 @@ def observed(
         members, among = ([], []) if group is None else (group.members, group.among)
         d = given.get("d") if member is None else member.d
         with graph.inserting_before(call):
+            if member is not None and member.d is not None and given.get("d") is not member.d:
+                # Not all of the weight as the module holds it.
+                d = graph.call_function(_rotation_of, (member.source, member.scale, member.d, member.view))
             sources = [each.source for each in (*members, *among)]
             graph.call_function(_telling(see, linear, members, among), (given["x"], d, None, *sources))
             if member is not None:
@@ -215,6 +218,11 @@ def _observe_experts(module: GraphModule, parameters: Mapping[Node, Tensor], see
             tell = _telling(see, Linear(each=not reads_tokens(path)), [member], [])
             with module.graph.inserting_before(node):
                 module.graph.call_function(tell, (given["x"], None, given["offs"], weight.source))
+
+
+def _rotation_of(qweight: Tensor, scale: Tensor, d: Tensor, view: WeightView) -> Tensor | None:
+    """Return what a view of an int8 weight is rotated with."""
+    return view_of_int8(qweight, scale, d, view)[2]
 
 
 def _multiplying(view: WeightView) -> Callable[..., Tensor]:
