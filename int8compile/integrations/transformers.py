@@ -378,8 +378,8 @@ class Int8CompileQuantizer(HfQuantizer):
         """
         loaded: dict[str, Tensor] = {}
         for target in self.targets:
-            weight: Any = getattr(target.module, target.name.rpartition(".")[2], None)
-            if target.name in self.arrivals and _is_loaded(weight):
+            weight = target.module._parameters.get(target.name.rpartition(".")[2])
+            if weight is not None and target.name in self.arrivals and _is_loaded(weight):
                 loaded[target.name] = weight
                 self.arrivals.expect(target.name)
         groups = [self.arrivals.add(name, weight) for name, weight in loaded.items()]
@@ -524,9 +524,9 @@ def _as_buffers(module: Int8Module, known: dict[int, Tensor]) -> None:
         module._buffers[name] = known.setdefault(id(parameter), parameter.data)
 
 
-def _is_loaded(tensor: Tensor | None) -> bool:
+def _is_loaded(tensor: Tensor) -> bool:
     """Whether transformers has given a tensor the data of a checkpoint."""
-    return tensor is not None and not tensor.is_meta and bool(getattr(tensor, "_is_hf_initialized", False))
+    return not tensor.is_meta and bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 def _tie(model: Any) -> None:
