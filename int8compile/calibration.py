@@ -238,9 +238,8 @@ class Calibration:
             names = [weight.name.removesuffix(".weight") for weight in group.weights]
             c = group.d.abs().reciprocal()
             divided = f"{float(c.min()):.2g} to {float(c.max()):.2g}"
-            rows.append(
-                (_short(names), group.d.shape[-1], group.rows, f"{float(group.activations.max()):.3g}", divided)
-            )
+            largest = f"{float(group.activations.max()):.3g}"
+            rows.append((_short(names), group.d.shape[-1], group.rows, largest, divided))
         headers = ("linears that read the same x", "K", "rows", "largest input / rms", "divided by")
         table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
         return f"{table}\n\n{self.summary()}"
@@ -275,7 +274,7 @@ def calibrate(
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"tokens={tokens!r}: give a whole number of at least 1")
     if batches is None:
-        batches = token_batches(model, tokens)
+        batches = list(token_batches(model, tokens))
     elif isinstance(batches, Tensor | Mapping):
         batches = [batches]
     parameters = _parameters(model)
@@ -332,10 +331,8 @@ class _Statistics:
         experts = len(ends)
         # Behind the last end there may be some of none.
         rows = rows[: int(ends[-1])] if experts else rows[:0]
-        total, count = (
-            torch.zeros(experts, rows.shape[-1], dtype=torch.float64),
-            torch.zeros_like(ends, dtype=torch.int64),
-        )
+        total = torch.zeros(experts, rows.shape[-1], dtype=torch.float64)
+        count = torch.zeros(experts, dtype=torch.int64)
         owner = torch.searchsorted(ends.long(), torch.arange(len(rows)), right=True)
         for part, of in zip(rows.split(_PART), owner.split(_PART), strict=True):
             counted, usable = _normalized(part)

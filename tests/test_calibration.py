@@ -422,6 +422,34 @@ def test_both_halves_of_an_encoder_decoder_get_tokens() -> None:
     assert attention.k.d is not attention.q.d
 
 
+@pytest.mark.parametrize("given", ["file", "calibration"])
+def test_models_that_are_quantized_while_they_are_loaded(tmp_path, given: str) -> None:
+    from int8compile.integrations.transformers import Int8CompileConfig
+
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=128)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "float")
+    calibration = int8compile.calibrate(model, progress=False)
+    calibration.save(tmp_path / "calibration.safetensors")
+    of = tmp_path / "calibration.safetensors" if given == "file" else calibration
+    options = {"quantization_config": Int8CompileConfig(calibration=of)}
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "float", **options)
+    attention = loaded.model.layers[1].self_attn
+    assert torch.equal(attention.q_proj.d, rotation(model.model.layers[1].self_attn.q_proj.weight))
+    assert attention.q_proj.d is attention.v_proj.d
+    loaded.save_pretrained(tmp_path / "int8")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "int8")
+    int8compile.quantize_(model, progress=False)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    # Another model of the same shape. transformers logs our error and raises one of its own.
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(RuntimeError):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "other", **options)
+
+
 def test_experts_that_one_product_multiplies_by() -> None:
     """Only quantize_ makes these int8: the product is a custom operator."""
     config = transformers.MixtralConfig(
