@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from int8compile import ops
-from int8compile.ops import SUPPORTED_DTYPES, portable, quantized, reference
+from int8compile.ops import SUPPORTED_DTYPES, portable, quantized
 from int8compile.ops.column import column_linear
 from int8compile.passes.siblings import is_barrier
 
@@ -77,5 +77,5 @@ def _without_autocast(compute: Callable[..., Any], position: int) -> Callable[..
 _quantized = _without_autocast(quantized.quantize, 0)
 _quantized_linear = _without_autocast(portable.quantized_linear, -1)
 _batched_linear = _without_autocast(portable.batched_linear, 0)
-_weight_only_linear = _without_autocast(reference.weight_only_linear, 0)
+_weight_only_linear = _without_autocast(portable.weight_only_linear, 0)
 _column_linear = _without_autocast(column_linear, 0)

@@ -51,6 +51,18 @@ def test_two_steps_are_linear(m: int, c: int, b: int, dtype: torch.dtype, thresh
     torch.testing.assert_close(alone, expected, **same)
 
 
+@given(st.integers(1, 9), st.integers(1, 20), st.sampled_from([3, 32, 128]), DTYPES, st.integers(0, 2**31))
+def test_weight_only_products_of_digits(m: int, c: int, b: int, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(m, b * c, generator=generator), torch.randn(7, b * c, generator=generator)
+    x[0, 0] = math.inf if m > 1 else 1e4
+    d = rotation_for(weight)
+    given = (x.to(dtype), *quantize_weight(weight, d), d, torch.randn(7, generator=generator))
+    given[1][2] = -128
+    expected = reference.weight_only_linear(*given)
+    torch.testing.assert_close(portable.weight_only_by_digits(*given), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_second_digits_count_in_rows_that_say_so() -> None:
     """A kernel need not write the others."""
     x = torch.randn(6, 100)

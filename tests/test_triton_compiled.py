@@ -70,10 +70,8 @@ def test_quantize_compiles(name: str, rotated: bool, k: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_weight_only_compiles(name: str, dtype: torch.dtype) -> None:
-    """For every GPU that Triton knows, those without int8 matrix instructions too."""
-    arch = ARCHITECTURES[name]
+@pytest.mark.parametrize("arch", WITH_INT8, ids=lambda arch: arch.name)
+def test_weight_only_compiles(arch: Architecture, dtype: torch.dtype) -> None:
     x, y = (torch.empty(64, 4096, dtype=dtype, device="meta") for _ in range(2))
     qweight = torch.empty(4096, 4096, dtype=torch.int8, device="meta")
     scale = torch.empty(4096, device="meta")

@@ -223,18 +223,20 @@ def test_a_weight_whose_rows_lie_apart(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("m", "k"), [(1, 275), (5, 272), (3, 1100), (1, 33000)])
+@pytest.mark.parametrize(("m", "k"), [(1, 275), (5, 272), (40, 384), (70, 96), (1, 33000)])
 def test_weight_only(m: int, k: int, dtype: torch.dtype, device: str) -> None:
-    """Sums of 64 bits, which are exact."""
+    """Its sums are exact."""
     from int8compile.triton_kernels.weight_only.launch import launches
 
     problem = Problem.random(m, 13, k, dtype, device=device)
     problem.x[m // 2, 0] = math.inf if m > 1 else 1
+    problem.qweight[3] = -128
+    here = problem.to("cpu")
+    expected = reference.weight_only_linear(here.x.float(), here.qweight, here.scale, here.d, here.bias)
     y = torch.full((m, 13), math.nan, device=device)
     for call in launches(problem.x, problem.d, problem.qweight, problem.scale, problem.bias, y):
         call.run()
-    here = problem.to("cpu")
-    assert_equal(y, reference.weight_only_linear(here.x.float(), here.qweight, here.scale, here.d, here.bias))
+    assert_equal(y, expected)
 
 
 @pytest.mark.gpu

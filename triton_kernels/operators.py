@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from int8compile import hardware
-from int8compile.ops import reference
+from int8compile.ops import portable, reference
 from int8compile.ops.declaration import Declaration
 from int8compile.ops.quantized import (
     NONE,
@@ -214,8 +214,11 @@ def _batched_linear(
 
 def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
     flat, n = flattened(x), qweight.shape[0]
-    if architecture(_index(x)) is None or 0 in (*flat.shape, n):
+    arch = architecture(_index(x))
+    if arch is None or 0 in (*flat.shape, n):
         return reference.weight_only_linear(x, qweight, scale, d, bias)
+    if not arch.instruction:
+        return portable.weight_only_linear(x, qweight, scale, d, bias)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     y = x.new_empty(*x.shape[:-1], n)

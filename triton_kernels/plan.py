@@ -29,6 +29,7 @@ from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
 from int8compile.triton_kernels.tables import Architecture, Config
 from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
+from int8compile.triton_kernels.weight_only.launch import tile_rows
 
 # The tensors that launcher.cpp has for each operator's kernels, in its order, by the names of kernels' arguments.
 _TENSORS = {
@@ -140,7 +141,7 @@ class Planner:
             return weight_only_launches(x, d, _empty(n, k, dtype=torch.int8), _empty(n), bias, y)
 
         key = (n, k, _SCALAR_TYPES[dtype], int(rotated), _SCALAR_TYPES[bias_dtype])
-        self._add("weight_only_linear", key, (least, most), lambda m: None, started, 1)
+        self._add("weight_only_linear", key, (least, most), tile_rows, started, 17)
 
     def source(self) -> str:
         """The plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from int8compile.ops import quantized, reference
 
+# Of 8 bits, which hold integers of fixed point: at most 2**29.
+DIGITS = 4
 # cuBLAS wants sizes in multiples of this, and at least so many rows.
 _MULTIPLE, _ROWS = 8, 32
 
@@ -36,6 +38,30 @@ def batched_linear(
             in x's dtype.
     """
     return reference.each_of(_linear, x, qweight, scale, d, bias, threshold)
+
+
+def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return `reference.weight_only_linear`, in float64 on CPUs only: many GPUs are slow at it.
+
+    Shapes:
+        As of `reference.linear`.
+    """
+    compute = weight_only_by_digits if x.is_cuda else reference.weight_only_linear
+    return compute(x, qweight, scale, d, bias)
+
+
+def weight_only_by_digits(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return `reference.weight_only_linear` by int8 products of digits, which are as exact."""
+    rest, unit, _ = reference.fixed_point(quantized.flattened(x), d)
+    digits = []
+    for _ in range(DIGITS):
+        digits.append((((rest + 128) & 255) - 128).to(torch.int8))
+        rest = (rest + 128) >> 8
+    sums = _int_matmul(torch.cat(digits), qweight).view(DIGITS, *unit.shape, qweight.shape[0])
+    powers = 256 ** torch.arange(DIGITS, device=x.device)
+    y = (sums * powers[:, None, None]).sum(dim=0).to(torch.float32) * unit[:, None] * scale
+    y = y if bias is None else y + bias.to(torch.float32)
+    return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
 
 
 def _linear(

@@ -19,10 +19,9 @@ C3 = tl.constexpr(1 / 32639)
 
 @triton.jit
 def _places(chunk, C, B: tl.constexpr, BC: tl.constexpr):
-    """Places of the columns `chunk * BC` to `(chunk + 1) * BC` in a row, and which there are: [B, BC]."""
+    """Places [B, BC] of the columns `chunk * BC` to `(chunk + 1) * BC` in a row, and [1, BC] which there are."""
     column = chunk * BC + tl.arange(0, BC)[None, :]
-    b = tl.arange(0, B)[:, None]
-    return b * C + column, (column < C) & (b < B)
+    return tl.arange(0, B)[:, None] * C + column, column < C
 
 
 @triton.jit
@@ -60,6 +59,12 @@ def _rotated_integers(v, u, LOG_B: tl.constexpr, B: tl.constexpr, BC: tl.constex
     for i in tl.static_range(LOG_B):
         X = _butterfly(X, BC << i, BC << LOG_B, B, BC)
     return X
+
+
+@triton.jit
+def _digit(Q):
+    """The lowest digit; with `(Q + 128) >> 8` the others follow."""
+    return (((Q + 128) & 255) - 128).to(tl.int8)
 
 
 @triton.jit
@@ -127,11 +132,10 @@ def quantize_rows(
         X = rotated if CHUNKS == 1 else _rotated_integers(_load(x_ptr, d_ptr, c, C, B, BC), u, LOG_B, B, BC)
         at, inside = _places(c, C, B, BC)
         Q = round_to_int(X.to(tl.float32) * inverse)
-        q0 = ((Q + 128) & 255) - 128
-        tl.store(q_ptr + at, q0.to(tl.int8), mask=inside)
+        tl.store(q_ptr + at, _digit(Q), mask=inside)
         if OUTLIERS:  # noqa: SIM102 - known when the kernel is compiled
             if outliers:
-                tl.store(q_ptr + M.to(tl.int64) * C * B + at, ((Q - q0) >> 8).to(tl.int8), mask=inside)
+                tl.store(q_ptr + M.to(tl.int64) * C * B + at, _digit((Q + 128) >> 8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -143,11 +147,26 @@ def fixed_point(
     stride_m,
     M,
     C,
+    DIGITS: tl.constexpr,
     LOG_B: tl.constexpr,
     BC: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """`reference.fixed_point`; the arguments are those of `quantize_rows`, the results X [M, K] int32 and unit [M]."""
+    """`reference.fixed_point` in digits, X = sum of 256**i * X[i].
+
+    Args:
+        x_ptr: [M, K], any float dtype, rows `stride_m` apart.
+        d_ptr: [K] float32, or None.
+        X_ptr: [4, M, K] int8.
+        unit_ptr: [M] float32.
+        stride_m: Elements from row to row.
+        M: Rows.
+        C: K / B.
+        DIGITS: How many digits hold the largest integer; others are not written.
+        LOG_B: log2(B).
+        BC: Columns that are looked at together.
+        CHUNKS: ceil(C / BC).
+    """
     B: tl.constexpr = 1 << LOG_B
     m = tl.program_id(0).to(tl.int64)
     x_ptr += m * stride_m
@@ -157,4 +176,7 @@ def fixed_point(
     for c in range(CHUNKS):
         v = first if CHUNKS == 1 else _load(x_ptr, d_ptr, c, C, B, BC)
         at, inside = _places(c, C, B, BC)
-        tl.store(X_ptr + m * C * B + at, _rotated_integers(v, u, LOG_B, B, BC), mask=inside)
+        X = _rotated_integers(v, u, LOG_B, B, BC)
+        for i in tl.static_range(DIGITS):
+            tl.store(X_ptr + (i * M + m) * C * B + at, _digit(X), mask=inside)
+            X = (X + 128) >> 8

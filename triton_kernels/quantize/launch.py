@@ -22,9 +22,14 @@ def launch(x: Tensor, d: Tensor | None, threshold: float, q: Tensor, rows: Tenso
     return _launch(quantize_rows, x, d, {"q_ptr": q, "rows_ptr": rows}, {"c2": c2}, constants)
 
 
-def launch_fixed_point(x: Tensor, d: Tensor | None, integers: Tensor, unit: Tensor) -> Launch:
-    """Write x [M, K], its rows contiguous, as rotated integers [M, K] int32 with units [M] float32."""
-    return _launch(fixed_point, x, d, {"X_ptr": integers, "unit_ptr": unit}, {}, {})
+def launch_fixed_point(x: Tensor, d: Tensor | None, digits: Tensor, unit: Tensor) -> Launch:
+    """Write x [M, K], its rows contiguous, as digits [4, M, K] of rotated integers, with units [M] float32."""
+    return _launch(fixed_point, x, d, {"X_ptr": digits, "unit_ptr": unit}, {}, {"DIGITS": digits_of(d)})
+
+
+def digits_of(d: Tensor | None) -> int:
+    """Return how many digits hold the largest integer of fixed point: 2**22, or 2**29 where it is rotated."""
+    return 3 if rotation(d) == 1 else 4
 
 
 def _launch(

@@ -1,6 +1,6 @@
 """Activations in fixed point times an int8 weight: for outputs whose activations are to keep about float32's precision.
 
-Sums of 64 bits, so exact. There are no matrix instructions for these.
+Digit by digit in int8, which is exact; their sums make one of 64 bits.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ def weight_only(
     N,
     K,
     HAS_BIAS: tl.constexpr,
+    DIGITS: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One row and BN outputs a program; those with the same outputs run together, and share the weight in the cache.
+    """A tile of BM rows and BN outputs a program; those with the same outputs run together, and share the weight.
 
     Args:
-        X_ptr: [M, K] int32.
+        X_ptr: [4, M, K] int8, the digits of activations.
         unit_ptr: [M] float32.
         weight_ptr: [N, K] int8, contiguous.
         scale_ptr: [N] float32.
@@ -39,19 +41,30 @@ def weight_only(
         N: Outputs.
         K: Inputs.
         HAS_BIAS: Whether there is a bias.
-        BN: Outputs a program computes.
-        BK: Inputs it takes together.
+        DIGITS: Digits that are not 0, 3 or 4.
+        BM: Rows of a tile.
+        BN: Outputs of a tile.
+        BK: Inputs a step.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    weight_ptr += column.to(tl.int64)[:, None] * K
-    X_ptr += row.to(tl.int64) * K
-    sums = tl.zeros((BN, BK), tl.int64)
+    X_ptr += row.to(tl.int64)[:, None] * K
+    weight_ptr += column.to(tl.int64)[None, :] * K
+    plane = M.to(tl.int64) * K
+    acc0 = tl.zeros((BM, BN), tl.int32)
+    acc1 = tl.zeros((BM, BN), tl.int32)
+    acc2 = tl.zeros((BM, BN), tl.int32)
+    acc3 = tl.zeros((BM, BN), tl.int32)
     for k in range(0, K, BK):
         at = k + tl.arange(0, BK)
-        w = tl.load(weight_ptr + at[None, :], mask=(column[:, None] < N) & (at[None, :] < K), other=0)
-        X = tl.load(X_ptr + at, mask=at < K, other=0)
-        sums += w.to(tl.int64) * X.to(tl.int64)[None, :]
-    y = tl.sum(sums, axis=1).to(tl.float32) * tl.load(unit_ptr + row)
-    row += tl.zeros((1,), tl.int32)
-    finish(y[None, :], y_ptr, scale_ptr, bias_ptr, row, column, M, N, 0, 0, HAS_BIAS, NONE, WHOLE, 1, BN)
+        w = tl.load(weight_ptr + at[:, None], mask=(column[None, :] < N) & (at[:, None] < K), other=0)
+        to = X_ptr + at[None, :]
+        inside = (row[:, None] < M) & (at[None, :] < K)
+        acc0 = tl.dot(tl.load(to, mask=inside, other=0), w, acc0, out_dtype=tl.int32)
+        acc1 = tl.dot(tl.load(to + plane, mask=inside, other=0), w, acc1, out_dtype=tl.int32)
+        acc2 = tl.dot(tl.load(to + 2 * plane, mask=inside, other=0), w, acc2, out_dtype=tl.int32)
+        if DIGITS == 4:
+            acc3 = tl.dot(tl.load(to + 3 * plane, mask=inside, other=0), w, acc3, out_dtype=tl.int32)
+    acc = ((acc3.to(tl.int64) * 256 + acc2) * 256 + acc1) * 256 + acc0
+    y = acc.to(tl.float32) * tl.load(unit_ptr + row, mask=row < M, other=0.0)[:, None]
+    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, 0, 0, HAS_BIAS, NONE, WHOLE, BM, BN)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from int8compile.triton_kernels.launch import Launch, Programs
-from int8compile.triton_kernels.quantize.launch import launch_fixed_point
+from int8compile.triton_kernels.quantize.launch import digits_of, launch_fixed_point
 from int8compile.triton_kernels.weight_only.kernel import weight_only
 
-BN, BK = 8, 512
+BN, BK = 64, 128
 
 
-def empty_integers(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Allocate x [M, K] in fixed point: integers [M, K], and what they are multiplied with [M]."""
-    return x.new_empty(x.shape, dtype=torch.int32), x.new_empty(x.shape[:1], dtype=torch.float32)
+def tile_rows(m: int) -> int:
+    """Return the rows of a tile for M rows."""
+    return 16 if m <= 16 else 32
 
 
 def launches(
@@ -24,13 +24,15 @@ def launches(
 ) -> list[Launch]:
     """Multiply x [M, K], its rows contiguous, into y [M, N]."""
     (m, k), n = x.shape, qweight.shape[0]
-    integers, unit = empty_integers(x)
+    digits = x.new_empty((4, m, k), dtype=torch.int8)
+    unit = x.new_empty(m, dtype=torch.float32)
+    bm = tile_rows(m)
     product = Launch(
         weight_only,
         m,
-        (Programs(rows=1), Programs(math.ceil(n / BN))),
+        (Programs(rows=bm), Programs(math.ceil(n / BN))),
         {
-            "X_ptr": integers,
+            "X_ptr": digits,
             "unit_ptr": unit,
             "weight_ptr": qweight,
             "scale_ptr": scale,
@@ -40,6 +42,6 @@ def launches(
             "N": n,
             "K": k,
         },
-        {"HAS_BIAS": bias is not None, "BN": BN, "BK": BK},
+        {"HAS_BIAS": bias is not None, "DIGITS": digits_of(d), "BM": bm, "BN": BN, "BK": BK},
     )
-    return [launch_fixed_point(x, d, integers, unit), product]
+    return [launch_fixed_point(x, d, digits, unit), product]

@@ -323,10 +323,10 @@ Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
   const Tensor y = empty(sizes, dtype, x);
-  const Tensor integers = empty({m, k}, aoti_torch_dtype_int32(), x);
+  const Tensor digits = empty({4, m, k}, aoti_torch_dtype_int8(), x);
   const Tensor unit = empty({m}, aoti_torch_dtype_float32(), x);
   run(call, m,
-      {address(x), address(d), address(integers), address(unit), address(qweight), address(scale), address(bias),
+      {address(x), address(d), address(digits), address(unit), address(qweight), address(scale), address(bias),
        address(y)},
       x);
   return y;
