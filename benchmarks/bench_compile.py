@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from int8compile import Int8Config
 from int8compile.backend import copy_graph, rewrite_captured
+from int8compile.groups import make_d
 from int8compile.ops import quantize_weight
 
 
@@ -42,7 +43,7 @@ def test_passes(benchmark: Any) -> None:
 
 
 def test_quantize_weight(benchmark: Any) -> None:
-    """Quantizing one weight of 4096 x 4096."""
+    """Rotating and quantizing one weight of 4096 x 4096."""
     weight = torch.randn(4096, 4096)
-    qweight, _ = benchmark(quantize_weight, weight)
+    qweight, _ = benchmark(quantize_weight, weight, make_d([weight]))
     assert qweight.dtype == torch.int8

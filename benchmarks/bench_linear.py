@@ -23,6 +23,8 @@ from tqdm import tqdm
 from benchmarks import interleaved
 from benchmarks.conftest import is_smoke
 from int8compile import cpu
+from int8compile.config import default_threshold
+from int8compile.groups import make_d
 from int8compile.ops import pack_weight, quantize_weight
 
 SHAPES = [(2048, 2048), (4096, 4096), (4096, 11008)]  # K, N
@@ -63,7 +65,8 @@ class Layer:
 
     def __init__(self, k: int, n: int) -> None:
         weight = torch.randn(n, k) / k**0.5
-        qweight, self.scale = quantize_weight(weight)
+        self.d = make_d([weight])
+        qweight, self.scale = quantize_weight(weight, self.d)
         self.k = k
         self.weights = {name: weight.to(dtype) for name, dtype in DTYPES.items()}
         self.packed = pack_weight(qweight)
@@ -81,7 +84,7 @@ class Layer:
 
     def _int8(self, x: Tensor) -> Callable[[], object]:
         op = torch.ops.int8compile.packed_linear_no_grad.default
-        return lambda: op(x, self.packed, self.scale, None, 6.0, False)
+        return lambda: op(x, self.packed, self.scale, self.d, None, default_threshold(rotated=True))
 
 
 _layers: dict[tuple[int, int], Layer] = {}
