@@ -365,6 +365,16 @@ def test_a_package_starts_what_torch_compile_starts(
 
 
 @pytest.mark.interpreted
+def test_the_column_policy_needs_no_kernels(driver: Driver, tmp_path: Path) -> None:
+    model, x, path = Block(), activations(2, 8), tmp_path / "columns.pt2"
+    int8compile.export(model, (x,), path, config={"outliers": "column"})
+    with torch.no_grad():
+        expected = model(x)
+    assert (aoti_load_package(str(path))(x) - expected).norm() <= 0.03 * expected.norm()
+    assert driver.started == []
+
+
+@pytest.mark.interpreted
 def test_the_copy_engine_is_told_of_matrices(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = nn.Linear(96, 32).eval(), tmp_path / "many.pt2"
     int8compile.export(model, (activations(300),), path, dynamic_shapes=({0: Dim("rows", min=250, max=400)},))
