@@ -127,7 +127,8 @@ def kernel_of(facts: hardware.Hardware) -> str:
     if why := triton_kernels.failure():
         return f"no Triton kernels ({why}); {missing}"
     if hardware.weight_only(facts.isa):
-        return f"weights in int8, activations in 16 bit: Triton has no int8 matrix instructions for {facts.isa}"
+        why = f"Triton has no int8 matrix instructions for {facts.isa}"
+        return f"weights in int8, activations in 23 bits, by PyTorch: {why}"
     family = hardware.kernel_family(facts.isa)
     return f"Triton kernels, table of {family}" if family else f"no Triton kernels for {facts.isa}; {missing}"
 

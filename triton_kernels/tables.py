@@ -163,7 +163,7 @@ _GFX942 = Architecture(
     },
 )
 
-# Triton has no matrix instructions at all for it: weights in int8, activations in 16 bit.
+# Triton has no matrix instructions at all for it: weights in int8, activations in 23 bits, by PyTorch.
 _SM_75 = Architecture("sm_75", 64 * 1024, "", {})
 
 ARCHITECTURES = {arch.name: arch for arch in (_SM_75, _SM_80, _SM_86, _SM_90, _SM_100, _GFX942)}
