@@ -275,8 +275,9 @@ def test_text_speed_and_accuracy(smollm2):
     # Once rotated and once not.
     assert STORE.quantized - quantized == 2 * 210
     calibrate(smollm2)
+    graphs = demo.compiled_graphs()
     found |= demo.evaluate(lambda ids: float_logits(smollm2, ids), {"calibrated": decoders["row"]}, chunks)
-    assert demo.compiled_graphs() - graphs == 2
+    assert demo.compiled_graphs() == graphs, "what is compiled is not compiled again"
     assert STORE.quantized - quantized == 3 * 210
     # Measured: 0.0013, 0.0027 and 0.0123. The text differs a little between Python versions.
     assert found["calibrated"].kl <= 0.0020
