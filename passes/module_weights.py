@@ -37,7 +37,7 @@ class ModuleWeight(NamedTuple):
 
     @property
     def weight_only(self) -> bool:
-        """True if activations stay in float."""
+        """True if activations are not quantized to 8 bits."""
         return self.policy == "weight_only"
 
     def options(self, config: Int8Config) -> Int8Config:
