@@ -503,14 +503,14 @@ def _check_in_float(model: nn.Module) -> None:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by the names that they have where no part of the model is compiled."""
+    """Return the parameters by the names that they have where no part of the model is compiled."""
     return {
         name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
     }
 
 
 def _tables(model: nn.Module) -> set[int]:
-    """Ids of the parameters that are read by rows."""
+    """Return the ids of the parameters that are read by rows."""
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 

@@ -49,8 +49,8 @@ class ModuleWeight(NamedTuple):
         return dataclasses.replace(config, **given)
 
     def is_changed(self) -> bool:
-        """Return whether the graph changes its scales or its integers."""
-        return is_written([self.qweight]) or is_written([self.scale])
+        """Return whether the graph changes its integers, its scales or its d."""
+        return is_written([node for node in (self.qweight, self.scale, self.d) if node is not None])
 
     def is_all(self, view: WeightView) -> bool:
         """Return whether a view is the weight as the module holds it."""
