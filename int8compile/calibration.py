@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm import tqdm
 
+from int8compile.checksum import sha256_of_all
 from int8compile.config import Int8Config
-from int8compile.errors import CheckpointError, InputError, Int8Warning, ModelError, first_line, listed
+from int8compile.errors import CheckpointError, ConfigError, InputError, Int8Warning, ModelError, first_line, listed
 from int8compile.explain import looks_fused, multiplies
 from int8compile.modules import Int8Module
 from int8compile.observation import Given, Linear, captured, check_not_freed, observed, plain
@@ -63,16 +65,18 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     view: WeightView
-    rms: Tensor
+    rms: Tensor = dataclasses.field(repr=False)
 
     def check(self, weight: Tensor) -> None:
         """Raise `CheckpointError` where a weight is another one, beyond what its dtype rounds.
 
         Shapes:
-            weight: [N, K] or [B, N, K].
+            weight: [N, K] or [B, N, K]; on the meta device only its shape is compared.
         """
         if tuple(weight.shape) != self.view.shape:
             raise self._misfit(f"is {list(weight.shape)}, not {list(self.view.shape)}")
+        if weight.is_meta:
+            return
         found = _column_rms(weight, each=self.rms.dim() > 1)
         # NaN is no less than anything.
         if not float((found - self.rms).norm()) <= _SAME * float(self.rms.norm()):
@@ -105,7 +109,7 @@ class Group:
 
     weights: tuple[Weight, ...]
     rows: int
-    activations: Tensor
+    activations: Tensor = dataclasses.field(repr=False)
 
     @functools.cached_property
     def d(self) -> Tensor:
@@ -199,23 +203,28 @@ class Calibration:
             weights = [{"name": weight.name, "shape": weight.shape, "view": weight.view} for weight in group.weights]
             described.append({"rows": group.rows, "weights": weights})
         about = {"format": _FORMAT, "groups": json.dumps(described), "missing": json.dumps(dict(self.missing))}
-        save_file(tensors, path, about)
+        save_file(tensors, path, {**about, "checksum": _checksum(tensors, about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: The file cannot be read, or is not one of them.
+            CheckpointError: The file cannot be read, is not one of them, or is damaged.
         """
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") != _FORMAT:
                     raise CheckpointError(f"{str(path)!r} is not a calibration, or one of a later version")
-                described = json.loads(about["groups"])
-                groups = (_group(file, str(number), group) for number, group in enumerate(described))
-                return cls(tuple(groups), json.loads(about["missing"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+            if about.pop("checksum", None) != _checksum(tensors, about):
+                raise CheckpointError(
+                    f"{str(path)!r} is damaged: its SHA-256 is another one. Calibrate the model again"
+                )
+            described = json.loads(about["groups"])
+            groups = (_group(tensors, str(number), group) for number, group in enumerate(described))
+            return cls(tuple(groups), json.loads(about["missing"]))
         except CheckpointError:
             raise
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -224,7 +233,7 @@ class Calibration:
     def summary(self) -> str:
         """Return how many linears are calibrated, and which are not and why."""
         count = sum(len(group.weights) for group in self.groups)
-        lines = [f"{count} linears calibrated, in {len(self.groups)} groups"]
+        lines = [f"{count} linears calibrated, in {len(self.groups)} groups" if count else "no linear is calibrated"]
         by_reason: dict[str, list[str]] = {}
         for name, why in self.missing.items():
             by_reason.setdefault(why, []).append(name)
@@ -233,6 +242,8 @@ class Calibration:
     def __str__(self) -> str:
         from tabulate import tabulate
 
+        if not self.groups:
+            return self.summary()
         rows = []
         for group in self.groups:
             names = [weight.name.removesuffix(".weight") for weight in group.weights]
@@ -266,7 +277,7 @@ def calibrate(
 
     Raises:
         FreedWeightError: The model's float weights were freed.
-        InputError: A batch is none of those, or no tokens can be made up for the model.
+        InputError: There is no batch, one is none of those, or no tokens can be made up for the model.
         ModelError: The model has int8 modules, or no data.
     """
     model = plain(model)
@@ -277,19 +288,25 @@ def calibrate(
         batches = list(token_batches(model, tokens))
     elif isinstance(batches, Tensor | Mapping):
         batches = [batches]
+    elif not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise InputError(f"batches is {type(batches).__name__}; give a list of inputs, or a DataLoader")
     parameters = _parameters(model)
-    found = _Found(parameters, _tables(model), tokens)
+    found, count = _Found(parameters, _tables(model), tokens), 0
     # Inputs of different sizes are compiled once each, or once for all of them.
     many: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
     with many, captured(model, found.record) as call:
         for batch in tqdm(batches, desc="Calibrating", disable=not progress, leave=False):
+            count += 1
             args, kwargs = _arguments(batch)
             call(*args, **kwargs)
             if found.complete:
                 break
     calibration = found.calibration(model)
+    if not count:
+        raise InputError("batches is empty, or was iterated over before; give at least one batch of inputs")
     if not calibration.groups:
-        warnings.warn(f"calibrate() has calibrated nothing: {calibration.summary()}", Int8Warning, stacklevel=2)
+        why = calibration.summary() if calibration.missing else "the model multiplies by no weight"
+        warnings.warn(f"calibrate() has calibrated nothing: {why}", Int8Warning, stacklevel=2)
     calibration._set(parameters)
     return calibration
 
@@ -441,15 +458,28 @@ class _Found:
         return "it was not used, or in a way that stays in float (int8compile.explain tells)"
 
 
-def _group(file: Any, name: str, described: Mapping[str, Any]) -> Group:
+def check_rotates(config: Int8Config) -> None:
+    """Raise `ConfigError` where a calibration is given beside options that rotate nothing."""
+    if not config.rotates:
+        option = "rotate=False" if config.outliers == "row" else "outliers='column'"
+        raise ConfigError(f"a calibration has no effect with {option}, which rotates nothing. Leave one of them out")
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Return the SHA-256 of what a file holds: tensors, and what is said of them."""
+    said = json.dumps([sha256_of_all(tensors), about], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _group(tensors: Mapping[str, Tensor], name: str, described: Mapping[str, Any]) -> Group:
     """Return a group as a file has it."""
     weights = []
     for place, weight in enumerate(described["weights"]):
         size, stride, offset, shape = weight["view"]
         view = WeightView(tuple(size), tuple(stride), offset, tuple(shape))
-        rms = file.get_tensor(f"{name}.{place}.rms")
+        rms = tensors[f"{name}.{place}.rms"]
         weights.append(Weight(weight["name"], tuple(weight["shape"]), view, rms))
-    return Group(tuple(weights), described["rows"], file.get_tensor(f"{name}.activations"))
+    return Group(tuple(weights), described["rows"], tensors[f"{name}.activations"])
 
 
 def _column_rms(weight: Tensor, *, each: bool) -> Tensor:
@@ -463,7 +493,7 @@ def _column_rms(weight: Tensor, *, each: bool) -> Tensor:
 
 def _check_in_float(model: nn.Module) -> None:
     """Raise where a model has no float weights that could be rotated."""
-    held = [path for path, module in model.named_modules() if isinstance(module, Int8Module)]
+    held = [path or "the model" for path, module in model.named_modules() if isinstance(module, Int8Module)]
     if held:
         raise ModelError(f"{listed(held)}: int8 already. Calibrate the float model, before quantize_")
     parameters = _parameters(model)
@@ -473,14 +503,14 @@ def _check_in_float(model: nn.Module) -> None:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by the names that they have where no part of the model is compiled."""
+    """Return the parameters by the names that they have where no part of the model is compiled."""
     return {
         name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
     }
 
 
 def _tables(model: nn.Module) -> set[int]:
-    """Ids of the parameters that are read by rows."""
+    """Return the ids of the parameters that are read by rows."""
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 

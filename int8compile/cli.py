@@ -282,11 +282,13 @@ def _quantize(args: argparse.Namespace) -> int:
     import torch
 
     from int8compile import models
+    from int8compile.calibration import check_rotates
     from int8compile.demo import describe
 
     models.new_folder(args.out)
     calibration = None
     if args.calibrate is not None:
+        check_rotates(config)
         text = None if args.calibrate is RANDOM else args.calibrate
         calibration = models.calibrated(args.model, text, getattr(torch, args.dtype))
         print(f"{calibration.summary()}\n")

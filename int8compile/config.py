@@ -32,7 +32,7 @@ class Int8Config:
         skip_modules: Glob patterns of module paths that stay in float. A pattern matches whole path components
             anywhere in the path: "mlp" matches `layers.3.mlp.up_proj`, "layers.0" does not match `layers.01`.
         lm_head: "native" leaves the output projection (a module named `lm_head`, or a weight tied to the embedding)
-            in float; "int8_weight" makes its weight int8 and leaves its activations in float; "int8" treats it as any
+            in float; "int8_weight" makes its weight int8 and keeps 23 bits of its activations; "int8" treats it as any
             other linear.
         min_features: A weight with fewer input or output features stays in float: quantizing its activations costs
             as much as its matmul (routers, small heads).

@@ -98,15 +98,17 @@ def calibrated(name: str, text: Path | None, dtype: torch.dtype = torch.float32)
 
     Raises:
         InputError: It is no language model.
-        ModelError: The model or the text cannot be loaded, or it has no tokenizer.
+        ModelError: The model or the text cannot be loaded, the text is empty, or the model has no tokenizer.
     """
-    model = load(name, dtype)
     if text is None:
-        return calibrate(model)
+        return calibrate(load(name, dtype))
     try:
         words = text.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{str(text)!r} cannot be read: {first_line(error)}") from error
+    if not words.strip():
+        raise ModelError(f"{str(text)!r} is empty; give a text of some hundred words, or no file for random tokens")
+    model = load(name, dtype)
     tokenizer = load_processor(name)
     if not hasattr(tokenizer, "decode"):
         raise ModelError(f"{name!r} has no tokenizer; calibrate it on random tokens, without a file")

@@ -239,7 +239,7 @@ def _multiplying(view: WeightView) -> Callable[..., Tensor]:
 
 
 def _with_code_of_its_own(function: Any) -> FunctionType:
-    """A copy whose code Dynamo has never seen: it gives up on code that was compiled 256 times."""
+    """Return a copy whose code Dynamo has never seen: it gives up on code that was compiled 256 times."""
     code = function.__code__.replace()
     return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
@@ -268,7 +268,7 @@ def _buffers_restored(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _dynamo_caches_dropped() -> Iterator[None]:
-    """Drops the cache entries that Dynamo makes meanwhile: they would count against the model's own recompile limit.
+    """Drop the cache entries that Dynamo makes meanwhile: they would count against the model's own recompile limit.
 
     After a graph break the model's own functions get some. Where they had entries before, which are the user's, theirs
     are kept and so ours stay.

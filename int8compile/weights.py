@@ -377,7 +377,7 @@ class WeightStore:
                 self._keep(parameter, key, weight)
 
     def nbytes(self) -> int:
-        """Bytes of all int8 weights and scales held."""
+        """Return the bytes of all int8 weights, scales and d held."""
         weights = [weight for _, views in list(self._parameters.values()) for weight in views.values()]
         shared = {id(weight.d): weight.d.nbytes for weight in weights if weight.d is not None}
         return sum(weight.qweight.nbytes + weight.scale.nbytes for weight in weights) + sum(shared.values())

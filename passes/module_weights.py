@@ -37,7 +37,7 @@ class ModuleWeight(NamedTuple):
 
     @property
     def weight_only(self) -> bool:
-        """True if activations stay in float."""
+        """True if activations are not quantized to 8 bits."""
         return self.policy == "weight_only"
 
     def options(self, config: Int8Config) -> Int8Config:
@@ -49,8 +49,8 @@ class ModuleWeight(NamedTuple):
         return dataclasses.replace(config, **given)
 
     def is_changed(self) -> bool:
-        """Return whether the graph changes its scales or its integers."""
-        return is_written([self.qweight]) or is_written([self.scale])
+        """Return whether the graph changes its integers, its scales or its d."""
+        return is_written([node for node in (self.qweight, self.scale, self.d) if node is not None])
 
     def is_all(self, view: WeightView) -> bool:
         """Return whether a view is the weight as the module holds it."""

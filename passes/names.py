@@ -12,7 +12,7 @@ from torch.fx import Node
 from int8compile import errors, ops
 
 # Frames of these folders are not the user's code.
-_NOT_THE_USERS = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (torch, errors))
+_PYTORCHS, _OURS = (os.path.dirname(module.__file__ or "") + os.sep for module in (torch, errors))
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 _ROOT = re.compile(r"^(?:[LG]\['[^']*'\])?\.?")
 _CONTAINER = re.compile(r"\.?_(?:modules|parameters|buffers|orig_mod|closure)\b|__closure__\[\d+\]\.cell_contents\.?")
@@ -62,9 +62,10 @@ def module_path(node: Node, parameter: str | None = None) -> str:
 def source_line(node: Node) -> str:
     """Where the user's code makes a call, as `file.py:line`; "" where the graph has no stack trace.
 
-    That is the innermost frame that is neither PyTorch's nor ours, if there is one.
+    That is the innermost frame that is not int8compile's, and not PyTorch's if there is another.
     """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
-    file, line = (own or frames or [("", "")])[-1]
+    others = [frame for frame in frames if not frame[0].startswith(_OURS)]
+    own = [frame for frame in others if not frame[0].startswith(_PYTORCHS)]
+    file, line = (own or others or [("", "")])[-1]
     return f"{os.path.basename(file)}:{line}" if file else ""

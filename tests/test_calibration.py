@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import int8compile
-from int8compile import Calibration, CheckpointError, FreedWeightError, InputError, Int8Warning, ModelError
+from int8compile import Calibration, CheckpointError, ConfigError, FreedWeightError, InputError, Int8Warning, ModelError
 from int8compile.calibration import FEW, token_batches
 from int8compile.ops import input_scales, reference, rotation_of
 from int8compile.passes import WeightView
@@ -100,11 +100,11 @@ def test_rows_that_cannot_be_used_are_left_out() -> None:
 
 def test_a_group_without_a_usable_row_is_not_calibrated() -> None:
     model = Stack(1)
-    with pytest.warns(Int8Warning, match="calibrate.. has calibrated nothing: 0 linears calibrated"):
+    with pytest.warns(Int8Warning, match="calibrate.. has calibrated nothing: no linear is calibrated"):
         calibration = int8compile.calibrate(model.layers[0].up, [torch.zeros(8, 32)], progress=False)
     assert calibration.groups == ()
     assert calibration.missing == {"weight": "no row of its input was usable (all zero, NaN or Inf)"}
-    assert "0 linears calibrated" in str(calibration)
+    assert str(calibration).startswith("no linear is calibrated")
     assert rotation(model.layers[0].up.weight) is None
 
 
@@ -299,17 +299,23 @@ def test_files_that_are_no_calibration(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="is not a calibration, or one of a later version"):
         Calibration.load(path)
     int8compile.calibrate(Stack(1), [inputs()], progress=False).save(path)
-    tensors = load_file(path)
-    del tensors["0.activations"]
-    save_file(tensors, path, {"format": "int8compile calibration 1", "groups": '[{"rows": 1, "weights": []}]'})
-    with pytest.raises(CheckpointError, match="cannot be read as a calibration"):
-        Calibration.load(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"layers.0.up", b"layers.0.us")):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged: its SHA-256 is another one"):
+            Calibration.load(path)
 
 
 def test_what_cannot_be_calibrated() -> None:
     model, x = Stack(1), inputs()
     with pytest.raises(InputError, match="a batch is int; give a tensor, a tuple of arguments or a dictionary"):
         int8compile.calibrate(model, [3], progress=False)
+    with pytest.raises(InputError, match="batches is int; give a list of inputs"):
+        int8compile.calibrate(model, 3, progress=False)
+    with pytest.raises(InputError, match="batches is empty, or was iterated over before"):
+        int8compile.calibrate(model, iter(()), progress=False)
+    with pytest.warns(Int8Warning, match="has calibrated nothing: the model multiplies by no weight"):
+        assert str(int8compile.calibrate(nn.ReLU(), [x], progress=False)) == "no linear is calibrated"
     with pytest.raises(InputError, match="Stack is no language model for which tokens can be made up; give batches"):
         int8compile.calibrate(model)
     with pytest.raises(InputError, match="tokens=0: give a whole number of at least 1"):
@@ -426,8 +432,11 @@ def test_both_halves_of_an_encoder_decoder_get_tokens() -> None:
 def test_models_that_are_quantized_while_they_are_loaded(tmp_path, given: str) -> None:
     from int8compile.integrations.transformers import Int8CompileConfig
 
-    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=128)
-    model = transformers.LlamaForCausalLM(config).eval()
+    def model_of(num_key_value_heads: int) -> nn.Module:
+        config = transformers.LlamaConfig(**SMALL, num_key_value_heads=num_key_value_heads, vocab_size=128)
+        return transformers.LlamaForCausalLM(config).eval()
+
+    model = model_of(num_key_value_heads=2)
     model.save_pretrained(tmp_path / "float")
     calibration = int8compile.calibrate(model, progress=False)
     calibration.save(tmp_path / "calibration.safetensors")
@@ -445,9 +454,27 @@ def test_models_that_are_quantized_while_they_are_loaded(tmp_path, given: str) -
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         assert torch.equal(again(ids).logits, model(ids).logits)
     # Another model of the same shape. transformers logs our error and raises one of its own.
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    model_of(num_key_value_heads=2).save_pretrained(tmp_path / "other")
     with pytest.raises(RuntimeError):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "other", **options)
+    # Models of other shapes, and with other names, before a weight is read.
+    for other, message in (
+        (model_of(num_key_value_heads=4), r"k_proj\.weight is \[64, 64\], not \[32, 64\]"),
+        (
+            model_of(num_key_value_heads=2).model,
+            r"it has no layers\.0\.self_attn\.q_proj\.weight, .*Calibrate",
+        ),
+    ):
+        other.save_pretrained(tmp_path / "other")
+        with pytest.raises(CheckpointError, match=message):
+            type(other).from_pretrained(tmp_path / "other", **options)
+    for wrong, message in (
+        ({"calibration": 3}, "calibration=3: give what int8compile.calibrate"),
+        ({"calibration": of, "rotate": False}, "no effect with rotate=False"),
+        ({"calibration": of, "outliers": "column"}, "no effect with outliers='column'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Int8CompileConfig(**wrong)
 
 
 def test_experts_that_one_product_multiplies_by() -> None:

@@ -308,9 +308,11 @@ def test_quantize_calibrates(monkeypatch, capsys, saved, tmp_path, text):
 def test_quantize_of_what_cannot_be_calibrated(monkeypatch, capsys, saved, tmp_path):
     out = tmp_path / "int8"
     (tmp_path / "some.txt").write_text("Some text.")
+    (tmp_path / "empty.txt").write_text("\n")
     for name, argv, message in (
         ("vit", [], "ViTForImageClassification is no language model for which tokens can be made up"),
         ("llama", [tmp_path / "none.txt"], f"{str(tmp_path / 'none.txt')!r} cannot be read: [Errno 2] No such file"),
+        ("llama", [tmp_path / "empty.txt"], f"{str(tmp_path / 'empty.txt')!r} is empty; give a text"),
         ("llama", [tmp_path / "some.txt"], "has no tokenizer; calibrate it on random tokens, without a file"),
     ):
         code, _, said = run(capsys, "quantize", saved / name, out, "--calibrate", *argv)
@@ -319,6 +321,7 @@ def test_quantize_of_what_cannot_be_calibrated(monkeypatch, capsys, saved, tmp_p
         assert not out.exists()
     # Before anything is loaded.
     assert "exists and is not an empty folder" in refused(capsys, "quantize", "x", tmp_path, "--calibrate")
+    assert "no effect with rotate=False" in refused(capsys, "quantize", "x", out, "--calibrate", "--no-rotate")
 
 
 def test_quantize_stores_what_stays_in_float_as_asked(capsys, saved, tmp_path):

@@ -105,6 +105,7 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
         self.converter = Converter(model, config.config())
         found = plan(model, config.config())
         targets = [target for target in found if target.reason is None]
+        config.check_calibration(targets)
         self.arrivals = Arrivals(targets)
         for name in self.loaded_keys:
             self.arrivals.expect(name)

@@ -34,7 +34,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from int8compile.calibration import Calibration
+from int8compile.calibration import Calibration, check_rotates
 from int8compile.config import Int8Config, LmHead, OutlierPolicy
 from int8compile.convert import (
     Converter,
@@ -110,6 +110,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
         **options: `llm_int8_threshold`, `llm_int8_skip_modules` and `load_in_8bit` of bitsandbytes are understood.
 
     Raises:
+        CheckpointError: The file of a calibration cannot be read.
         ConfigError: A name is unknown, or a value is not allowed.
     """
 
@@ -146,7 +147,14 @@ class Int8CompileConfig(QuantizationConfigMixin):
         self.lm_head = config.lm_head
         self.min_features = config.min_features
         self.rotate = config.rotate
+        if calibration is not None:
+            check_rotates(config)
         self.calibration = Calibration.load(calibration) if isinstance(calibration, str | os.PathLike) else calibration
+        if not isinstance(self.calibration, Calibration | None):
+            raise ConfigError(
+                f"calibration={self.calibration!r:.60}: give what int8compile.calibrate(model) returned, or the path "
+                "of a file of it"
+            )
         if checkpoint_format not in (METHOD, "bitsandbytes"):
             raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are '{METHOD}' and 'bitsandbytes'")
         self.checkpoint_format = checkpoint_format
@@ -184,6 +192,19 @@ class Int8CompileConfig(QuantizationConfigMixin):
     def of(cls, config: Int8Config, calibration: Calibration | None = None) -> Int8CompileConfig:
         """The fields of int8compile's own config that say how a model is quantized."""
         return cls(**{name: getattr(config, name) for name in FIELDS}, calibration=calibration)
+
+    def check_calibration(self, targets: Sequence[Target]) -> None:
+        """Check, before weights are read, that the calibration is of a model like this one; values are checked later.
+
+        Raises:
+            CheckpointError: It has none of the weights, or one of another shape.
+        """
+        if self.calibration is None or not self.calibration.groups or not targets:
+            return
+        weights = [target.view.of(target.weight.to("meta")) for target in targets]
+        if self.calibration.d_of([target.name for target in targets], weights) is None:
+            names = listed([target.name for target in targets])
+            raise CheckpointError(f"the calibration does not fit the model: it has no {names}. Calibrate this model")
 
     def rotate_group(self, group: Sequence[Target]) -> None:
         """Decide what the weights of one group are rotated with, before the first of them is quantized."""
@@ -225,7 +246,7 @@ def _of_names(option: str, given: object, kind: type[Any]) -> dict[str, Any]:
 def _from_bitsandbytes(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that have names of bitsandbytes, under ours."""
     found = {}
-    known = [*FIELDS, "checkpoint_format", *_RENAMED, *_WITHOUT_EFFECT]
+    known = [*FIELDS, "calibration", "checkpoint_format", *_RENAMED, *_WITHOUT_EFFECT]
     for name, value in options.items():
         if name in _RENAMED and value is not None:
             found[_RENAMED[name]] = value
@@ -319,6 +340,7 @@ class Int8CompileQuantizer(HfQuantizer):
             for target in self.targets:
                 self.converter.put(target, *without_data(target))
         else:
+            config.check_calibration(self.targets)
             self.arrivals = Arrivals(self.targets)
         if found and not self.targets:
             warn_if_all_float(report(model, config.config()), "Int8CompileConfig")

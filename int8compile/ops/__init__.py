@@ -2,7 +2,6 @@
 
 from int8compile.ops.declaration import SUPPORTED_DTYPES, c_parameters
 from int8compile.ops.linear import (
-    OUTLIER_POLICIES,
     batched_linear,
     column_linear,
     grouped_linear,
@@ -34,7 +33,6 @@ from int8compile.ops.reference import (
 
 __all__ = [
     "MAX_K",
-    "OUTLIER_POLICIES",
     "QMAX",
     "SUPPORTED_DTYPES",
     "batched_linear",

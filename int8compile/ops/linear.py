@@ -41,8 +41,6 @@ from int8compile.errors import InputError
 from int8compile.ops import column, packing, reference
 from int8compile.ops.declaration import SUPPORTED_DTYPES, Declaration, check_d
 
-OUTLIER_POLICIES = ("row", "column")
-
 _LIBRARY = torch.library.Library("int8compile", "DEF")
 
 
