@@ -218,6 +218,9 @@ class Int8Module(nn.Module):
             error_msgs.append(f"{prefix}d {why}")
         if "d" in given and "qweight" not in given:
             error_msgs.append(f"{prefix}d is there without the {prefix}qweight that was rotated with it")
+        if self.d is not None and "qweight" in given and "d" not in given and _has_rotations(state_dict):
+            # Without any they are of a version that rotated nothing, or of bitsandbytes.
+            error_msgs.append(f"{prefix}d is missing, which {prefix}qweight was rotated with")
         if prefix + "weight" in state_dict and not state_dict[prefix + "weight"].numel():
             # Hugging Face folders have an empty one, see `Int8CompileQuantizer.get_state_dict_and_metadata`.
             state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
@@ -279,6 +282,11 @@ def bad_rotation(d: Tensor) -> str:
         return ""
     bad = d.numel() - int((d.isfinite() & (d != 0)).sum())
     return f"holds {bad} NaN, Inf or 0 of {d.numel()} entries: the file is damaged" if bad else ""
+
+
+def _has_rotations(state_dict: Mapping[str, Any]) -> bool:
+    """Return whether some weight of a state dict is rotated."""
+    return any(key.endswith(".d") and f"{key[:-1]}qweight" in state_dict for key in state_dict)
 
 
 def share_rotations(model: nn.Module) -> None:
