@@ -108,6 +108,7 @@ class Group:
     activations: Tensor
 
     @functools.cached_property
+    @torch.inference_mode(False)  # Backward passes could not save an inference tensor.
     def d(self) -> Tensor:
         """What x is multiplied by before it is rotated, [K] or [B, K] float32; one tensor for all of the weights."""
         # Of the columns' rms alone: so a part of the model has the same as all of it.

@@ -87,6 +87,17 @@ def test_groups_and_statistics() -> None:
     assert "- not calibrated: odd.weight: its inputs are not rotated" in table
 
 
+def test_gradients_flow_through_what_was_calibrated_in_inference_mode() -> None:
+    model, x = Stack(1).layers[0].requires_grad_(False), inputs().requires_grad_()
+    with torch.inference_mode():
+        calibration = int8compile.calibrate(model, [inputs()], progress=False)
+    assert not any(group.d.is_inference() for group in calibration.groups)
+    with torch.enable_grad():
+        torch.compile(model, backend="int8", fullgraph=True)(x).sum().backward()
+        expected = torch.autograd.grad(model(x).sum(), x)[0]
+    assert relative_error(x.grad, expected) < 0.02
+
+
 def test_rows_that_cannot_be_used_are_left_out() -> None:
     model, x = nn.Sequential(nn.Linear(32, 32)), inputs()
     expected = statistics(x[10:])

@@ -366,7 +366,10 @@ def test_the_module_of_the_same_name_does_not_hide_the_function() -> None:
     [
         ("sm_90", "Triton kernels, table of sm_90"),
         ("sm_89", "Triton kernels, table of sm_86"),
-        ("sm_75", "weights in int8, activations in 23 bits, by PyTorch: Triton has no int8 matrix instructions for sm_75"),
+        (
+            "sm_75",
+            "weights in int8, activations in 23 bits, by PyTorch: Triton has no int8 matrix instructions for sm_75",
+        ),
         ("sm_70", "no Triton kernels for sm_70; the PyTorch reference runs: it saves memory but is slower than float"),
     ],
 )
