@@ -85,6 +85,9 @@ class Weight:
             raise self._misfit("is not in the model")
         if tuple(parameter.shape) != self.shape:
             raise self._misfit(f"is {list(parameter.shape)}, not {list(self.shape)}")
+        last = self.view.offset + sum((n - 1) * step for n, step in zip(self.view.size, self.view.stride, strict=True))
+        if parameter.storage_offset() + last >= parameter.untyped_storage().nbytes() // parameter.itemsize:
+            raise self._misfit("lies otherwise in memory")
         self.check(self.view.of(parameter))
         return parameter
 

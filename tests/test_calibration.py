@@ -284,6 +284,16 @@ def test_other_models_are_refused_by_name(tmp_path) -> None:
             refused()
 
 
+def test_a_weight_that_lies_otherwise_in_memory_is_refused() -> None:
+    """Copies of tensors with gaps have none."""
+    model = nn.Sequential(nn.Linear(32, 16))
+    model[0].weight = nn.Parameter(torch.randn(16, 64)[:, ::2])
+    calibration = int8compile.calibrate(model, [inputs()], progress=False)
+    calibration.apply(model)
+    with pytest.raises(CheckpointError, match=r"0\.weight lies otherwise in memory\. Calibrate"):
+        calibration.apply(copy.deepcopy(model))
+
+
 def test_d_of_weights_that_stream_in() -> None:
     model, batch = Attention(), (inputs(), inputs())
     calibration = int8compile.calibrate(model, [batch], progress=False)
