@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -96,6 +98,16 @@ def test_gradients_flow_through_what_was_calibrated_in_inference_mode() -> None:
         torch.compile(model, backend="int8", fullgraph=True)(x).sum().backward()
         expected = torch.autograd.grad(model(x).sum(), x)[0]
     assert relative_error(x.grad, expected) < 0.02
+
+
+def test_no_weight_is_kept_alive() -> None:
+    """Dynamo keeps its backends for ever."""
+    model = Stack(1)
+    memory = [weakref.ref(parameter.untyped_storage()) for parameter in model.parameters()]
+    int8compile.calibrate(model, [inputs()], progress=False)
+    int8compile.quantize_(model, progress=False)
+    gc.collect()
+    assert sum(each() is not None for each in memory) == sum(1 for _ in model.parameters())
 
 
 def test_rows_that_cannot_be_used_are_left_out() -> None:
