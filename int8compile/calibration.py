@@ -89,6 +89,9 @@ class Weight:
             raise self._misfit("is not in the model")
         if tuple(parameter.shape) != self.shape:
             raise self._misfit(f"is {list(parameter.shape)}, not {list(self.shape)}")
+        last = self.view.offset + sum((n - 1) * step for n, step in zip(self.view.size, self.view.stride, strict=True))
+        if parameter.storage_offset() + last >= parameter.untyped_storage().nbytes() // parameter.itemsize:
+            raise self._misfit("lies otherwise in memory")
         self.check(self.view.of(parameter))
         return parameter
 
@@ -112,6 +115,7 @@ class Group:
     activations: Tensor = dataclasses.field(repr=False)
 
     @functools.cached_property
+    @torch.inference_mode(False)  # Backward passes could not save an inference tensor.
     def d(self) -> Tensor:
         """What x is multiplied by before it is rotated, [K] or [B, K] float32; one tensor for all of the weights."""
         # Of the columns' rms alone: so a part of the model has the same as all of it.

@@ -118,10 +118,19 @@ def captured(model: Any, record: Record) -> Iterator[Callable[..., Any]]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
+    # Dynamo keeps every backend that it was ever given, and with this one all that it has seen.
+    records = [record]
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return records[0](gm, example_inputs)
+
     # Parameters that Inductor is to freeze would be no inputs.
     thawed: Any = inductor_config.patch(freezing=False)
     with torch.no_grad(), thawed, torch.random.fork_rng(), _buffers_restored(model), _dynamo_caches_dropped():
-        yield torch.compile(_with_code_of_its_own(call), backend=record)
+        try:
+            yield torch.compile(_with_code_of_its_own(call), backend=backend)
+        finally:
+            records.clear()
 
 
 def observed(

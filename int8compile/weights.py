@@ -368,9 +368,9 @@ class WeightStore:
 
     @contextlib.contextmanager
     def kept(self, parameter: Tensor) -> Iterator[None]:
-        """Keeps a parameter's int8 weights while it is given another storage."""
+        """Keeps a parameter's int8 weights while it is given another storage, but for those of what it was before."""
         with self._lock:
-            weights = self.weights(parameter)
+            weights = {key: each for key, each in self.weights(parameter).items() if each.made_of.holds(parameter)}
             self._parameters.pop(id(parameter), None)
             yield
             for key, weight in weights.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -85,6 +87,27 @@ def test_groups_and_statistics() -> None:
     assert "k, v " in table
     assert "6 linears calibrated, in 5 groups" in table
     assert "- not calibrated: odd.weight: its inputs are not rotated" in table
+
+
+def test_gradients_flow_through_what_was_calibrated_in_inference_mode() -> None:
+    model, x = Stack(1).layers[0].requires_grad_(False), inputs().requires_grad_()
+    with torch.inference_mode():
+        calibration = int8compile.calibrate(model, [inputs()], progress=False)
+    assert not any(group.d.is_inference() for group in calibration.groups)
+    with torch.enable_grad():
+        torch.compile(model, backend="int8", fullgraph=True)(x).sum().backward()
+        expected = torch.autograd.grad(model(x).sum(), x)[0]
+    assert relative_error(x.grad, expected) < 0.02
+
+
+def test_no_weight_is_kept_alive() -> None:
+    """Dynamo keeps its backends for ever."""
+    model = Stack(1)
+    memory = [weakref.ref(parameter.untyped_storage()) for parameter in model.parameters()]
+    int8compile.calibrate(model, [inputs()], progress=False)
+    int8compile.quantize_(model, progress=False)
+    gc.collect()
+    assert sum(each() is not None for each in memory) == sum(1 for _ in model.parameters())
 
 
 def test_rows_that_cannot_be_used_are_left_out() -> None:
@@ -271,6 +294,16 @@ def test_other_models_are_refused_by_name(tmp_path) -> None:
     for refused in (lambda: calibration.apply(model), lambda: int8compile.calibrate(model, [inputs()])):
         with pytest.raises(ModelError, match=r"layers\.0\.up, layers\.0\.down, .*: int8 already\. Calibrate the float"):
             refused()
+
+
+def test_a_weight_that_lies_otherwise_in_memory_is_refused() -> None:
+    """Copies of tensors with gaps have none."""
+    model = nn.Sequential(nn.Linear(32, 16))
+    model[0].weight = nn.Parameter(torch.randn(16, 64)[:, ::2])
+    calibration = int8compile.calibrate(model, [inputs()], progress=False)
+    calibration.apply(model)
+    with pytest.raises(CheckpointError, match=r"0\.weight lies otherwise in memory\. Calibrate"):
+        calibration.apply(copy.deepcopy(model))
 
 
 def test_d_of_weights_that_stream_in() -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import int8compile
 from int8compile import cpu, weights
@@ -377,6 +378,25 @@ def test_weights_that_were_rotated_apart_and_freed_cannot_share_a_d() -> None:
     expected = by_operator(model.v, x, held(model.k).d)
     del model.q
     assert torch.equal(torch.compile(model, backend="int8", options=options)(x)[1], expected)
+
+
+@pytest.mark.parametrize("change", ["values", "d"])
+def test_a_weight_that_has_changed_is_not_kept_when_another_graph_frees_its_parameter(change: str) -> None:
+    """A graph that still has the one of before must say so: it would compute with old values, or wait for one d."""
+    model, x = Attention(), torch.randn(4, 32)
+    rows = WeightView((16, 32), (32, 1), 0, (16, 32))
+    before = torch.compile(lambda x: (F.linear(x, model.q.weight[:16]), model.k(x)), backend="int8", fullgraph=True)
+    after = torch.compile(model.q, backend="int8", fullgraph=True, options={"free_weights": True})
+    before(x)
+    if change == "values":
+        model.q.weight.mul_(2)
+    else:
+        STORE.calibrate([(model.q.weight, rows)], rotation_of(torch.ones(32)))
+    after(x)
+    assert isinstance(model.q.weight, FreedWeight)
+    assert len(STORE.weights(model.q.weight)) == 1
+    with pytest.raises(int8compile.FreedWeightError, match="before this view of it was taken"):
+        before(x)
 
 
 def test_a_calibrated_d_takes_the_place_of_another() -> None:
