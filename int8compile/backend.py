@@ -228,6 +228,11 @@ class _Part:
     among: tuple[tuple[int, WeightView], ...]
     each: bool
 
+    @property
+    def given(self) -> tuple[int, ...]:
+        """Positions of what belongs to a parameter that is int8 already."""
+        return tuple(position for position in (self.scale, self.d) if position is not None)
+
     def get(self, args: Sequence[Any]) -> QuantizedWeight:
         """Return its int8 weight, quantized now where it has to be."""
         return STORE.get(
@@ -302,7 +307,7 @@ def _compile(
         joined.append((begin, len(parts), slot.interleaved))
         if slot.group is not None:
             groups.setdefault(slot.group.node, []).extend(range(begin, len(parts)))
-    lookups = [(part.position, part.key, part.scale, part) for part in parts]
+    lookups = [(part.position, part.key, part.given, part) for part in parts]
     firsts = [numbers[0] for numbers in groups.values()]
     # Those that must have the d of another.
     alike = [(number, numbers[0]) for numbers in groups.values() for number in numbers[1:]]
@@ -334,8 +339,8 @@ def _compile(
         fresh = STORE.fresh
         while True:
             found = [
-                fresh(args[position], key, None if scale is None else args[scale]) or part.get(args)
-                for position, key, scale, part in lookups
+                fresh(args[position], key, [args[each] for each in given] if given else ()) or part.get(args)
+                for position, key, given, part in lookups
             ]
             if all(found[number].d is found[first].d for number, first in alike):
                 break
@@ -356,7 +361,7 @@ def _compile(
     from torch._inductor.compile_fx import compile_fx
 
     for part in parts:
-        STORE.compare(example_inputs[part.position], None if part.scale is None else example_inputs[part.scale])
+        STORE.compare(example_inputs[part.position], [example_inputs[each] for each in part.given])
     fakes = _static_fakes(arguments(example_inputs))
     compiled: Any = compile_fx(module, fakes, config_patches=dict(patches))
     for node in captured:

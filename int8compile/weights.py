@@ -47,7 +47,7 @@ class QuantizedWeight:
         scale: [N] or [B, N] float32.
         d: What it is rotated with, [K] or [B, K] float32, one object for all that share it; None where it is not.
         made_of: The parameter as it was then.
-        scaled_by: The scales as they were then, where the parameter is int8 already.
+        made_with: Its scales, and d if it has one, as they were then, where the parameter is int8 already.
         fused: The weights that this one lies among, which one operator takes together.
     """
 
@@ -55,13 +55,15 @@ class QuantizedWeight:
     scale: Tensor
     d: Tensor | None
     made_of: Snapshot
-    scaled_by: Snapshot | None = None
+    made_with: tuple[Snapshot, ...] = ()
     fused: FusedWeight | None = None
 
-    def is_of(self, parameter: Tensor, scale: Tensor | None) -> bool:
+    def is_of(self, parameter: Tensor, given: Sequence[Tensor]) -> bool:
         """Tell whether the tensors it was made of are unchanged, as far as each call can tell; freed ones are."""
-        return (type(parameter) in FREED or self.made_of.holds(parameter)) and (
-            self.scaled_by is None or (scale is not None and self.scaled_by.holds(scale))
+        if type(parameter) not in FREED and not self.made_of.holds(parameter):
+            return False
+        return not self.made_with or (
+            len(given) == len(self.made_with) and all(map(Snapshot.holds, self.made_with, given))
         )
 
 
@@ -192,17 +194,17 @@ class WeightStore:
         self._parameters: dict[int, tuple[weakref.ref[UntypedStorage], dict[Key, QuantizedWeight]]] = {}
         self._lock = threading.RLock()
 
-    def fresh(self, parameter: Tensor, key: Key, scale: Tensor | None) -> QuantizedWeight | None:
+    def fresh(self, parameter: Tensor, key: Key, given: Sequence[Tensor] = ()) -> QuantizedWeight | None:
         """Return the int8 weight of a parameter's view if there is one and the parameter is unchanged.
 
         Args:
             parameter: The parameter, as the compiled graph received it.
             key: What for.
-            scale: The scales of a parameter that is int8 already.
+            given: The scales of a parameter that is int8 already, and its d if it has one.
         """
         known = self._parameters.get(id(parameter))
         weight = None if known is None else known[1].get(key)
-        return weight if weight is not None and weight.is_of(parameter, scale) else None
+        return weight if weight is not None and weight.is_of(parameter, given) else None
 
     def get(
         self,
@@ -238,10 +240,11 @@ class WeightStore:
             BadWeightError: The weight has NaN or Inf, or no data.
         """
         key = Key(view, packed, bool(group))
-        weight = self.fresh(parameter, key, scale)
+        given = [] if scale is None else [scale] if d is None else [scale, d]
+        weight = self.fresh(parameter, key, given)
         if weight is None:
             with self._lock:
-                weight = self._refresh(parameter, key, path, scale, d, group, among, each)
+                weight = self._refresh(parameter, key, path, given, group, among, each)
         return weight
 
     def share(self, members: Members, among: Members = (), *, each: bool = False) -> Tensor | None:
@@ -315,7 +318,7 @@ class WeightStore:
             if key.view == view and key.rotated and weight.d is not rotation.d:
                 weight.made_of.outdate()
 
-    def compare(self, parameter: Tensor, scale: Tensor | None = None) -> None:
+    def compare(self, parameter: Tensor, given: Sequence[Tensor] = ()) -> None:
         """Compare all of a parameter with what its int8 weights were made of; the next call replaces those that differ.
 
         For when there is time, as there is while a graph is compiled: updates of a GPU's memory, or of a few elements,
@@ -327,11 +330,11 @@ class WeightStore:
             for weight in weights:
                 if weight.made_of.fingerprint != found:
                     weight.made_of.outdate()
-        if weights and scale is not None:
-            found = fingerprint(scale)
+        for place, tensor in enumerate(given if weights else ()):
+            found = fingerprint(tensor)
             for weight in weights:
-                if weight.scaled_by is not None and weight.scaled_by.fingerprint != found:
-                    weight.scaled_by.outdate()
+                if place < len(weight.made_with) and weight.made_with[place].fingerprint != found:
+                    weight.made_with[place].outdate()
 
     def fused(self, weights: Sequence[QuantizedWeight], *, interleaved: bool = False) -> FusedWeight:
         """Weights as slices of one tensor, copied there if they are not yet: memory holds them once.
@@ -387,8 +390,7 @@ class WeightStore:
         parameter: Tensor,
         key: Key,
         path: str,
-        given: Tensor | None,
-        given_d: Tensor | None,
+        given: Sequence[Tensor],
         group: Members,
         among: Members,
         each: bool,
@@ -398,20 +400,23 @@ class WeightStore:
         if known is not None and known.is_of(parameter, given):
             return known  # Another thread was faster.
         if isinstance(parameter, FREED):
-            if known is None or given is None or not view.is_all_of(parameter):
+            if known is None or not given or not view.is_all_of(parameter):
                 raise FreedWeightError(f"{path}: its weight was freed before this view of it was taken")
-            # What is left of it is the int8 weight; its scales are other ones.
-            made = QuantizedWeight(known.qweight, given.detach(), known.d, known.made_of, Snapshot(given))
+            # What is left of it is the int8 weight; its scales, or its d, are other ones.
+            scale, *its_d = given
+            d = its_d[0] if its_d else None
+            made = QuantizedWeight(known.qweight, scale.detach(), d, known.made_of, tuple(map(Snapshot, given)))
             self._keep(parameter, key, made)
             return made
         check_data(parameter, path)
-        made_of, scaled_by = Snapshot(parameter), None if given is None else Snapshot(given)
-        if given is None:
+        made_of, made_with = Snapshot(parameter), tuple(map(Snapshot, given))
+        if not given:
             d = self.share(group, among, each=each) if group else None
             qweight, scale = quantize_checked(parameter, view, path, d)
             self.quantized += 1
         else:
-            qweight, scale, d = view_of_int8(parameter, given, given_d, view)
+            scale, *its_d = given
+            qweight, scale, d = view_of_int8(parameter, scale, its_d[0] if its_d else None, view)
         if packed:
             with _plain_tensors():
                 qweight = pack_weight(qweight)
@@ -429,9 +434,9 @@ class WeightStore:
             with _plain_tensors():
                 known.qweight.copy_(qweight)
                 known.scale.copy_(scale)
-            known.made_of, known.scaled_by = made_of, scaled_by
+            known.made_of, known.made_with = made_of, made_with
             return known
-        made = QuantizedWeight(qweight, scale, d, made_of, scaled_by)
+        made = QuantizedWeight(qweight, scale, d, made_of, made_with)
         self._keep(parameter, key, made)
         return made
 

@@ -188,6 +188,25 @@ def test_a_transposed_weight_is_quantized_again_by_its_rows(rotated: bool) -> No
     assert same_d is d
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_views_that_are_quantized_again_follow_the_d_of_the_module(in_place: bool) -> None:
+    holder = nn.Module()
+    holder.inner = nn.Linear(64, 96)
+    int8compile.quantize_(holder, progress=False)
+    y = torch.randn(5, 96)
+    calls = [lambda: y @ holder.inner.weight, torch.compile(lambda: y @ holder.inner.weight, backend="int8")]
+    with torch.no_grad():
+        for call in calls:
+            call()
+        if in_place:
+            holder.inner.d.mul_(2)
+        else:
+            holder.inner.d = holder.inner.d * 1.5
+        expected = y @ holder.inner.dequantize()
+        for call in calls:
+            assert relative_error(call(), expected) < 0.02
+
+
 READS: dict[str, Call] = {
     "multiplied": lambda x, m: F.linear(x, m.weight * 2),
     "chosen rows": lambda x, m: F.linear(x, m.weight[torch.tensor([0, 1, 2])]),
