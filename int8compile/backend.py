@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -308,6 +309,8 @@ def _compile(
         if slot.group is not None:
             groups.setdefault(slot.group.node, []).extend(range(begin, len(parts)))
     lookups = [(part.position, part.key, part.given, part) for part in parts]
+    # What each of them found last; weakly, since a weight goes when its parameter goes.
+    recent: list[Callable[[], QuantizedWeight | None]] = [lambda: None] * len(lookups)
     firsts = [numbers[0] for numbers in groups.values()]
     # Those that must have the d of another.
     alike = [(number, numbers[0]) for numbers in groups.values() for number in numbers[1:]]
@@ -338,10 +341,14 @@ def _compile(
     def arguments(args: Sequence[Any]) -> list[Any]:
         fresh = STORE.fresh
         while True:
-            found = [
-                fresh(args[position], key, [args[each] for each in given] if given else ()) or part.get(args)
-                for position, key, given, part in lookups
-            ]
+            found = []
+            for number, (position, key, given, part) in enumerate(lookups):
+                weight = recent[number]()
+                # Most calls bring the parameters of the last one, unchanged; it is not asked of those that were freed.
+                if weight is None or given or not weight.made_of.holds(args[position]):
+                    weight = fresh(args[position], key, [args[each] for each in given]) or part.get(args)
+                    recent[number] = weakref.ref(weight)
+                found.append(weight)
             if all(found[number].d is found[first].d for number, first in alike):
                 break
             # Other graphs group them otherwise and have rotated some of them by another d, or another thread does.
@@ -350,10 +357,10 @@ def _compile(
         tensors: list[Any] = []
         for begin, end, interleaved in joined:
             if end == begin + 1:
-                weight: Any = STORE.alone(found[begin])
+                one: Any = STORE.alone(found[begin])
             else:
-                weight = STORE.fused(found[begin:end], interleaved=interleaved)
-            tensors += (weight.qweight, weight.scale)
+                one = STORE.fused(found[begin:end], interleaved=interleaved)
+            tensors += (one.qweight, one.scale)
         tensors += [found[first].d for first in firsts]
         return [*[args[position] for position in kept], *[tensors[each] for each in order]]
 
