@@ -289,8 +289,12 @@ class WeightStore:
             return min(present, key=lambda rotation: rotation.number)
         with _plain_tensors():
             # Those without data cannot be quantized, which is said when they are to be.
-            made_of = [each_of for each_of in among if not each_of[0].is_meta and not isinstance(each_of[0], FREED)]
-            made = Rotation(make_d([view.of(parameter) for parameter, view in made_of], each=each))
+            weights = [
+                view.of(parameter)
+                for parameter, view in among
+                if not (parameter.is_meta or isinstance(parameter, FREED))
+            ]
+            made = Rotation(make_d(weights, each=each))
         for (parameter, view), rotation in zip(among, known, strict=True):
             if rotation is None:
                 self._rotate(parameter, view, made)
