@@ -6,7 +6,8 @@
 | `linear` | a compiled linear of real sizes, by rows and dtype; x has outliers in some channels, as in models | 1.03 |
 | `smollm2` | SmolLM2-135M compiled: a prompt of 512 tokens, and one token | 1.00 |
 
-Each commit runs in a process of its own, with one thread; they take turns, and the rounds are compared one by one.
+Each commit runs in a process of its own, with one thread; they take turns, and the rounds are compared one by one. What
+memory a process was given moves a time by up to a tenth, so `--restarts` has several processes of each.
 """
 
 from __future__ import annotations
@@ -40,21 +41,24 @@ def main() -> None:
     parser.add_argument("commit", help="what to compare the working tree with")
     parser.add_argument("what", nargs="?", choices=BARS, default="dispatch")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--restarts", type=int, default=1)
     options = parser.parse_args()
-    print(report(options.commit, options.what, options.rounds))
+    print(report(options.commit, options.what, options.rounds, options.restarts))
 
 
-def report(commit: str, what: str, rounds: int) -> str:
+def report(commit: str, what: str, rounds: int, restarts: int) -> str:
     """The table of a comparison."""
     # Only here: workers know nothing of this checkout.
     from tabulate import tabulate
     from tqdm import tqdm
 
     with checkout(commit) as other:
-        workers = [Worker(ROOT, what), Worker(other, what)]
-        found = [[worker.times() for worker in workers] for _ in tqdm(range(rounds), desc="Calling")]
-        for worker in workers:
-            worker.stop()
+        found = []
+        for _ in range(restarts):
+            workers = [Worker(ROOT, what), Worker(other, what)]
+            found += [[worker.times() for worker in workers] for _ in tqdm(range(rounds), desc="Calling")]
+            for worker in workers:
+                worker.stop()
     rows = []
     for name in found[0][0]:
         here, there = ([times[i][name] for times in found] for i in range(2))
