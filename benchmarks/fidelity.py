@@ -120,7 +120,7 @@ def signs_only(model: nn.Module) -> None:
 
 
 def settings(random: Calibration, text: Calibration) -> dict[str, Setting]:
-    """What is compared, by name."""
+    """Return what is compared, by name."""
     default = Int8Config()
     return {
         "LLM.int8(): columns, threshold 6": Setting(Int8Config(outliers="column")),
@@ -261,7 +261,7 @@ def table_of_linears(found: Mapping[str, Mapping[str, float]]) -> str:
 def misses(
     found: Mapping[str, Mapping[str, Mapping[str, float]]], errors: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """What is not within its bar, in words."""
+    """Return what is not within its bar, in words."""
     wrong = []
     for model, by in found.items():
         for name, bar in BARS.get(model, {}).items():

@@ -264,8 +264,7 @@ def _parts(slot: WeightSlot, positions: Mapping[Node, int]) -> list[_Part]:
     def position(node: Node | None) -> int | None:
         return None if node is None else positions[node]
 
-    # What is int8 already has the d that it has.
-    whole = slot.group if slot.members[0].scale is None else None
+    whole = slot.sharing
     members = (whole.members, whole.among) if whole is not None else ((), ())
     group, among = (tuple((positions[each.source], each.view) for each in part) for part in members)
     each = whole is not None and whole.each
@@ -343,10 +342,11 @@ def _compile(
         while True:
             found = []
             for number, (position, key, given, part) in enumerate(lookups):
-                weight = recent[number]()
-                # Most calls bring the parameters of the last one, unchanged; it is not asked of those that were freed.
-                if weight is None or given or not weight.made_of.holds(args[position]):
-                    weight = fresh(args[position], key, [args[each] for each in given]) or part.get(args)
+                parameter, weight = args[position], recent[number]()
+                # Most calls bring the parameters of the last one, unchanged. The store knows of those that were freed,
+                # which are slow to ask.
+                if weight is None or given or type(parameter) in FREED or not weight.made_of.holds(parameter):
+                    weight = fresh(parameter, key, [args[each] for each in given]) or part.get(args)
                     recent[number] = weakref.ref(weight)
                 found.append(weight)
             if all(found[number].d is found[first].d for number, first in alike):

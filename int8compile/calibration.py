@@ -410,7 +410,7 @@ class _Found:
 
     @property
     def complete(self) -> bool:
-        """Whether every linear has seen enough."""
+        """True if every linear has seen enough."""
         return bool(self._of) and all(statistics.seen >= self._limit for statistics in self._of.values())
 
     def _see(self, linear: Linear, given: Given) -> None:

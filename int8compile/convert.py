@@ -100,7 +100,7 @@ class Target:
 
     @property
     def rotates_each(self) -> bool:
-        """Whether each of several matrices has a d of its own: those of experts that read what each has made."""
+        """True if each of several matrices has a d of its own: those of experts that read what each has made."""
         return self.source == "experts" and not reads_tokens(self.path)
 
 

@@ -213,7 +213,7 @@ def multiplies(owner: nn.Module, parameter: Tensor) -> bool:
 
 
 def looks_fused(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter may be several matrices in one, as experts of modules that follow no interface are."""
+    """Tell whether a parameter may be several matrices in one, as experts of modules that follow no interface are."""
     return parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
 
 

@@ -255,8 +255,8 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     module.graph.lint()
 
     def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor, Tensor | None]:
-        group, d = slot.group, None
-        if group is not None and slot.members[0].scale is None:  # What is int8 already has the d that it has.
+        group, d = slot.sharing, None
+        if group is not None:
             members, among = (
                 [(parameters[each.source], each.view) for each in part] for part in (group.members, group.among)
             )

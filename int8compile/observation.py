@@ -159,9 +159,8 @@ def observed(
     for site, call in zip(report.rewritten, calls, strict=True):
         given = dict(zip((argument.name for argument in call.target._schema.arguments), call.args, strict=False))
         slot = slots.get(given["qweight"])
-        # What is int8 already has the d that it has.
         member = None if slot is None else slot.members[0]
-        group = None if slot is None or slot.members[0].scale is not None else slot.group
+        group = None if slot is None else slot.sharing
         linear = Linear(
             site=site,
             op=call.target,

@@ -82,6 +82,11 @@ class WeightSlot:
     packed: bool = False
     interleaved: bool = False
 
+    @property
+    def sharing(self) -> Group | None:
+        """The group whose d it is to get; None where it is not rotated, or is int8 already and has its d."""
+        return self.group if self.members[0].scale is None else None
+
 
 class Binder(abc.ABC):
     """Gives a graph nodes for its int8 weights, which are made elsewhere.
@@ -103,7 +108,7 @@ class Binder(abc.ABC):
 
     @property
     def groups(self) -> list[Group]:
-        """What the weights of the slots are rotated with."""
+        """The groups of all slots, each once."""
         return list(dict.fromkeys(slot.group for slot in self.slots if slot.group is not None))
 
     def bind(

@@ -236,8 +236,9 @@ def _d_numel(made: Emitted, binder: Binder) -> int:
     """Return how many numbers rotate the activations of a site."""
     if (known := meta_tensor(made.d)) is not None:
         return known.numel()
-    of_each = any(group.node is made.d and group.each for group in binder.groups)
-    return made.view.shape[-1] * (made.view.shape[0] if of_each else 1)
+    *batch, _, k = made.view.shape
+    of_each = bool(batch) and any(group.node is made.d and group.each for group in binder.groups)
+    return k * (batch[0] if of_each else 1)
 
 
 def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:

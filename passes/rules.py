@@ -139,7 +139,7 @@ def lm_head(site: LinearSite, config: Int8Config) -> Verdict:
 
 
 def weight_only(site: LinearSite, config: Int8Config) -> bool:
-    """Whether only the weight of a site becomes int8, and its activations keep 23 bits.
+    """Tell whether only the weight of a site becomes int8, and its activations keep 23 bits.
 
     Because the configuration asks for it, or because the GPU leaves no other way.
     """

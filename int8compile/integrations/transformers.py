@@ -352,7 +352,7 @@ class Int8CompileQuantizer(HfQuantizer):
         return param_name in self.arrivals
 
     def get_quantize_ops(self) -> Quantize:
-        """What quantizes a weight: transformers asks before it reads any, for each that it has just asked about."""
+        """Return what quantizes a weight: transformers asks about each, before it reads any."""
         self.arrivals.expect(self.named)
         return Quantize(self)
 

@@ -34,7 +34,7 @@ def outlier_sums(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """What the int32 sums of a tile begin with: 256 times those of second digits; 0 where no row has any.
+    """Return what the int32 sums of a tile begin with: 256 times those of second digits; 0 where no row has any.
 
     Args:
         q_ptr: [2, M, K] int8.

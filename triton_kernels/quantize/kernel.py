@@ -74,7 +74,7 @@ def _exponent(u):
 
 @triton.jit
 def _unit(u):
-    """What integers of a row are multiplied with; NaN for NaN and Inf."""
+    """Return what integers of a row are multiplied with; NaN for NaN and Inf."""
     return tl.where(u < INF, ((_exponent(u) + 105) << 23).to(tl.float32, bitcast=True), float("nan"))
 
 
