@@ -74,7 +74,7 @@ def _without_autocast(compute: Callable[..., Any], position: int) -> Callable[..
     return call
 
 
-_quantized = _without_autocast(quantized.quantize, 0)
+_quantized = _without_autocast(quantized.row_digits, 0)
 _quantized_linear = _without_autocast(portable.quantized_linear, -1)
 _batched_linear = _without_autocast(portable.batched_linear, 0)
 _weight_only_linear = _without_autocast(portable.weight_only_linear, 0)

@@ -227,7 +227,7 @@ def assert_bitwise(actual: Tensor, expected: Tensor) -> None:
 def test_every_operator_is_complete() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("int8compile::")}
     # test_quantized.py is about the first two, test_modules.py about the others.
-    others = ("quantize_rows", "quantized_linear", "grouped_linear", "grouped_linear_backward")
+    others = ("quantize_rows", "norm_quantize_rows", "quantized_linear", "grouped_linear", "grouped_linear_backward")
     others = {f"int8compile::{name}" for name in others}
     # A composite of PyTorch's operators; test_module_weight.py is about it.
     names.remove("int8compile::module_weight")

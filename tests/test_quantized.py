@@ -47,7 +47,7 @@ def test_two_steps_are_linear(m: int, c: int, b: int, dtype: torch.dtype, thresh
     expected = reference.linear(x, qweight, scale, d, bias, threshold)
     same = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
     torch.testing.assert_close(in_two_steps(x, qweight, scale, d, bias, threshold), expected, **same)
-    alone = portable.quantized_linear(*quantized.quantize(x, d, threshold), qweight, scale, bias, x)
+    alone = portable.quantized_linear(*quantized.row_digits(x, d, threshold), qweight, scale, bias, x)
     torch.testing.assert_close(alone, expected, **same)
 
 
@@ -63,30 +63,83 @@ def test_weight_only_products_of_digits(m: int, c: int, b: int, dtype: torch.dty
     torch.testing.assert_close(portable.weight_only_by_digits(*given), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_second_digits_count_in_rows_that_say_so() -> None:
+def test_second_digits_count_in_blocks_that_say_so() -> None:
     """A kernel need not write the others."""
-    x = torch.randn(6, 100)
-    x[2, 5] = 1000
+    x = torch.randn(6, 4600)
+    x[2, 5] = x[2, 4500] = 1000
+    x[3, 31 * 128] = 1000
     x[4] = math.inf
-    q, rows = ops.quantize_rows(x, None, 6.0)
-    assert rows[1].tolist() == [0, 0, 1, 0, 0, 0]
-    assert rows[0].isnan().tolist() == [False] * 4 + [True, False]
-    qweight, scale = quantize_weight(torch.randn(7, 100), None)
-    arguments = (rows, qweight, scale, None, quantized.NONE, 0, 0, torch.float32)
+    q, rows, counters = ops.quantize_rows(x, None, 12.0)
+    assert rows[1:].tolist() == [[0, 0, 1, -(2**31), 0, 0], [0, 0, 1 << (4500 // 128 - 32), 0, 0, 0]]
+    assert rows[0].view(torch.float32).isnan().tolist() == [False] * 4 + [True, False]
+    qweight, scale = quantize_weight(torch.randn(7, 4600), None)
+    arguments = (rows, counters, qweight, scale, None, quantized.NONE, 0, 0, torch.float32)
     expected = ops.quantized_linear(q, *arguments)
-    q[1, rows[1] == 0] = 85
+    kept = q[1, 2, :128].clone(), q[1, 2, 35 * 128 :].clone(), q[1, 3, 31 * 128 : 32 * 128].clone()
+    q[1] = 85
+    q[1, 2, :128], q[1, 2, 35 * 128 :], q[1, 3, 31 * 128 : 32 * 128] = kept
     torch.testing.assert_close(ops.quantized_linear(q, *arguments), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norms(dtype: torch.dtype) -> None:
+    """As PyTorch and transformers compute them, then quantized as their result is."""
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, residual, weight, bias = (torch.randn(*size, 96, dtype=dtype) for size in ((2, 3), (2, 3), (), ()))
+    h = x + residual
+    llama, gemma = LlamaRMSNorm(96, 1e-5), GemmaRMSNorm(96, 1e-5)
+    llama.weight.data, gemma.weight.data = weight, weight
+    exact = h.to(torch.float32)
+    expected = {
+        quantized.RMS: torch.nn.functional.rms_norm(exact, (96,), weight.to(torch.float32), 1e-5).to(dtype),
+        quantized.RMS_ROUNDED: llama(h),
+        quantized.RMS_PLUS_ONE: gemma(h),
+        quantized.LAYER: torch.nn.functional.layer_norm(exact, (96,), weight.float(), bias.float(), 1e-5).to(dtype),
+    }
+    # Sums in another order: some units of float32, of values of up to about 10; then one rounding more.
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(torch.float32).eps}
+    d = rotation_of(torch.ones(96))
+    for kind, normalized in expected.items():
+        given_bias = bias if kind == quantized.LAYER else None
+        y = quantized.norm(h, weight, given_bias, kind, 1e-5)
+        torch.testing.assert_close(y, normalized, **close)
+        added, *made = ops.norm_quantize_rows(x, residual, weight, given_bias, d, kind, 1e-5, 12.0)
+        assert torch.equal(added, h)
+        for part, alone in zip(made, ops.quantize_rows(y, d, 12.0), strict=True):
+            assert torch.equal(part, alone)
+        without, *made = ops.norm_quantize_rows(h, None, weight, given_bias, d, kind, 1e-5, 12.0)
+        assert without.numel() == 0
+        assert torch.equal(made[0], ops.quantize_rows(y, d, 12.0)[0])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"residual": torch.ones(3, 9)}, r"residual is torch.float32 \[3, 9\]; give what x is, torch.float32 \[3, 8\]"),
+    ({"weight": torch.ones(9)}, r"weight is torch.float32 \[9\]; give \[8\]"),
+    ({"bias": torch.ones(8, dtype=torch.int8)}, r"bias is torch.int8 \[8\]"),
+    ({"kind": 4}, "kind is 4"),
+    ({"x": torch.ones(3, 8, dtype=torch.int8)}, "norm_quantize_rows: x is torch.int8"),
+])  # fmt: skip
+def test_norms_that_do_not_fit(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"x": torch.ones(3, 8), "residual": None, "weight": None, "bias": None, "d": None}
+    arguments |= {"kind": quantized.RMS, "eps": 1e-5, "threshold": 12.0}
+    with pytest.raises(InputError, match=message):
+        ops.norm_quantize_rows(*(arguments | change).values())
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 8), (8,), (2, 3, 8)])
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_shapes(shape: tuple[int, ...], threshold: float) -> None:
     x, k = torch.randn(shape), shape[-1]
-    q, rows = ops.quantize_rows(x, None, threshold)
+    q, rows, counters = ops.quantize_rows(x, None, threshold)
     m = math.prod(shape[:-1])
     assert q.shape == (2 if threshold else 1, m, k)
-    assert rows.shape == (2, m)
-    y = ops.quantized_linear(q, rows, torch.ones(5, k, dtype=torch.int8), torch.ones(5), None, 0, 0, 0, x.dtype)
+    assert rows.shape == (1 + (k > 0) if threshold else 1, m)
+    assert counters.tolist() == [0] * quantized.COUNTERS
+    y = ops.quantized_linear(
+        q, rows, counters, torch.ones(5, k, dtype=torch.int8), torch.ones(5), None, 0, 0, 0, x.dtype
+    )
     assert y.shape == (m, 5)
 
 
@@ -119,7 +172,8 @@ def test_activations_come_before_the_rounding(activation: int) -> None:
     ({"qweight": torch.ones(5, 8)}, "qweight is torch.float32"),
     ({"scale": torch.ones(4)}, r"scale is torch.float32 \[4\]; give float32 \[5\]"),
     ({"bias": torch.ones(4)}, r"bias is torch.float32 \[4\]; give \[5\]"),
-    ({"rows": torch.zeros(3)}, r"rows are torch.float32 \[3\]; give what quantize_rows made"),
+    ({"rows": torch.zeros(3)}, r"rows are torch.float32 \[3\] and counters torch.int32 \[512\]; give what"),
+    ({"counters": torch.zeros(8, dtype=torch.int32)}, r"counters torch.int32 \[8\]; give what quantize_rows made"),
     ({"q": torch.zeros(3, 3, 8, dtype=torch.int8)}, r"q is torch.int8 \[3, 3, 8\]"),
     ({"q": torch.zeros(2, 3, 8)}, "q is torch.float32"),
     ({"scale": torch.ones(5, device="meta")}, "tensors are on cpu and meta"),
@@ -131,7 +185,7 @@ def test_activations_come_before_the_rounding(activation: int) -> None:
 ])  # fmt: skip
 def test_what_does_not_fit(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = dict(
-        zip(["q", "rows"], ops.quantize_rows(torch.randn(3, 8), None, 6.0), strict=True)
+        zip(["q", "rows", "counters"], ops.quantize_rows(torch.randn(3, 8), None, 6.0), strict=True)
     )
     arguments |= {"qweight": torch.ones(5, 8, dtype=torch.int8), "scale": torch.ones(5), "bias": None}
     arguments |= {"activation": 0, "n0": 0, "n1": 0, "dtype": torch.float32}
@@ -156,11 +210,11 @@ def test_what_cannot_be_quantized(x: Tensor, d: Tensor | None, threshold: float,
 def test_schemas() -> None:
     """Without strings and lists, so that C++ can call them."""
     assert str(ops.quantize_rows.default._schema) == (
-        "int8compile::quantize_rows(Tensor x, Tensor? d, float threshold) -> (Tensor q, Tensor rows)"
+        "int8compile::quantize_rows(Tensor x, Tensor? d, float threshold) -> (Tensor q, Tensor rows, Tensor counters)"
     )
     assert str(ops.quantized_linear.default._schema) == (
-        "int8compile::quantized_linear(Tensor q, Tensor rows, Tensor qweight, Tensor scale, Tensor? bias, "
-        "int activation, int n0, int n1, ScalarType dtype) -> Tensor"
+        "int8compile::quantized_linear(Tensor q, Tensor rows, Tensor counters, Tensor qweight, Tensor scale, "
+        "Tensor? bias, int activation, int n0, int n1, ScalarType dtype) -> Tensor"
     )
 
 
@@ -190,7 +244,7 @@ def test_inductor_compiles_the_same(k: int, dtype: torch.dtype) -> None:
     qweight, scale = quantize_weight(weight, d)
 
     def call(x: Tensor) -> Tensor:
-        return portable.quantized_linear(*quantized.quantize(x, d, 6.0), qweight, scale, bias, x)
+        return portable.quantized_linear(*quantized.row_digits(x, d, 6.0), qweight, scale, bias, x)
 
     expected = reference.linear(x, qweight, scale, d, bias, 6.0)
     actual = torch.compile(call, fullgraph=True)(x)

@@ -21,7 +21,7 @@ from int8compile.ops.linear import (
     weight_only_linear_no_grad,
 )
 from int8compile.ops.packing import packed_shape, unpack_weight
-from int8compile.ops.quantized import quantize_rows, quantized_linear
+from int8compile.ops.quantized import norm_quantize_rows, quantize_rows, quantized_linear
 from int8compile.ops.reference import (
     MAX_K,
     QMAX,
@@ -44,6 +44,7 @@ __all__ = [
     "linear",
     "linear_no_grad",
     "module_weight",
+    "norm_quantize_rows",
     "pack_weight",
     "packed_batched_linear",
     "packed_linear",

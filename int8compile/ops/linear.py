@@ -262,9 +262,19 @@ def grouped_parts(ends: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
         begin = end
 
 
-def _grouped_linear(
+def grouped_by_definition(
     x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, ends: Tensor, threshold: float
 ) -> Tensor:
+    """Compute `grouped_linear`: rows of x up to ends[0] with the first weight, and so on; zeros after the last.
+
+    Shapes:
+        x: [S, K]; qweight: [E, N, K] int8; scale: [E, N] float32; d: [K] or [E, K] float32; ends: [E] integers;
+        result: [S, N] in x's dtype.
+
+    Raises:
+        InputError: `ends` does not ascend, or ends after x. GPUs do not wait to look: there the rows that would have
+            no expert, or several, are NaN.
+    """
     y = x.new_zeros(x.shape[0], scale.shape[1])
     for expert, part in grouped_parts(ends, x.shape[0]):
         y[part] = linear(x[part], qweight[expert], scale[expert], reference.of_each(d, expert), None, threshold)
@@ -323,7 +333,7 @@ packed_weight_only_linear = _register(
     Declaration("packed_weight_only_linear", reference.weight_only_linear, packed=True, quantizes=False)
 )
 
-_GROUPED = Declaration("grouped_linear", _grouped_linear, grouped=True)
+_GROUPED = Declaration("grouped_linear", grouped_by_definition, grouped=True)
 _LIBRARY.define(
     "grouped_linear_backward(Tensor grad, Tensor qweight, Tensor scale, Tensor? d, Tensor ends) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),

@@ -17,14 +17,16 @@ DIGITS = 4
 _MULTIPLE, _ROWS = 8, 32
 
 
-def quantized_linear(q: Tensor, rows: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def quantized_linear(
+    q: Tensor, row_scale: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor
+) -> Tensor:
     """Return the rest of `reference.linear`, rounded once to x's dtype.
 
     Shapes:
-        q, rows: What `quantized.quantize` made of x; qweight: [N, K] int8; scale: [N] float32; bias: [N]; x: [..., K];
-            result: [..., N].
+        q, row_scale: What `quantized.row_digits` made of x; qweight: [N, K] int8; scale: [N] float32; bias: [N];
+            x: [..., K]; result: [..., N].
     """
-    y = quantized.product(q, rows, qweight, scale, bias, _int_matmul)
+    y = quantized.affine_product(q, row_scale, qweight, scale, bias, _int_matmul)
     return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
 
 
@@ -67,7 +69,7 @@ def weight_only_by_digits(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor |
 def _linear(
     x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    return quantized_linear(*quantized.quantize(x, d, threshold), qweight, scale, bias, x)
+    return quantized_linear(*quantized.row_digits(x, d, threshold), qweight, scale, bias, x)
 
 
 def _int_matmul(q: Tensor, qweight: Tensor) -> Tensor:

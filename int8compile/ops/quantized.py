@@ -4,11 +4,16 @@ All linears that read an activation share its quantization, and up to three of t
 `n0`, `n1` and the remaining outputs each, whose results [M, n0], [M, n1], ... lie one behind the other.
 
 The Triton kernels (`int8compile.triton_kernels`) implement both for the dispatch key CUDA; the implementation here, in
-PyTorch, is their definition. Quantized activations are two tensors:
+PyTorch, is their definition. Quantized activations are three tensors:
 
     q: [2, M, K] int8, the digits of Q = 256 * q[1] + q[0]; [1, M, K] where the threshold is 0, which has no outliers.
-    rows: [2, M] float32, the scale of each row, and 1 where some |Q| is above 127. Elsewhere q[1] counts as zeros,
-        whatever it holds.
+    rows: [1 + W, M] int32, W = ceil(K / 4096), or 0 where the threshold is 0. rows[0] are the bits of each row's scale
+        in float32; bit b of rows[1 + w] says whether the row has a second digit among its inputs from
+        128 * (32 * w + b) to 128 * (32 * w + b + 1). Elsewhere q[1] counts as zeros, whatever it holds.
+    counters: [512] int32 zeros, for products whose sums are split over several programs: the last one of a tile to
+        arrive adds them up, and sets its counter to zero again.
+
+`norm_quantize_rows` is a norm, with the residual add before it, and `quantize_rows` of its result in one.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from int8compile.errors import InputError
 from int8compile.ops import reference
 from int8compile.ops.declaration import SUPPORTED_DTYPES, check_d, check_threshold
 from int8compile.ops.linear import register_no_grad
-from int8compile.ops.reference import MAX_K, QMAX
+from int8compile.ops.reference import MAX_K
 
 
 def _silu_mul(y: Tensor) -> Tensor:
@@ -42,14 +47,42 @@ ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 NONE, RELU, SILU, GELU, GELU_TANH, SILU_MUL = range(6)
 
+# Inputs of a block, whose second digits have one bit, and those of a word of them.
+BLOCK, WORD = 128, 32 * 128
+COUNTERS = 512
 
-def check_quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> None:
+# Norms, by number. RMS as torch.nn.functional.rms_norm computes it; RMS_ROUNDED rounds to x's dtype before it
+# multiplies with the weight (transformers' Llama), RMS_PLUS_ONE multiplies with 1 + weight (transformers' Gemma).
+RMS, RMS_ROUNDED, RMS_PLUS_ONE, LAYER = range(4)
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int, eps: float) -> Tensor:
+    """Normalize rows in float32, by the definition; the result is rounded once to x's dtype but for RMS_ROUNDED.
+
+    Shapes:
+        x: [..., K]; weight, bias: [K], or None; result: [..., K] in x's dtype.
+    """
+    v = x.to(torch.float32)
+    if kind == LAYER:
+        v = v - v.mean(dim=-1, keepdim=True)
+    v = v * torch.rsqrt(v.square().mean(dim=-1, keepdim=True) + eps)
+    if kind == RMS_ROUNDED:
+        v = v.to(x.dtype).to(torch.float32)
+    if weight is not None:
+        v = v * (weight.to(torch.float32) + (1 if kind == RMS_PLUS_ONE else 0))
+    if bias is not None:
+        v = v + bias.to(torch.float32)
+    return v.to(x.dtype)
+
+
+def check_quantize_rows(
+    x: Tensor, d: Tensor | None, threshold: float, name: str = "int8compile::quantize_rows"
+) -> None:
     """Check a call.
 
     Raises:
         InputError: x cannot be quantized.
     """
-    name = "int8compile::quantize_rows"
     if x.dtype not in SUPPORTED_DTYPES or x.dim() < 1:
         allowed = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
         raise InputError(f"{name}: x is {x.dtype} {list(x.shape)}; give [..., K] of one of {allowed}")
@@ -59,9 +92,39 @@ def check_quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> None:
     check_threshold(name, threshold)
 
 
+def check_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: Tensor | None,
+    kind: int,
+    threshold: float,
+) -> None:
+    """Check a call of `norm_quantize_rows`.
+
+    Raises:
+        InputError: x cannot be normalized and quantized, or the parts do not fit each other.
+    """
+    name = "int8compile::norm_quantize_rows"
+    check_quantize_rows(x, d, threshold, name)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise InputError(
+            f"{name}: residual is {residual.dtype} {list(residual.shape)}; give what x is, {x.dtype} {list(x.shape)}"
+        )
+    for of, given in (("weight", weight), ("bias", bias)):
+        if given is not None and (list(given.shape) != [x.shape[-1]] or not given.is_floating_point()):
+            raise InputError(
+                f"{name}: {of} is {given.dtype} {list(given.shape)}; give [{x.shape[-1]}] of a float dtype"
+            )
+    if not RMS <= kind <= LAYER:
+        raise InputError(f"{name}: kind is {kind}; give one of the norms of int8compile.ops.quantized")
+
+
 def check_quantized_linear(
     q: Tensor,
     rows: Tensor,
+    counters: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -76,7 +139,7 @@ def check_quantized_linear(
         InputError: The parts do not fit each other.
     """
     name = "int8compile::quantized_linear"
-    for given in (rows, qweight, scale, bias):
+    for given in (rows, counters, qweight, scale, bias):
         if given is not None and given.device != q.device:
             raise InputError(f"{name}: tensors are on {q.device} and {given.device}; give all on one device")
     n, k = qweight.shape if qweight.dim() == 2 else (-1, -1)
@@ -87,10 +150,12 @@ def check_quantized_linear(
         )
     # Kernels read as far as that.
     fits = q.dtype == torch.int8 and q.shape[0] in (1, 2)
-    if not (fits and rows.dtype == torch.float32 and list(rows.shape) == [2, q.shape[1]]):
+    words = _words(k) if q.shape[0] == 2 else 0
+    fits = fits and rows.dtype == torch.int32 and list(rows.shape) == [1 + words, q.shape[1]]
+    if not (fits and counters.dtype == torch.int32 and list(counters.shape) == [COUNTERS]):
         raise InputError(
-            f"{name}: q is {q.dtype} {list(q.shape)} and rows are {rows.dtype} {list(rows.shape)}; give what "
-            "quantize_rows made"
+            f"{name}: q is {q.dtype} {list(q.shape)}, rows are {rows.dtype} {list(rows.shape)} and counters "
+            f"{counters.dtype} {list(counters.shape)}; give what quantize_rows made"
         )
     if scale.dtype != torch.float32 or list(scale.shape) != [n]:
         raise InputError(f"{name}: scale is {scale.dtype} {list(scale.shape)}; give float32 [{n}]")
@@ -112,11 +177,41 @@ def flattened(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def empty_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Allocate what `quantize_rows` returns for x [M, K]."""
-    m, k = x.shape
-    planes = 2 if threshold else 1
-    return x.new_empty((planes, m, k), dtype=torch.int8), x.new_empty((2, m), dtype=torch.float32)
+def _words(k: int) -> int:
+    return -(-k // WORD)
+
+
+def empty_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what `quantize_rows` returns for x [..., K]."""
+    m, k = math.prod(x.shape[:-1]), x.shape[-1]
+    return (
+        x.new_empty(2 if threshold else 1, m, k, dtype=torch.int8),
+        x.new_empty(1 + _words(k) if threshold else 1, m, dtype=torch.int32),
+        x.new_empty(COUNTERS, dtype=torch.int32),
+    )
+
+
+def block_bits(q1: Tensor) -> Tensor:
+    """Return which blocks of rows have a second digit, 32 of them a word.
+
+    Shapes:
+        q1: [M, K] int8; result: [ceil(K / 4096), M] int32.
+    """
+    m, k = q1.shape
+    blocks = torch.nn.functional.pad(q1 != 0, (0, _words(k) * WORD - k)).reshape(m, _words(k), 32, BLOCK).any(dim=-1)
+    values = (blocks.to(torch.int64) << torch.arange(32, device=q1.device)).sum(dim=-1)
+    return values.to(torch.int32).mT.contiguous()
+
+
+def counted(q: Tensor, rows: Tensor) -> Tensor:
+    """Return the second digits that count, q[1] with zeros elsewhere.
+
+    Shapes:
+        q: [2, M, K] int8; rows: [1 + W, M] int32; result: [M, K] int8.
+    """
+    bits = (rows[1:, :, None] >> torch.arange(32, dtype=torch.int32, device=rows.device)) & 1
+    blocks = bits.permute(1, 0, 2).flatten(1)
+    return q[1].masked_fill(blocks.repeat_interleave(BLOCK, dim=1)[:, : q.shape[2]] == 0, 0)
 
 
 def empty_result(q: Tensor, qweight: Tensor, activation: int, n0: int, dtype: torch.dtype) -> Tensor:
@@ -127,52 +222,110 @@ def empty_result(q: Tensor, qweight: Tensor, activation: int, n0: int, dtype: to
     return q.new_empty(m, n // 2 if activation == SILU_MUL else n, dtype=dtype)
 
 
-def quantize(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
-    """Quantize activations in PyTorch: the definition, without checks.
+def row_digits(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+    """Quantize activations in PyTorch.
 
     Shapes:
-        x: [..., K]; d: [K] float32; results: q and rows, see above.
+        x: [..., K]; d: [K] float32; results: q [2, M, K] or [1, M, K] int8, scales [M] float32.
     """
     Q, scale = reference.quantize_rows(flattened(x), d, threshold)
-    digits = reference.digits(Q) if threshold else (Q.to(torch.int8),)
-    return torch.stack(digits), torch.stack([scale, (Q.abs() > QMAX).any(dim=-1).to(torch.float32)])
+    return torch.stack(reference.digits(Q) if threshold else (Q.to(torch.int8),)), scale
 
 
-def product(
+def quantize(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize activations in PyTorch: the definition of `quantize_rows`, without checks.
+
+    Shapes:
+        x: [..., K]; d: [K] float32; results: q, rows and counters, see above.
+    """
+    q, scale = row_digits(x, d, threshold)
+    rows = scale.view(torch.int32)[None]
+    if threshold:
+        rows = torch.cat([rows, block_bits(q[1])])
+    return q, rows, rows.new_zeros(COUNTERS)
+
+
+def affine_product(
     q: Tensor,
-    rows: Tensor,
+    row_scale: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
     int_matmul: Callable[[Tensor, Tensor], Tensor] = reference.int_matmul,
 ) -> Tensor:
-    """Multiply quantized activations in PyTorch: the definition, up to the activation function.
+    """Multiply what `row_digits` made, up to the activation function.
 
     Shapes:
-        q, rows: See above; qweight: [N, K] int8; scale: [N] float32; bias: [N]; result: [M, N] float32.
+        q: [2, M, K] or [1, M, K] int8; row_scale: [M] float32; qweight: [N, K] int8; scale: [N] float32; bias: [N];
+            result: [M, N] float32.
     """
     planes, m, k = q.shape
-    if planes > 1:
-        q = torch.stack([q[0], q[1].masked_fill((rows[1] == 0)[:, None], 0)])
     sums = int_matmul(q.reshape(planes * m, k), qweight).reshape(planes, m, qweight.shape[0])
     acc = sums[0] if planes == 1 else sums[0] + 256 * sums[1]
-    y = acc.to(torch.float32) * rows[0, :, None] * scale
+    y = acc.to(torch.float32) * row_scale[:, None] * scale
     return y if bias is None else y + bias.to(torch.float32)
 
 
-def _quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+def product(q: Tensor, rows: Tensor, counters: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply quantized activations in PyTorch: the definition of `quantized_linear`, up to the activation function.
+
+    Shapes:
+        q, rows, counters: See above; qweight: [N, K] int8; scale: [N] float32; bias: [N]; result: [M, N] float32.
+    """
+    if q.shape[0] == 2:
+        q = torch.stack([q[0], counted(q, rows)])
+    return affine_product(q, rows[0].view(torch.float32), qweight, scale, bias)
+
+
+def _quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     check_quantize_rows(x, d, threshold)
     return quantize(x, d, threshold)
 
 
-def _quantize_rows_fake(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+def _quantize_rows_fake(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     check_quantize_rows(x, d, threshold)
-    return empty_rows(flattened(x), threshold)
+    return empty_rows(x, threshold)
+
+
+def norm_by_definition(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: Tensor | None,
+    kind: int,
+    eps: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `norm_quantize_rows` in PyTorch."""
+    check_norm(x, residual, weight, bias, d, kind, threshold)
+    h = x if residual is None else x + residual
+    return empty_sum(x) if residual is None else h, *quantize(norm(h, weight, bias, kind, eps), d, threshold)
+
+
+def empty_sum(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Allocate the first result of `norm_quantize_rows`: nothing where there is no residual."""
+    return x.new_empty(0) if residual is None else x.new_empty(x.shape)
+
+
+def _norm_quantize_rows_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: Tensor | None,
+    kind: int,
+    eps: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_norm(x, residual, weight, bias, d, kind, threshold)
+    return empty_sum(x, residual), *empty_rows(x, threshold)
 
 
 def by_definition(
     q: Tensor,
     rows: Tensor,
+    counters: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -182,8 +335,8 @@ def by_definition(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute `quantized_linear` in PyTorch."""
-    check_quantized_linear(q, rows, qweight, scale, bias, activation, n0, n1, dtype)
-    y = ACTIVATIONS[activation](product(q, rows, qweight, scale, bias)).to(dtype)
+    check_quantized_linear(q, rows, counters, qweight, scale, bias, activation, n0, n1, dtype)
+    y = ACTIVATIONS[activation](product(q, rows, counters, qweight, scale, bias)).to(dtype)
     sizes = [size for size in (n0, n1, y.shape[1] - n0 - n1) if size]
     return torch.cat([part.flatten() for part in y.split(sizes, dim=1)]) if n0 else y
 
@@ -191,6 +344,7 @@ def by_definition(
 def _quantized_linear_fake(
     q: Tensor,
     rows: Tensor,
+    counters: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -199,20 +353,27 @@ def _quantized_linear_fake(
     n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    check_quantized_linear(q, rows, qweight, scale, bias, activation, n0, n1, dtype)
+    check_quantized_linear(q, rows, counters, qweight, scale, bias, activation, n0, n1, dtype)
     return empty_result(q, qweight, activation, n0, dtype)
 
 
 quantize_rows = register_no_grad(
     "quantize_rows",
-    "(Tensor x, Tensor? d, float threshold) -> (Tensor q, Tensor rows)",
+    "(Tensor x, Tensor? d, float threshold) -> (Tensor q, Tensor rows, Tensor counters)",
     _quantize_rows,
     _quantize_rows_fake,
 )
+norm_quantize_rows = register_no_grad(
+    "norm_quantize_rows",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? d, int kind, float eps, float threshold) -> "
+    "(Tensor sum, Tensor q, Tensor rows, Tensor counters)",
+    norm_by_definition,
+    _norm_quantize_rows_fake,
+)
 quantized_linear = register_no_grad(
     "quantized_linear",
-    "(Tensor q, Tensor rows, Tensor qweight, Tensor scale, Tensor? bias, int activation, int n0, int n1, "
-    "ScalarType dtype) -> Tensor",
+    "(Tensor q, Tensor rows, Tensor counters, Tensor qweight, Tensor scale, Tensor? bias, int activation, "
+    "int n0, int n1, ScalarType dtype) -> Tensor",
     by_definition,
     _quantized_linear_fake,
 )
