@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from int8compile import hardware, triton_kernels
 from int8compile.errors import ConfigError
-from int8compile.ops.quantized import NONE
+from int8compile.ops.quantized import BLOCK, COUNTERS, NONE
 from int8compile.triton_kernels import autotune, tables
 from int8compile.triton_kernels.tables import ARCHITECTURES
 from tests.triton_problems import Problem
@@ -32,14 +32,27 @@ def test_every_product_has_a_configuration(
     arch: tables.Architecture, m: int, n: int, k: int, multiprocessors: int
 ) -> None:
     configs = tables.candidates(arch, m, k)
-    config = tables.choose(configs, m, n, multiprocessors)
-    assert config in configs
+    config = tables.choose(configs, m, n, k, multiprocessors)
+    assert dataclasses.replace(config, splits=1) in configs
     assert (config.kernel == "gemv") == (m == 1)
-    assert config.kernel != "tma_gemm" or k % 16 == 0
-    # The largest tile that keeps every multiprocessor busy, or the smallest.
-    larger = configs[: configs.index(config)]
-    assert all(each.tiles(m, n) < multiprocessors for each in larger)
-    assert config.tiles(m, n) >= multiprocessors or config is configs[-1]
+    assert config.kernel != "gluon_gemm" or k % 16 == 0
+    # A counter for each tile whose sums are split, and something to do for each split.
+    assert config.splits == 1 or (config.kernel == "gemm" and config.tiles(m, n) <= COUNTERS)
+    assert config.splits * max(config.bk, BLOCK) < k + max(config.bk, BLOCK)
+    if m >= 256 and configs[0].tiles(m, n) >= multiprocessors:
+        assert config == configs[0]
+
+
+@pytest.mark.parametrize("m", [1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 255, 256, 2048])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_products_of_a_large_model_fill_an_h100(n: int, k: int, m: int) -> None:
+    config = tables.choose(tables.candidates(ARCHITECTURES["sm_90"], m, k), m, n, k, 132)
+    programs = config.tiles(m, n) * config.splits
+    assert programs >= 0.72 * 132
+    if 1 < m <= 64:
+        # Each row tile reads the weight, each column tile x, and each split stores its sums and has them read.
+        partials = 8 * config.splits * m * n if config.splits > 1 else 0
+        assert programs * k / config.splits * (m + config.bn) + partials < 3.1 * n * k
 
 
 @pytest.mark.parametrize("arch", WITH_INT8, ids=lambda arch: arch.name)
@@ -88,8 +101,8 @@ def tuned(path: Path, times: dict[str, float], calls: list[str]) -> autotune.Cac
 
 def product(m: int = 20) -> autotune.Product:
     problem = Problem.random(m, 64, 64, torch.bfloat16)
-    q, rows = problem.quantize_by_definition()
-    return autotune.Product(q, rows, problem.qweight, problem.scale, None, torch.empty(m, 64), NONE, 0, 0)
+    x = problem.quantize_by_definition()
+    return autotune.Product(*x, problem.qweight, problem.scale, None, torch.empty(m, 64), NONE, 0, 0)
 
 
 def launch_of(product: autotune.Product, config: tables.Config) -> Recorded:
@@ -113,6 +126,24 @@ def test_autotune_measures_once_and_remembers(tmp_path: Path) -> None:
     cache.choose(product(33), configs, 1, launch_of)  # type: ignore[arg-type]
     assert len(calls) == 2 * len(configs)
     assert len(json.loads(path.read_text())) == 2
+
+
+def test_autotune_measures_with_the_tables_splits(tmp_path: Path) -> None:
+    """They follow from the number of rows, so what is known of a range of them says nothing about splits."""
+    configs = ARCHITECTURES["sm_80"].rows[33]
+    problem = Problem.random(1, 512, 4096, torch.bfloat16)
+    measured: list[str] = []
+    path = tmp_path / "device.json"
+    found = []
+    for m in (34, 64):
+        problem.x = torch.randn(m, 4096, dtype=torch.bfloat16)
+        x, y = problem.quantize_by_definition(), torch.empty(m, 512)
+        given = autotune.Product(*x, problem.qweight, problem.scale, None, y, NONE, 0, 0)
+        found.append(tuned(path, {}, measured).choose(given, configs, 132, launch_of))  # type: ignore[arg-type]
+        assert found[-1] == tables.choose(configs[:1], m, 512, 4096, 132)
+    assert found[0].splits > 1
+    assert measured == [str(tables.choose((config,), 34, 512, 4096, 132)) for config in configs]
+    assert list(json.loads(path.read_text()).values()) == [str(configs[0])]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"17 64 64 20": "a kernel of another table"}'])

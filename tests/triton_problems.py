@@ -46,37 +46,47 @@ class Problem:
         }
         return dataclasses.replace(self, **moved)
 
-    def quantize(self) -> tuple[Tensor, Tensor]:
+    def quantize(self) -> tuple[Tensor, Tensor, Tensor]:
         """By the kernel."""
         from int8compile.triton_kernels.quantize.launch import launch
 
-        q, rows = empty_rows(self.x, self.threshold)
-        for tensor in (q, rows):  # What is not written must not be read.
+        made = empty_rows(self.x, self.threshold)
+        for tensor in made:  # What is not written must not be read.
             tensor.view(torch.int8).fill_(85)
-        launch(self.x, self.d, self.threshold, q, rows).run()
-        return q, rows
+        launch(self.x, self.d, self.threshold, *made).run()
+        return made
 
-    def quantize_by_definition(self) -> tuple[Tensor, Tensor]:
+    def quantize_by_definition(self) -> tuple[Tensor, Tensor, Tensor]:
         """In PyTorch, on the CPU."""
         here = self.to("cpu")
         return quantized.quantize(here.x, here.d, here.threshold)
+
+    def digits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By the definition, and where q[1] does not count, it holds anything."""
+        q, rows, counters = self.quantize_by_definition()
+        if len(q) == 2:
+            counts = quantized.counted(torch.ones_like(q), rows)
+            q[1] = torch.where(counts == 1, q[1], 85)
+        return q.to(self.x.device), rows.to(self.x.device), counters.to(self.x.device)
 
     def product(
         self,
         config: Config,
         *,
-        x: tuple[Tensor, Tensor] | None = None,
+        x: tuple[Tensor, Tensor, Tensor] | None = None,
         activation: int = quantized.NONE,
         parts: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """By the kernels: the result in float32, before the last rounding, unless another dtype is asked for."""
+        """By the kernel: the result in float32, before the last rounding, unless another dtype is asked for."""
         from int8compile.triton_kernels.operators import launch_of
 
-        q, rows = self.quantize() if x is None else x
+        q, rows, counters = self.digits() if x is None else x
         y = empty_result(q, self.qweight, activation, parts[0], dtype)
         y.view(torch.int8).fill_(85)
-        launch_of(Product(q, rows, self.qweight, self.scale, self.bias, y, activation, *parts), config).run()
+        call = launch_of(Product(q, rows, counters, self.qweight, self.scale, self.bias, y, activation, *parts), config)
+        call.run()
+        assert not counters.any()
         return y
 
     def expected(self, activation: int = quantized.NONE) -> Tensor:

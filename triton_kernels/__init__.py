@@ -14,6 +14,6 @@ if __name__ != "int8compile.triton_kernels":
         "project's package of the bare name was meant"
     )
 
-from int8compile.triton_kernels.loading import available, failure, load, switched_off
+from int8compile.triton_kernels.loading import available, failure, gluon_failure, load, switched_off
 
-__all__ = ["available", "failure", "load", "switched_off"]
+__all__ = ["available", "failure", "gluon_failure", "load", "switched_off"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import add_products, finish
+from int8compile.triton_kernels.numerics import add_products, finish, of_outputs, row_scales, second_digits
 
 
 @triton.jit
 def tile_of(program, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
-    """Numbers of the row tile and the column tile: programs that run together share both factors in the L2 cache."""
+    """Return the numbers of row tile and column tile: programs that run together share both factors in the L2 cache."""
     tiles_n = tl.cdiv(N, BN)
     group = program // (GROUP_M * tiles_n)
     first = group * GROUP_M
@@ -20,44 +20,40 @@ def tile_of(program, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.const
 
 
 @triton.jit
-def outlier_sums(
+def sums(
     q_ptr,
     rows_ptr,
-    weight_ptr,
+    w_ptr,
     row,
-    column,
+    x_inside,
+    w_inside,
     M,
-    N,
     K,
-    stride_n,
-    OUTLIERS: tl.constexpr,
+    first,
+    last,
+    WORDS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """Return what the int32 sums of a tile begin with: 256 times those of second digits; 0 where no row has any.
+    """Return the int32 sums [BM, BN] of a tile, of the inputs from `first` to `last`.
 
-    Args:
-        q_ptr: [2, M, K] int8.
-        rows_ptr: [2, M] float32.
-        weight_ptr: [N, K] int8, rows `stride_n` apart.
-        row: [BM] numbers of the rows.
-        column: [BN] numbers of the outputs.
-        M: Rows.
-        N: Outputs.
-        K: Inputs.
-        stride_n: Elements from row to row of the weight.
-        OUTLIERS: Whether there are second digits.
-        BM: Rows of the tile.
-        BN: Outputs of the tile.
+    Those of the first digits and of the second ones are added up apart, since Triton's mma.sync saturates: either stays
+    within 127 * 128 * K, which is less than 2**31, and only their sum may wrap on the way.
+
+    The arguments are those of `numerics.second_digits`.
     """
+    if WORDS:
+        # On their way while the first digits are multiplied.
+        word = first // 4096 + tl.arange(0, WORDS)
+        at = M.to(tl.int64) * (1 + word)[:, None] + row[None, :]
+        bits = tl.load(rows_ptr + at, mask=(word * 4096 < last)[:, None] & x_inside[None, :], other=0)
     acc = tl.zeros((BM, BN), tl.int32)
-    if OUTLIERS:
-        counts = tl.load(rows_ptr + M + row, mask=row < M, other=0.0) > 0
-        if tl.max(counts.to(tl.int32)) > 0:
-            x_ptr = q_ptr + M.to(tl.int64) * K + row.to(tl.int64)[:, None] * K
-            w_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_n
-            # It runs seldom, in short steps that are not pipelined: the main loop needs the registers.
-            acc = add_products(acc, x_ptr, w_ptr, counts[:, None], column[None, :] < N, K, 64, 1) * 256
+    x_ptr = q_ptr + row.to(tl.int64)[:, None] * K
+    acc = add_products(acc, x_ptr, w_ptr, x_inside[:, None], w_inside, first, last, K, BK)
+    if WORDS:  # noqa: SIM102 - known when the kernel is compiled
+        if tl.reduce_or(tl.reshape(bits, (WORDS * BM,)), 0) != 0:  # type: ignore[possibly-undefined]
+            acc += second_digits(q_ptr, rows_ptr, w_ptr, row, x_inside, w_inside, M, K, first, last, BM, BN)
     return acc
 
 
@@ -65,10 +61,12 @@ def outlier_sums(
 def gemm(
     q_ptr,
     rows_ptr,
+    counters_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
     y_ptr,
+    partials_ptr,
     M,
     N,
     K,
@@ -78,42 +76,59 @@ def gemm(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
-    OUTLIERS: tl.constexpr,
+    WORDS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """A tile of BM rows and BN outputs a program.
+    """Multiply a tile of BM rows and BN outputs a program, or some of its inputs.
 
-    Args:
-        q_ptr: [2, M, K] int8; [1, M, K] without outliers.
-        rows_ptr: [2, M] float32.
-        weight_ptr: [N, K] int8, rows `stride_n` apart.
-        scale_ptr: [N] float32.
-        bias_ptr: [N], any float dtype.
-        y_ptr: [M, N], or [M, N / 2] for SILU_MUL.
-        M: Rows.
-        N: Outputs.
-        K: Inputs.
-        stride_n: Elements from row to row of the weight.
-        n0: Outputs of the first of several parts.
-        n1: Outputs of the second of three parts.
-        HAS_BIAS: Whether there is a bias.
-        ACTIVATION: See `numerics`.
-        PARTS: See `numerics`.
-        OUTLIERS: Whether there are second digits.
-        BM: Rows of a tile.
-        BN: Outputs of a tile.
-        BK: Inputs a step.
-        GROUP_M: Row tiles whose programs run together.
+    Several programs share a tile where `partials_ptr` is given: each stores its sums there, and the one that ends last
+    adds up all of them. They are integers, so which one that is makes no difference.
     """
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    tile = tl.program_id(0)
+    tile_m, tile_n = tile_of(tile, M, N, BM, BN, GROUP_M)
     row = tile_m * BM + tl.arange(0, BM)
     column = tile_n * BN + tl.arange(0, BN)
-    acc = outlier_sums(q_ptr, rows_ptr, weight_ptr, row, column, M, N, K, stride_n, OUTLIERS, BM, BN)
-    x_ptr = q_ptr + row.to(tl.int64)[:, None] * K
+    if BM < 128:  # Larger tiles need the registers.
+        scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
+        row_scale = row_scales(rows_ptr, row, row < M)
     w_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_n
-    acc = add_products(acc, x_ptr, w_ptr, row[:, None] < M, column[None, :] < N, K, BK)
-    y = acc.to(tl.float32) * tl.load(rows_ptr + row, mask=row < M, other=0.0)[:, None]
-    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, BM, BN)
+    first = 0
+    last = K
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    if partials_ptr is not None:
+        # In whole steps, and in blocks of 128 inputs, which second digits come in.
+        STEP: tl.constexpr = max(BK, 128)
+        steps = tl.cdiv(K, STEP)
+        first = steps * part // parts * STEP
+        last = steps * (part + 1) // parts * STEP
+    acc = sums(
+        q_ptr, rows_ptr, w_ptr, row, row < M, column[None, :] < N, M, K, first, last, WORDS, BM, BN, BK
+    )  # fmt: skip
+    ends = True
+    if partials_ptr is not None:
+        at = row.to(tl.int64)[:, None] * N + column[None, :]
+        inside = (row[:, None] < M) & (column[None, :] < N)
+        size = M.to(tl.int64) * N
+        tl.store(partials_ptr + part * size + at, acc, mask=inside)
+        # All threads have stored before one of them says so.
+        tl.debug_barrier()
+        ends = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == parts - 1
+        if ends:
+            tl.store(counters_ptr + tile, 0)
+            acc = tl.zeros((BM, BN), tl.int32)
+            # Several loads in flight. Past the first-level cache: others have stored since.
+            for other in tl.range(0, parts, loop_unroll_factor=4 if BM * BN <= 2048 else 2):
+                acc += tl.load(partials_ptr + other * size + at, mask=inside, other=0, cache_modifier=".cg")
+    if ends:
+        if BM >= 128:
+            scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
+            row_scale = row_scales(rows_ptr, row, row < M)
+        y = acc.to(tl.float32) * row_scale[:, None]  # type: ignore[possibly-undefined]
+        finish(
+            y, y_ptr, scale, bias, row, column, M, N, n0, n1,  # type: ignore[possibly-undefined]
+            HAS_BIAS, ACTIVATION, PARTS, BM, BN,
+        )  # fmt: skip

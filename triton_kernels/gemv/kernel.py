@@ -1,11 +1,34 @@
-"""One row times a weight, without matrix instructions: it lives from memory bandwidth."""
+"""One row times a weight, without matrix instructions: memory bandwidth limits it."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import finish
+from int8compile.triton_kernels.numerics import finish, of_outputs
+
+
+@triton.jit
+def products(w, x, INSTRUCTION: tl.constexpr):
+    """Return the products of the int8 in w and x, those of each int32 added up.
+
+    Args:
+        w: [BN, W] int8, or int32 that hold four each.
+        x: [1, W], the same.
+        INSTRUCTION: As in `Config.instruction`.
+    """
+    # Triton 3.6 also reads what follows a `return` in such a condition.
+    if w.dtype == tl.int8:
+        y = w.to(tl.int32) * x.to(tl.int32)
+    elif INSTRUCTION == "dp4a":
+        y = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [w, x], tl.int32, True, 1)
+    elif INSTRUCTION == "v_dot4":
+        y = tl.inline_asm_elementwise("v_dot4_i32_i8 $0, $1, $2, 0", "=v,v,v", [w, x], tl.int32, True, 1)
+    else:
+        y = (w >> 24) * (x >> 24)
+        for shift in tl.static_range(8, 32, 8):
+            y += ((w << shift) >> 24) * ((x << shift) >> 24)
+    return y
 
 
 @triton.jit
@@ -25,45 +48,52 @@ def gemv(
     ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    WORD: tl.constexpr,
+    INSTRUCTION: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """BN outputs a program.
+    """Multiply a row with the weights of BN outputs a program.
 
-    Args:
-        q_ptr: [2, K] int8; [1, K] without outliers.
-        rows_ptr: [2] float32.
-        weight_ptr: [N, K] int8, rows `stride_n` apart.
-        scale_ptr: [N] float32.
-        bias_ptr: [N], any float dtype.
-        y_ptr: [N], or [N / 2] for SILU_MUL.
-        N: Outputs.
-        K: Inputs.
-        stride_n: Elements from row to row of the weight.
-        n0: Outputs of the first of several parts.
-        n1: Outputs of the second of three parts.
-        HAS_BIAS: Whether there is a bias.
-        ACTIVATION: See `numerics`.
-        PARTS: See `numerics`.
-        OUTLIERS: Whether there are second digits.
-        BN: Outputs a program computes.
-        BK: Inputs it takes together.
+    Arguments besides those of `numerics`:
+        WORD: Inputs that are read as one integer: 4 where K, `stride_n` and addresses are multiples of 16, or 1.
+        INSTRUCTION: See `products`.
+        BK: Inputs it takes together, at most 4096.
     """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
+    scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
+    row_scale = tl.load(rows_ptr).to(tl.float32, bitcast=True)
+    words = K // WORD
+    if WORD > 1:
+        q_ptr = q_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        weight_ptr = weight_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        words = tl.multiple_of(words, 4)
+        stride_n = tl.multiple_of(stride_n // WORD, 4)
     weight_ptr += column.to(tl.int64)[:, None] * stride_n
-    sums = tl.zeros((BN, BK), tl.int32)
-    # How many second digits count.
-    counted = tl.where(tl.load(rows_ptr + 1) > 0, K, 0)
-    for k in range(0, K, BK):
-        at = k + tl.arange(0, BK)
-        inside = at < K
+    W: tl.constexpr = BK // WORD
+    # Four neighbours are of one thread.
+    sums = tl.zeros((BN, W // 4), tl.int32)
+    for k in range(0, words, W):
+        at = k + tl.arange(0, W)
+        inside = at < words
         mask = (column[:, None] < N) & inside[None, :]
-        # No other program reads it.
-        w = tl.load(weight_ptr + at[None, :], mask=mask, other=0, eviction_policy="evict_first").to(tl.int32)
-        x = tl.load(q_ptr + at, mask=inside, other=0).to(tl.int32)
         if OUTLIERS:
-            x += 256 * tl.load(q_ptr + K + at, mask=at < counted, other=0).to(tl.int32)
-        sums += w * x[None, :]
-    y = tl.sum(sums, axis=1).to(tl.float32) * tl.load(rows_ptr)
+            block = k * WORD // 128
+            bits = tl.load(rows_ptr + 1 + block // 32)
+        # No other program reads it.
+        w = tl.load(weight_ptr + at[None, :], mask=mask, other=0, eviction_policy="evict_first")
+        # The assembler puts loads behind what waits for others, but not behind a barrier: all of these are on their way
+        # before the one that multiplications begin with, which nearly always hits the first-level cache.
+        tl.debug_barrier()
+        x = tl.load(q_ptr + at, mask=inside, other=0)
+        sums += tl.sum(tl.reshape(products(w, x[None, :], INSTRUCTION), (BN, W // 4, 4)), axis=2)
+        if OUTLIERS:
+            # Blocks before these are shifted out below, and those behind them above.
+            bits <<= 32 - BK // 128 - block % 32  # type: ignore[possibly-undefined]
+            if bits != 0:
+                counts = ((bits >> (tl.arange(0, W) * WORD // 128 + 32 - BK // 128)) & 1) != 0
+                x = tl.load(q_ptr + words + at, mask=inside & counts, other=0)
+                sums += 256 * tl.sum(tl.reshape(products(w, x[None, :], INSTRUCTION), (BN, W // 4, 4)), axis=2)
+    y = tl.sum(sums, axis=1).to(tl.float32) * row_scale
     row = tl.zeros((1,), tl.int32)
-    finish(y[None, :], y_ptr, scale_ptr, bias_ptr, row, column, 1, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, 1, BN)
+    finish(y[None, :], y_ptr, scale, bias, row, column, 1, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, 1, BN)

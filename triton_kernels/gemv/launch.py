@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import triton
+
 from int8compile.triton_kernels.gemv.kernel import gemv
 from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.product import Product
@@ -12,13 +14,10 @@ from int8compile.triton_kernels.tables import Config
 
 def launch(product: Product, config: Config) -> Launch:
     """Multiply one row."""
-    m, n, k = product.sizes
-    return Launch(
-        gemv,
-        m,
-        (Programs(math.ceil(n / config.bn)),),
-        {**product.pointers(), "N": n, "K": k, **product.strides()},
-        {**product.constants(config), "BN": config.bn, "BK": config.bk},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    _, n, k = product.sizes
+    places = (k, product.qweight.stride(0), product.q.data_ptr(), product.qweight.data_ptr())
+    word = 1 if any(place % 16 for place in places) else 4
+    # Triton's interpreter has no assembly.
+    instruction = config.instruction if isinstance(gemv, triton.JITFunction) else ""
+    constants = {"WORD": word, "INSTRUCTION": instruction, "BK": config.bk * word // 4}
+    return product.launch(gemv, config, (Programs(math.ceil(n / config.bn)),), constants=constants)

@@ -1,70 +1,226 @@
-"""Quantizes activations: rotated fixed point, one grid for each row, two digits. One row a program.
+"""Quantization of activations: rotated fixed point, one grid for each row, two digits; after a norm. One row a program.
 
-A row is seen as [B, C], K = B * C, whose columns are rotated: any number of columns can be looked at alone.
+A row is seen as [P, L, C], P * L = B, whose columns are rotated: any number of columns can be looked at alone. P parts
+[L, C] are loaded apart, so that the first butterflies are between registers of a thread. Then the row is taken apart
+along L, which moves it between threads, once, and the other butterflies are between registers too.
+
+Device functions share two tuples: `row`, pointers to what belongs to a row, of which any but x may be None; and
+`SHAPE`, constants, of which BC is how many columns are looked at together.
 """
 
 from __future__ import annotations
 
+# Tuples grow, which Triton reads and mypy does not.
+# mypy: disable-error-code="assignment"
 import triton
 import triton.language as tl
-
-from int8compile.triton_kernels.numerics import round_to_int
 
 TINY = tl.constexpr((127 - 100) << 23)  # the bits of 2.0**-100, as reference.TINY
 INF = tl.constexpr(0x7F800000)
 # A step is a 127th of the largest magnitude, unless that would give too large integers: reference.Q_LARGEST.
 C1 = tl.constexpr(1 / 127)
 C3 = tl.constexpr(1 / 32639)
+# 1.5 * 2**23, and its bits: float32 has no fraction there, so that adding it rounds to an integer, half to even.
+ROUND = tl.constexpr(12582912.0)
+ROUND_BITS = tl.constexpr(0x4B400000)
+# Norms; the same numbers as in int8compile.ops.quantized. None is none.
+RMS_ROUNDED = tl.constexpr(1)
+RMS_PLUS_ONE = tl.constexpr(2)
+LAYER = tl.constexpr(3)
+# Places in tuples.
+X_PTR, RESIDUAL_PTR, SUM_PTR, WEIGHT_PTR, BIAS_PTR, NORMED_PTR, D_PTR = (tl.constexpr(i) for i in range(7))
+C, P, L, BC = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
-def _places(chunk, C, B: tl.constexpr, BC: tl.constexpr):
-    """Places [B, BC] of the columns `chunk * BC` to `(chunk + 1) * BC` in a row, and [1, BC] which there are."""
-    column = chunk * BC + tl.arange(0, BC)[None, :]
-    return tl.arange(0, B)[:, None] * C + column, column < C
+def _nearest(x, factor):
+    """Return `x * factor`, which is rounded to float32 first, as an integer, half to even; for at most 2**22."""
+    return (x * factor + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
 
 
 @triton.jit
-def _load(x_ptr, d_ptr, chunk, C, B: tl.constexpr, BC: tl.constexpr):
-    """Columns of `x * d`."""
-    at, inside = _places(chunk, C, B, BC)
-    v = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if d_ptr is not None:
-        v = v * tl.load(d_ptr + at, mask=inside, other=0.0)
-    return v
+def _places(chunk, SHAPE: tl.constexpr):
+    """Return places [L, BC] of a chunk's columns in the first part, and [1, BC] which there are."""
+    column = chunk * SHAPE[BC] + tl.arange(0, SHAPE[BC])[None, :]
+    return tl.arange(0, SHAPE[L])[:, None] * SHAPE[C] + column, column < SHAPE[C]
 
 
 @triton.jit
-def _largest_bits(x_ptr, d_ptr, first, C, B: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr):
-    """The bits of a row's largest magnitude, NaN above all; `first` is its chunk 0."""
-    u = tl.max(first.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    for c in range(1, CHUNKS):
-        v = _load(x_ptr, d_ptr, c, C, B, BC)
-        u = tl.maximum(u, tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
+def _rotated_places(chunk, SHAPE: tl.constexpr):
+    """Return places [P * BC] of the first of what `_rotate` returns, and which there are; the others are C apart."""
+    n = tl.arange(0, SHAPE[P] * SHAPE[BC])
+    column = chunk * SHAPE[BC] + n % SHAPE[BC]
+    return n // SHAPE[BC] * (SHAPE[L] * SHAPE[C]) + column, column < SHAPE[C]
+
+
+@triton.jit
+def _load(row, chunk, SHAPE: tl.constexpr):
+    """Return P parts [L, BC] of x, or of its sum with the residual, which is rounded to x's dtype."""
+    at, inside = _places(chunk, SHAPE)
+    h = ()
+    for part in tl.static_range(SHAPE[P]):
+        to = part * SHAPE[L] * SHAPE[C]
+        v = tl.load(row[X_PTR] + to + at, mask=inside, other=0.0)
+        if row[RESIDUAL_PTR] is not None:
+            v = v.to(tl.float32) + tl.load(row[RESIDUAL_PTR] + to + at, mask=inside, other=0.0).to(tl.float32)
+            v = v.to(row[X_PTR].dtype.element_ty)
+        h += (v.to(tl.float32),)
+    return h
+
+
+@triton.jit
+def _store_sum(row, first, CHUNKS: tl.constexpr, SHAPE: tl.constexpr):
+    """Store x + residual; apart, since no compiler moves loads of other parts to before a store."""
+    for c in range(CHUNKS):
+        h = first if CHUNKS == 1 else _load(row, c, SHAPE)
+        at, inside = _places(c, SHAPE)
+        for part in tl.static_range(SHAPE[P]):
+            to = part * SHAPE[L] * SHAPE[C]
+            tl.store(row[SUM_PTR] + to + at, h[part].to(row[SUM_PTR].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _moment(row, first, mean, POWER: tl.constexpr, CHUNKS: tl.constexpr, SHAPE: tl.constexpr):
+    """Return the mean of `(h - mean)**POWER` over a row; `first` is its chunk 0."""
+    total = 0.0
+    for c in range(CHUNKS):
+        h = first if CHUNKS == 1 else _load(row, c, SHAPE)
+        _, inside = _places(c, SHAPE)
+        sums = tl.zeros_like(h[0])
+        for part in tl.static_range(SHAPE[P]):
+            v = tl.where(inside, h[part] - mean, 0.0)
+            sums += v * v if POWER == 2 else v
+        total += tl.sum(sums)
+    return total / (SHAPE[C] * SHAPE[P] * SHAPE[L])
+
+
+@triton.jit
+def _norm_of(row, first, eps, NORM: tl.constexpr, CHUNKS: tl.constexpr, SHAPE: tl.constexpr):
+    """Return what is subtracted from a row, and what it is multiplied with then."""
+    mean, factor = 0.0, 1.0
+    if NORM == LAYER:
+        mean = _moment(row, first, 0.0, 1, CHUNKS, SHAPE)
+    if NORM is not None:
+        factor = tl.rsqrt(_moment(row, first, mean, 2, CHUNKS, SHAPE) + eps)
+    return mean, factor
+
+
+@triton.jit
+def _load_factors(row, chunk, SHAPE: tl.constexpr):
+    """Return the parts of weight, bias and d."""
+    at, inside = _places(chunk, SHAPE)
+    weight = ()
+    bias = ()
+    d = ()
+    for part in tl.static_range(SHAPE[P]):
+        to = part * SHAPE[L] * SHAPE[C]
+        if row[WEIGHT_PTR] is not None:
+            weight += (tl.load(row[WEIGHT_PTR] + to + at, mask=inside, other=0.0),)
+        if row[BIAS_PTR] is not None:
+            bias += (tl.load(row[BIAS_PTR] + to + at, mask=inside, other=0.0),)
+        if row[D_PTR] is not None:
+            d += (tl.load(row[D_PTR] + to + at, mask=inside, other=0.0),)
+    return weight, bias, d
+
+
+@triton.jit
+def _scaled(row, norm, h, factors, chunk, NORM: tl.constexpr, SHAPE: tl.constexpr):
+    """Return the parts normalized, rounded to x's dtype, times d."""
+    dtype: tl.constexpr = row[X_PTR].dtype.element_ty
+    at, inside = _places(chunk, SHAPE)
+    weight, bias, d = factors
+    result = ()
+    for part in tl.static_range(SHAPE[P]):
+        v = h[part]
+        if NORM is not None:
+            v = (v - norm[0] if NORM == LAYER else v) * norm[1]
+            if NORM == RMS_ROUNDED:
+                v = v.to(dtype).to(tl.float32)
+            if row[WEIGHT_PTR] is not None:
+                w = weight[part].to(tl.float32)
+                v = v * (w + 1.0 if NORM == RMS_PLUS_ONE else w)
+            if row[BIAS_PTR] is not None:
+                v = v + bias[part].to(tl.float32)
+            if row[NORMED_PTR] is not None:
+                tl.store(row[NORMED_PTR] + part * SHAPE[L] * SHAPE[C] + at, v.to(dtype), mask=inside)
+            v = tl.where(inside, v.to(dtype).to(tl.float32), 0.0)
+        result += (v if row[D_PTR] is None else v * d[part],)
+    return result
+
+
+@triton.jit
+def _values(row, norm, chunk, NORM: tl.constexpr, SHAPE: tl.constexpr):
+    return _scaled(row, norm, _load(row, chunk, SHAPE), _load_factors(row, chunk, SHAPE), chunk, NORM, SHAPE)
+
+
+@triton.jit
+def _largest_bits(row, norm, first, NORM: tl.constexpr, CHUNKS: tl.constexpr, SHAPE: tl.constexpr):
+    """Return the bits of a row's largest magnitude, NaN above all; `first` are the values of its chunk 0."""
+    u = 0
+    for c in range(CHUNKS):
+        v = first if CHUNKS == 1 else _values(row, norm, c, NORM, SHAPE)
+        size = tl.abs(v[0])
+        for part in tl.static_range(1, SHAPE[P]):
+            size = tl.maximum(size, tl.abs(v[part]), propagate_nan=tl.PropagateNan.ALL)
+        u = tl.maximum(u, tl.max(size.to(tl.int32, bitcast=True)))
     return u
 
 
 @triton.jit
-def _butterfly(X, DISTANCE: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr, BC: tl.constexpr):
-    pairs = tl.reshape(X, (SIZE // (2 * DISTANCE), 2, DISTANCE))
-    u, v = tl.split(tl.permute(pairs, (0, 2, 1)))
-    return tl.reshape(tl.permute(tl.join(u + v, u - v), (0, 2, 1)), (B, BC))
-
-
-@triton.jit
-def _rotated_integers(v, u, LOG_B: tl.constexpr, B: tl.constexpr, BC: tl.constexpr):
-    """`reference.fixed_point` of columns; 0 in rows of NaN or Inf, and in those that count as zero."""
-    up = ((149 - _exponent(u)) << 23).to(tl.float32, bitcast=True)
-    X = round_to_int(tl.where((u >= TINY) & (u < INF), v, 0.0) * up)
-    for i in tl.static_range(LOG_B):
-        X = _butterfly(X, BC << i, BC << LOG_B, B, BC)
+def _butterflies(X, SIZE: tl.constexpr):
+    """Multiply a tuple of SIZE tensors with a Hadamard matrix."""
+    for stage in tl.static_range(4):
+        if 1 << stage < SIZE:
+            Y = ()
+            for i in tl.static_range(SIZE):
+                other = X[i ^ (1 << stage)]
+                Y += (other - X[i] if i >> stage & 1 else X[i] + other,)
+            X = Y
     return X
 
 
 @triton.jit
-def _digit(Q):
-    """The lowest digit; with `(Q + 128) >> 8` the others follow."""
-    return (((Q + 128) & 255) - 128).to(tl.int8)
+def _joined(X, SIZE: tl.constexpr):
+    """Return a tuple of SIZE tensors as one, with new dimensions of 2 at its end, the last of them the lowest bit."""
+    for stage in tl.static_range(3):
+        if 1 << stage < SIZE:
+            pairs = ()
+            for i in tl.static_range(SIZE >> stage + 1):
+                pairs += (tl.join(X[i], X[i + (SIZE >> stage + 1)]),)
+            X = pairs
+    return X[0]
+
+
+@triton.jit
+def _apart(X):
+    """Return a tensor [N, 2, 2, 2, 2] as a tuple of 16 tensors [N], the last dimension the highest bit."""
+    parts = (X,)
+    for _ in tl.static_range(4):
+        halves = ()
+        for i in tl.static_range(len(parts)):
+            halves += tl.split(parts[i])
+        parts = halves
+    return parts
+
+
+@triton.jit
+def _rotate(v, u, SHAPE: tl.constexpr):
+    """Return `reference.fixed_point` of parts as L tensors [P * BC]; u are the bits of the row's largest magnitude.
+
+    Anything for NaN and Inf; 0 in rows that count as zero.
+    """
+    up = ((149 - _exponent(u)) << 23).to(tl.float32, bitcast=True)
+    X = ()
+    for part in tl.static_range(SHAPE[P]):
+        X += (_nearest(v[part], up),)
+    X = _joined(_butterflies(X, SHAPE[P]), SHAPE[P])
+    if SHAPE[L] == 1:
+        rotated = (tl.reshape(X, (SHAPE[BC],)),)
+    else:
+        # [L, BC, P] to [P, BC, L]
+        X = tl.permute(tl.reshape(X, (2, 2, 2, 2, SHAPE[BC], SHAPE[P])), (5, 4, 3, 2, 1, 0))
+        rotated = _butterflies(_apart(tl.reshape(X, (SHAPE[P] * SHAPE[BC], 2, 2, 2, 2))), SHAPE[L])
+    return rotated
 
 
 @triton.jit
@@ -78,64 +234,142 @@ def _unit(u):
     return tl.where(u < INF, ((_exponent(u) + 105) << 23).to(tl.float32, bitcast=True), float("nan"))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_group"])
 def quantize_rows(
     x_ptr,
+    residual_ptr,
+    sum_ptr,
+    weight_ptr,
+    bias_ptr,
+    normed_ptr,
     d_ptr,
+    ends_ptr,
     q_ptr,
     rows_ptr,
+    counters_ptr,
     stride_m,
+    residual_stride_m,
     M,
-    C,
+    rows_per_group,
     c2,
+    eps,
     OUTLIERS: tl.constexpr,
-    LOG_B: tl.constexpr,
+    NORM: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    COUNTERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    L: tl.constexpr,
     BC: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """`reference.quantize_rows` and its digits.
+    """Compute `int8compile.ops.quantized.quantize` of x, of a norm of x, or of a norm of x + residual.
 
-    Args:
+    Second digits are written in rows that have one.
+
+    Arguments besides those of `numerics`:
         x_ptr: [M, K], any float dtype, rows `stride_m` apart.
-        d_ptr: [K] float32, or None.
-        q_ptr: [2, M, K] int8, or [1, M, K]; second digits are written in rows that have one.
-        rows_ptr: [2, M] float32.
-        stride_m: Elements from row to row.
-        M: Rows.
-        C: K / B.
+        residual_ptr: [M, K] in x's dtype, rows `residual_stride_m` apart, or None.
+        sum_ptr: [M, K] in x's dtype, x + residual; None where there is no residual.
+        weight_ptr: [K], any float dtype, the norm's; or None.
+        bias_ptr: [K], any float dtype, the norm's; or None.
+        normed_ptr: [M, K] in x's dtype, to get what is quantized; or None.
+        d_ptr: [K] float32, or [EXPERTS, K], or None.
+        ends_ptr: [EXPERTS] int32 or int64, where the rows of each expert end; None for `rows_per_group` each.
+        stride_m: Elements from row to row of x.
+        residual_stride_m: Elements from row to row of the residual.
+        rows_per_group: Rows of an expert.
         c2: The threshold over 127 * K.
-        OUTLIERS: Whether there are second digits.
-        LOG_B: log2(B).
+        eps: The norm's.
+        NORM: Its number, or None.
+        EXPERTS: How many d has rows for; 0 if it has one for all.
+        COUNTERS: How many of them are set to zero.
+        WORDS: A power of two of at least W, and at least 1.
+        C: K / B.
+        P: B / L, 1 to 8.
+        L: 16, or 1 where B is.
         BC: Columns that are looked at together.
         CHUNKS: ceil(C / BC).
     """
-    B: tl.constexpr = 1 << LOG_B
+    SHAPE: tl.constexpr = (C, P, L, BC)
+    K: tl.constexpr = C * P * L
     m = tl.program_id(0).to(tl.int64)
+    if m == 0:
+        tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), tl.int32))
+    if EXPERTS:
+        d_ptr += _expert(m, ends_ptr, rows_per_group, EXPERTS).to(tl.int64) * K
     x_ptr += m * stride_m
-    q_ptr += m * C * B
-    first = _load(x_ptr, d_ptr, 0, C, B, BC)
-    u = _largest_bits(x_ptr, d_ptr, first, C, B, BC, CHUNKS)
-    rotated = _rotated_integers(first, u, LOG_B, B, BC)
-    largest = tl.max(tl.abs(rotated))
-    total = tl.sum(tl.abs(rotated).to(tl.int64))
-    for c in range(1, CHUNKS):
-        X = _rotated_integers(_load(x_ptr, d_ptr, c, C, B, BC), u, LOG_B, B, BC)
-        largest = tl.maximum(largest, tl.max(tl.abs(X)))
-        total += tl.sum(tl.abs(X).to(tl.int64))
+    if residual_ptr is not None:
+        residual_ptr += m * residual_stride_m
+        sum_ptr += m * K
+    if normed_ptr is not None:
+        normed_ptr += m * K
+    row = (x_ptr, residual_ptr, sum_ptr, weight_ptr, bias_ptr, normed_ptr, d_ptr)
+    # All loads are under way before the first is waited for; but 1024 threads have too few registers for them.
+    EARLY: tl.constexpr = P * L * BC <= 8192
+    factors = _load_factors(row, 0, SHAPE) if EARLY else None
+    first = _load(row, 0, SHAPE)
+    if residual_ptr is not None:
+        _store_sum(row, first, CHUNKS, SHAPE)
+    norm = _norm_of(row, first, eps, NORM, CHUNKS, SHAPE)
+    if not EARLY:
+        factors = _load_factors(row, 0, SHAPE)
+    first = _scaled(row, norm, first, factors, 0, NORM, SHAPE)
+    u = _largest_bits(row, norm, first, NORM, CHUNKS, SHAPE)
+    rotated = _rotate(first, u, SHAPE)
+    largest = 0
+    total = tl.zeros((), tl.int64)
+    for c in range(CHUNKS):
+        X = rotated if CHUNKS == 1 else _rotate(_values(row, norm, c, NORM, SHAPE), u, SHAPE)
+        size = tl.abs(X[0])
+        sums = size
+        for i in tl.static_range(1, L):
+            size = tl.maximum(size, tl.abs(X[i]))
+            # At most 4 * 2**29, by Cauchy and Schwarz: a rotation keeps the sum of squares, times 128.
+            sums += tl.abs(X[i])
+        largest = tl.maximum(largest, tl.max(size))
+        total += tl.sum(sums.to(tl.uint32).to(tl.int64))
     top = largest.to(tl.float32)
     step = tl.maximum(tl.minimum(top * C1, total.to(tl.float32) * c2), top * C3)
-    inverse = tl.div_rn(1.0, tl.where(largest == 0, 1.0, step))
-    outliers = round_to_int(top * inverse) > 127
-    tl.store(rows_ptr + m, step * _unit(u))
-    tl.store(rows_ptr + M + m, outliers.to(tl.float32))
+    # NaN and Inf made any integers.
+    inverse = tl.where(u < INF, tl.div_rn(1.0, tl.where(largest == 0, 1.0, step)), 0.0)
+    tl.store(rows_ptr + m, (step * _unit(u)).to(tl.int32, bitcast=True))
+    q_ptr += m * K
     for c in range(CHUNKS):
-        X = rotated if CHUNKS == 1 else _rotated_integers(_load(x_ptr, d_ptr, c, C, B, BC), u, LOG_B, B, BC)
-        at, inside = _places(c, C, B, BC)
-        Q = round_to_int(X.to(tl.float32) * inverse)
-        tl.store(q_ptr + at, _digit(Q), mask=inside)
-        if OUTLIERS:  # noqa: SIM102 - known when the kernel is compiled
-            if outliers:
-                tl.store(q_ptr + M.to(tl.int64) * C * B + at, _digit((Q + 128) >> 8), mask=inside)
+        X = rotated if CHUNKS == 1 else _rotate(_values(row, norm, c, NORM, SHAPE), u, SHAPE)
+        at, inside = _rotated_places(c, SHAPE)
+        for i in tl.static_range(L):
+            tl.store(q_ptr + i * C + at, _nearest(X[i].to(tl.float32), inverse).to(tl.int8), mask=inside)
+    if OUTLIERS:
+        words = tl.zeros((WORDS,), tl.int32)
+        if _nearest(top, inverse) > 127:
+            q_ptr += M.to(tl.int64) * K
+            for c in range(CHUNKS):
+                X = rotated if CHUNKS == 1 else _rotate(_values(row, norm, c, NORM, SHAPE), u, SHAPE)
+                at, inside = _rotated_places(c, SHAPE)
+                for i in tl.static_range(L):
+                    q1 = (_nearest(X[i].to(tl.float32), inverse) + 128) >> 8
+                    tl.store(q_ptr + i * C + at, q1.to(tl.int8), mask=inside)
+            # What other threads of the program have stored is read again, in the order of inputs.
+            tl.debug_barrier()
+            k = tl.arange(0, WORDS * 4096)
+            found = (tl.load(q_ptr + k, mask=k < K, other=0) != 0).to(tl.int32)
+            blocks = tl.max(tl.reshape(found, (WORDS, 32, 128)), axis=2)
+            words = tl.sum(blocks << tl.arange(0, 32)[None, :], axis=1)
+        w = tl.arange(0, WORDS)
+        tl.store(rows_ptr + (1 + w) * M.to(tl.int64) + m, words, mask=w < (K + 4095) // 4096)
+
+
+@triton.jit
+def _expert(m, ends_ptr, rows_per_group, EXPERTS: tl.constexpr):
+    if ends_ptr is None:
+        expert = m // rows_per_group
+    else:
+        e = tl.arange(0, triton.next_power_of_2(EXPERTS))
+        ends = tl.load(ends_ptr + e, mask=e < EXPERTS, other=0)
+        expert = tl.minimum(tl.sum(((ends <= m) & (e < EXPERTS)).to(tl.int32)), EXPERTS - 1)
+    return expert
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -146,37 +380,34 @@ def fixed_point(
     unit_ptr,
     stride_m,
     M,
-    C,
     DIGITS: tl.constexpr,
-    LOG_B: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    L: tl.constexpr,
     BC: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """`reference.fixed_point` in digits, X = sum of 256**i * X[i].
+    """Store `reference.fixed_point` in digits, X = sum of 256**i * X[i].
 
-    Args:
+    Arguments besides those of `quantize_rows`:
         x_ptr: [M, K], any float dtype, rows `stride_m` apart.
         d_ptr: [K] float32, or None.
         X_ptr: [4, M, K] int8.
         unit_ptr: [M] float32.
-        stride_m: Elements from row to row.
-        M: Rows.
-        C: K / B.
         DIGITS: How many digits hold the largest integer; others are not written.
-        LOG_B: log2(B).
-        BC: Columns that are looked at together.
-        CHUNKS: ceil(C / BC).
     """
-    B: tl.constexpr = 1 << LOG_B
+    SHAPE: tl.constexpr = (C, P, L, BC)
     m = tl.program_id(0).to(tl.int64)
-    x_ptr += m * stride_m
-    first = _load(x_ptr, d_ptr, 0, C, B, BC)
-    u = _largest_bits(x_ptr, d_ptr, first, C, B, BC, CHUNKS)
+    row = (x_ptr + m * stride_m, None, None, None, None, None, d_ptr)
+    norm = (0.0, 1.0)
+    first = _values(row, norm, 0, None, SHAPE)
+    u = _largest_bits(row, norm, first, None, CHUNKS, SHAPE)
     tl.store(unit_ptr + m, _unit(u))
     for c in range(CHUNKS):
-        v = first if CHUNKS == 1 else _load(x_ptr, d_ptr, c, C, B, BC)
-        at, inside = _places(c, C, B, BC)
-        X = _rotated_integers(v, u, LOG_B, B, BC)
-        for i in tl.static_range(DIGITS):
-            tl.store(X_ptr + (i * M + m) * C * B + at, _digit(X), mask=inside)
-            X = (X + 128) >> 8
+        X = _rotate(first if CHUNKS == 1 else _values(row, norm, c, None, SHAPE), u, SHAPE)
+        at, inside = _rotated_places(c, SHAPE)
+        for i in tl.static_range(L):
+            Q = X[i]
+            for digit in tl.static_range(DIGITS):
+                tl.store(X_ptr + (digit * M + m) * (C * P * L) + i * C + at, Q.to(tl.int8), mask=inside)
+                Q = (Q + 128) >> 8

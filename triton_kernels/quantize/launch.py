@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -11,20 +12,83 @@ from int8compile.ops.reference import QMAX, rotation
 from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.quantize.kernel import fixed_point, quantize_rows
 
-# Elements of a row that are looked at together, in registers.
-MAX_ELEMENTS = 16384
+# Elements of a thread, and of a row that is held in registers: those of 1024 threads, the most a program has. Longer
+# rows are looked at several times, in chunks whose threads can have more registers.
+THREAD_ELEMENTS, MAX_ELEMENTS, CHUNK_ELEMENTS = 16, 16384, 8192
 
 
-def launch(x: Tensor, d: Tensor | None, threshold: float, q: Tensor, rows: Tensor) -> Launch:
-    """Quantize x [M, K], its rows contiguous, into what `int8compile.ops.quantized.empty_rows` made."""
-    c2 = threshold / (QMAX * x.shape[1]) if threshold else 2.0**100
-    constants = {"OUTLIERS": q.shape[0] > 1}
-    return _launch(quantize_rows, x, d, {"q_ptr": q, "rows_ptr": rows}, {"c2": c2}, constants)
+def launch(
+    x: Tensor,
+    d: Tensor | None,
+    threshold: float,
+    q: Tensor,
+    rows: Tensor,
+    counters: Tensor,
+    ends: Tensor | None = None,
+    rows_per_group: int = 0,
+) -> Launch:
+    """Quantize x [M, K], its rows contiguous, into what `int8compile.ops.quantized.empty_rows` made.
+
+    With d [E, K] each row takes its expert's: `ends` [E] int32 or int64 are where the rows of each end, None for
+    `rows_per_group` each. Rows beyond the last expert's are quantized with its d.
+    """
+    return launch_norm(x, None, None, None, d, None, 0.0, threshold, None, q, rows, counters, ends, rows_per_group)
+
+
+def launch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: Tensor | None,
+    kind: int | None,
+    eps: float,
+    threshold: float,
+    sum: Tensor | None,  # noqa: A002 - the result's name
+    q: Tensor,
+    rows: Tensor,
+    counters: Tensor,
+    ends: Tensor | None = None,
+    rows_per_group: int = 0,
+    normed: Tensor | None = None,
+) -> Launch:
+    """Quantize a norm of x [M, K], or of x + residual, which is stored in `sum`: `norm_quantize_rows`.
+
+    x and the residual have contiguous rows, everything else is contiguous. Without a residual `sum` is not used; `kind`
+    is None for no norm. `normed` [M, K], in x's dtype, gets what is quantized. For the rest see `launch`.
+    """
+    args = {
+        "residual_ptr": residual,
+        "sum_ptr": None if residual is None else sum,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "normed_ptr": normed,
+        "d_ptr": d,
+        "ends_ptr": ends,
+        "q_ptr": q,
+        "rows_ptr": rows,
+        "counters_ptr": counters,
+        "stride_m": x.stride(0),
+        "residual_stride_m": 0 if residual is None else residual.stride(0),
+        "M": x.shape[0],
+        "rows_per_group": rows_per_group,
+        "c2": threshold / (QMAX * x.shape[1]) if threshold else 2.0**100,
+        "eps": eps,
+    }
+    constants = {
+        "OUTLIERS": q.shape[0] > 1,
+        "NORM": kind,
+        "EXPERTS": d.shape[0] if d is not None and d.dim() == 2 else 0,
+        "COUNTERS": counters.shape[0],
+        "WORDS": triton.next_power_of_2(max(rows.shape[0] - 1, 1)),
+    }
+    return _launch(quantize_rows, x, d, args, constants)
 
 
 def launch_fixed_point(x: Tensor, d: Tensor | None, digits: Tensor, unit: Tensor) -> Launch:
     """Write x [M, K], its rows contiguous, as digits [4, M, K] of rotated integers, with units [M] float32."""
-    return _launch(fixed_point, x, d, {"X_ptr": digits, "unit_ptr": unit}, {}, {"DIGITS": digits_of(d)})
+    args = {"d_ptr": d, "X_ptr": digits, "unit_ptr": unit, "stride_m": x.stride(0), "M": x.shape[0]}
+    return _launch(fixed_point, x, d, args, {"DIGITS": digits_of(d)})
 
 
 def digits_of(d: Tensor | None) -> int:
@@ -32,17 +96,15 @@ def digits_of(d: Tensor | None) -> int:
     return 3 if rotation(d) == 1 else 4
 
 
-def _launch(
-    kernel: Any, x: Tensor, d: Tensor | None, into: dict[str, Tensor], more: dict[str, float], constants: dict[str, Any]
-) -> Launch:
+def _launch(kernel: Any, x: Tensor, d: Tensor | None, args: dict[str, Any], constants: dict[str, Any]) -> Launch:
     m, k = x.shape
     b = rotation(d)
-    bc = min(triton.next_power_of_2(k // b), MAX_ELEMENTS // b)
-    return Launch(
-        kernel,
-        m,
-        (Programs(rows=1),),
-        {"x_ptr": x, "d_ptr": d, **into, "stride_m": x.stride(0), "M": m, "C": k // b, **more},
-        {**constants, "LOG_B": b.bit_length() - 1, "BC": bc, "CHUNKS": triton.cdiv(k // b, bc)},
-        num_warps=min(max(b * bc // 1024, 1), 16),
-    )
+    bc = triton.next_power_of_2(k // b)
+    # A norm of float32 needs more than the 64 registers that each of 1024 threads has.
+    wide = constants.get("NORM") is not None and x.dtype == torch.float32
+    if b * bc > (CHUNK_ELEMENTS if wide else MAX_ELEMENTS):
+        bc = CHUNK_ELEMENTS // b
+    low = min(b, 16)
+    shape = {"C": k // b, "P": b // low, "L": low, "BC": bc, "CHUNKS": triton.cdiv(k // b, bc)}
+    warps = max(b * bc // (THREAD_ELEMENTS * (64 if torch.version.hip else 32)), 1)
+    return Launch(kernel, m, (Programs(rows=1),), {"x_ptr": x, **args}, {**constants, **shape}, num_warps=warps)

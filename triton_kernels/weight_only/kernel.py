@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import NONE, WHOLE, finish
+from int8compile.triton_kernels.numerics import NONE, WHOLE, finish, of_outputs
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -28,23 +28,12 @@ def weight_only(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A tile of BM rows and BN outputs a program; those with the same outputs run together, and share the weight.
+    """Multiply a tile of BM rows and BN outputs a program; those of the same outputs run together and share the weight.
 
-    Args:
+    Arguments besides those of `numerics`:
         X_ptr: [4, M, K] int8, the digits of activations.
         unit_ptr: [M] float32.
-        weight_ptr: [N, K] int8, contiguous.
-        scale_ptr: [N] float32.
-        bias_ptr: [N], any float dtype.
-        y_ptr: [M, N].
-        M: Rows.
-        N: Outputs.
-        K: Inputs.
-        HAS_BIAS: Whether there is a bias.
         DIGITS: Digits that are not 0, 3 or 4.
-        BM: Rows of a tile.
-        BN: Outputs of a tile.
-        BK: Inputs a step.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -67,4 +56,5 @@ def weight_only(
             acc3 = tl.dot(tl.load(to + 3 * plane, mask=inside, other=0), w, acc3, out_dtype=tl.int32)
     acc = ((acc3.to(tl.int64) * 256 + acc2) * 256 + acc1) * 256 + acc0
     y = acc.to(tl.float32) * tl.load(unit_ptr + row, mask=row < M, other=0.0)[:, None]
-    finish(y, y_ptr, scale_ptr, bias_ptr, row, column, M, N, 0, 0, HAS_BIAS, NONE, WHOLE, BM, BN)
+    scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
+    finish(y, y_ptr, scale, bias, row, column, M, N, 0, 0, HAS_BIAS, NONE, WHOLE, BM, BN)

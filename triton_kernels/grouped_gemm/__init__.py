@@ -1,0 +1,1 @@
+"""Rows in groups times a weight for each group, in one launch."""

@@ -1,1 +1,0 @@
-"""Many rows times a weight, on sm_90."""
