@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import int8compile
-from int8compile import cpu, hardware, ops
+from int8compile import cpu, hardware, ops, triton_kernels
 from int8compile.cache import cache_folder
 from int8compile.cpu import build
 from int8compile.errors import Int8CompileError, Int8Warning
@@ -97,7 +97,19 @@ def _machine() -> dict[str, Any]:
         device = hardware.of(torch.device("cuda", index))
         memory = readable(torch.cuda.mem_get_info(index)[1])
         found[f"cuda_{index}"] = f"{device.name}, {device.isa}, {memory}; {kernel_of(device)}"
+    found["on_hopper_gpus"] = _on_hopper()
     return found
+
+
+def _on_hopper() -> str:
+    """Name the kernel that multiplies many rows on them, and why it is not the faster one."""
+    try:
+        if none := triton_kernels.failure():
+            return f"no Triton kernels: {none}"
+        why = triton_kernels.gluon_failure()
+    except Int8CompileError as error:
+        return str(error)
+    return f"gemm, not the faster gluon_gemm: {why}" if why else "gluon_gemm for many rows"
 
 
 def _kernel() -> dict[str, Any]:

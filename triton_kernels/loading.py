@@ -1,4 +1,4 @@
-"""Whether the kernels can be used, without importing Triton before somebody needs it."""
+"""Checks whether the kernels can be used, which import Triton only when somebody needs it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from int8compile.errors import ConfigError
 # Below it, descriptors of tensors and int8 matrix products are not what the kernels need.
 MIN_VERSION = (3, 6)
 
+# The versions whose Gluon the kernel for Hopper is known to be right with: Gluon is experimental, and its functions
+# change. Another one belongs here when, added for a try, it passes `python -m pytest tests/test_gluon_gemm.py`
+# and on a Hopper GPU `python -m pytest tests/test_triton_contract.py -m gpu -k gluon_gemm`.
+GLUON_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
+
 
 def switched_off() -> bool:
-    """Whether the environment says that no Triton kernel is to be used.
+    """Return whether the environment says that no Triton kernel is to be used.
 
     Raises:
         ConfigError: It says something that is not allowed.
@@ -26,7 +31,7 @@ def switched_off() -> bool:
 
 
 def failure() -> str:
-    """Why there are no Triton kernels on this machine; "" if there are.
+    """Return why there are no Triton kernels on this machine; "" if there are.
 
     Raises:
         ConfigError: See `switched_off`.
@@ -35,12 +40,17 @@ def failure() -> str:
 
 
 def available() -> bool:
-    """Whether the kernels can be used."""
+    """Return whether the kernels can be used."""
     return not failure()
 
 
+def gluon_failure() -> str:
+    """Return why kernels in Gluon are not used, the one for Hopper; "" if they are."""
+    return failure() or _gluon_missing()
+
+
 def load() -> bool:
-    """Has the operators use the kernels for tensors on GPUs, from now on.
+    """Have the operators use the kernels for tensors on GPUs, from now on.
 
     Returns:
         Whether there are kernels.
@@ -52,6 +62,17 @@ def load() -> bool:
 
 
 @functools.cache
+def _gluon_missing() -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set, and Gluon cannot be interpreted"
+    version = importlib.import_module("triton").__version__
+    if _numbers(version) not in GLUON_VERSIONS:
+        known = " and ".join(".".join(map(str, each)) for each in GLUON_VERSIONS)
+        return f"Triton is {version}, and its Gluon is known to be right in {known}"
+    return ""
+
+
+@functools.cache
 def _missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -59,7 +80,11 @@ def _missing() -> str:
         triton = importlib.import_module("triton")
     except Exception as error:  # A broken installation may raise anything.
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < MIN_VERSION:
+    if _numbers(triton.__version__) < MIN_VERSION:
         return f"Triton is {triton.__version__}, and {'.'.join(map(str, MIN_VERSION))} is the oldest that will do"
     return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(part) for part in version.split(".")[:2])

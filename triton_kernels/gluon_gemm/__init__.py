@@ -1,0 +1,1 @@
+"""Many rows times a weight on sm_90, in Gluon."""
