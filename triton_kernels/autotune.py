@@ -1,4 +1,4 @@
-"""Chooses by measuring, where `INT8COMPILE_AUTOTUNE=1` asks for it; what was found is kept on disk."""
+"""Choice of configurations by measuring, where `INT8COMPILE_AUTOTUNE=1` asks for it; results are kept on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LaunchOf = Callable[[Product, Config], Launch]
 
 
 def enabled() -> bool:
-    """Whether the environment asks for measurements.
+    """Return whether the environment asks for measurements.
 
     Raises:
         ConfigError: It says something that is not allowed.
@@ -42,10 +42,9 @@ def enabled() -> bool:
 
 
 def choose(product: Product, configs: tuple[Config, ...], multiprocessors: int, launch_of: LaunchOf) -> Config:
-    """The configuration of a product: the table's, or the fastest where that is asked for."""
-    m, n, _ = product.sizes
+    """Return the configuration of a product: the table's, or the fastest where that is asked for."""
     if not enabled() or len(configs) == 1:
-        return tables.choose(configs, m, n, multiprocessors)
+        return tables.choose(configs, *product.sizes, multiprocessors)
     return _cache(product.y.device.index).choose(product, configs, multiprocessors, launch_of)
 
 
@@ -57,7 +56,7 @@ class Cache:
     """
 
     def __init__(self, path: Path, measure: Measure) -> None:
-        """Reads what is there; a file that cannot be read counts as none."""
+        """Read what is there; a file that cannot be read counts as none."""
         self.path = path
         self._measure = measure
         self._lock = threading.Lock()
@@ -66,20 +65,21 @@ class Cache:
     def choose(
         self, product: Product, configs: tuple[Config, ...], multiprocessors: int, launch_of: LaunchOf
     ) -> Config:
-        """The fastest of the configurations, measured if that is not known yet.
+        """Return the fastest of the configurations, measured if that is not known yet.
 
-        While a CUDA graph is captured nothing can be measured, and the table's is taken.
+        While a CUDA graph is captured nothing can be measured, and the table's is taken. A configuration that says
+        nothing of splits has the table's for this number of rows, so that what is known holds for its whole range.
         """
         m, n, k = product.sizes
         kind = f"{len(product.q)}{product.activation}"
         key = f"{tables.bucket_of(m)} {n} {k} {kind}"
-        named = {str(config): config for config in configs}
+        named = {str(config): tables.choose((config,), m, n, k, multiprocessors) for config in configs}
         with self._lock:
             known = named.get(self._found.get(key, ""))
             if known is not None:
                 return known
             if product.y.is_cuda and torch.cuda.is_current_stream_capturing():
-                return tables.choose(configs, m, n, multiprocessors)
+                return tables.choose(configs, m, n, k, multiprocessors)
             times = {name: self._measure(launch_of(product, config).run) for name, config in named.items()}
             fastest = min(times, key=times.__getitem__)
             log.info("%s: %s of %s", key, fastest, times)
@@ -110,7 +110,7 @@ class Cache:
 
 
 def path_for(device: str) -> Path:
-    """The file for a device: another Triton or another table measures again."""
+    """Return the file for a device: another Triton or another table measures again."""
     tables_now = hashlib.sha256(repr(tables.ARCHITECTURES).encode()).hexdigest()[:12]
     name = "".join(letter if letter.isalnum() else "-" for letter in device)
     return cache_folder() / "autotune" / f"{name}-triton-{triton.__version__}-{tables_now}.json"

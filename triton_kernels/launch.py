@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from int8compile.triton_kernels import loading
+
+# The arguments for the copy engine, and whose memory they describe.
+MATRICES = {"x_desc": "q_ptr", "weight_desc": "weight_ptr"}
+# The tensors of each operator's kernels by the names of arguments, in the order of `Prepared.run` and launcher.cpp.
+_QUANTIZED = ("q_ptr", "rows_ptr", "counters_ptr")
+_PRODUCT = ("weight_ptr", "scale_ptr", "bias_ptr", "y_ptr")
+TENSORS = {
+    "quantize_rows": ("x_ptr", "d_ptr", *_QUANTIZED),
+    "norm_quantize_rows": ("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "d_ptr", "sum_ptr", *_QUANTIZED),
+    "quantized_linear": (*_QUANTIZED, *_PRODUCT),
+    "grouped_linear": ("x_ptr", "d_ptr", "ends_ptr", *_QUANTIZED, *_PRODUCT),
+    "batched_linear": ("x_ptr", "d_ptr", "ends_ptr", *_QUANTIZED, *_PRODUCT),
+    "weight_only_linear": ("x_ptr", "d_ptr", "X_ptr", "unit_ptr", *_PRODUCT),
+}
 # Triton's names of types.
 _TYPES = {
     torch.int8: "i8",
@@ -24,6 +39,12 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float64: "fp64",
 }
+# What the copy engine's arguments are, of Triton and of Gluon, which knows their layout in shared memory.
+DESCRIPTORS: tuple[Any, ...] = (TensorDescriptor,)
+if not loading.gluon_failure():
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    DESCRIPTORS += (GluonDescriptor,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +54,17 @@ class Programs:
     Attributes:
         times: Programs for each group of rows; all of them where `rows` is 0.
         rows: Rows of a group; 0 where M does not matter.
+        most: No more than these; 0 for no limit.
     """
 
     times: int = 1
     rows: int = 0
+    most: int = 0
 
     def of(self, m: int) -> int:
-        """The number for M rows."""
-        return math.ceil(m / self.rows) * self.times if self.rows else self.times
+        """Return the number for M rows."""
+        programs = -(-m // self.rows) * self.times if self.rows else self.times
+        return min(programs, self.most) if self.most else programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +91,11 @@ class Launch:
 
     @functools.cached_property
     def grid(self) -> tuple[int, ...]:
-        """Programs in each direction for these rows."""
+        """Return the programs in each direction for these rows."""
         return tuple(direction.of(self.m) for direction in self.programs)
 
     def run(self) -> Any:
-        """Starts the kernel on the current stream; nothing where the grid is empty.
+        """Start the kernel on the current stream; nothing where the grid is empty.
 
         Returns:
             Triton's compiled kernel; None in its interpreter.
@@ -88,17 +112,20 @@ class Launch:
             enable_fp_fusion=False,
         )
 
-    def prepare(self) -> Prepared | None:
-        """Runs, and returns how to run again with other tensors of the same sizes and alignment.
+    def prepare(self, tensors: Sequence[str]) -> Prepared | None:
+        """Run, and return how to run again with other tensors and another number of rows.
+
+        Args:
+            tensors: The names of the arguments that will be given then, but for scratch memory.
 
         Returns:
-            None where nothing was compiled: in Triton's interpreter.
+            None where nothing was compiled: in Triton's interpreter, and where the grid is empty.
         """
         compiled = self.run()
-        return None if compiled is None else Prepared(self, compiled)
+        return None if compiled is None else Prepared(self, compiled, tensors)
 
     def compile(self, target: GPUTarget) -> Any:
-        """Compiles it for a GPU that need not be there; tensors may be on the meta device.
+        """Compile it for a GPU that need not be there; tensors may be on the meta device.
 
         Returns:
             Triton's compiled kernel: `asm["ptx"]` or `asm["amdgcn"]`, `metadata.shared`.
@@ -114,7 +141,7 @@ class Launch:
             for index, name in enumerate(names)
             if name not in fixed and _is_aligned(self.args.get(name))
         }
-        source = ASTSource(self.kernel, signature, constants, attrs)
+        source = _source(self.kernel)(self.kernel, signature, constants, attrs)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return triton.compile(source, target=target, options=options)
 
@@ -129,44 +156,84 @@ def settle(function: Any) -> None:
     if not isinstance(function, triton.JITFunction) or function.hash is not None:
         return
     for name in function.fn.__code__.co_names:
-        settle(function.fn.__globals__.get(name))
+        called = function.fn.__globals__.get(name)
+        if called is not function:  # The name may be an attribute's.
+            settle(called)
     _ = function.cache_key
 
 
 class Prepared:
-    """A call that was made once: what is left to do is to hand over the tensors.
+    """A call that was made once: what is left to do is to hand over the tensors and the number of rows.
 
     Triton looks at every argument of every call to find the compiled kernel for it, which takes as long as a small
-    kernel does. Here the caller knows that nothing but the tensors has changed.
+    kernel does. Here the caller knows that nothing but these has changed, and no kernel is compiled for a number of
+    rows: it is in the arguments that Triton does not specialize, in the grid, and in the sizes of scratch memory and of
+    tensor descriptors. Any number of threads may call at once.
     """
 
-    def __init__(self, launch: Launch, compiled: Any) -> None:
-        """Takes a call and the compiled kernel that it ran."""
-        values = {**launch.args, **launch.constants}
-        names = launch.kernel.arg_names
+    def __init__(self, launch: Launch, compiled: Any, tensors: Sequence[str]) -> None:
+        """Take a call, the compiled kernel that it ran, and the names of the tensors in the order of `run`."""
         # Constants are handed over too, as Triton does.
-        self._values = [values[name] for name in names]
-        self._tensors = [i for i, value in enumerate(self._values) if isinstance(value, Tensor)]
-        for i in self._tensors:  # They would be kept in memory.
-            self._values[i] = None
+        values = {**launch.args, **launch.constants}
+        place = {name: i for i, name in enumerate(launch.kernel.arg_names)}
         self._compiled = compiled
-        self._grid = (*launch.grid, 1, 1)[:3]
+        self._grid = [*launch.grid, 1, 1][:3]
+        self._programs = [(i, programs) for i, programs in enumerate(launch.programs) if programs.rows]
+        self._tensors = [(place[name], i) for i, name in enumerate(tensors) if values.get(name) is not None]
+        self._rows = place.get("M")
+        # Of q the first size is the number of rows.
+        self._matrices = [
+            (place[name], tensors.index(of), None if of == "q_ptr" else values[name].shape, type(values[name]),
+             {**vars(values[name]), "base": None})
+            for name, of in MATRICES.items()
+            if name in values
+        ]  # fmt: skip
+        partials = values.get("partials_ptr")
+        self._partials = None if partials is None else (place["partials_ptr"], partials.shape[0], partials.shape[2])
+        # Tensors would be kept in memory.
+        given = {*tensors, *MATRICES, "partials_ptr"}
+        self._values = [None if name in given else values[name] for name in place]
 
-    def run(self, *tensors: Tensor) -> None:
-        """Starts the kernel on the current stream.
-
-        Args:
-            *tensors: In the order of the kernel's arguments.
-        """
+    def run(self, m: int, tensors: Sequence[Any]) -> None:
+        """Start the kernel for M rows, at least 1, on the current stream."""
         values = self._values.copy()
-        for i, tensor in zip(self._tensors, tensors, strict=True):
-            values[i] = tensor
-        self._compiled[self._grid](*values)
+        for i, tensor in self._tensors:
+            values[i] = tensors[tensor]
+        if self._rows is not None:
+            values[self._rows] = m
+        for i, tensor, sizes, kind, about in self._matrices:
+            # Not by its constructor, whose checks take longer than all of this.
+            values[i] = matrix = object.__new__(kind)
+            matrix.__dict__ = {**about, "base": tensors[tensor], "shape": sizes or [m, *about["shape"][1:]]}
+        if self._partials:
+            i, splits, n = self._partials
+            values[i] = tensors[self._tensors[0][1]].new_empty(splits, m, n, dtype=torch.int32)
+        grid = self._grid.copy()
+        for i, programs in self._programs:
+            grid[i] = programs.of(m)
+        told = triton.knobs.runtime
+        if getattr(told.launch_enter_hook, "calls", True) or getattr(told.launch_exit_hook, "calls", True):
+            self._compiled[grid](*values)
+            return
+        # The same without what profilers want to know.
+        driver, kernel = triton.runtime.driver.active, self._compiled
+        stream = driver.get_current_stream(driver.get_current_device())
+        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+
+
+def _source(kernel: Any) -> Any:
+    """Return what Triton is to read a kernel as: Gluon has another start of the compiler."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _type(value: Any) -> str:
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, DESCRIPTORS):
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
     if isinstance(value, Tensor):
         return f"*{_TYPES[value.dtype]}"
     if isinstance(value, float):

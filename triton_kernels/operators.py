@@ -1,12 +1,11 @@
-"""The operators on GPUs: what `int8compile.ops` defines, by Triton kernels."""
+"""The operators of `int8compile.ops` on GPUs, by Triton kernels."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,47 +14,83 @@ from torch import Tensor
 from int8compile import hardware
 from int8compile.ops import portable, reference
 from int8compile.ops.declaration import Declaration
+from int8compile.ops.linear import grouped_by_definition
 from int8compile.ops.quantized import (
     NONE,
     by_definition,
+    check_norm,
     check_quantize_rows,
     check_quantized_linear,
     empty_result,
     empty_rows,
+    empty_sum,
     flattened,
+    norm_by_definition,
     quantize,
 )
 from int8compile.triton_kernels import autotune, tables
-from int8compile.triton_kernels.launch import Launch, Prepared
+from int8compile.triton_kernels.grouped_gemm.launch import launch as grouped_launch
+from int8compile.triton_kernels.launch import TENSORS, Launch, Prepared
 from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
+from int8compile.triton_kernels.quantize.launch import launch_norm
 from int8compile.triton_kernels.tables import Architecture, Config
 from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
 
 _library: torch.library.Library | None = None
 
-# Calls of a few rows, by all that they depend on but the tensors' values. Tensors begin at multiples of 16 bytes, as
-# all but parts of others do: kernels are compiled for that.
+
+class _Products:
+    """Prepared products that differ in the number of rows, which decides on the configuration, and in values.
+
+    Args:
+        choose: The table's configuration for a number of rows.
+    """
+
+    MOST = 4096
+
+    def __init__(self, choose: Callable[[int], Config]) -> None:
+        self.by_config: dict[Config, Prepared] = {}
+        self._by_rows: dict[int, Prepared] = {}
+        self._choose = choose
+
+    def of(self, m: int) -> Prepared | None:
+        """Return the product of M rows; None where its configuration is not prepared, or not measured yet."""
+        prepared = self._by_rows.get(m)
+        if prepared is None and not autotune.enabled():
+            prepared = self.by_config.get(self._choose(m))
+            if prepared is not None:
+                self.remember(m, prepared)
+        return prepared
+
+    def remember(self, m: int, prepared: Prepared) -> None:
+        """Have M rows take a product without a choice."""
+        if len(self._by_rows) >= self.MOST:
+            self._by_rows.clear()
+        self._by_rows[m] = prepared
+
+
+# By all that calls depend on but the number of rows and values. Tensors begin at multiples of 16 bytes, as all but
+# parts of others do: kernels are compiled for that.
 _prepared: dict[Any, Prepared] = {}
-# Of more rows the host's time does not matter, and there are many numbers of them.
-_PREPARED_ROWS = 64
+_products: dict[Any, _Products] = {}
 
 
 @functools.cache
 def architecture(index: int) -> Architecture | None:
-    """The tables of a GPU of this machine; None where Triton has no kernels for it."""
+    """Return the tables of a GPU of this machine; None where Triton has no kernels for it."""
     family = hardware.kernel_family(hardware.of(torch.device("cuda", index)).isa)
     return tables.ARCHITECTURES.get(family)
 
 
 @functools.cache
 def multiprocessors(index: int) -> int:
-    """How many programs a GPU of this machine runs side by side, at least."""
+    """Return how many programs a GPU of this machine runs side by side, at least."""
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def register() -> None:
-    """Registers the kernels for the dispatch key CUDA (ROCm's too), once."""
+    """Register the kernels for the dispatch key CUDA (ROCm's too), once."""
     global _library
     if _library is not None:
         return
@@ -65,18 +100,10 @@ def register() -> None:
 
 
 def launch_of(product: Product, config: Config) -> Launch:
-    """The call that computes a product with a configuration."""
+    """Return the call that computes a product with a configuration."""
     module = importlib.import_module(f"int8compile.triton_kernels.{config.kernel}.launch")
     made: Launch = module.launch(product, config)
     return made
-
-
-def _prepare(key: Any, call: Launch) -> None:
-    """Runs a call and keeps it, unless it is only a makeshift."""
-    prepared = call.prepare()
-    # What is captured cannot be measured; the first call outside of a graph is.
-    if prepared is not None and not (autotune.enabled() and torch.cuda.is_current_stream_capturing()):
-        _prepared[key] = prepared
 
 
 def _index(x: Tensor) -> int:
@@ -84,56 +111,118 @@ def _index(x: Tensor) -> int:
 
 
 def _on(device: int) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make a device the current one, which Triton launches on."""
     return _HERE if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 _HERE = contextlib.nullcontext()
 
 
-def _quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
-    index = _index(x)
-    key = None
-    if not (x.data_ptr() if d is None else x.data_ptr() | d.data_ptr()) % 16:
-        rotation = None if d is None else (d.device, d.shape, d.dtype, d.stride())
-        key = (index, x.shape, x.stride(), x.dtype, rotation, threshold)
-    prepared = _prepared.get(key)
-    if prepared is None:
-        return _quantize_rows_checked(x, d, threshold, key)
-    q, rows = empty_rows(x if x.dim() == 2 else flattened(x), threshold)
-    with _on(index):
-        if d is None:
-            prepared.run(x, q, rows)
+def _key(*tensors: Tensor | None) -> Any:
+    """Return what kernels depend on in tensors; None where one does not begin at a multiple of 16 bytes."""
+    places = 0
+    kinds: list[Any] = []
+    for tensor in tensors:
+        if tensor is not None:
+            places |= tensor.data_ptr()
+            kinds += (tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         else:
-            prepared.run(x, d, q, rows)
-    return q, rows
+            kinds.append(None)
+    return None if places % 16 else (*kinds,)
 
 
-def _quantize_rows_checked(x: Tensor, d: Tensor | None, threshold: float, key: Any) -> tuple[Tensor, Tensor]:
-    """Quantize after the checks that one call of a kind needs."""
-    check_quantize_rows(x, d, threshold)
-    index, given = _index(x), (x, d)
+def _key_of_rows(x: Tensor) -> Any:
+    """Return the same for x, whose rows are contiguous, whatever their number."""
+    k = x.shape[-1] if x.dim() else 0
+    return None if x.data_ptr() % 16 else (x.device, x.dtype, k, k if x.is_contiguous() else x.stride(0))
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """Return x if it is contiguous, or as [M, K] with contiguous rows."""
+    if x.is_contiguous():
+        return x
     x = flattened(x)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """Return what `_with_rows` made as [M, K]; a single row has a stride of K, too."""
+    return x.view(-1).view(-1, x.shape[-1]) if x.is_contiguous() else x
+
+
+def _contiguous(*tensors: Tensor | None) -> Iterator[Any]:
+    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _quantizing(index: int) -> Architecture | None:
+    """Return the tables of a GPU of this machine; None where there are no kernels for quantized activations."""
     arch = architecture(index)
-    if arch is None or not arch.instruction or x.numel() == 0:
-        return quantize(x, d, threshold)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    d = None if d is None else d.contiguous()
-    q, rows = empty_rows(x, threshold)
+    return arch if arch is not None and arch.instruction else None
+
+
+def _start(call: Launch, key: Any, op: str) -> None:
+    """Run a call, and keep it if there is a key."""
+    prepared = call.prepare(TENSORS[op])
+    if prepared is not None and key is not None:
+        _prepared[key] = prepared
+
+
+def _quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    index, x, d = _index(x), _with_rows(x), None if d is None else d.contiguous()
+    of_x, of_d = _key_of_rows(x), _key(d)
+    key = (of_x, of_d, threshold) if of_x and of_d else None
+    prepared = _prepared.get(key)
+    if prepared is None or x.numel() == 0:
+        check_quantize_rows(x, d, threshold)
+        if x.numel() == 0 or not _quantizing(index):
+            return quantize(x, d, threshold)
+    made = empty_rows(x, threshold)
     with _on(index):
-        call = quantize_launch(x, d, threshold, q, rows)
-        same = x.data_ptr() == given[0].data_ptr() and d is given[1]
-        if key and x.shape[0] <= _PREPARED_ROWS and same:
-            _prepare(key, call)
+        if prepared is not None:
+            prepared.run(made[0].shape[1], (x, d, *made))
         else:
-            call.run()
-    return q, rows
+            _start(quantize_launch(_matrix(x), d, threshold, *made), key, "quantize_rows")
+    return made
+
+
+def _norm_quantize_rows(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: Tensor | None,
+    kind: int,
+    eps: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index, given = _index(x), (x, residual, weight, bias, d, kind, eps, threshold)
+    fits = residual is None or residual.shape == x.shape
+    x, residual = _with_rows(x), None if residual is None else _with_rows(residual)
+    weight, bias, d = _contiguous(weight, bias, d)
+    of_rows = (_key_of_rows(x), True if residual is None else _key_of_rows(residual))
+    fixed = _key(weight, bias, d)
+    key = (of_rows, residual is None, fixed, kind, eps, threshold) if fits and fixed and all(of_rows) else None
+    prepared = _prepared.get(key)
+    if prepared is None or x.numel() == 0:
+        check_norm(*given[:5], kind, threshold)
+        if x.numel() == 0 or not _quantizing(index):
+            return norm_by_definition(*given)
+    total = empty_sum(given[0], residual)
+    made = empty_rows(x, threshold)
+    with _on(index):
+        if prepared is not None:
+            prepared.run(made[0].shape[1], (x, residual, weight, bias, d, total, *made))
+        else:
+            added = None if residual is None else _matrix(residual)
+            call = launch_norm(_matrix(x), added, weight, bias, d, kind, eps, threshold, total, *made)
+            _start(call, key, "norm_quantize_rows")
+    return total, *made
 
 
 def _quantized_linear(
     q: Tensor,
     rows: Tensor,
+    counters: Tensor,
     qweight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -142,60 +231,61 @@ def _quantized_linear(
     n1: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    index = _index(q)
-    places = q.data_ptr() | rows.data_ptr() | qweight.data_ptr() | scale.data_ptr()
-    key = None
-    if not (places if bias is None else places | bias.data_ptr()) % 16:
-        with_bias = None if bias is None else (bias.device, bias.shape, bias.dtype, bias.stride())
-        weight = (qweight.device, qweight.dtype, qweight.shape, qweight.stride())
-        with_scale = (scale.device, scale.dtype, scale.shape, scale.stride())
-        key = (q.device, q.shape, rows.shape, weight, with_scale, with_bias, activation, n0, n1, dtype)
-    prepared = _prepared.get(key)
+    index, (of_q, of_rows) = _index(q), (q.shape, rows.shape)
+    key, fixed = None, _key(qweight, scale, bias)
+    places = q.data_ptr() | rows.data_ptr() | counters.data_ptr()
+    whole = q.is_contiguous() and rows.is_contiguous() and counters.is_contiguous()
+    if fixed and whole and not places % 16 and len(of_q) == 3 and of_q[1:2] == of_rows[1:]:
+        of_x = (q.device, q.dtype, of_q[0], of_q[2], rows.dtype, of_rows[0], counters.dtype, counters.shape)
+        key = (of_x, fixed, activation, n0, n1, dtype)
+    products = _products.get(key)
+    prepared = products.of(of_q[1]) if products is not None and of_q[1] else None
     if prepared is None:
-        return _quantized_linear_checked(q, rows, qweight, scale, bias, activation, n0, n1, dtype, key)
+        return _first_product(key, q, rows, counters, qweight, scale, bias, activation, n0, n1, dtype)
     y = empty_result(q, qweight, activation, n0, dtype)
     with _on(index):
-        if bias is None:
-            prepared.run(q, rows, qweight, scale, y)
-        else:
-            prepared.run(q, rows, qweight, scale, bias, y)
+        prepared.run(of_q[1], (q, rows, counters, qweight, scale, bias, y))
     return y
 
 
-def _quantized_linear_checked(
-    q: Tensor,
-    rows: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    activation: int,
-    n0: int,
-    n1: int,
-    dtype: torch.dtype,
-    key: Any,
-) -> Tensor:
-    """Multiply after the checks that one call of a kind needs."""
-    check_quantized_linear(q, rows, qweight, scale, bias, activation, n0, n1, dtype)
+def _first_product(key: Any, *given: Any) -> Tensor:
+    """Compute `quantized_linear` where nothing is prepared, and prepare it if there is a key."""
+    check_quantized_linear(*given)
+    q, rows, counters, qweight, scale, bias, activation, n0, n1, dtype = given
     (_, m, k), n = q.shape, qweight.shape[0]
     index = _index(q)
-    arch = architecture(index)
-    if arch is None or not arch.instruction or 0 in (m, n, k):
-        return by_definition(q, rows, qweight, scale, bias, activation, n0, n1, dtype)
-    given = (qweight, scale, bias)
+    arch = _quantizing(index)
+    if arch is None or 0 in (m, n, k):
+        return by_definition(*given)
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
-    scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
+    scale, bias, q, rows, counters = _contiguous(scale, bias, q, rows, counters)
+    if not (qweight is given[3] and scale is given[4] and bias is given[5]):
+        key = None
     y = empty_result(q, qweight, activation, n0, dtype)
-    product = Product(q, rows, qweight, scale, bias, y, activation, n0, n1)
-    configs = tables.candidates(arch, m, k)
-    if (qweight.data_ptr() | q.data_ptr() | qweight.stride(0)) % 16:
-        configs = tuple(config for config in configs if config.kernel != "tma_gemm")
+    product = Product(q, rows, counters, qweight, scale, bias, y, activation, n0, n1)
+    aligned = (qweight.data_ptr() | q.data_ptr() | qweight.stride(0)) % 16 == 0
+    sms = multiprocessors(index)
+
+    def configs(m: int) -> tuple[Config, ...]:
+        return tables.candidates(arch, m, k, aligned=aligned)
+
     with _on(index):
-        call = launch_of(product, autotune.choose(product, configs, multiprocessors(index), launch_of))
-        if key and m <= _PREPARED_ROWS and all(map(operator.is_, given, (qweight, scale, bias))):
-            _prepare(key, call)
+        config = autotune.choose(product, configs(m), sms, launch_of)
+        products = _products.get(key)
+        if products is None:
+            products = _Products(lambda m: tables.choose(configs(m), m, n, k, sms))
+        prepared = products.by_config.get(config)
+        if prepared is not None:
+            prepared.run(m, (q, rows, counters, qweight, scale, bias, y))
         else:
-            call.run()
+            prepared = launch_of(product, config).prepare(TENSORS["quantized_linear"])
+    if key is not None and prepared is not None:
+        products.by_config[config] = prepared
+        # What is captured cannot be measured; the first call outside of a graph is.
+        if not (autotune.enabled() and torch.cuda.is_current_stream_capturing()):
+            products.remember(m, prepared)
+        _products[key] = products
     return y
 
 
@@ -209,7 +299,42 @@ def _linear(
 def _batched_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    return reference.each_of(_linear, x, qweight, scale, d, bias, threshold)
+    if not _quantizing(_index(x)) or 0 in (*x.shape, qweight.shape[1]):
+        return reference.each_of(_linear, x, qweight, scale, d, bias, threshold)
+    return _groups(x.flatten(0, 1), qweight, scale, d, bias, threshold, None, x.shape[1]).view(*x.shape[:2], -1)
+
+
+def _grouped_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, ends: Tensor, threshold: float
+) -> Tensor:
+    """Multiply rows with the weight of their expert, without reading `ends` on the host.
+
+    So it cannot be checked: where it does not ascend, results are NaN and nothing is raised.
+    """
+    if not _quantizing(_index(x)) or 0 in (*x.shape, *qweight.shape):
+        return grouped_by_definition(x, qweight, scale, d, ends, threshold)
+    return _groups(x, qweight, scale, d, None, threshold, ends.to(x.device), 0)
+
+
+def _groups(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    d: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    ends: Tensor | None,
+    rows_per_group: int,
+) -> Tensor:
+    """Multiply x [M, K] by groups of rows, which end at `ends` or have equal sizes: one launch for each step."""
+    index, x = _index(x), _matrix(_with_rows(x))
+    d, bias, ends, qweight, scale = _contiguous(d, bias, ends, qweight, scale)
+    q, rows, counters = empty_rows(x, threshold)
+    y = x.new_empty(x.shape[0], qweight.shape[1])
+    with _on(index):
+        quantize_launch(x, d, threshold, q, rows, counters, ends, rows_per_group).run()
+        grouped_launch(Product(q, rows, counters, qweight, scale, bias, y), ends, rows_per_group).run()
+    return y
 
 
 def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -222,9 +347,9 @@ def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | N
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
-    d, bias = (None if each is None else each.contiguous() for each in (d, bias))
+    d, bias, qweight, scale = _contiguous(d, bias, qweight, scale)
     with _on(_index(x)):
-        for call in weight_only_launches(flat, d, qweight.contiguous(), scale.contiguous(), bias, y.view(-1, n)):
+        for call in weight_only_launches(flat, d, qweight, scale, bias, y.view(-1, n)):
             call.run()
     return y
 
@@ -232,7 +357,9 @@ def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | N
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "linear": Declaration("linear", _linear).implementation,
     "batched_linear": Declaration("batched_linear", _batched_linear, batch_dims=1).implementation,
+    "grouped_linear": Declaration("grouped_linear", _grouped_linear, grouped=True).implementation,
     "weight_only_linear": Declaration("weight_only_linear", _weight_only_linear, quantizes=False).implementation,
     "quantize_rows": _quantize_rows,
+    "norm_quantize_rows": _norm_quantize_rows,
     "quantized_linear": _quantized_linear,
 }
