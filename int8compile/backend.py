@@ -95,7 +95,8 @@ def _int8(gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config) ->
     if inductor_config.freezing:  # Which its freezing of constants would need, and inputs are none.
         patches = {"freezing": False} | patches
     if report.rewritten and _any_on("cuda", parameters) and _gpu_kernels(parameters):
-        lower_for_gpu(module, binder, parameters)
+        lowered = lower_for_gpu(module, binder, parameters)
+        report.fused_norms, report.unfused_norms = lowered.norms, lowered.unfused
         module.graph.lint()
     for note in report.notes:
         warn_once(note)

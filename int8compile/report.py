@@ -151,6 +151,10 @@ class Report:
         graphs: Number of graphs the model was captured in; more than one means graph breaks.
         unused_patterns: Entries of `skip_modules` that matched nothing.
         notes: What else the user should know, in sentences.
+        fused_norms: Norms that are computed as their results are quantized, on GPUs.
+        unfused_norms: Norms before int8 linears on GPUs that are computed by themselves, by module path or name of the
+            node, and why. Known once a graph is compiled or exported: it is in what the backend logs (DEBUG) and in
+            what `export` returns, not in what `explain` does.
     """
 
     sites: list[Site] = dataclasses.field(default_factory=list)
@@ -158,6 +162,8 @@ class Report:
     graphs: int = 0
     unused_patterns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fused_norms: int = 0
+    unfused_norms: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -191,12 +197,13 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data: `sites`, `totals`, `unused_patterns`, `notes`."""
+        """The report as plain data: `sites`, `totals`, `unused_patterns`, `notes`, `norms`."""
         return {
             "sites": [site.to_dict() for site in self.sites],
             "totals": self.totals(),
             "unused_patterns": list(self.unused_patterns),
             "notes": list(self.notes),
+            "norms": {"fused": self.fused_norms, "unfused": [list(norm) for norm in self.unfused_norms]},
         }
 
     def summary(self) -> str:
@@ -209,7 +216,9 @@ class Report:
         if not totals["graphs"]:
             return line  # Nothing was captured: modules were replaced.
         line += f", {totals['activation_matmuls']} matmuls of two activations left alone, {totals['graphs']} graph"
-        return line if totals["graphs"] == 1 else line + "s"
+        line += "" if totals["graphs"] == 1 else "s"
+        norms = self.fused_norms + len(self.unfused_norms)
+        return f"{line}, {self.fused_norms} of {norms} norms fused with quantization" if norms else line
 
     def first_reasons(self) -> str:
         """The first sites with their reasons, for warnings."""
@@ -248,10 +257,12 @@ class Report:
         lines = [tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True), "", self.summary()]
         by_reason: dict[str, list[str]] = collections.defaultdict(list)
         for site in self.skipped:
-            by_reason[site.why()].append(site.path)
+            by_reason[f"float: {{}}: {site.why()}"].append(site.path)
+        for path, why in self.unfused_norms:
+            by_reason[f"norm not fused: {{}}: {why}"].append(path)
         for why, paths in by_reason.items():
             named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-            lines.append(f"- float: {named}: {why}")
+            lines.append(f"- {why}".replace("{}", named, 1))
         lines.extend(f"- skip_modules pattern {pattern!r} matched nothing" for pattern in self.unused_patterns)
         lines.extend(f"- {note}" for note in self.notes)
         return "\n".join(lines)

@@ -2,15 +2,17 @@
 
 q, k and v become one product with the three weights one behind the other; `silu(gate) * up` one product with the two
 weights' rows in turns, whose end computes it; and an activation function that alone reads a linear, that linear's end.
+A norm that only they read, with the residual add before it, becomes part of the quantization (`norms.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,9 @@ from torch.fx import GraphModule, Node
 from int8compile import hardware, ops
 from int8compile.ops import quantized
 from int8compile.passes.binding import Binder, Member, QuantizedNodes, WeightSlot
+from int8compile.passes.norms import NormFusion
 from int8compile.passes.rewrite import NEEDS_GRAD
-from int8compile.passes.siblings import is_barrier, siblings
+from int8compile.passes.siblings import is_barrier, siblings, stream_of
 from int8compile.passes.static import meta_tensor, traced, weight_view
 
 aten = torch.ops.aten
@@ -36,15 +39,19 @@ _MUL = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
 
 @dataclasses.dataclass
 class Lowered:
-    """What was made.
+    """The result of lowering a graph.
 
     Attributes:
         products: Products with quantized activations.
         quantized: Activations that are quantized for them.
+        norms: Norms that are computed as those are quantized.
+        unfused: Other norms, by module path or name of the node, and why they are computed by themselves.
     """
 
     products: int = 0
     quantized: int = 0
+    norms: int = 0
+    unfused: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
 def lower_for_gpu(
@@ -53,9 +60,10 @@ def lower_for_gpu(
     parameters: Mapping[Node, Tensor],
     is_gpu: Callable[[torch.device], bool] | None = None,
 ) -> Lowered:
-    """Splits the operators whose weight is on a GPU into quantize and product, in place.
+    """Split the operators whose weight is on a GPU into quantize and product, in place.
 
-    Operators that autograd records stay as they are.
+    Operators that autograd records stay as they are, and those on streams of the user's: what would be shared between
+    streams, counters of split sums too, would need them to wait for each other.
 
     Args:
         module: A rewritten graph.
@@ -72,7 +80,7 @@ def lower_for_gpu(
     held = _held(module, slots, is_gpu)
     lowering = _Lowering(module, binder, slots | held)
     for group in siblings(module, ops.linear.default, slots | held, limit=len(module.graph.nodes)):
-        nodes = [node for node in group if not node.meta.get(NEEDS_GRAD, True)]
+        nodes = [node for node in group if not node.meta.get(NEEDS_GRAD, True) and stream_of(node) is None]
         lowering.plan([node for node in nodes if node.args[1] in slots])
         for node in nodes:
             if node.args[1] in held:
@@ -84,7 +92,7 @@ def lower_for_gpu(
 def _held(
     module: GraphModule, slots: Mapping[Node, WeightSlot], is_gpu: Callable[[torch.device], bool]
 ) -> dict[Node, WeightSlot]:
-    """The weights that modules hold in int8: they are not joined, since memory would hold them twice."""
+    """Return the weights that modules hold in int8: they are not joined, since memory would hold them twice."""
     held = {}
     for node in module.graph.nodes:
         if node.target is not ops.linear.default:
@@ -98,7 +106,7 @@ def _held(
 
 
 def has_int8_kernels(device: torch.device) -> bool:
-    """Whether a device is a GPU for which Triton has int8 matrix instructions."""
+    """Return whether a device is a GPU for which Triton has int8 matrix instructions."""
     isa = hardware.of(device).isa if device.type == "cuda" else ""
     return bool(hardware.kernel_family(isa)) and not hardware.weight_only(isa)
 
@@ -110,17 +118,21 @@ class _Lowering:
         self._binder = binder
         self._slots = slots
         self._planned: list[tuple[Node, Callable[[], None]]] = []
-        self._quantized: dict[tuple[Node, Node | None, float, torch.dtype, int], list[Node]] = {}
+        self._quantized: dict[tuple[Node, Node | None, float, int], Node] = {}
         # What lies between two barriers may share what is computed there.
-        self._stretch: dict[Node, int] = {}
-        stretch = 0
-        for node in module.graph.nodes:
-            stretch += is_barrier(node)
-            self._stretch[node] = stretch
+        nodes = module.graph.nodes
+        self._stretch = dict(zip(nodes, itertools.accumulate(map(is_barrier, nodes)), strict=True))
+        # And nothing with what runs on other streams.
+        self._stretch |= {node: -1 for node in nodes if stream_of(node) is not None}
+        self._reads: dict[Node, tuple[Node | None, float, int]] = {}
+        self._norms = NormFusion(module.graph, self._stretch, self._reads)
 
     def plan(self, nodes: Sequence[Node]) -> None:
-        """Plans the products of linears of one activation, which can run at the place of the first of them."""
+        """Plan the products of linears of one activation, which can run at the place of the first of them."""
         rest = list(nodes)
+        for node in nodes:
+            *_, d, _, threshold = node.args
+            self._reads[node] = (d, threshold, self._stretch[node])  # type: ignore[assignment]
         for pair in _gated(nodes):
             rest = [node for node in rest if node not in pair]
             first = next(node for node in nodes if node in pair)
@@ -130,10 +142,11 @@ class _Lowering:
             self._planned.append((part[0], functools.partial(self._lower_parts, part)))
 
     def emit(self) -> None:
-        """Makes the products in the order of the graph: what the first quantizes is there for the others."""
-        order = {node: position for position, node in enumerate(self._graph.nodes)}
-        for _, lower in sorted(self._planned, key=lambda planned: order[planned[0]]):
+        """Make the products in the order of the graph: what the first quantizes is there for the others."""
+        for _, lower in sorted(self._planned, key=lambda planned: planned[0]):
             lower()
+        self._norms.clean()
+        self.done.norms, self.done.unfused = self._norms.fused, self._norms.unfused
 
     def _lower_gated(self, first: Node, gate: Node, up: Node, silu: Node, mul: Node) -> None:
         slots = self._slots_of([gate, up])
@@ -144,40 +157,34 @@ class _Lowering:
                 stacked = self._graph.call_function(torch.stack, ([gate.args[4], up.args[4]], 1))
                 bias = self._graph.call_method("flatten", (stacked,))
             (y,) = self._product(first, slot, bias, quantized.SILU_MUL, [slot.members[0].view.shape[0]])
-        y.meta.update(mul.meta)
-        mul.replace_all_uses_with(y)
-        for node in (mul, silu, gate, up):
-            self._graph.erase_node(node)
+        self._replace(y, mul, silu, gate, up)
         self._binder.drop(slots)
 
     def _lower_parts(self, nodes: Sequence[Node]) -> None:
-        """One product for up to three linears of one activation."""
-        first = nodes[0]
-        biases = [node.args[4] for node in nodes]
-        bias: Any = biases[0]
-        slots = self._slots_of(nodes)
-        if len(nodes) == 1:
-            slot = slots[0]
-            activation, replaced = _activation(first)
-        else:
-            slot = self._binder.join(slots)
-            activation, replaced = quantized.NONE, first
-        sizes = [member.view.shape[0] for member in slot.members]
+        """Make one product for up to three linears of one activation."""
+        first, slots = nodes[0], self._slots_of(nodes)
+        alone = len(nodes) == 1
+        activation, last = _activation(first) if alone else (quantized.NONE, first)
+        slot = slots[0] if alone else self._binder.join(slots)
+        bias: Any = first.args[4]
         with self._graph.inserting_before(first):
-            if bias is not None and len(nodes) > 1:
-                bias = self._graph.call_function(torch.cat, (biases,))
+            if bias is not None and not alone:
+                bias = self._graph.call_function(torch.cat, ([node.args[4] for node in nodes],))
+            sizes = [member.view.shape[0] for member in slot.members]
             results = self._product(first, slot, bias, activation, sizes)
-        if len(nodes) == 1:
-            results[0].meta.update(replaced.meta)
-            replaced.replace_all_uses_with(results[0])
-            for node in dict.fromkeys((replaced, first)):
-                self._graph.erase_node(node)
+        if alone:
+            self._replace(results[0], *dict.fromkeys((last, first)))
             return
         for node, result in zip(nodes, results, strict=True):
-            result.meta.update(node.meta)
-            node.replace_all_uses_with(result)
-            self._graph.erase_node(node)
+            self._replace(result, node)
         self._binder.drop(slots)
+
+    def _replace(self, result: Node, last: Node, *others: Node) -> None:
+        """Put a result in the place of the last of the calls that it was computed for."""
+        result.meta.update(last.meta)
+        last.replace_all_uses_with(result)
+        for node in (last, *others):
+            self._graph.erase_node(node)
 
     def _slots_of(self, nodes: Sequence[Node]) -> list[WeightSlot]:
         return [self._slots[node.args[1]] for node in nodes]  # type: ignore[index]
@@ -185,24 +192,24 @@ class _Lowering:
     def _product(
         self, at: Node, slot: WeightSlot, bias: Node | None, activation: int, sizes: Sequence[int]
     ) -> list[Node]:
-        """Appends a product of the activation that `at` reads; its results by parts, shaped as linears' are."""
-        x: Any = at.args[0]
-        d, threshold = cast("Node | None", at.args[3]), cast("float", at.args[5])
-        dtype = traced(at).dtype
-        graph = self._graph
-        q, rows = self._quantize(x, d, threshold, dtype, self._stretch[at])
+        """Append a product of the activation that `at` reads; return its results by parts, shaped as linears' are."""
+        graph, rank = self._graph, traced(at.args[0]).dim()  # type: ignore[arg-type]
+        call = self._quantize(at.args[0], *self._reads[at])  # type: ignore[arg-type]
+        begin = int(call.target is ops.norm_quantize_rows.default)  # Behind the sum.
+        activations = [graph.call_function(operator.getitem, (call, begin + i)) for i in range(3)]
         n0, n1 = (*sizes[:-1], 0, 0)[:2]
         y = graph.call_function(
             ops.quantized_linear.default,
-            (q, rows, slot.nodes.qweight, slot.nodes.scale, bias, activation, n0, n1, dtype),
+            (*activations, slot.nodes.qweight, slot.nodes.scale, bias, activation, n0, n1, traced(at).dtype),
         )
         self.done.products += 1
-        rank = traced(x).dim()
-        # Sizes of rows may change from call to call, so they are read from the activation.
-        leading = [graph.call_method("size", (x, i)) for i in range(rank - 1)]
+        if len(sizes) == 1 and rank == 2:
+            return [y]
+        # Sizes of rows may change from call to call, so they are read from tensors.
+        m = graph.call_method("size", (activations[0], 1))
+        leading = [m] if rank == 2 else [graph.call_method("size", (call.args[0], i)) for i in range(rank - 1)]
         if len(sizes) == 1:
-            return [y if rank == 2 else graph.call_method("view", (y, *leading, sizes[0]))]
-        m = graph.call_method("size", (q, 1))
+            return [graph.call_method("view", (y, *leading, sizes[0]))]
         results, begin = [], 0
         for size in sizes:
             length = graph.call_function(operator.mul, (m, size))
@@ -211,17 +218,18 @@ class _Lowering:
             begin += size
         return results
 
-    def _quantize(self, x: Node, d: Node | None, threshold: float, dtype: torch.dtype, stretch: int) -> list[Node]:
-        key = (x, d, threshold, dtype, stretch)
+    def _quantize(self, x: Node, d: Node | None, threshold: float, stretch: int) -> Node:
+        """Append the quantization of an activation, with the norm before it, where there is none yet."""
+        key = (x, d, threshold, stretch)
         if key not in self._quantized:
-            call = self._graph.call_function(ops.quantize_rows.default, (x, d, threshold))
-            self._quantized[key] = [self._graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+            unfused = (ops.quantize_rows.default, (x, d, threshold))
+            self._quantized[key] = self._norms.quantize(*key) or self._graph.call_function(*unfused)
             self.done.quantized += 1
         return self._quantized[key]
 
 
 def _gated(nodes: Sequence[Node]) -> Iterator[tuple[Node, Node, Node, Node]]:
-    """Pairs (gate, up) of linears of one activation, with the silu and the product in `silu(gate) * up`."""
+    """Yield pairs (gate, up) of linears of one activation, with the silu and the product in `silu(gate) * up`."""
     taken: set[Node] = set()
     for gate in nodes:
         silu = _only_user(gate, _SILU)
@@ -230,20 +238,15 @@ def _gated(nodes: Sequence[Node]) -> Iterator[tuple[Node, Node, Node, Node]]:
             continue
         up: Any = mul.args[0] if mul.args[1] is silu else mul.args[1]
         fits = up in nodes and up is not gate and len(up.users) == 1 and not {gate, up} & taken
-        if fits and traced(up).shape == traced(gate).shape and _alone(gate) and _alone(up):
+        # A weight that another call reads stays as it is.
+        fits = fits and all(len(each.args[1].users) == 1 for each in (gate, up))  # type: ignore[union-attr]
+        if fits and traced(up).shape == traced(gate).shape:
             taken |= {gate, up}
             yield gate, up, silu, mul  # type: ignore[misc]
 
 
-def _alone(node: Node) -> bool:
-    """Whether no other call reads a linear's weight."""
-    weight = node.args[1]
-    assert isinstance(weight, Node)
-    return len(weight.users) == 1
-
-
 def _activation(node: Node) -> tuple[int, Node]:
-    """The activation function that alone reads a linear, and its node; NONE and the linear if there is none."""
+    """Return the activation function that alone reads a linear, and its node; NONE and the linear if there is none."""
     for number, targets in ((quantized.RELU, _RELU), (quantized.SILU, _SILU), (quantized.GELU, _GELU)):
         user = _only_user(node, targets)
         if user is None or user.args[1:]:
@@ -259,4 +262,5 @@ def _only_user(node: Node, targets: Sequence[object]) -> Node | None:
         return None
     (user,) = node.users
     same = meta_tensor(user) is not None and traced(user).dtype == traced(node).dtype
+    same = same and stream_of(user) == stream_of(node)
     return user if user.target in targets and node in user.args and same else None

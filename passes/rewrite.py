@@ -73,7 +73,8 @@ def _erase_unread_views(graph: Graph, chain: Sequence[Node]) -> None:
 # Key in the meta of an operator's node: whether autograd records it.
 NEEDS_GRAD = "int8compile_needs_grad"
 
-_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+# Of these "custom" says which of the user's streams a call runs on.
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 
 class _Emitter:

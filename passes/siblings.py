@@ -46,10 +46,19 @@ def siblings(module: GraphModule, target: object, weights: Collection[Node], lim
 
 
 def is_barrier(node: Node) -> bool:
-    """Whether a call must not pass this node: it writes to a tensor, or switches autocast or the like."""
+    """Return whether a call must not pass this node: it writes to a tensor, waits, or switches autocast or the like."""
     if node.op not in ("call_function", "call_method"):
         return node.op == "call_module"
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True  # A Triton kernel of the user's, a region with a graph of its own: either may write.
+    operators = torch._ops.OpOverload | torch._ops.OpOverloadPacket
+    if isinstance(node.target, operators) and str(node.target).startswith("streams."):
+        return True  # It waits for another stream, or has another one wait.
     name = getattr(node.target, "__name__", "")
     return bool(written(node)) or name.startswith(("_enter_", "_exit_", "_set_", "_grad_", "_jvp_"))
+
+
+def stream_of(node: Node) -> int | None:
+    """Return which of the user's streams a call runs on, by Dynamo's number; None where none was chosen."""
+    number: int | None = (node.meta.get("custom") or {}).get("stream")
+    return number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,63 +13,14 @@ from torch.fx import GraphModule, Node
 
 from int8compile import Int8Config, backend, hardware, memory_footprint, ops, quantize_, triton_kernels
 from int8compile.export import rewrite
-from int8compile.ops import quantize_weight, quantized, reference
+from int8compile.ops import quantized, reference
 from int8compile.passes import lower_gpu
 from int8compile.passes.lower_gpu import Lowered
 from int8compile.weights import STORE
+from tests.lowered import Seen, by_operator, compiled, near
 from tests.test_passes import SPELLINGS, Weights
 
 ERROR = 0.03  # of int8, far above what any of the models here has
-
-
-class Seen:
-    """What the last graph was lowered to."""
-
-    lowered = Lowered()
-    graph: GraphModule
-    graphs = 0
-
-    def products(self) -> list[Node]:
-        return [node for node in self.graph.graph.nodes if node.target is ops.quantized_linear.default]
-
-    def activations(self) -> list[object]:
-        return [node.args[5] for node in self.products()]
-
-    def parts(self) -> list[tuple[object, ...]]:
-        return [node.args[6:8] for node in self.products()]
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    """Has the backend take the CPU for a GPU."""
-    seen = Seen()
-
-    def lower(module: GraphModule, binder: object, parameters: object) -> Lowered:
-        seen.lowered = lower_gpu.lower_for_gpu(module, binder, parameters, lambda device: True)  # type: ignore[arg-type]
-        seen.graph = module
-        seen.graphs += 1
-        return seen.lowered
-
-    monkeypatch.setattr(backend, "lower_for_gpu", lower)
-    monkeypatch.setattr(backend, "_any_on", lambda kind, parameters: kind == "cuda")
-    monkeypatch.setattr(triton_kernels, "load", lambda: True)
-    return seen
-
-
-def compiled(call: Callable[..., object], **options: object) -> Callable[..., object]:
-    return torch.compile(call, backend="int8", fullgraph=True, options=options)
-
-
-def by_operator(layer: nn.Linear, x: Tensor, threshold: float = 12.0) -> Tensor:
-    """By the reference, rotated as the store has it rotated."""
-    (weight,) = STORE.weights(layer.weight).values()
-    assert weight.d is not None
-    return reference.linear(x, *quantize_weight(layer.weight.detach(), weight.d), weight.d, layer.bias, threshold)
-
-
-def near(actual: Tensor, expected: Tensor) -> bool:
-    """Equal but for the last bits of activation functions."""
-    return bool(((actual - expected).abs() <= 1e-6 * expected.abs().max()).all())
 
 
 class Parts(nn.Module):
@@ -82,6 +33,31 @@ class Parts(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [part(x) for part in self.children()]
+
+
+@torch.no_grad()
+def test_what_runs_on_another_stream_is_left_whole(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shares nothing with what runs on this one, such as counters of split sums, and stays on its stream."""
+    # Inductor has no streams on the CPU.
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, fakes, **options: module.forward)
+    parts, x = Parts(32, 17, 40), torch.randn(2, 64)
+    here, there, rest = parts.children()
+
+    def call(x: Tensor) -> list[Tensor]:
+        y = here(x)
+        with torch.Stream(device="cpu"):
+            z, activated = there(x), F.relu(y)
+            after_norm = rest(F.rms_norm(x, (64,)))
+        return [y, z, activated, after_norm, rest(F.rms_norm(x, (64,)))]
+
+    results = compiled(call)(x)
+    assert (seen.lowered.products, seen.lowered.quantized, seen.lowered.norms) == (2, 2, 1)
+    left = [node for node in seen.graph.graph.nodes if node.target is ops.linear.default]
+    assert len(left) == 2
+    assert all(node.meta["custom"] == {"stream": 0} for node in left)
+    assert seen.activations() == [quantized.NONE] * 2
+    for actual, expected in zip(results, call(x), strict=True):  # type: ignore[call-overload]
+        assert (actual - expected).norm() <= ERROR * expected.norm()
 
 
 @torch.no_grad()
@@ -301,10 +277,14 @@ def test_options_reach_the_operators(options: dict[str, object], seen: Seen) -> 
     model, x = Normed(), torch.randn(5, 64)
     y = compiled(model, **options)(x)
     threshold = options.get("threshold", 12.0 if "rotate" not in options else 6.0)
-    quantizations = [node for node in seen.graph.graph.nodes if node.target is ops.quantize_rows.default]
-    assert [node.args[2] for node in quantizations] == [threshold] * 2
-    assert [node.args[1] is None for node in quantizations] == ["rotate" in options] * 2
-    assert len({node.args[1] for node in quantizations}) == (1 if "rotate" in options else 2)
+    given = [
+        node.args[-1:] + node.args[1:2] if node.target is ops.quantize_rows.default else node.args[-1:] + node.args[4:5]
+        for node in seen.graph.graph.nodes
+        if node.target in (ops.norm_quantize_rows.default, ops.quantize_rows.default)
+    ]
+    assert [each for each, _ in given] == [threshold] * 2
+    assert [d is None for _, d in given] == ["rotate" in options] * 2
+    assert len({d for _, d in given}) == (1 if "rotate" in options else 2)
     assert (y - model(x)).norm() <= ERROR * model(x).norm()  # type: ignore[operator]
 
 
@@ -477,7 +457,7 @@ def test_weights_that_int8_modules_give_up_are_joined(seen: Seen) -> None:
 
 def lowered_calls(graph: GraphModule) -> list[tuple[str, tuple[object, ...]]]:
     """What is quantized and multiplied, with all arguments that are no tensors."""
-    ours = (ops.quantize_rows.default, ops.quantized_linear.default)
+    ours = (ops.norm_quantize_rows.default, ops.quantize_rows.default, ops.quantized_linear.default)
     return [
         (str(node.target), tuple(each for each in node.args if not isinstance(each, Node)))
         for node in graph.graph.nodes
