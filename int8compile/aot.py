@@ -56,7 +56,14 @@ _CPU_OPERATORS = (
     ops.weight_only_linear_no_grad.default,
     ops.grouped_linear.default,
 )
-_GPU_OPERATORS = (ops.quantize_rows.default, ops.quantized_linear.default, ops.weight_only_linear.default)
+_GPU_OPERATORS = (
+    ops.quantize_rows.default,
+    ops.norm_quantize_rows.default,
+    ops.quantized_linear.default,
+    ops.grouped_linear.default,
+    ops.batched_linear.default,
+    ops.weight_only_linear.default,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,12 +274,28 @@ def _planned(module: GraphModule, program: ExportedProgram, gpu: Gpu) -> Planner
     planner = Planner(gpu)
     for node in module.graph.nodes:
         if node.target is ops.quantized_linear.default:
-            q, _, qweight, _, bias, *rest, dtype = node.args
+            q, _, _, qweight, _, bias, *rest, dtype = node.args
             n, k = attribute(module, qweight).shape
-            x, d, threshold = q.args[0].args
-            want(x, planner.quantize_rows, k, dtype, d is not None, threshold)
+            quantized = q.args[0]
+            x, *parts, threshold = quantized.args
+            of_x = traced(x).dtype
+            if quantized.target is ops.norm_quantize_rows.default:
+                residual, weight, norm_bias, d, kind, eps = parts
+                dtypes = (_dtype(module, weight), _dtype(module, norm_bias))
+                norm = (residual is not None, *dtypes, d is not None, kind, eps, threshold)
+                want(x, planner.norm_quantize_rows, k, of_x, *norm)
+            else:
+                want(x, planner.quantize_rows, k, of_x, parts[0] is not None, threshold)
             planes = 2 if threshold else 1
             want(x, planner.quantized_linear, n, k, planes, _dtype(module, bias), *rest, dtype)
+        elif node.target in (ops.grouped_linear.default, ops.batched_linear.default):
+            x, qweight, _, d, last, threshold = node.args
+            d_dims = 0 if d is None else attribute(module, d).dim()
+            grouped = node.target is ops.grouped_linear.default
+            dtypes = (traced(last).dtype, None) if grouped else (None, _dtype(module, last))
+            sizes = attribute(module, qweight).shape
+            call = (node.target._opname, *sizes, traced(node).dtype, d_dims, *dtypes, threshold)
+            want(x, planner.expert_linear, *call)
         elif node.target is ops.weight_only_linear.default:
             x, qweight, _, d, bias = node.args
             n, k = attribute(module, qweight).shape

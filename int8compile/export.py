@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from int8compile import cpu, hardware, ops, package, triton_kernels
+from int8compile import cpu, hardware, package, triton_kernels
 from int8compile.aot import Target, bounds, compile_graph, failing
 from int8compile.atomic import remove_leftovers, temporary_folder
 from int8compile.config import Int8Config
@@ -249,7 +249,8 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
     if form == "portable":
         lower_portable(module)
     elif for_gpu:
-        lower_for_gpu(module, binder, parameters, lambda device: True)
+        lowered = lower_for_gpu(module, binder, parameters, lambda device: True)
+        report.fused_norms, report.unfused_norms = lowered.norms, lowered.unfused
     else:
         lower_for_cpu(module, binder, parameters)
     module.graph.lint()
@@ -333,10 +334,9 @@ def _check_operators(module: GraphModule, target: Target) -> tuple[str, ...]:
         if not isinstance(node.target, torch._ops.OpOverload) or node.target in target.functions:
             continue
         if node.target.namespace == "int8compile":
-            portable = "form='portable' has it in operators of PyTorch. " * (node.target is ops.batched_linear.default)
             raise ExportError(
                 f"{module_path(node)} calls int8compile::{node.target._opname}, for which there is no kernel that a "
-                f"package can hold. {portable}torch.compile(model, backend='int8') runs it"
+                f"package can hold. torch.compile(model, backend='int8') runs it"
             )
         if node.target.namespace not in ("aten", "prims", "prim", "higher_order"):
             foreign[str(node.target)] = None

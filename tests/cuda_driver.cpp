@@ -14,12 +14,14 @@ constexpr int INVALID_CONTEXT = 201;
 
 Start start = nullptr;
 int capability = 90;
-int context;                            // Its address is one.
+int contexts[2];                       // Their addresses are those of the two devices.
+int numbered = 0;                      // The device that a package for the CPU, which has no number, is loaded on.
 thread_local void* current = nullptr;  // A thread has none until it is given one.
 bool capturing = false;
 
 struct Function {
   std::string image, name;
+  void* context;
   int shared = 48 * 1024;
 };
 
@@ -31,6 +33,10 @@ void test_set(Start given, int major_minor) {
   start = given;
   capability = major_minor;
 }
+void test_device(int given) { numbered = given; }
+// What this thread uses: a device's context, or none at all.
+void test_use(int device) { current = device < 0 ? nullptr : &contexts[device]; }
+int test_used() { return current ? int(static_cast<int*>(current) - contexts) : -1; }
 // As while a CUDA graph is captured: nothing can be loaded.
 void test_capture(bool given) { capturing = given; }
 
@@ -40,7 +46,7 @@ int cuGetErrorString(int, const char** text) {
   return 0;
 }
 int cuDeviceGet(int* device, int ordinal) {
-  *device = ordinal;
+  *device = ordinal < 0 ? numbered : ordinal;
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
@@ -56,18 +62,19 @@ int cuCtxSetCurrent(void* given) {
   current = given;
   return 0;
 }
-int cuDevicePrimaryCtxRetain(void** found, int) {
-  *found = &context;
+int cuDevicePrimaryCtxRetain(void** found, int device) {
+  *found = &contexts[device];
   return 0;
 }
 int cuModuleLoadData(void** module, const void* image) {
   if (!current) return INVALID_CONTEXT;
   if (capturing) return 900;
-  *module = new Function{static_cast<const char*>(image), ""};
+  *module = new Function{static_cast<const char*>(image), "", current};
   return 0;
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
-  *function = new Function{static_cast<Function*>(module)->image, name};
+  const Function& loaded = *static_cast<Function*>(module);
+  *function = new Function{loaded.image, name, loaded.context};
   return 0;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
@@ -78,8 +85,8 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 int cuFuncSetCacheConfig(void*, int) { return 0; }
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
                    unsigned threads_z, unsigned shared, void*, void** arguments, void** extra) {
-  if (!current) return INVALID_CONTEXT;
   const Function& kernel = *static_cast<Function*>(function);
+  if (current != kernel.context) return INVALID_CONTEXT;
   const uint32_t grid[] = {x, y, z};
   if (threads_y != 1 || threads_z != 1 || extra || int(shared) > kernel.shared) return 1;
   return start(kernel.image.c_str(), kernel.name.c_str(), grid, threads, shared, arguments);

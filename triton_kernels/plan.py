@@ -18,29 +18,33 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from int8compile.errors import ExportError
-from int8compile.ops.quantized import empty_result, empty_rows
+from int8compile.ops.quantized import empty_result, empty_rows, empty_sum
 from int8compile.triton_kernels import tables
-from int8compile.triton_kernels.launch import Launch
+from int8compile.triton_kernels.grouped_gemm.launch import config_of
+from int8compile.triton_kernels.grouped_gemm.launch import launch as grouped_launch
+from int8compile.triton_kernels.launch import DESCRIPTORS, MATRICES, TENSORS, Launch, Programs
 from int8compile.triton_kernels.operators import launch_of
 from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
+from int8compile.triton_kernels.quantize.launch import launch_norm
 from int8compile.triton_kernels.tables import Architecture, Config
 from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
 from int8compile.triton_kernels.weight_only.launch import tile_rows
 
-# The tensors that launcher.cpp has for each operator's kernels, in its order, by the names of kernels' arguments.
-_TENSORS = {
-    "quantize_rows": ("x_ptr", "d_ptr", "q_ptr", "rows_ptr"),
-    "quantized_linear": ("q_ptr", "rows_ptr", "weight_ptr", "scale_ptr", "bias_ptr", "y_ptr"),
-    "weight_only_linear": (*("x_ptr", "d_ptr", "X_ptr", "unit_ptr", "weight_ptr", "scale_ptr", "bias_ptr", "y_ptr"),),
-}
-# Matrices by what the copy engine's arguments are called.
-_MATRICES = {"x_desc": "q_ptr", "weight_desc": "weight_ptr"}
+# Arguments that follow from the number of rows.
+_ROWS = ("M", "rows_per_group")
 # c10::ScalarType.
-_SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15, None: -1}
+_SCALAR_TYPES = {
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bfloat16: 15,
+    None: -1,
+}
 # Bytes of a parameter, as PTX declares it.
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _MAP_BYTES = 128
@@ -48,7 +52,7 @@ _MAP_BYTES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What kernels are compiled for.
+    """A GPU that kernels are compiled for.
 
     Attributes:
         isa: "sm_90".
@@ -62,12 +66,12 @@ class Gpu:
 
     @property
     def capability(self) -> int:
-        """The compute capability as Triton counts it: 90."""
+        """Return the compute capability as Triton counts it: 90."""
         return int(self.isa.removeprefix("sm_"))
 
 
 class Planner:
-    """Collects what the operators of a graph start, for `least` to `most` rows; any number where `most` is None.
+    """A collection of what the operators of a graph start, for `least` to `most` rows; any number where `most` is None.
 
     Attributes:
         cubins: The compiled kernels by the names of their files.
@@ -89,7 +93,34 @@ class Planner:
             return [quantize_launch(x, _empty(k) if rotated else None, threshold, *empty_rows(x, threshold))]
 
         key = (k, _SCALAR_TYPES[dtype], int(rotated), _bits(threshold))
-        self._add("quantize_rows", key, (least, most), lambda m: None, started, 1)
+        self._add("quantize_rows", key, (least, most), started)
+
+    def norm_quantize_rows(
+        self,
+        k: int,
+        dtype: torch.dtype,
+        residual: bool,
+        weight_dtype: torch.dtype | None,
+        bias_dtype: torch.dtype | None,
+        rotated: bool,
+        kind: int,
+        eps: float,
+        threshold: float,
+        least: int,
+        most: int | None,
+    ) -> None:
+        """Add what `int8compile::norm_quantize_rows` starts for x [M, K] of a dtype."""
+
+        def started(m: int) -> list[Launch]:
+            x = _empty(m, k, dtype=dtype)
+            total = x if residual else None
+            weight, bias = (_empty(k, dtype=each) for each in (weight_dtype, bias_dtype))
+            made = (empty_sum(x, total), *empty_rows(x, threshold))
+            return [launch_norm(x, total, weight, bias, _empty(k) if rotated else None, kind, eps, threshold, *made)]
+
+        dtypes = (_SCALAR_TYPES[each] for each in (weight_dtype, bias_dtype))
+        key = (k, _SCALAR_TYPES[dtype], int(residual), *dtypes, int(rotated), kind, _bits(eps), _bits(threshold))
+        self._add("norm_quantize_rows", key, (least, most), started)
 
     def quantized_linear(
         self,
@@ -108,19 +139,19 @@ class Planner:
         arch, sms = self._gpu.arch, self._gpu.multiprocessors
 
         def chosen(m: int) -> Config:
-            return tables.choose(tables.candidates(arch, m, k), m, n, sms)
+            return tables.choose(tables.candidates(arch, m, k), m, n, k, sms)
 
         def started(m: int) -> list[Launch]:
-            q, qweight = _empty(planes, m, k, dtype=torch.int8), _empty(n, k, dtype=torch.int8)
-            bias = None if bias_dtype is None else _empty(n, dtype=bias_dtype)
-            y = empty_result(q, qweight, activation, n0, dtype)
-            product = Product(q, _empty(2, m), qweight, _empty(n), bias, y, activation, n0, n1)
+            quantized = empty_rows(_empty(m, k), float(planes - 1))
+            qweight = _empty(n, k, dtype=torch.int8)
+            y = empty_result(quantized[0], qweight, activation, n0, dtype)
+            product = Product(*quantized, qweight, _empty(n), _empty(n, dtype=bias_dtype), y, activation, n0, n1)
             return [launch_of(product, chosen(m))]
 
         # From that many rows on the largest tiles are enough for all multiprocessors.
         settled = max(*(config.bm * sms for config in arch.rows[tables.BUCKETS[-1]]), tables.BUCKETS[-1])
         key = (n, k, planes, activation, n0, n1, _SCALAR_TYPES[dtype], _SCALAR_TYPES[bias_dtype])
-        self._add("quantized_linear", key, (least, most), chosen, started, settled)
+        self._add("quantized_linear", key, (least, most), started, chosen, settled)
 
     def weight_only_linear(
         self,
@@ -136,15 +167,47 @@ class Planner:
 
         def started(m: int) -> list[Launch]:
             x, y = (_empty(m, size, dtype=dtype) for size in (k, n))
-            bias = None if bias_dtype is None else _empty(n, dtype=bias_dtype)
-            d = _empty(k) if rotated else None
+            d, bias = _empty(k) if rotated else None, _empty(n, dtype=bias_dtype)
             return weight_only_launches(x, d, _empty(n, k, dtype=torch.int8), _empty(n), bias, y)
 
         key = (n, k, _SCALAR_TYPES[dtype], int(rotated), _SCALAR_TYPES[bias_dtype])
-        self._add("weight_only_linear", key, (least, most), tile_rows, started, 17)
+        self._add("weight_only_linear", key, (least, most), started, tile_rows, 17)
+
+    def expert_linear(
+        self,
+        op: str,
+        experts: int,
+        n: int,
+        k: int,
+        dtype: torch.dtype,
+        d_dims: int,
+        ends_dtype: torch.dtype | None,
+        bias_dtype: torch.dtype | None,
+        threshold: float,
+        least: int,
+        most: int | None,
+    ) -> None:
+        """Add what `int8compile::grouped_linear` or `batched_linear` starts for weights [E, N, K].
+
+        M counts the rows of all experts. Those of batched_linear, which has no `ends`, have as many each.
+        """
+
+        def started(m: int) -> list[Launch]:
+            each = 0 if ends_dtype else -(-m // experts)
+            x, y = (_empty(each * experts or m, size, dtype=dtype) for size in (k, n))
+            d = _empty(*(experts, k)[2 - d_dims :]) if d_dims else None
+            ends = _empty(experts, dtype=ends_dtype)
+            made = empty_rows(x, threshold)
+            qweight, scale = _empty(experts, n, k, dtype=torch.int8), _empty(experts, n)
+            product = Product(*made, qweight, scale, _empty(experts, n, dtype=bias_dtype), y)
+            return [quantize_launch(x, d, threshold, *made, ends, each), grouped_launch(product, ends, each)]
+
+        dtypes = (_SCALAR_TYPES[each] for each in (ends_dtype, bias_dtype))
+        key = (experts, n, k, _SCALAR_TYPES[dtype], d_dims, *dtypes, _bits(threshold))
+        self._add(op, key, (least, most), started, lambda m: config_of(m, experts), 64 * experts + 1)
 
     def source(self) -> str:
-        """The plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""
+        """Return the plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""
         header = (importlib.resources.files("int8compile.cpu") / "csrc" / "plan.h").read_text()
         capability = divmod(self._gpu.capability, 10)
         kernels = ",\n".join(self._kernels.values())
@@ -162,18 +225,18 @@ class Planner:
         op: str,
         key: tuple[int, ...],
         rows: tuple[int, int | None],
-        decided: Callable[[int], Any],
         started: Callable[[int], list[Launch]],
-        settled: int,
+        decided: Callable[[int], Any] = lambda m: None,
+        settled: int = 1,
     ) -> None:
-        """Adds a call.
+        """Add a call.
 
         Args:
             op: The operator's name.
             key: What launcher.cpp finds it by.
             rows: The least and the largest number of them that there may be; None where there is no largest.
-            decided: What depends on the number of rows, besides the numbers of programs.
-            started: The kernels for a number of rows.
+            started: Returns the kernels for a number of rows.
+            decided: Returns what they depend on, besides the numbers of programs.
             settled: From that many rows on all have the same answer.
         """
         ranges = []
@@ -198,29 +261,31 @@ class Planner:
         sizes = [size for size, _, _ in arguments]
         declared = parameters(compiled.asm["ptx"])
         # Triton has pointers of its own behind ours, to memory that none of these kernels use.
-        own = declared[len(sizes) :]
-        if declared[: len(sizes)] != sizes or set(own) - {8}:
+        extra = declared[len(sizes) :]
+        if declared[: len(sizes)] != sizes or set(extra) - {8}:
             raise ExportError(
                 f"Triton's {launch.kernel.__name__} takes arguments of {declared} bytes, and {sizes} were expected: "
                 "this version of Triton hands them over in another way. form='portable' needs no kernels of ours"
             )
-        arguments += [(8, "number", 0)] * len(own)
+        arguments += [(8, "number", 0)] * len(extra)
         handed = ", ".join(f"{{Argument::{kind}, {value}}}" for _, kind, value in arguments)
-        programs = [(each.times, each.rows) for each in launch.programs] + [(1, 0)] * 2
-        grid = ", ".join(f"{{{_numbers(each)}}}" for each in programs[:3])
+        programs = (*launch.programs, Programs(), Programs())[:3]
+        grid = ", ".join(f"{{{_numbers(dataclasses.astuple(each))}}}" for each in programs)
         number = list(self._kernels).index(file)
-        return f"{{{number}, {{{grid}}}, {{{handed}}}, {{{', '.join(maps)}}}}}"
+        partials = launch.args.get("partials_ptr")
+        scratch = 0 if partials is None else partials.nbytes // launch.m
+        return f"{{{number}, {{{grid}}}, {{{handed}}}, {{{', '.join(maps)}}}, {scratch}}}"
 
 
 def parameters(ptx: str) -> list[int]:
-    """The bytes of each parameter of the kernel in a PTX text."""
+    """Return the bytes of each parameter of the kernel in a PTX text."""
     (entry,) = re.findall(r"\.entry[^(]*\(([^)]*)\)", ptx)
     found = re.findall(r"\.param (?:\.align \d+ )?\.(?:[usfb](\d+))[^,\[]*(?:\[(\d+)\])?", entry)
     return [_SIZES[bits] * int(length or 1) for bits, length in found]
 
 
 def _changes(rows: tuple[int, int | None], decided: Callable[[int], Any], settled: int) -> Iterator[int]:
-    """The numbers of rows at which another answer begins."""
+    """Yield the numbers of rows at which another answer begins."""
     least = max(rows[0], 1)  # No row, no kernel.
     last = max(settled, least)
     most = last if rows[1] is None else min(rows[1], last)
@@ -235,27 +300,29 @@ def _changes(rows: tuple[int, int | None], decided: Callable[[int], Any], settle
 def _arguments(
     op: str, launch: Launch, described: Sequence[Mapping[str, Any]]
 ) -> tuple[list[tuple[int, str, int]], list[str]]:
-    """What a kernel is handed: bytes, kind and value of each argument; and the matrices for the copy engine, as C++."""
-    tensors = _TENSORS[op]
+    """Return the bytes, kind and value of each argument of a kernel; and the matrices for the copy engine, as C++."""
+    tensors = TENSORS[op]
     arguments: list[tuple[int, str, int]] = []
     maps: list[str] = []
     for name, value in launch.args.items():
         if value is None:
             continue
-        if isinstance(value, TensorDescriptor):
+        if isinstance(value, DESCRIPTORS):
             about = described[len(maps)]
-            of_x = name == "x_desc"
+            of_x = MATRICES[name] == "q_ptr"
             sizes = (-1 if of_x else value.shape[0], value.shape[1], *about["block_size"])
-            number = tensors.index(_MATRICES[name])
+            number = tensors.index(MATRICES[name])
             arguments.append((_MAP_BYTES, "map", len(maps)))
             maps.append(f"{{{number}, {', '.join(map(str, sizes))}, {about['swizzle']}}}")
-            arguments.append((4, "rows", 0) if of_x else (4, "number", value.shape[0]))
+            arguments.append((4, "rows", 1) if of_x else (4, "number", value.shape[0]))
             arguments.append((4, "number", value.shape[1]))
             arguments += [(8, "number", stride) for stride in value.strides]
+        elif name == "partials_ptr":
+            arguments.append((8, "scratch", 0))
         elif isinstance(value, Tensor):
             arguments.append((8, "tensor", tensors.index(name)))
-        elif name == "M":
-            arguments.append((4, "rows", 0))
+        elif name in _ROWS and value:
+            arguments.append((4, "rows", launch.m // value))
         elif isinstance(value, float):
             arguments.append((4, "number", struct.unpack("<I", struct.pack("<f", value))[0]))
         else:
@@ -263,8 +330,9 @@ def _arguments(
     return arguments, maps
 
 
-def _empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
+def _empty(*size: int, dtype: torch.dtype | None = torch.float32) -> Any:
+    """Return a tensor without memory; None without a dtype."""
+    return None if dtype is None else torch.empty(size, dtype=dtype, device="meta")
 
 
 def _bits(number: float) -> int:

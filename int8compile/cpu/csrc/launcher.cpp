@@ -60,17 +60,6 @@ struct Driver {
     return driver;
   }
 
-  // Has this thread use a device: PyTorch makes a thread's context no sooner than it needs one itself.
-  void use(int device) const {
-    void* context = nullptr;
-    check(cuCtxGetCurrent(&context), "the GPU cannot be used");
-    if (context) return;
-    int ordinal;
-    check(cuDeviceGet(&ordinal, device), "the GPU cannot be used");
-    check(cuDevicePrimaryCtxRetain(&context, ordinal), "the GPU cannot be used");
-    check(cuCtxSetCurrent(context), "the GPU cannot be used");
-  }
-
   void check(int code, const std::string& what) const {
     if (code == 0) return;
     const char* text = nullptr;
@@ -106,13 +95,40 @@ struct Driver {
   }
 };
 
+// A device that a model was loaded on.
+struct Device {
+  void* context;               // the one that PyTorch uses too
+  std::vector<void*> kernels;  // the plan's
+};
+
 std::mutex mutex;
 // Set once, however many copies of the model its loader makes.
 const Plan* plan = nullptr;
 // PyTorch's function for the current stream of a device, which only PyTorch for GPUs has.
 CurrentStream current_stream = nullptr;
-// The plan's kernels on each device that a model was loaded on.
-std::map<int, std::vector<void*>> loaded;
+std::map<int, Device> devices;
+
+// Has this thread use a context, and then again what it used before. PyTorch makes a thread's context no sooner than it
+// needs one itself, and it may be another device's.
+class Current {
+ public:
+  explicit Current(void* context) {
+    const Driver& driver = Driver::get();
+    driver.check(driver.cuCtxGetCurrent(&before_), "the GPU cannot be used");
+    if (before_ == context) return;
+    driver.check(driver.cuCtxSetCurrent(context), "the GPU cannot be used");
+    changed_ = true;
+  }
+  ~Current() {
+    if (changed_) Driver::get().cuCtxSetCurrent(before_);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  void* before_ = nullptr;
+  bool changed_ = false;
+};
 
 void* load(const Kernel& kernel) {
   const Driver& driver = Driver::get();
@@ -132,39 +148,32 @@ void* load(const Kernel& kernel) {
 }
 
 // All kernels at once, since nothing can be loaded while a CUDA graph is captured.
-void load_all(const Plan& made, CurrentStream stream, int device) {
+void load_all(const Plan& made, CurrentStream stream, int index, int ordinal) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (!plan) {
     plan = &made;
     current_stream = stream;
   }
-  std::vector<void*>& functions = loaded[device];
-  if (!functions.empty()) return;
-  std::vector<void*> complete;
-  for (const Kernel& kernel : plan->kernels) complete.push_back(load(kernel));
-  functions = complete;
+  if (devices.count(index)) return;
+  const Driver& driver = Driver::get();
+  Device device;
+  driver.check(driver.cuDevicePrimaryCtxRetain(&device.context, ordinal), "the GPU cannot be used");
+  const Current current(device.context);
+  for (const Kernel& kernel : plan->kernels) device.kernels.push_back(load(kernel));
+  devices.emplace(index, std::move(device));
 }
 
-void* function(size_t number, int device) {
+const Device& device_of(int index) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = loaded.find(device);
-  if (found == loaded.end()) refuse("an activation is on GPU " + std::to_string(device) + ", and the model is not");
-  return found->second[number];
+  const auto found = devices.find(index);
+  if (found == devices.end()) refuse("an activation is on GPU " + std::to_string(index) + ", and the model is not");
+  return found->second;
 }
-
-struct Stream {
-  int device;
-  void* handle = nullptr;
-
-  explicit Stream(const Tensor& x) : device(x.get_device_index()) {
-    Driver::get().use(device);
-    TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
-  }
-};
 
 unsigned programs(const Programs& direction, int64_t m) {
   const int64_t groups = direction.rows ? (m + direction.rows - 1) / direction.rows : 1;
-  return unsigned(groups * direction.times);
+  const int64_t all = groups * direction.times;
+  return unsigned(direction.most ? std::min(all, direction.most) : all);
 }
 
 CUtensorMap encoded(const TensorMap& map, void* address, int64_t m) {
@@ -178,40 +187,6 @@ CUtensorMap encoded(const TensorMap& map, void* address, int64_t m) {
                                              map.swizzle, PROMOTE_128B, FILL_ZERO),
                "a matrix cannot be described to the copy engine");
   return made;
-}
-
-void start(const Launch& launch, int64_t m, const std::vector<void*>& tensors, const Stream& stream) {
-  const unsigned x = programs(launch.programs[0], m), y = programs(launch.programs[1], m),
-                 z = programs(launch.programs[2], m);
-  if (x == 0 || y == 0 || z == 0) return;
-  std::vector<CUtensorMap> maps;
-  maps.reserve(launch.maps.size());
-  for (const TensorMap& map : launch.maps) maps.push_back(encoded(map, tensors[map.tensor], m));
-  std::vector<uint64_t> values(launch.arguments.size());
-  std::vector<void*> arguments(values.size());
-  for (size_t i = 0; i < values.size(); ++i) {
-    const Argument& argument = launch.arguments[i];
-    arguments[i] = &values[i];
-    switch (argument.kind) {
-      case Argument::tensor:
-        values[i] = reinterpret_cast<uintptr_t>(tensors[size_t(argument.value)]);
-        break;
-      case Argument::rows:
-        values[i] = uint64_t(m);
-        break;
-      case Argument::number:
-        values[i] = uint64_t(argument.value);
-        break;
-      case Argument::map:
-        arguments[i] = &maps[size_t(argument.value)];
-        break;
-    }
-  }
-  const Driver& driver = Driver::get();
-  const Kernel& kernel = plan->kernels[launch.kernel];
-  driver.check(driver.cuLaunchKernel(function(launch.kernel, stream.device), x, y, z, kernel.threads, 1, 1,
-                                     kernel.shared, stream.handle, arguments.data(), nullptr),
-               std::string("the kernel ") + kernel.file + " cannot be started");
 }
 
 const Call& call_of(const char* op, const std::vector<int64_t>& key) {
@@ -231,12 +206,6 @@ const std::vector<Launch>& launches(const Call& call, int64_t m) {
   }
   while (found + 1 != call.ranges.end() && (found + 1)->rows <= m) ++found;
   return found->launches;
-}
-
-void run(const Call& call, int64_t m, const std::vector<void*>& tensors, const Tensor& x) {
-  if (m == 0) return;
-  const Stream stream(x);
-  for (const Launch& launch : launches(call, m)) start(launch, m, tensors, stream);
 }
 
 int64_t bits(double number) {
@@ -288,27 +257,134 @@ void* address(const std::optional<Tensor>& x) { return x ? address(*x) : nullptr
 
 int64_t dtype_of(const std::optional<Tensor>& x) { return x ? dtype_of(*x) : -1; }
 
-std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_, const std::optional<Tensor>& d_, double threshold) {
+void start(const Launch& launch, int64_t m, const std::vector<void*>& tensors, const Tensor& x, const Device& device,
+           void* stream) {
+  const unsigned programs_x = programs(launch.programs[0], m), programs_y = programs(launch.programs[1], m),
+                 programs_z = programs(launch.programs[2], m);
+  if (programs_x == 0 || programs_y == 0 || programs_z == 0) return;
+  std::optional<Tensor> scratch;
+  if (launch.scratch) scratch = empty({m * launch.scratch}, aoti_torch_dtype_int8(), x);
+  std::vector<CUtensorMap> maps;
+  maps.reserve(launch.maps.size());
+  for (const TensorMap& map : launch.maps) maps.push_back(encoded(map, tensors[map.tensor], m));
+  std::vector<uint64_t> values(launch.arguments.size());
+  std::vector<void*> arguments(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const Argument& argument = launch.arguments[i];
+    arguments[i] = &values[i];
+    switch (argument.kind) {
+      case Argument::tensor:
+        values[i] = reinterpret_cast<uintptr_t>(tensors[size_t(argument.value)]);
+        break;
+      case Argument::scratch:
+        values[i] = reinterpret_cast<uintptr_t>(address(scratch));
+        break;
+      case Argument::rows:
+        values[i] = uint64_t(m / argument.value);
+        break;
+      case Argument::number:
+        values[i] = uint64_t(argument.value);
+        break;
+      case Argument::map:
+        arguments[i] = &maps[size_t(argument.value)];
+        break;
+    }
+  }
+  const Driver& driver = Driver::get();
+  const Kernel& kernel = plan->kernels[launch.kernel];
+  const Current current(device.context);
+  driver.check(driver.cuLaunchKernel(device.kernels[launch.kernel], programs_x, programs_y, programs_z, kernel.threads,
+                                     1, 1, kernel.shared, stream, arguments.data(), nullptr),
+               std::string("the kernel ") + kernel.file + " cannot be started");
+}
+
+void run(const Call& call, int64_t m, const std::vector<void*>& tensors, const Tensor& x) {
+  if (m == 0) return;
+  const int index = x.get_device_index();
+  const Device& device = device_of(index);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(current_stream(index, &stream));
+  for (const Launch& launch : launches(call, m)) start(launch, m, tensors, x, device, stream);
+}
+
+// What quantizes [M, K], as int8compile/ops/quantized.py says.
+struct Quantized {
+  Tensor q, rows, counters;
+
+  Quantized(int64_t m, int64_t k, double threshold, const Tensor& like)
+      : q(empty({threshold == 0 ? 1 : 2, m, k}, aoti_torch_dtype_int8(), like)),
+        rows(empty({threshold == 0 ? 1 : 1 + (k + WORD - 1) / WORD, m}, aoti_torch_dtype_int32(), like)),
+        counters(empty({COUNTERS}, aoti_torch_dtype_int32(), like)) {}
+
+ private:
+  static constexpr int64_t WORD = 4096, COUNTERS = 512;
+};
+
+Quantized quantize_rows(const Tensor& x_, const std::optional<Tensor>& d_, double threshold) {
   const Tensor x = plain(x_);
   const std::optional<Tensor> d = plain(d_);
   const auto [m, k] = rows_of(x);
   const Call& call = call_of("quantize_rows", {k, dtype_of(x), d.has_value(), bits(threshold)});
-  const Tensor q = empty({threshold == 0 ? 1 : 2, m, k}, aoti_torch_dtype_int8(), x);
-  const Tensor rows = empty({2, m}, aoti_torch_dtype_float32(), x);
-  run(call, m, {address(x), address(d), address(q), address(rows)}, x);
-  return {q, rows};
+  const Quantized made(m, k, threshold, x);
+  run(call, m, {address(x), address(d), address(made.q), address(made.rows), address(made.counters)}, x);
+  return made;
 }
 
-Tensor quantized_linear(const Tensor& q_, const Tensor& rows_, const Tensor& qweight_, const Tensor& scale_,
-                        const std::optional<Tensor>& bias_, int64_t activation, int64_t n0, int64_t n1, int32_t dtype) {
-  const Tensor q = plain(q_), rows = plain(rows_), qweight = plain(qweight_), scale = plain(scale_);
+std::pair<Tensor, Quantized> norm_quantize_rows(const Tensor& x_, const std::optional<Tensor>& residual_,
+                                                const std::optional<Tensor>& weight_,
+                                                const std::optional<Tensor>& bias_, const std::optional<Tensor>& d_,
+                                                int64_t kind, double eps, double threshold) {
+  const Tensor x = plain(x_);
+  const std::optional<Tensor> residual = plain(residual_), weight = plain(weight_), bias = plain(bias_), d = plain(d_);
+  const auto [m, k] = rows_of(x);
+  const int32_t dtype = dtype_of(x);
+  const Call& call = call_of("norm_quantize_rows", {k, dtype, residual.has_value(), dtype_of(weight), dtype_of(bias),
+                                                    d.has_value(), kind, bits(eps), bits(threshold)});
+  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  const Tensor sum = empty(residual ? sizes : std::vector<int64_t>{0}, dtype, x);
+  const Quantized made(m, k, threshold, x);
+  run(call, m,
+      {address(x), address(residual), address(weight), address(bias), address(d), address(sum), address(made.q),
+       address(made.rows), address(made.counters)},
+      x);
+  return {sum, made};
+}
+
+Tensor quantized_linear(const Tensor& q_, const Tensor& rows_, const Tensor& counters_, const Tensor& qweight_,
+                        const Tensor& scale_, const std::optional<Tensor>& bias_, int64_t activation, int64_t n0,
+                        int64_t n1, int32_t dtype) {
+  const Tensor q = plain(q_), rows = plain(rows_), counters = plain(counters_), qweight = plain(qweight_),
+               scale = plain(scale_);
   const std::optional<Tensor> bias = plain(bias_);
   const int64_t planes = q.size(0), m = q.size(1), k = q.size(2), n = qweight.size(0);
   const Call& call = call_of("quantized_linear", {n, k, planes, activation, n0, n1, dtype, dtype_of(bias)});
   constexpr int64_t SILU_MUL = 5;  // Of int8compile/ops/quantized.py.
   const int64_t width = activation == SILU_MUL ? n / 2 : n;
   const Tensor y = n0 ? empty({m * n}, dtype, q) : empty({m, width}, dtype, q);
-  run(call, m, {address(q), address(rows), address(qweight), address(scale), address(bias), address(y)}, q);
+  run(call, m,
+      {address(q), address(rows), address(counters), address(qweight), address(scale), address(bias), address(y)}, q);
+  return y;
+}
+
+// x times weights [E, N, K], rows by rows: those that `ends` says, or as many for each.
+Tensor expert_linear(const char* op, const Tensor& x_, const Tensor& qweight_, const Tensor& scale_,
+                     const std::optional<Tensor>& d_, const std::optional<Tensor>& ends_,
+                     const std::optional<Tensor>& bias_, double threshold) {
+  const Tensor x = plain(x_), qweight = plain(qweight_), scale = plain(scale_);
+  const std::optional<Tensor> d = plain(d_), ends = plain(ends_), bias = plain(bias_);
+  const auto [m, k] = rows_of(x);
+  const int64_t experts = qweight.size(0), n = qweight.size(1);
+  const int32_t dtype = dtype_of(x);
+  const int64_t dims = d ? d->dim() : 0;
+  const Call& call = call_of(op, {experts, n, k, dtype, dims, dtype_of(ends), dtype_of(bias), bits(threshold)});
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  const Tensor y = empty(sizes, dtype, x);
+  const Quantized made(m, k, threshold, x);
+  run(call, m,
+      {address(x), address(d), address(ends), address(made.q), address(made.rows), address(made.counters),
+       address(qweight), address(scale), address(bias), address(y)},
+      x);
   return y;
 }
 
@@ -351,8 +427,7 @@ void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile
     int8compile::refuse("the package was exported for " + std::string(made.gpu) + ", and this GPU is sm_" +
                         std::to_string(major) + std::to_string(minor) + "; export it on a GPU of this kind");
   }
-  driver.use(device);
-  int8compile::load_all(made, stream, device);
+  int8compile::load_all(made, stream, device, ordinal);
 }
 
 }  // namespace torch::aot_inductor
@@ -362,18 +437,52 @@ using namespace int8compile;
 extern "C" {
 
 AOTITorchError aoti_torch_cuda_quantize_rows(AtenTensorHandle x, AtenTensorHandle* d, double threshold,
-                                             AtenTensorHandle* q, AtenTensorHandle* rows) {
-  const auto made = quantize_rows(borrowed(x), borrowed(d), threshold);
-  give(std::get<0>(made), q);
-  give(std::get<1>(made), rows);
+                                             AtenTensorHandle* q, AtenTensorHandle* rows, AtenTensorHandle* counters) {
+  const Quantized made = quantize_rows(borrowed(x), borrowed(d), threshold);
+  give(made.q, q);
+  give(made.rows, rows);
+  give(made.counters, counters);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cuda_quantized_linear(AtenTensorHandle q, AtenTensorHandle rows, AtenTensorHandle qweight,
-                                                AtenTensorHandle scale, AtenTensorHandle* bias, int64_t activation,
-                                                int64_t n0, int64_t n1, int32_t dtype, AtenTensorHandle* y) {
-  give(quantized_linear(borrowed(q), borrowed(rows), borrowed(qweight), borrowed(scale), borrowed(bias), activation, n0,
-                        n1, dtype),
+AOTITorchError aoti_torch_cuda_norm_quantize_rows(AtenTensorHandle x, AtenTensorHandle* residual,
+                                                  AtenTensorHandle* weight, AtenTensorHandle* bias, AtenTensorHandle* d,
+                                                  int64_t kind, double eps, double threshold, AtenTensorHandle* sum,
+                                                  AtenTensorHandle* q, AtenTensorHandle* rows,
+                                                  AtenTensorHandle* counters) {
+  const auto [total, made] = norm_quantize_rows(borrowed(x), borrowed(residual), borrowed(weight), borrowed(bias),
+                                                borrowed(d), kind, eps, threshold);
+  give(total, sum);
+  give(made.q, q);
+  give(made.rows, rows);
+  give(made.counters, counters);
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cuda_quantized_linear(AtenTensorHandle q, AtenTensorHandle rows, AtenTensorHandle counters,
+                                                AtenTensorHandle qweight, AtenTensorHandle scale,
+                                                AtenTensorHandle* bias, int64_t activation, int64_t n0, int64_t n1,
+                                                int32_t dtype, AtenTensorHandle* y) {
+  give(quantized_linear(borrowed(q), borrowed(rows), borrowed(counters), borrowed(qweight), borrowed(scale),
+                        borrowed(bias), activation, n0, n1, dtype),
+       y);
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cuda_grouped_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
+                                              AtenTensorHandle* d, AtenTensorHandle ends, double threshold,
+                                              AtenTensorHandle* y) {
+  give(expert_linear("grouped_linear", borrowed(x), borrowed(qweight), borrowed(scale), borrowed(d), borrowed(ends),
+                     std::nullopt, threshold),
+       y);
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cuda_batched_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
+                                              AtenTensorHandle* d, AtenTensorHandle* bias, double threshold,
+                                              AtenTensorHandle* y) {
+  give(expert_linear("batched_linear", borrowed(x), borrowed(qweight), borrowed(scale), borrowed(d), std::nullopt,
+                     borrowed(bias), threshold),
        y);
   return AOTI_TORCH_SUCCESS;
 }

@@ -17,18 +17,19 @@ struct Kernel {
   unsigned shared;   // bytes of shared memory of a program
 };
 
-// How many programs in one direction: ceil(M / rows) * times; times where rows is 0.
+// How many programs in one direction: ceil(M / rows) * times, or times where rows is 0; at most `most`, if not 0.
 struct Programs {
-  int64_t times, rows;
+  int64_t times, rows, most;
 };
 
 // What is handed to a kernel. The kinds with what `value` is.
 struct Argument {
   enum Kind {
-    tensor,  // the number of the tensor whose address it is
-    rows,    // nothing: it is M
-    number,  // the bits of an integer or a float, the lowest first
-    map,     // an index of `Launch::maps`
+    tensor,   // the number of the tensor whose address it is
+    scratch,  // nothing: it is the address of the launch's own memory
+    rows,     // what M is divided by
+    number,   // the bits of an integer or a float, the lowest first
+    map,      // an index of `Launch::maps`
   } kind;
   int64_t value;
 };
@@ -47,6 +48,7 @@ struct Launch {
   Programs programs[3];
   std::vector<Argument> arguments;
   std::vector<TensorMap> maps;
+  int64_t scratch;  // bytes of memory of its own for each row; they begin with any values
 };
 
 // What is started from so many rows on.
