@@ -35,6 +35,7 @@ from benchmarks.gpu import (
     linear,
     parts,
     peers,
+    predictions,
     summary,
 )
 from benchmarks.gpu import profile as profiles
@@ -95,11 +96,10 @@ def measure(chosen: argparse.Namespace, until: float) -> int:
     if chosen.rows:
         sizes = with_rows(sizes, tuple(chosen.rows))
     device, clock, l2_bytes = _device(sizes)
-    header = {
-        "dry_run": sizes.dry_run,
-        "machine": facts.machine(device),
-        "commit": chosen.commit or facts.commit(),
-    }
+    machine = facts.machine(device)
+    header = {"dry_run": sizes.dry_run, "machine": machine, "commit": chosen.commit or facts.commit()}
+    if (predicted := predictions.of(machine["device"])) is not None:
+        header["predicted"] = predicted
     result = Result.begun(chosen.out, header, resume=chosen.resume or chosen.second)
     torch.manual_seed(0)
     stages = schedule(_stages(chosen, sizes, device, clock, l2_bytes, result), chosen)

@@ -34,6 +34,7 @@ from benchmarks.gpu import (
     kernels,
     linear,
     parts,
+    predictions,
     profile,
     sizes,
     summary,
@@ -258,7 +259,10 @@ def test_candidates_are_the_tables(dry_run: Path) -> None:
 
     case = load(dry_run)["stages"][candidates.NAME]["cases"]["M=1 o 64x64"]
     arch = tables.ARCHITECTURES[candidates.DRY_RUN]
-    assert list(case["medians"]) == [str(config) for config in tables.candidates(arch, 1, 64)]
+    shape = sizes.Shape("o", 64, 64)
+    configs = candidates.configs_of(arch, 1, shape, 132)
+    assert set(tables.candidates(arch, 1, 64)) <= set(configs)
+    assert list(case["medians"]) == [str(config) for config in configs]
     assert {case["choice"], case["best"]} <= set(case["medians"])
 
 
@@ -271,13 +275,28 @@ def test_candidates_are_launches_of_kernels(m: int) -> None:
     arch = tables.ARCHITECTURES["sm_90"]
     x = quantize_rows(torch.randn(m, 256, dtype=torch.bfloat16), None, 6.0)
     qweights, scale = [torch.ones(128, 256, dtype=torch.int8) for _ in range(2)], torch.ones(128)
-    for config in tables.candidates(arch, m, 256):
+    for config in candidates.configs_of(arch, m, sizes.Shape("o", 256, 128), 132):
         first, second = (call.__self__ for call in candidates._launches(x, qweights, scale, config))
         assert first.kernel.__name__ == config.kernel
-        assert first.args["weight_ptr"] is qweights[0]
-        assert second.args["weight_ptr"] is qweights[1]
+        for call, qweight in zip((first, second), qweights, strict=True):
+            given = call.args["weight_desc"].base if "weight_desc" in call.args else call.args["weight_ptr"]
+            assert given.data_ptr() == qweight.data_ptr()
         assert first.args["y_ptr"] is second.args["y_ptr"]
         assert list(first.args["y_ptr"].shape) == [m, 128]
+
+
+def test_candidates_have_their_sums_split_and_not() -> None:
+    pytest.importorskip("triton")
+    from int8compile.triton_kernels import tables
+
+    arch = tables.ARCHITECTURES["sm_90"]
+    for m in sizes.gpu(1).candidate_rows:
+        for shape in sizes.gpu(1).shapes:
+            configs = candidates.configs_of(arch, m, shape, 132)
+            assert len(set(map(str, configs))) == len(configs)
+            whole = {(each.kernel, each.bm, each.bn, each.bk) for each in configs if each.splits == 1}
+            assert whole == {(each.kernel, each.bm, each.bn, each.bk) for each in tables.candidates(arch, m, shape.k)}
+            assert tables.choose(tables.candidates(arch, m, shape.k), m, shape.n, shape.k, 132) in configs
 
 
 def test_the_decoder_is_compared_with_the_fastest_baseline(dry_run: Path) -> None:
@@ -307,6 +326,27 @@ def test_a_dry_run_names_nothing_private(dry_run: Path) -> None:
     machine = load(dry_run)["machine"]
     assert machine["torch"] == torch.__version__
     assert machine["python"] == platform.python_version()
+
+
+def test_predictions_stand_beside_measurements() -> None:
+    assert predictions.of("cpu") is None
+    predicted = predictions.of("NVIDIA H200")
+    assert predicted is not None
+    assert predicted["about"] == "Prediction, not measured"
+    name, ratio = "M=16 o 4096x4096", predicted["linear"]["M=16 o 4096x4096"]["ratio"]
+    cases: dict[str, Any] = {
+        linear.FIRST: {name: {"ratios": {linear.OURS: {"ratio": ratio / 2}}}, "M=3 other 1x1": {"ratios": {}}},
+        parts.OUTLIERS: {name: {"medians": {parts.WITHOUT: 1e-5}}},
+        decode.NAME: {"all": {"sizes": {"layers": 8}, "ratios": {decode.OURS: {"ratio": 1.0}}}},
+    }
+    data: dict[str, Any] = {"stages": {stage: {"cases": found} for stage, found in cases.items()}}
+    assert predictions.lines(data) == []  # a day before there were any
+    _, title, *lines = predictions.lines({**data, "predicted": predicted})
+    assert title == "predictions beside measurements (H200; prediction, not measured):"
+    assert lines[0] == f"  linear {name}, times bfloat16: measured {ratio / 2:.4g}, predicted {ratio:.4g} (+100%)"
+    assert lines[1].startswith(f"  product {name}, us: measured 10, predicted ")
+    assert lines[2].startswith("  decode, 8 layers, times bfloat16: measured 1, predicted ")
+    assert len(lines) == 3
 
 
 def test_plots_and_a_report_are_drawn(dry_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

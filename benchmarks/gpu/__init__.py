@@ -13,6 +13,7 @@
 | `bundle`, `kernels` | kernels compiled beforehand: made, and unpacked on the day |
 | `checks` | tier 4, the correctness gates, and what failed again under compute-sanitizer |
 | `ceilings`, `linear`, `decode`, `parts`, `candidates`, `profile`, `exported`, `peers` | the measurements |
+| `predictions` | what `benchmarks.predicted` says, beside what was measured |
 | `llama` | the model that `decode` runs |
 | `summary` | the table at the end, and the plots |
 """

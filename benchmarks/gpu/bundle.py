@@ -241,9 +241,10 @@ def _measured_calls() -> Iterator[Any]:
     from benchmarks.gpu import candidates, decode, standin
     from benchmarks.gpu import exported as exports
     from benchmarks.gpu.linear import THRESHOLD, int8_call
-    from benchmarks.gpu.sizes import gpu
+    from benchmarks.gpu.parts import EPSILON
+    from benchmarks.gpu.sizes import Shape, gpu
     from int8compile.ops import rotation_size
-    from int8compile.ops.quantized import NONE, SILU_MUL
+    from int8compile.ops.quantized import NONE, RMS, SILU_MUL
     from int8compile.triton_kernels import operators, plan, tables
 
     sizes, arch = gpu(decode.LAYERS), tables.ARCHITECTURES["sm_90"]
@@ -259,9 +260,15 @@ def _measured_calls() -> Iterator[Any]:
     def all_candidates(m: int, k: int, n: int) -> None:
         x, qweight, scale, d = tensors(m, k, n)
         made = operators._quantize_rows(x, d, THRESHOLD)
-        for config in tables.candidates(arch, m, k):
+        for config in candidates.configs_of(arch, m, Shape("", k, n), standin.MULTIPROCESSORS):
             for call in candidates._launches(made, [qweight], scale, config):
                 call()
+
+    def norm(m: int, k: int, residual: bool) -> None:
+        x, _, _, d = tensors(m, k, 1)
+        x = x.view(1, m, k)
+        weight = torch.empty(k, dtype=torch.bfloat16)
+        operators._norm_quantize_rows(x, x if residual else None, weight, None, d, RMS, EPSILON, THRESHOLD)
 
     def gate(m: int, k: int, n: int, threshold: float) -> None:
         x, qweight, scale, d = tensors(m, k, n)
@@ -290,6 +297,10 @@ def _measured_calls() -> Iterator[Any]:
             yield lambda m=m, shape=shape: all_candidates(m, shape.k, shape.n)
     for each in sizes.gates:
         yield lambda each=each: gate(each.m, each.k, each.n, each.threshold)
+    for shape in sizes.shapes:
+        yield lambda shape=shape: norm(1, shape.k, True)
+    # The first layer's has nothing to add.
+    yield lambda: norm(1, sizes.llama.hidden, False)
     yield exported
     llama = sizes.llama
     keys = llama.kv_heads * llama.head_dim

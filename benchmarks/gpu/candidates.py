@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -34,7 +35,8 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> St
         }
     return Stage(
         NAME,
-        "quantized_linear (threshold 12, activations without outliers) with each configuration of the table",
+        "quantized_linear (threshold 12, activations without outliers) with each configuration of the table, also with "
+        "the splits that it would have if it were the only one",
         seconds=70,
         cases=cases,
         notes=[] if cases else ["there are no kernels for int8 activations on this GPU"],
@@ -55,13 +57,14 @@ def case(
     qweight, scale, d = inputs.quantized(inputs.weight(shape.k, shape.n, device))
     x = quantize_rows(inputs.activations(m, shape.k, device), d, THRESHOLD)
     qweights = inputs.copies(qweight, l2_bytes)
-    configs = tables.candidates(arch, m, shape.k)
+    configs = configs_of(arch, m, shape, multiprocessors)
     if sizes.dry_run:
         calls = {str(config): [product_call(x, one, scale) for one in qweights] for config in configs}
     else:
         calls = {str(config): _launches(x, qweights, scale, config) for config in configs}
     measured = clock.times(calls, sizes.rounds)
-    choice = str(tables.choose(configs, m, shape.n, multiprocessors))
+    table = tables.candidates(arch, m, shape.k)
+    choice = str(tables.choose(table, m, shape.n, shape.k, multiprocessors))
     times = measured.needed(choice)
     best = times.fastest(times.seconds)
     return {
@@ -77,6 +80,17 @@ def case(
     }
 
 
+def configs_of(arch: Architecture, m: int, shape: Shape, multiprocessors: int) -> list[Config]:
+    """Return the table's configurations for a product: each with the splits that it would have, and without."""
+    found: dict[Config, None] = {}
+    for config in tables.candidates(arch, m, shape.k):
+        chosen = tables.choose((config,), m, shape.n, shape.k, multiprocessors)
+        found |= {chosen: None, dataclasses.replace(chosen, splits=1): None}
+    # What the table chooses may have splits because of the others.
+    found[tables.choose(tables.candidates(arch, m, shape.k), m, shape.n, shape.k, multiprocessors)] = None
+    return list(found)
+
+
 def _of(device: torch.device) -> tuple[Architecture | None, int]:
     """The table of a device, and its multiprocessors."""
     if device.type != "cuda":
@@ -88,7 +102,7 @@ def _of(device: torch.device) -> tuple[Architecture | None, int]:
     return operators.architecture(index), operators.multiprocessors(index)
 
 
-def _launches(x: tuple[Tensor, Tensor], qweights: list[Tensor], scale: Tensor, config: Config) -> list[Call]:
+def _launches(x: tuple[Tensor, Tensor, Tensor], qweights: list[Tensor], scale: Tensor, config: Config) -> list[Call]:
     from int8compile.triton_kernels.operators import launch_of
     from int8compile.triton_kernels.product import Product
 

@@ -13,10 +13,13 @@ from benchmarks.gpu.day import CaseResult, Stage
 from benchmarks.gpu.linear import THRESHOLD, int8_call, product_call
 from benchmarks.gpu.sizes import Shape, Sizes
 from benchmarks.interleaved import Times
-from int8compile.ops import quantize_rows
+from int8compile.ops import norm_quantize_rows, quantize_rows
+from int8compile.ops.quantized import RMS
 
 OUTLIERS, LAUNCH = "outliers", "launch"
 WITH, WITHOUT, QUANTIZE = "product, outliers", "product", "quantize"
+# With the residual add and the norm in front, as in a layer.
+NORMED, EPSILON = "norm and quantize", 1e-5
 OURS = "quantize_rows, quantized_linear"
 
 
@@ -25,7 +28,7 @@ def outliers_stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: i
     return Stage(
         OUTLIERS,
         "activations with an outlier in every row: quantized_linear with threshold 12 against threshold 0, and "
-        "the time of quantize_rows relative to it",
+        "the times of quantize_rows and norm_quantize_rows (with the residual add) relative to it",
         seconds=40,
         expected=4,
         cases={
@@ -41,11 +44,13 @@ def outliers_case(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: in
     x = inputs.with_outliers(m, shape.k, device)
     qweight, scale, d = inputs.quantized(inputs.weight(shape.k, shape.n, device))
     qweights = inputs.copies(qweight, l2_bytes)
+    norm_weight = torch.ones(shape.k, dtype=x.dtype, device=device)
     split, plain = quantize_rows(x, d, THRESHOLD), quantize_rows(x, d, 0.0)
     calls: dict[str, list[Call]] = {
         WITH: [product_call(split, one, scale) for one in qweights],
         WITHOUT: [product_call(plain, one, scale) for one in qweights],
         QUANTIZE: [lambda: quantize_rows(x, d, THRESHOLD)] * len(qweights),
+        NORMED: [lambda: norm_quantize_rows(x, x, norm_weight, None, d, RMS, EPSILON, THRESHOLD)] * len(qweights),
     }
     measured = clock.times(calls, sizes.rounds)
     times = measured.needed(*calls)

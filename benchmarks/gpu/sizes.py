@@ -122,10 +122,11 @@ def gpu(layers: int) -> Sizes:
         gates=(
             Gate(1, 4096, 4096),
             Gate(16, 4096, 6144),
+            # Gluon's larger tile, its smaller one with sums that are split, and those without Gluon.
+            Gate(1024, 4096, 4096),
+            Gate(300, 4096, 1024),
             Gate(48, 14336, 512),
             Gate(100, 4096, 1024),
-            Gate(300, 4096, 1024),
-            Gate(1024, 4096, 4096),
             Gate(7, 100, 33),
             Gate(150, 1000, 77),
             Gate(1, 14336, 512, threshold=0.0),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import bars, candidates, checks, decode, exported, linear
+from benchmarks.gpu import bars, candidates, checks, decode, exported, linear, predictions
 from benchmarks.gpu.day import GATES, CaseResult
 from benchmarks.gpu.facts import described
 
@@ -64,6 +64,7 @@ def render(data: Mapping[str, Any]) -> str:
         ]
         if stage["left_out"]:
             lines.append(f"  left out: {', '.join(stage['left_out'])}")
+    lines += predictions.lines(data)
     met = [bar["met"] for stage in data["stages"].values() for bar in _bars(stage)]
     lines += ["", f"{sum(met)} of {len(met)} bars are met"]
     return "\n".join(lines)
