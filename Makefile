@@ -11,15 +11,15 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-avx gpu-bundle clean
+.PHONY: help demo test test-slow lint bench bench-avx gpu-bundle test-cuda-build clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## compile a small model to int8 and show what was rewritten, how fast and how exact
 	$(BIN)/int8compile demo
 
-INTERPRETED := tests/test_triton_contract.py tests/test_export_gpu.py
+INTERPRETED := tests/test_triton_contract.py tests/test_triton_operators.py tests/test_export_gpu.py
 
 # Two at a time: most tests wait for a compiler that uses one core. The Triton kernels run in Triton's interpreter,
 # which is chosen when Triton is imported, so in processes of their own.
@@ -61,8 +61,22 @@ gpu-bundle: ## compile the kernels of the GPU day, without a GPU, into build/gpu
 	$(GPU_BIN)/python -m pip install --no-deps triton==$(GPU_TRITON)
 	$(GPU_BIN)/python -m benchmarks.gpu.bundle build/gpu-bundle.tar.xz
 
+# PyTorch for CUDA 13, as the package index has it. It traces, plans and generates code without a GPU.
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_TORCH := 2.11.0
+
+test-cuda-build: ## the backend on a CUDA build of PyTorch, without a GPU; downloads several gigabytes
+	@test -x $(CUDA_BIN)/pip || $(PYTHON) -m venv --clear $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install torch==$(CUDA_TORCH)
+	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_BIN)/python -m pip install -c $(CUDA_VENV)/constraints.txt \
+	  accelerate gguf hypothesis numpy pytest safetensors setuptools tabulate tqdm transformers
+	$(CUDA_BIN)/python -m pytest tests/test_cuda_build.py tests/test_lower_gpu.py tests/test_static_inputs.py \
+	  tests/test_passes.py tests/test_quantized.py
+
 clean: ## remove .venv and everything that was built or cached
-	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(GPU_VENV) $(CUDA_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt setup.py
