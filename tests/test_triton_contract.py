@@ -381,7 +381,7 @@ def test_products_in_a_row_share_counters(device: str) -> None:
     "config", [each for each in ARCHITECTURES["sm_90"].rows[512] if each.kernel == "gluon_gemm"], ids=str
 )
 def test_programs_with_many_tiles(config: Config, programs: int) -> None:
-    """One tile after the other, and again and again: a wrong phase of a barrier shows now and then only."""
+    """Programs compute many tiles, again and again: a wrong phase of a barrier shows now and then only."""
     problem = Problem.random(700, 1100, 1552, torch.bfloat16, threshold=12.0, device="cuda")
     x, expected = problem.quantize(), problem.expected()
     for _ in range(20):

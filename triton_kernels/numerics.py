@@ -89,7 +89,7 @@ def second_digits(
 
 @triton.jit
 def add_products(acc, x_ptr, w_ptr, x_inside, w_inside, first, last, K, BK: tl.constexpr, STAGES: tl.constexpr = None):
-    """Add a tile's products to its int32 sums, which may wrap on the way.
+    """Add a tile's products to its int32 sums, which the caller keeps below 2**31: Triton's mma.sync saturates.
 
     Arguments besides those above:
         acc: [BM, BN] int32.

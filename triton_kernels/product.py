@@ -16,7 +16,7 @@ from int8compile.triton_kernels.tables import Config
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One product of quantized activations with a weight, or of groups of their rows with one weight each.
+    """A product of quantized activations with a weight, or of groups of their rows with one weight each.
 
     Attributes:
         q: [2, M, K] int8, or [1, M, K] without outliers.

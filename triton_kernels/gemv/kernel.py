@@ -1,4 +1,4 @@
-"""One row times a weight, without matrix instructions: memory bandwidth limits it."""
+"""A row times a weight, without matrix instructions: memory bandwidth limits it."""
 
 from __future__ import annotations
 
