@@ -19,7 +19,7 @@ help: ## print this list
 demo: $(STAMP) ## compile a small model to int8 and show what was rewritten, how fast and how exact
 	$(BIN)/int8compile demo
 
-INTERPRETED := tests/test_triton_contract.py tests/test_triton_operators.py tests/test_export_gpu.py
+INTERPRETED := tests/triton_kernels/test_triton_contract.py tests/triton_kernels/test_triton_operators.py tests/exporting/test_export_gpu.py
 
 # Two at a time: most tests wait for a compiler that uses one core. The Triton kernels run in Triton's interpreter,
 # which is chosen when Triton is imported, so in processes of their own.
@@ -72,8 +72,8 @@ test-cuda-build: ## the backend on a CUDA build of PyTorch, without a GPU; downl
 	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(CUDA_VENV)/constraints.txt
 	$(CUDA_BIN)/python -m pip install -c $(CUDA_VENV)/constraints.txt \
 	  accelerate gguf hypothesis numpy pytest safetensors setuptools tabulate tqdm transformers
-	$(CUDA_BIN)/python -m pytest tests/test_cuda_build.py tests/test_lower_gpu.py tests/test_static_inputs.py \
-	  tests/test_passes.py tests/test_quantized.py
+	$(CUDA_BIN)/python -m pytest tests/test_cuda_build.py tests/passes/test_lower_gpu.py tests/test_static_inputs.py \
+	  tests/passes/test_passes.py tests/ops/test_quantized.py
 
 clean: ## remove .venv and everything that was built or cached
 	rm -rf $(VENV) $(GPU_VENV) $(CUDA_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from benchmarks import interleaved, llamacpp, variants
 from benchmarks.conftest import is_smoke
-from int8compile import cpu, models
+from int8compile import cpu
+from int8compile.app import loading
 from int8compile.errors import ModelError
 
 BASELINES = ("float32", "bfloat16")
@@ -67,7 +68,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def load(name: str) -> Any:
     """A model in float32."""
     if name == SMOLLM2:
-        return models.load(models.SMOLLM2)
+        return loading.load(loading.SMOLLM2)
     import transformers
 
     sizes: dict[str, Any] = {
@@ -113,7 +114,7 @@ class Runs:
                 self.notes.append(f"{name}: {why}")
                 continue
             if name == llamacpp.NAME:
-                self._steps[name] = llamacpp.Step(models.smollm2_file(), self.prompt + ROOM)
+                self._steps[name] = llamacpp.Step(loading.smollm2_file(), self.prompt + ROOM)
             else:
                 self._steps[name] = variants.make(name, by_dtype, self.prompt + ROOM, head=model != LLAMA)
             try:

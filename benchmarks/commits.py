@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -175,9 +176,12 @@ def _linear() -> Calls:
 def _smollm2() -> Calls:
     import torch
 
-    from int8compile.models import load
+    try:
+        loading = importlib.import_module("int8compile.app.loading")
+    except ModuleNotFoundError:  # in older commits
+        loading = importlib.import_module("int8compile.models")
 
-    model = torch.compile(load("smollm2"), backend="int8")
+    model = torch.compile(loading.load("smollm2"), backend="int8")
     tokens = torch.randint(0, 49152, (1, 512))
     return {
         name: functools.partial(model, input_ids=ids, use_cache=False)

@@ -86,11 +86,11 @@ def prepare(folder: Path, dtype: str) -> Exported:
     import torch
 
     import int8compile
-    from int8compile import demo, models
+    from int8compile.app import demo, loading
     from int8compile.integrations.decoder import StaticCacheDecoder
 
-    model: Any = models.load(models.SMOLLM2, getattr(torch, dtype))
-    tokens = models.load_processor(models.SMOLLM2)(demo.QUESTION).input_ids[:PROMPT]
+    model: Any = loading.load(loading.SMOLLM2, getattr(torch, dtype))
+    tokens = loading.load_processor(loading.SMOLLM2)(demo.QUESTION).input_ids[:PROMPT]
     made = Exported(folder / f"{dtype}.pt2", folder / dtype, dtype, tokens, 0.0)
     model.save_pretrained(made.source)
     decoder = StaticCacheDecoder(model, made.length)
@@ -170,11 +170,11 @@ def compiled(started: float, arguments: str) -> None:
     import torch
 
     from benchmarks import exported_worker
-    from int8compile import models
+    from int8compile.app import loading
     from int8compile.integrations.decoder import StaticCacheDecoder
 
     times = {"imports": time.time() - started}
-    llama: Any = models.load(given["source"], getattr(torch, given["dtype"]))
+    llama: Any = loading.load(given["source"], getattr(torch, given["dtype"]))
     times["model"] = time.time() - started
     decoder = StaticCacheDecoder(llama, given["length"])
     call = torch.compile(decoder, backend="int8", fullgraph=True, dynamic=False)

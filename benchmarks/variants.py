@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8compile.demo import layer_caches, run_layers
+from int8compile.app.demo import layer_caches, run_layers
 
 CPP = {"cpp_wrapper": True}
 # As torchao's documentation asks for on CPUs: without it, the weights are unpacked at every call.

@@ -4,10 +4,7 @@ The backend is found by its name; importing this package is needed only for what
 """
 
 from int8compile.backend import register as _register
-from int8compile.calibration import Calibration, calibrate
-from int8compile.checkpoint import load, save
 from int8compile.config import Int8Config
-from int8compile.convert import dequantize_, memory_footprint, quantize_
 from int8compile.errors import (
     BadWeightError,
     CheckpointError,
@@ -22,11 +19,14 @@ from int8compile.errors import (
     ModelError,
     PackageError,
 )
-from int8compile.explain import explain
-from int8compile.export import export
-from int8compile.modules import Int8Embedding, Int8Experts, Int8Linear
-from int8compile.package import inspect, load_exported
+from int8compile.explaining import explain
+from int8compile.exporting.exporter import export
+from int8compile.exporting.package import inspect, load_exported
 from int8compile.report import Report, Site, SkipReason
+from int8compile.stored.checkpoint import load, save
+from int8compile.stored.convert import dequantize_, memory_footprint, quantize_
+from int8compile.stored.modules import Int8Embedding, Int8Experts, Int8Linear
+from int8compile.tuning.calibration import Calibration, calibrate
 from int8compile.weights import refresh
 
 _register()

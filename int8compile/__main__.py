@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from int8compile.cli import main
+from int8compile.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

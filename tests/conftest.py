@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import int8compile  # noqa: F401 - registers the backend where the package is not installed
-from tests.lowered import seen  # noqa: F401 - a fixture
+from tests.helpers.lowered import seen  # noqa: F401 - a fixture
 
 try:
     import hypothesis

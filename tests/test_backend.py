@@ -20,7 +20,7 @@ import int8compile
 from int8compile import cpu
 from int8compile.ops import packed_shape
 from int8compile.weights import STORE
-from tests.models import (
+from tests.helpers.models import (
     INT8_ERROR,
     CountingBackend,
     Stack,

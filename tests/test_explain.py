@@ -13,12 +13,12 @@ from torch._C._dynamo import eval_frame
 
 import int8compile
 from int8compile import Int8Config, SkipReason, cpu, hardware, roofline, triton_kernels
-from int8compile.explain import kernel_of
+from int8compile.explaining import kernel_of
 from int8compile.groups import make_d
 from int8compile.ops import reference
 from int8compile.passes import rules
 from int8compile.weights import STORE
-from tests.models import Block, CountingBackend, Stack
+from tests.helpers.models import Block, CountingBackend, Stack
 
 
 class Model(nn.Module):

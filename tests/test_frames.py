@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import int8compile
 from int8compile import Int8Warning, frames
-from tests.models import INT8_ERROR, relative_error
+from tests.helpers.models import INT8_ERROR, relative_error
 
 
 class Recurrent(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import int8compile
 from int8compile import BadWeightError, Int8Warning, Report, SkipReason
-from tests.models import INT8_ERROR, relative_error
+from tests.helpers.models import INT8_ERROR, relative_error
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
 

@@ -16,7 +16,7 @@ from torch._inductor.cudagraph_utils import check_for_mutation_ignore_cuda_graph
 
 import int8compile
 from int8compile import backend
-from tests.models import Stack
+from tests.helpers.models import Stack
 
 # The dtype and sizes of a tensor; None for a number.
 Input = tuple[torch.dtype, tuple[Any, ...]] | None

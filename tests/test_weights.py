@@ -20,7 +20,7 @@ from int8compile import cpu, weights
 from int8compile.ops import input_scales, pack_weight, quantize_weight, rotation_of
 from int8compile.passes import WeightView
 from int8compile.weights import STORE, FreedWeight, WeightStore
-from tests.models import CountingBackend, Stack, by_operator, rotation_from, rotations, threads
+from tests.helpers.models import CountingBackend, Stack, by_operator, rotation_from, rotations, threads
 from tests.test_backend import reference
 
 

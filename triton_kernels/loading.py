@@ -13,8 +13,8 @@ from int8compile.errors import ConfigError
 MIN_VERSION = (3, 6)
 
 # The versions whose Gluon the kernel for Hopper is known to be right with: Gluon is experimental, and its functions
-# change. Another one belongs here when, added for a try, it passes `python -m pytest tests/test_gluon_gemm.py`
-# and on a Hopper GPU `python -m pytest tests/test_triton_contract.py -m gpu -k gluon_gemm`.
+# change. Another one belongs here when, added for a try, it passes tests/triton_kernels/test_gluon_gemm.py, and on a
+# Hopper GPU `python -m pytest tests/triton_kernels/test_triton_contract.py -m gpu -k gluon_gemm`.
 GLUON_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
 
 

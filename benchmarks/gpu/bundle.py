@@ -39,8 +39,8 @@ REST = "key"
 # The variable that names the file which `watch` writes to.
 WATCH = "INT8COMPILE_GPU_DAY_KERNELS"
 OURS = "int8compile.triton_kernels."
-TESTS = ("tests/test_triton_contract.py",)
-EXPORT_TESTS = ("tests/test_export_gpu.py",)
+TESTS = ("tests/triton_kernels/test_triton_contract.py",)
+EXPORT_TESTS = ("tests/exporting/test_export_gpu.py",)
 
 
 class BundleError(Exception):

@@ -116,8 +116,12 @@ def gpu(layers: int) -> Sizes:
     return Sizes(
         dry_run=False,
         # Collecting all of tests/ would compile the CPU kernel.
-        tests=("tests/test_triton_contract.py",),
-        export_tests=("tests/test_export_gpu.py", "tests/test_export.py", "tests/test_checkpoint.py"),
+        tests=("tests/triton_kernels/test_triton_contract.py",),
+        export_tests=(
+            "tests/exporting/test_export_gpu.py",
+            "tests/exporting/test_export.py",
+            "tests/stored/test_checkpoint.py",
+        ),
         workers=14,
         gates=(
             Gate(1, 4096, 4096),

@@ -3,7 +3,7 @@ r"""A GPU of compute capability 9.0 that compiles what it is given and runs noth
 As a plugin of pytest it has the tests that need a GPU start their kernels without one, which compiles them. What such
 a kernel should have written is never there, so asserts must be switched off:
 
-    PYTHONOPTIMIZE=1 python -m pytest tests/test_triton_contract.py -m gpu -p benchmarks.gpu.standin \
+    PYTHONOPTIMIZE=1 python -m pytest tests/triton_kernels/test_triton_contract.py -m gpu -p benchmarks.gpu.standin \
         --assert=plain -W ignore
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,6 +72,7 @@ def take_over() -> None:
     import triton
 
     from int8compile import backend
+    from int8compile.exporting import exporter
     from int8compile.triton_kernels import operators, plan, tables
 
     triton.runtime.driver.set_active(Driver())
@@ -88,8 +88,8 @@ def take_over() -> None:
     # Graphs are lowered for it, and so are packages.
     backend._any_on = lambda kind, parameters: kind == "cuda"
     gpu = plan.Gpu("sm_90", tables.ARCHITECTURES["sm_90"], MULTIPROCESSORS)
-    export: Any = importlib.import_module("int8compile.export")
-    export._gpu_of = lambda device: (gpu, "")
+    exports: Any = exporter
+    exports._gpu_of = lambda device: (gpu, "")
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensors: Any = Tensor

@@ -37,6 +37,8 @@ from int8compile.errors import KernelBuildError
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
+# Of what is in exported models only.
+EXPORTED = Path(__file__).parents[1] / "exporting" / "csrc"
 
 # -ffp-contract=off: every variant rounds at the same places. -fwrapv: int32 sums may pass through an overflow.
 FLAGS = (
@@ -71,7 +73,7 @@ class Unit:
     """One .cpp file.
 
     Attributes:
-        source: Its name in `csrc`.
+        source: Its name in `SOURCES`, or in `EXPORTED` where it is for exported models only.
         architecture: The only one it is for, "" for all.
         flags: Besides `FLAGS`; `{torch}` stands for torch's folder.
         variant: The kernel variant that it is, if it is one.
@@ -88,6 +90,11 @@ class Unit:
     needs: str = ""
     torch: bool = False
     part: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return (EXPORTED if self.part == "export" else SOURCES) / self.source
 
 
 _X86 = "#include <immintrin.h>\n"
@@ -281,7 +288,7 @@ def _key(compiler: Compiler) -> str:
     """Changes with everything that the library depends on."""
     table = [dataclasses.astuple(unit) for unit in units(architecture())]
     how = (FLAGS, LINK_FLAGS, table, compiler.command, compiler.version, torch.__version__, platform.system())
-    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    files = sorted(file for folder in (SOURCES, EXPORTED) for kind in ("*.cpp", "*.h") for file in folder.glob(kind))
     what = [(file.name, file.read_bytes()) for file in files]
     return hashlib.sha256(repr((how, what)).encode()).hexdigest()[:16]
 
@@ -387,7 +394,7 @@ def compile_units(
         path = folder / f"{Path(unit.source).stem}.o"
         options = [*FLAGS, *_with_torch(unit.flags), *flags, "-iquote", str(SOURCES)]
         try:
-            _checked([*command, *options, "-c", str(SOURCES / unit.source), "-o", str(path)], unit.source, write)
+            _checked([*command, *options, "-c", str(unit.path), "-o", str(path)], unit.source, write)
         except KernelBuildError:
             if not unit.needs:
                 raise

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from int8compile.errors import ModelError, first_line
-from int8compile.modules import Int8Module
+from int8compile.stored.modules import Int8Module
 
 _ATTENTION = "int8compile_static_cache"
 _INSTEAD = "wrap the model in a module of your own and export that"

@@ -16,16 +16,6 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from int8compile.config import Int8Config
-from int8compile.convert import (
-    Converter,
-    Target,
-    dequantize_,
-    plan,
-    put_described,
-    report,
-    warn_if_all_float,
-)
-from int8compile.convert import attach as attach_all
 from int8compile.errors import CheckpointError, ConfigError, ModelError, listed
 from int8compile.integrations.folders import (
     ADVICE,
@@ -43,7 +33,17 @@ from int8compile.integrations.folders import (
     tensors_of,
 )
 from int8compile.integrations.transformers import METHOD, Int8CompileConfig
-from int8compile.modules import BUFFERS, Int8Module, share_rotations
+from int8compile.stored.convert import (
+    Converter,
+    Target,
+    dequantize_,
+    plan,
+    put_described,
+    report,
+    warn_if_all_float,
+)
+from int8compile.stored.convert import attach as attach_all
+from int8compile.stored.modules import BUFFERS, Int8Module, share_rotations
 
 __all__ = ["Int8CompileConfig", "Int8CompileDiffusersQuantizer"]
 

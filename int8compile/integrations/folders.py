@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from int8compile.checksum import sha256_of_all
-from int8compile.convert import Made, Target, quantized_in_groups
 from int8compile.errors import CheckpointError, first_line, listed
-from int8compile.modules import BUFFERS, Int8Module, bad_rotation, bad_scales
+from int8compile.stored.convert import Made, Target, quantized_in_groups
+from int8compile.stored.modules import BUFFERS, Int8Module, bad_rotation, bad_scales
 
 ADVICE = "Copy the checkpoint again, or quantize the float model again"
 # diffusers may read the files of a model in several threads.
@@ -114,7 +114,7 @@ def _together(targets: Iterable[Target]) -> list[list[Target]]:
 def quantized(
     read: Sequence[tuple[Target, Tensor]], rotate: Callable[[Sequence[Target]], None]
 ) -> Iterator[tuple[Target, Made]]:
-    """Quantize weights that were read, as `int8compile.convert.quantized_in_groups` does those of a model.
+    """Quantize weights that were read, as `int8compile.stored.convert.quantized_in_groups` does those of a model.
 
     Yields:
         Targets, and their weights in int8.

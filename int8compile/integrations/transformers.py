@@ -34,21 +34,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from int8compile.calibration import Calibration, check_rotates
 from int8compile.config import Int8Config, LmHead, OutlierPolicy
-from int8compile.convert import (
-    Converter,
-    Target,
-    dequantize_,
-    describe,
-    make_rotations,
-    plan,
-    put_described,
-    report,
-    warn_if_all_float,
-    without_data,
-)
-from int8compile.convert import attach as attach_all
 from int8compile.errors import CheckpointError, ConfigError, listed
 from int8compile.integrations.folders import (
     ADVICE,
@@ -65,7 +51,21 @@ from int8compile.integrations.folders import (
     quantized,
     tensors_of,
 )
-from int8compile.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout, share_rotations
+from int8compile.stored.convert import (
+    Converter,
+    Target,
+    dequantize_,
+    describe,
+    make_rotations,
+    plan,
+    put_described,
+    report,
+    warn_if_all_float,
+    without_data,
+)
+from int8compile.stored.convert import attach as attach_all
+from int8compile.stored.modules import BUFFERS, Int8Module, bitsandbytes_weight, check_layout, share_rotations
+from int8compile.tuning.calibration import Calibration, check_rotates
 from int8compile.weights import STORE
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ class Int8CompileConfig(QuantizationConfigMixin):
         min_features: The least number of inputs and outputs.
         rotate: Whether activations and weights are rotated.
         checkpoint_format: "int8compile", or "bitsandbytes" for checkpoints that it saved, see `bitsandbytes_config`.
-        modules: What a checkpoint has in int8, by path, as `int8compile.convert.describe` has it; not for users. Where
-            it is given it decides, and the options above do not count.
+        modules: What a checkpoint has in int8, by path, as `int8compile.stored.convert.describe` has it; not for users.
+            Where it is given it decides, and the options above do not count.
         checksums: The SHA-256 of the tensors of a checkpoint's int8 modules, by their names; not for users.
         checksum: That of `modules` and `checksums`; not for users.
         calibration: What `int8compile.calibrate` found for this model, or a file of it.

@@ -16,8 +16,8 @@ So nothing is overwritten before it was read: step i + STAGES is copied after th
 ever: both sides make the same steps; the copies of step i need the consumers' arrivals up to step i - STAGES only,
 which come when the next step is multiplied or the tile ends, with two stages or more before step i; the consumers' step
 i needs the copies up to step i only. A parity tells phases apart, since neither side is ever two phases of a barrier
-ahead of the other. Fewer steps than stages, or no tile at all, are no special cases. (tests/test_gluon_gemm.py runs
-this code, with events in any order.)
+ahead of the other. Fewer steps than stages, or no tile at all, are no special cases. (test_gluon_gemm.py runs this
+code, with events in any order.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,348 @@
+"""The command `int8compile`: `demo`, `explain`, `quantize`, `export`, `inspect` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn, get_args
+
+from int8compile.config import Int8Config, LmHead, OutlierPolicy
+from int8compile.errors import Int8CompileError
+
+# What argparse itself exits with.
+USAGE_ERROR = 2
+NO_KERNEL = 1
+# As in int8compile.app.loading, which takes long to import.
+SMOLLM2 = "smollm2"
+DTYPES = ("float32", "bfloat16", "float16")
+# As in int8compile.exporting.exporter.
+ISAS = ("native", "avx512", "avx2")
+FORMS = ("fast", "portable")
+# In the place of a file.
+RANDOM = Path()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` if None.
+
+    Returns:
+        The exit code: 0, or 2 after one line on stderr where what was given cannot be used, or 1 where `doctor` finds
+        that the CPU kernel does not work.
+    """
+    parser = _parser()
+    try:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            args.parser.refuse(unknown[0])
+        return int(args.run(args))
+    except Int8CompileError as error:
+        print(f"int8compile: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except SystemExit as end:  # argparse, after --help or an error.
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print("int8compile: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells do.
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def refuse(self, argument: str) -> NoReturn:
+        """Reports an argument that no option or position takes, with the option that was probably meant."""
+        options = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(argument.split("=")[0], options, n=1)
+        self.error(f"unknown argument {argument!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="int8compile", description='torch.compile(model, backend="int8") from the command line.')
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add, run in (
+        (_add_demo, _demo),
+        (_add_explain, _explain),
+        (_add_quantize, _quantize),
+        (_add_export, _export),
+        (_add_inspect, _inspect),
+        (_add_doctor, _doctor),
+    ):
+        command = add(commands)
+        command.set_defaults(parser=command, run=run)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "compile a small language model to int8: what was rewritten, how fast, how exact"
+    demo = commands.add_parser("demo", help=about, description=about, allow_abbrev=False)
+    demo.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=SMOLLM2,
+        help="a folder or hub name of a Llama-like language model, in float or in int8 (default %(default)s)",
+    )
+    demo.add_argument("--tokens", type=_count, default=32, metavar="N", help="tokens to generate (default %(default)s)")
+    demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model instead of the built-in question")
+    demo.add_argument("--no-eval", action="store_true", help="skip the accuracy part")
+    return demo
+
+
+def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "list every linear of a model: int8 or float, and why"
+    explain = commands.add_parser("explain", help=about, description=about, allow_abbrev=False)
+    _add_model(explain)
+    _add_options(explain)
+    inputs = explain.add_argument_group("the model and the inputs it is run on")
+    inputs.add_argument("--batch", type=_count, default=1, metavar="N", help="rows (default %(default)s)")
+    inputs.add_argument("--sequence", type=_count, default=8, metavar="N", help="tokens (default %(default)s)")
+    inputs.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="load the weights as this (default %(default)s)"
+    )
+    explain.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
+    return explain
+
+
+def _add_quantize(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "write a model in int8 to a folder that transformers can load"
+    quantize = commands.add_parser("quantize", help=about, description=about, allow_abbrev=False)
+    _add_model(quantize)
+    quantize.add_argument("out", metavar="OUT", type=Path, help="the folder; it must not exist, or be empty")
+    _add_options(quantize)
+    quantize.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="what stays in float is stored as this (default %(default)s)"
+    )
+    quantize.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        nargs="?",
+        type=Path,
+        const=RANDOM,
+        help="run the float model first, on random tokens or on a text FILE, and fit the int8 one to what its linears "
+        "read: about half the divergence from float",
+    )
+    return quantize
+
+
+def _add_export(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "compile a model to a file that runs without int8compile, in Python and in C++"
+    export = commands.add_parser("export", help=about, description=about, allow_abbrev=False)
+    _add_model(export)
+    export.add_argument("out", metavar="OUT", type=Path, help="the file, which must end in .pt2")
+    _add_options(export)
+    compiled = export.add_argument_group("what it is compiled for")
+    compiled.add_argument(
+        "--context",
+        type=_count,
+        default=1024,
+        metavar="N",
+        help="of a language model, tokens that its cache has room for; each step reads all of it (default %(default)s)",
+    )
+    compiled.add_argument(
+        "--batch",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="of a language model, texts at a time (default %(default)s)",
+    )
+    compiled.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="what stays in float is stored as this (default %(default)s)"
+    )
+    compiled.add_argument(
+        "--isa", choices=ISAS, default=ISAS[0], help="CPUs that have all that this one has, or any with this"
+    )
+    compiled.add_argument("--device", default="cpu", help="where it runs, e.g. cuda (default %(default)s)")
+    compiled.add_argument(
+        "--form",
+        choices=FORMS,
+        help="with our kernels (default where a file can have them) or with operators of PyTorch",
+    )
+    export.add_argument(
+        "--allow-partial", action="store_true", help="export even if linears stay in float that no option keeps so"
+    )
+    return export
+
+
+def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "show what an exported file holds and where it runs, and check that it is whole"
+    inspect = commands.add_parser("inspect", help=about, description=about, allow_abbrev=False)
+    inspect.add_argument("file", metavar="FILE", type=Path, help="a .pt2 file made by `int8compile export`")
+    inspect.add_argument("--json", action="store_true", help="print the same as JSON, and nothing else, on stdout")
+    return inspect
+
+
+def _add_model(command: _Parser) -> None:
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"a folder or hub name that transformers can load, a .gguf file, or {SMOLLM2!r}, the model of the demo",
+    )
+
+
+def _add_options(command: _Parser) -> None:
+    default = Int8Config()
+    options = command.add_argument_group("what becomes int8, and how")
+    options.add_argument(
+        "--threshold",
+        type=float,
+        default=default.threshold,
+        metavar="T",
+        help="what counts as an outlier: about T times the mean magnitude of its row (default 12, or 6 where it is not "
+        "rotated), or T itself for --outliers column (default 6); 0 turns outliers off",
+    )
+    options.add_argument(
+        "--outliers",
+        choices=get_args(OutlierPolicy),
+        default=default.outliers,
+        help="elements that take a second digit, or whole columns in float as LLM.int8() does (default %(default)s)",
+    )
+    options.add_argument(
+        "--no-rotate",
+        action="store_true",
+        help="do not mix activations with each other first: nearer to float where most of a row are 0, or equal",
+    )
+    options.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave modules with this path in float, e.g. 'mlp' or 'layers.0'; may be given several times",
+    )
+    options.add_argument(
+        "--lm-head",
+        choices=get_args(LmHead),
+        default=default.lm_head,
+        help="what to do with the output projection (default %(default)s: float)",
+    )
+    options.add_argument(
+        "--min-features",
+        type=_count,
+        default=default.min_features,
+        metavar="N",
+        help="leave weights with fewer inputs or outputs in float (default %(default)s)",
+    )
+
+
+def _config(args: argparse.Namespace) -> Int8Config:
+    return Int8Config(
+        threshold=args.threshold,
+        outliers=args.outliers,
+        rotate=not args.no_rotate,
+        skip_modules=tuple(args.skip),
+        lm_head=args.lm_head,
+        min_features=args.min_features,
+    )
+
+
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
+    about = "show what this machine has and whether the CPU kernel works on it (compiles it if need be)"
+    doctor = commands.add_parser("doctor", help=about, description=about, allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON, and nothing else, on stdout")
+    return doctor
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from int8compile.app import demo
+
+    demo.run(print, args.model, tokens=args.tokens, prompt=args.prompt, accuracy=not args.no_eval)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    # Before the model is loaded, which takes long: a wrong option is reported at once.
+    config = _config(args)
+    import torch
+
+    from int8compile import explain
+    from int8compile.app import loading
+
+    model = loading.load(args.model, getattr(torch, args.dtype))
+    inputs = loading.example_inputs(model, args.batch, args.sequence)
+    loading.check_runs(model, inputs)
+    report = explain(model, config=config, **inputs)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    config = _config(args)
+    import torch
+
+    from int8compile.app import loading
+    from int8compile.app.demo import describe
+    from int8compile.tuning.calibration import check_rotates
+
+    loading.new_folder(args.out)
+    calibration = None
+    if args.calibrate is not None:
+        check_rotates(config)
+        text = None if args.calibrate is RANDOM else args.calibrate
+        calibration = loading.calibrated(args.model, text, getattr(torch, args.dtype))
+        print(f"{calibration.summary()}\n")
+    report = loading.quantize(args.model, args.out, config, getattr(torch, args.dtype), calibration)
+    print(describe(report))
+    for note in report.notes:
+        print(f"\n{note}")
+    print(f"\nWritten to {args.out}. In Python, import int8compile.integrations.transformers before from_pretrained.")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    config = _config(args)
+    import torch
+
+    from int8compile import export
+    from int8compile.app import loading
+    from int8compile.app.demo import describe
+    from int8compile.exporting import package
+
+    package.check_name(args.out)
+    model = loading.load(args.model, getattr(torch, args.dtype)).to(args.device)
+    made = loading.exportable(model, args.context, args.batch)
+    report = export(
+        made.model,
+        made.args,
+        args.out,
+        dynamic_shapes=made.dynamic_shapes,
+        config=config,
+        allow_partial=args.allow_partial,
+        isa=args.isa,
+        form=args.form,
+    )
+    print(describe(report))
+    for note in report.notes:
+        print(f"\n{note}")
+    size = args.out.stat().st_size / 2**20
+    print(f"\nWritten to {args.out}, {size:.1f} MiB. int8compile.load_exported() checks and loads it.")
+    print("torch._inductor.aoti_load_package() loads it where int8compile is not installed.")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from int8compile import inspect
+
+    found = inspect(args.file)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from int8compile.app import doctor
+
+    found = doctor.examine()
+    print(json.dumps(found, indent=2) if args.json else doctor.render(found))
+    return NO_KERNEL if found["kernel"]["problem"] else 0

