@@ -22,16 +22,19 @@ from int8compile.errors import (
 from int8compile.explaining import explain
 from int8compile.exporting.exporter import export
 from int8compile.exporting.package import inspect, load_exported
+from int8compile.integrations import register as _register_libraries
+from int8compile.moved import install as _install
 from int8compile.report import Report, Site, SkipReason
 from int8compile.stored.checkpoint import load, save
 from int8compile.stored.convert import dequantize_, memory_footprint, quantize_
 from int8compile.stored.modules import Int8Embedding, Int8Experts, Int8Linear
 from int8compile.tuning.calibration import Calibration, calibrate
+from int8compile.version import __version__ as __version__
 from int8compile.weights import refresh
 
 _register()
-
-__version__ = "0.1.0"
+_register_libraries()
+_install()
 
 __all__ = [
     "BadWeightError",

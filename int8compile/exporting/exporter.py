@@ -49,6 +49,7 @@ from int8compile.passes.module_weights import module_weights
 from int8compile.passes.names import module_path
 from int8compile.passes.static import BUFFER, QUANTIZED
 from int8compile.report import Report, SkipReason
+from int8compile.version import __version__
 from int8compile.weights import FREED, STORE, joined, quantize_checked, view_of_int8
 
 if TYPE_CHECKING:
@@ -349,8 +350,6 @@ def _check_operators(module: GraphModule, target: Target) -> tuple[str, ...]:
 def _metadata(
     program: ExportedProgram, module: GraphModule, config: Int8Config, report: Report, target: Target
 ) -> dict[str, Any]:
-    from int8compile import __version__
-
     stored = {"int8": 0, "float": 0}
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
     # The integers of a weight, its scales and what it is rotated with.

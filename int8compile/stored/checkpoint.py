@@ -35,6 +35,7 @@ from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError, ConfigError, first_line, listed
 from int8compile.stored.convert import attach, describe, put_described
 from int8compile.stored.modules import BUFFERS, Int8Module, share_rotations
+from int8compile.version import __version__
 from int8compile.weights import FREED
 
 FORMAT = "int8compile"
@@ -295,8 +296,6 @@ def _write(
     progress: bool,
 ) -> None:
     """Writes the files of a checkpoint so that they are on the disk, not only in its cache."""
-    from int8compile import __version__
-
     shards: list[list[str]] = []
     free = 0
     for name, tensor in tensors.items():

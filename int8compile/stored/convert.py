@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import importlib
 import itertools
 import math
 import sys
@@ -26,15 +25,9 @@ from int8compile.groups import group_of, reads_tokens
 from int8compile.passes.rules import by_name, by_size, matches
 from int8compile.passes.static import WeightView
 from int8compile.report import Report, Site, SkipReason
+from int8compile.stored.libraries import LIBRARIES, Integration, experts_implementation
 from int8compile.stored.modules import Int8Embedding, Int8Experts, Int8Linear, Int8Module, Source
 from int8compile.weights import STORE, quantize_checked
-
-# Libraries whose models save themselves, and their base class of such models.
-_LIBRARIES = {
-    "transformers": ("transformers.modeling_utils", "PreTrainedModel"),
-    "diffusers": ("diffusers.models.modeling_utils", "ModelMixin"),
-}
-
 
 # A weight in int8, its scales and its d.
 Made: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
@@ -220,7 +213,7 @@ def _saved_in_float(model: nn.Module) -> dict[int, str]:
     """
     adapters = _kinds(("peft.tuners.tuners_utils", "BaseTunerLayer"), ("peft.utils.other", "AuxiliaryTrainingWrapper"))
     layers = _kinds(("sentence_transformers.base.modules.module", "Module"))
-    models = _kinds(*_LIBRARIES.values())
+    models = _kinds(*(library.base for library in LIBRARIES.values()))
     found: dict[int, str] = {}
     within: set[int] = set()
     for module in model.modules() if adapters or layers else ():
@@ -583,22 +576,23 @@ def quantized(target: Target) -> Made:
     return *quantize_checked(*member, target.path, d), d
 
 
-def saving_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+def saving_models(model: nn.Module) -> list[tuple[str, nn.Module, Integration]]:
     """Return the models inside a module, itself included, that save themselves with `save_pretrained`.
 
     The integration of a library that is imported is imported here, even if the module holds no model of that library:
     the module may be a part of one, which is found when the whole model is saved.
 
     Returns:
-        Path, model and the module of `int8compile.integrations` for it; outer models before inner ones.
+        Path, model and the integration of its library; outer models before inner ones.
     """
-    kinds: dict[type[Any], Any] = {}
-    for library, (module, name) in _LIBRARIES.items():
+    kinds: dict[type[Any], Integration] = {}
+    for library in LIBRARIES.values():
+        module, name = library.base
         kind = getattr(sys.modules.get(module), name, None)
         if kind is None:
             continue
         try:
-            kinds[kind] = importlib.import_module(f"int8compile.integrations.{library}")
+            kinds[kind] = library.integration()
         except ImportError:  # A version of the library that is not supported, which matters only for its models.
             if any(isinstance(inner, kind) for inner in model.modules()):
                 raise
@@ -651,11 +645,10 @@ def replace(places: list[tuple[nn.Module, str]], new: nn.Module) -> None:
 
 def use_int8_experts(module: Any) -> None:
     """Has a module of experts run int8 weights; the others of its model, and the model's config, stay as they are."""
-    from int8compile.integrations import experts
-
-    if module.config._experts_implementation != experts.NAME:
+    name = experts_implementation()
+    if module.config._experts_implementation != name:
         config = copy.copy(module.config)
-        config._experts_implementation = experts.NAME
+        config._experts_implementation = name
         config._float_experts = module.config
         module.config = config
 
