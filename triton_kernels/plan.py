@@ -1,4 +1,4 @@
-"""The kernels of an exported package: compiled, and which is started when, as C++ for csrc/launcher.cpp.
+"""The kernels of an exported package: compiled, and which is started when, as C++ for exporting/csrc/launcher.cpp.
 
 A package has no Python to choose with, and its number of rows may change from call to call. So `Planner` asks for every
 number of rows what the operators would start, joins the numbers with the same answer, and compiles what occurs. It asks

@@ -1,1 +1,1 @@
-"""The command line and what only it and the demo need."""
+"""The command line, with the demo and what else only it needs."""

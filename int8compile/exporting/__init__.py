@@ -1,1 +1,1 @@
-"""Files that run without this package."""
+"""Models as files that run without this package."""

@@ -1,1 +1,1 @@
-"""What is measured on a model to quantize it better."""
+"""What a model's own inputs tell, so that its weights are quantized better."""
