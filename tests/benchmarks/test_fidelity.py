@@ -11,7 +11,8 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 from benchmarks import fidelity  # noqa: E402
-from int8compile import ModelError, models  # noqa: E402
+from int8compile import ModelError  # noqa: E402
+from int8compile.app import loading  # noqa: E402
 
 
 class Letters:
@@ -46,8 +47,8 @@ def test_models_are_compared_in_every_setting(monkeypatch: pytest.MonkeyPatch, c
     found = fidelity.texts
     assert [ids.shape for ids in found(Letters()).values()] == [(1, 512)] * 4
     assert fidelity.other_text(Letters()).shape == (1, 512)
-    monkeypatch.setattr(models, "load", load)
-    monkeypatch.setattr(models, "load_processor", lambda name: Letters())
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loading, "load_processor", lambda name: Letters())
     monkeypatch.setattr(fidelity, "texts", texts)
     monkeypatch.setattr(fidelity, "linears", lambda: {"any": {"the default": 1.0}})
     sources = {name: fidelity.Source((f"package-{name}",), lambda _, name=name: name) for name in (*MODELS, "none")}
