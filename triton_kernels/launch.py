@@ -79,6 +79,9 @@ class Launch:
         constants: Its compile-time constants by name.
         num_warps: Warps of a program.
         num_stages: Steps of the main loop that are in flight.
+
+    A kernel with the constant OVERLAP may start while the one before it ends (`numerics.wait_for_inputs`), on GPUs that
+    can do that. It is set when the kernel is run or compiled.
     """
 
     kernel: Any
@@ -104,13 +107,17 @@ class Launch:
             return None
         settle(self.kernel)
         # Multiplications and additions are rounded one by one, as the reference does.
-        return self.kernel[self.grid](
-            **self.args,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=False,
-        )
+        constants, options = self._for(overlaps())
+        return self.kernel[self.grid](**self.args, **constants, **options)
+
+    def _for(self, overlap: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the constants and the options of the compiler, for a GPU that has overlapping kernels or none."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        if "OVERLAP" not in self.kernel.arg_names:
+            return self.constants, options
+        if overlap:
+            options["launch_pdl"] = True
+        return {"OVERLAP": overlap, **self.constants}, options
 
     def prepare(self, tensors: Sequence[str]) -> Prepared | None:
         """Run, and return how to run again with other tensors and another number of rows.
@@ -132,7 +139,8 @@ class Launch:
         """
         settle(self.kernel)
         names = self.kernel.arg_names
-        constants = dict(self.constants) | {name: value for name, value in self.args.items() if value is None}
+        constants, options = self._for(target.backend == "cuda" and target.arch >= 90)
+        constants = constants | {name: value for name, value in self.args.items() if value is None}
         signature = {name: "constexpr" if name in constants else _type(self.args[name]) for name in names}
         # What Triton specializes on when it launches: factors of 16, except in sizes that change from call to call.
         fixed = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
@@ -142,8 +150,19 @@ class Launch:
             if name not in fixed and _is_aligned(self.args.get(name))
         }
         source = _source(self.kernel)(self.kernel, signature, constants, attrs)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return triton.compile(source, target=target, options=options)
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def overlaps() -> bool:
+    """Return whether a kernel of the current device can start while the one before it ends."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return False
+    return _capability(torch.cuda.current_device()) >= (9, 0)
 
 
 def settle(function: Any) -> None:
@@ -174,7 +193,7 @@ class Prepared:
     def __init__(self, launch: Launch, compiled: Any, tensors: Sequence[str]) -> None:
         """Take a call, the compiled kernel that it ran, and the names of the tensors in the order of `run`."""
         # Constants are handed over too, as Triton does.
-        values = {**launch.args, **launch.constants}
+        values = {**launch.args, **launch._for(overlaps())[0]}
         place = {name: i for i, name in enumerate(launch.kernel.arg_names)}
         self._compiled = compiled
         self._grid = [*launch.grid, 1, 1][:3]

@@ -13,6 +13,7 @@ Arguments of the same name are the same in all kernels and device functions:
     n0, n1: Outputs of the first of several parts, and of the second of three; 0 where there is none.
     row, column: [BM] and [BN], numbers of the tile's rows and outputs.
     first, last: The input to begin at, and the one to end before, which may be larger than K.
+    OVERLAP: Whether the program may start while the kernel before it runs: see `wait_for_inputs`.
     HAS_BIAS: Whether there is a bias.
     ACTIVATION: See NONE and following. SILU_MUL takes gate and up from even and odd outputs.
     PARTS: See WHOLE and following.
@@ -39,6 +40,33 @@ SILU_MUL = tl.constexpr(5)
 WHOLE = tl.constexpr(1)
 SCATTERED = tl.constexpr(2)
 TILED = tl.constexpr(3)
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Wait until the kernels before this one have ended, and let the next one start.
+
+    This is programmatic dependent launch, of CUDA from compute capability 9.0 on: a kernel starts while the one before
+    it ends. Until it has waited, a program only computes addresses and prefetches (see `prefetch`): that one may have
+    written anything, weights too.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(ptr):
+    """Have the L2 cache fetch the lines of addresses. It is coherent, so they may still be written."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr], tl.int32, False, 1)
+
+
+@triton.jit
+def prefetch_weights(weight_ptr, column, first, N, K, stride_n, OVERLAP: tl.constexpr):
+    """Prefetch 4096 inputs of the weights of outputs, from `first` on, while the activations are quantized."""
+    if OVERLAP:
+        at = tl.minimum(first + 128 * tl.arange(0, 32), K - 1)
+        prefetch(weight_ptr + (tl.minimum(column, N - 1).to(tl.int64)[:, None] * stride_n + at[None, :]))
 
 
 @triton.jit

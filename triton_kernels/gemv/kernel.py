@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import finish, of_outputs
+from int8compile.triton_kernels.numerics import finish, of_outputs, prefetch_weights, wait_for_inputs
 
 
 @triton.jit
@@ -44,6 +44,7 @@ def gemv(
     stride_n,
     n0,
     n1,
+    OVERLAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
@@ -61,6 +62,8 @@ def gemv(
         BK: Inputs it takes together, at most 4096.
     """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
+    prefetch_weights(weight_ptr, column, 0, N, K, stride_n, OVERLAP)
+    wait_for_inputs(OVERLAP)
     scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
     row_scale = tl.load(rows_ptr).to(tl.float32, bitcast=True)
     words = K // WORD

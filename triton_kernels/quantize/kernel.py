@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from int8compile.triton_kernels.numerics import prefetch, wait_for_inputs
+
 TINY = tl.constexpr((127 - 100) << 23)  # the bits of 2.0**-100, as reference.TINY
 INF = tl.constexpr(0x7F800000)
 # A step is a 127th of the largest magnitude, unless that would give too large integers: reference.Q_LARGEST.
@@ -212,7 +214,8 @@ def _rotate(v, u, SHAPE: tl.constexpr):
     up = ((149 - _exponent(u)) << 23).to(tl.float32, bitcast=True)
     X = ()
     for part in tl.static_range(SHAPE[P]):
-        X += (_nearest(v[part], up),)
+        # Times a power of two, which is exact, so that ROUND can be added in the same instruction.
+        X += (tl.fma(v[part], up, ROUND).to(tl.int32, bitcast=True) - ROUND_BITS,)
     X = _joined(_butterflies(X, SHAPE[P]), SHAPE[P])
     if SHAPE[L] == 1:
         rotated = (tl.reshape(X, (SHAPE[BC],)),)
@@ -234,6 +237,11 @@ def _unit(u):
     return tl.where(u < INF, ((_exponent(u) + 105) << 23).to(tl.float32, bitcast=True), float("nan"))
 
 
+@triton.jit
+def _larger_and_sum(a, b, c, d):
+    return tl.maximum(a, c), b + d
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_group"])
 def quantize_rows(
     x_ptr,
@@ -253,6 +261,7 @@ def quantize_rows(
     rows_per_group,
     c2,
     eps,
+    OVERLAP: tl.constexpr,
     OUTLIERS: tl.constexpr,
     NORM: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -295,6 +304,13 @@ def quantize_rows(
     SHAPE: tl.constexpr = (C, P, L, BC)
     K: tl.constexpr = C * P * L
     m = tl.program_id(0).to(tl.int64)
+    if OVERLAP and not EXPERTS:
+        column = tl.minimum(tl.arange(0, max(triton.next_power_of_2(K) // 32, 1)) * 32, K - 1)
+        if d_ptr is not None:
+            prefetch(d_ptr + column)
+        if weight_ptr is not None:
+            prefetch(weight_ptr + column)
+    wait_for_inputs(OVERLAP)
     if m == 0:
         tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), tl.int32))
     if EXPERTS:
@@ -328,8 +344,9 @@ def quantize_rows(
             size = tl.maximum(size, tl.abs(X[i]))
             # At most 4 * 2**29, by Cauchy and Schwarz: a rotation keeps the sum of squares, times 128.
             sums += tl.abs(X[i])
-        largest = tl.maximum(largest, tl.max(size))
-        total += tl.sum(sums.to(tl.uint32).to(tl.int64))
+        here, more = tl.reduce((size, sums.to(tl.uint32).to(tl.int64)), 0, _larger_and_sum)
+        largest = tl.maximum(largest, here)
+        total += more
     top = largest.to(tl.float32)
     step = tl.maximum(tl.minimum(top * C1, total.to(tl.float32) * c2), top * C3)
     # NaN and Inf made any integers.

@@ -12,9 +12,10 @@ from int8compile.ops.reference import QMAX, rotation
 from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.quantize.kernel import fixed_point, quantize_rows
 
-# Elements of a thread, and of a row that is held in registers: those of 1024 threads, the most a program has. Longer
-# rows are looked at several times, in chunks whose threads can have more registers.
-THREAD_ELEMENTS, MAX_ELEMENTS, CHUNK_ELEMENTS = 16, 16384, 8192
+# Elements of a thread, and of a row that is held in registers. Longer rows are looked at several times, in chunks. So
+# are those of more than half the length where there are many: several programs then share a multiprocessor. An H200
+# takes 72 us instead of 88 for 2048 rows of 14336, but 9.7 instead of 5.9 for one.
+THREAD_ELEMENTS, MAX_ELEMENTS, CHUNK_ELEMENTS, MANY_ROWS = 32, 16384, 8192, 1024
 
 
 def launch(
@@ -100,9 +101,7 @@ def _launch(kernel: Any, x: Tensor, d: Tensor | None, args: dict[str, Any], cons
     m, k = x.shape
     b = rotation(d)
     bc = triton.next_power_of_2(k // b)
-    # A norm of float32 needs more than the 64 registers that each of 1024 threads has.
-    wide = constants.get("NORM") is not None and x.dtype == torch.float32
-    if b * bc > (CHUNK_ELEMENTS if wide else MAX_ELEMENTS):
+    if b * bc > (CHUNK_ELEMENTS if m >= MANY_ROWS else MAX_ELEMENTS):
         bc = CHUNK_ELEMENTS // b
     low = min(b, 16)
     shape = {"C": k // b, "P": b // low, "L": low, "BC": bc, "CHUNKS": triton.cdiv(k // b, bc)}
