@@ -16,8 +16,8 @@ from int8compile.triton_kernels import loading
 # The lower ends of the ranges of M that have a row of the table each.
 BUCKETS = (1, 2, 17, 33, 65, 129, 256, 512)
 
-# What a multiprocessor could move while the sums of a tile are counted, and what a byte of them costs. Fitted to the times
-# of an H200 for 16, 64 and 128 rows of Llama-3.1-8B's linears: the choice is within 9 % of the best that was tried.
+# What a multiprocessor could move while the sums of a tile are counted, and what a byte of them costs. Fitted to the
+# times of an H200 for 16, 64 and 128 rows of Llama-3.1-8B linears: the choice is within 9 % of the best of those tried.
 _SPLIT, _SPLIT_BYTE = 96 * 1024, 4.5
 
 
