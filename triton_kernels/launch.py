@@ -131,15 +131,19 @@ class Launch:
         compiled = self.run()
         return None if compiled is None else Prepared(self, compiled, tensors)
 
-    def compile(self, target: GPUTarget) -> Any:
+    def compile(self, target: GPUTarget, *, overlap: bool = True) -> Any:
         """Compile it for a GPU that need not be there; tensors may be on the meta device.
+
+        Args:
+            target: The GPU.
+            overlap: Whether it may start before the kernel before it has ended, where the GPU can do that.
 
         Returns:
             Triton's compiled kernel: `asm["ptx"]` or `asm["amdgcn"]`, `metadata.shared`.
         """
         settle(self.kernel)
         names = self.kernel.arg_names
-        constants, options = self._for(target.backend == "cuda" and target.arch >= 90)
+        constants, options = self._for(overlap and target.backend == "cuda" and target.arch >= 90)
         constants = constants | {name: value for name, value in self.args.items() if value is None}
         signature = {name: "constexpr" if name in constants else _type(self.args[name]) for name in names}
         # What Triton specializes on when it launches: factors of 16, except in sizes that change from call to call.

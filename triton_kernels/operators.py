@@ -32,8 +32,8 @@ from int8compile.triton_kernels import autotune, tables
 from int8compile.triton_kernels.grouped_gemm.launch import launch as grouped_launch
 from int8compile.triton_kernels.launch import TENSORS, Launch, Prepared
 from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.quantize.launch import in_chunks, launch_norm
 from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
-from int8compile.triton_kernels.quantize.launch import launch_norm
 from int8compile.triton_kernels.tables import Architecture, Config
 from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
 
@@ -150,6 +150,11 @@ def _matrix(x: Tensor) -> Tensor:
     return x.view(-1).view(-1, x.shape[-1]) if x.is_contiguous() else x
 
 
+def _in_chunks(x: Tensor) -> bool:
+    k = x.shape[-1]
+    return k > 0 and in_chunks(x.numel() // k, k)
+
+
 def _contiguous(*tensors: Tensor | None) -> Iterator[Any]:
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
@@ -170,7 +175,7 @@ def _start(call: Launch, key: Any, op: str) -> None:
 def _quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     index, x, d = _index(x), _with_rows(x), None if d is None else d.contiguous()
     of_x, of_d = _key_of_rows(x), _key(d)
-    key = (of_x, of_d, threshold) if of_x and of_d else None
+    key = (of_x, of_d, threshold, _in_chunks(x)) if of_x and of_d else None
     prepared = _prepared.get(key)
     if prepared is None or x.numel() == 0:
         check_quantize_rows(x, d, threshold)
@@ -201,7 +206,8 @@ def _norm_quantize_rows(
     weight, bias, d = _contiguous(weight, bias, d)
     of_rows = (_key_of_rows(x), True if residual is None else _key_of_rows(residual))
     fixed = _key(weight, bias, d)
-    key = (of_rows, residual is None, fixed, kind, eps, threshold) if fits and fixed and all(of_rows) else None
+    fits = fits and fixed and all(of_rows)
+    key = (of_rows, residual is None, fixed, kind, eps, threshold, _in_chunks(x)) if fits else None
     prepared = _prepared.get(key)
     if prepared is None or x.numel() == 0:
         check_norm(*given[:5], kind, threshold)

@@ -27,8 +27,8 @@ from int8compile.triton_kernels.grouped_gemm.launch import launch as grouped_lau
 from int8compile.triton_kernels.launch import DESCRIPTORS, MATRICES, TENSORS, Launch, Programs
 from int8compile.triton_kernels.operators import launch_of
 from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.quantize.launch import MANY_ROWS, in_chunks, launch_norm
 from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
-from int8compile.triton_kernels.quantize.launch import launch_norm
 from int8compile.triton_kernels.tables import Architecture, Config
 from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
 from int8compile.triton_kernels.weight_only.launch import tile_rows
@@ -93,7 +93,7 @@ class Planner:
             return [quantize_launch(x, _empty(k) if rotated else None, threshold, *empty_rows(x, threshold))]
 
         key = (k, _SCALAR_TYPES[dtype], int(rotated), _bits(threshold))
-        self._add("quantize_rows", key, (least, most), started)
+        self._add("quantize_rows", key, (least, most), started, lambda m: in_chunks(m, k), MANY_ROWS)
 
     def norm_quantize_rows(
         self,
@@ -120,7 +120,7 @@ class Planner:
 
         dtypes = (_SCALAR_TYPES[each] for each in (weight_dtype, bias_dtype))
         key = (k, _SCALAR_TYPES[dtype], int(residual), *dtypes, int(rotated), kind, _bits(eps), _bits(threshold))
-        self._add("norm_quantize_rows", key, (least, most), started)
+        self._add("norm_quantize_rows", key, (least, most), started, lambda m: in_chunks(m, k), MANY_ROWS)
 
     def quantized_linear(
         self,
@@ -204,7 +204,14 @@ class Planner:
 
         dtypes = (_SCALAR_TYPES[each] for each in (ends_dtype, bias_dtype))
         key = (experts, n, k, _SCALAR_TYPES[dtype], d_dims, *dtypes, _bits(threshold))
-        self._add(op, key, (least, most), started, lambda m: config_of(m, experts), 64 * experts + 1)
+        self._add(
+            op,
+            key,
+            (least, most),
+            started,
+            lambda m: (config_of(m, experts), in_chunks(m, k)),
+            max(64 * experts + 1, MANY_ROWS),
+        )
 
     def source(self) -> str:
         """Return the plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""
@@ -248,7 +255,7 @@ class Planner:
     def _launch(self, op: str, launch: Launch) -> str:
         with knobs.compilation.scope():
             knobs.compilation.disable_line_info = True  # Two thirds of a file.
-            compiled = launch.compile(GPUTarget("cuda", self._gpu.capability, 32))
+            compiled = launch.compile(GPUTarget("cuda", self._gpu.capability, 32), overlap=False)
         about = compiled.metadata
         used = (about.num_ctas, about.global_scratch_size, about.profile_scratch_size)
         if used != (1, 0, 0) or about.launch_cooperative_grid or about.launch_pdl:

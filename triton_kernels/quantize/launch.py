@@ -18,6 +18,11 @@ from int8compile.triton_kernels.quantize.kernel import fixed_point, quantize_row
 THREAD_ELEMENTS, MAX_ELEMENTS, CHUNK_ELEMENTS, MANY_ROWS = 32, 16384, 8192, 1024
 
 
+def in_chunks(m: int, k: int) -> bool:
+    """Return whether M rows of K inputs are looked at in chunks because there are so many."""
+    return m >= MANY_ROWS and k > CHUNK_ELEMENTS
+
+
 def launch(
     x: Tensor,
     d: Tensor | None,
@@ -101,7 +106,7 @@ def _launch(kernel: Any, x: Tensor, d: Tensor | None, args: dict[str, Any], cons
     m, k = x.shape
     b = rotation(d)
     bc = triton.next_power_of_2(k // b)
-    if b * bc > (CHUNK_ELEMENTS if m >= MANY_ROWS else MAX_ELEMENTS):
+    if b * bc > MAX_ELEMENTS or in_chunks(m, k):
         bc = CHUNK_ELEMENTS // b
     low = min(b, 16)
     shape = {"C": k // b, "P": b // low, "L": low, "BC": bc, "CHUNKS": triton.cdiv(k // b, bc)}
