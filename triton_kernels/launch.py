@@ -79,9 +79,8 @@ class Launch:
         constants: Its compile-time constants by name.
         num_warps: Warps of a program.
         num_stages: Steps of the main loop that are in flight.
-
-    A kernel with the constant OVERLAP may start while the one before it ends (`numerics.wait_for_inputs`), on GPUs that
-    can do that. It is set when the kernel is run or compiled.
+        overlap: Whether the kernel may start while the one before it ends, on GPUs that can do that. It has the
+            constant OVERLAP then (`numerics.wait_for_inputs`).
     """
 
     kernel: Any
@@ -91,6 +90,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    overlap: bool = False
 
     @functools.cached_property
     def grid(self) -> tuple[int, ...]:
@@ -110,11 +110,12 @@ class Launch:
         constants, options = self._for(overlaps())
         return self.kernel[self.grid](**self.args, **constants, **options)
 
-    def _for(self, overlap: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the constants and the options of the compiler, for a GPU that has overlapping kernels or none."""
+    def _for(self, able: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the constants and the options of the compiler, for a GPU that is able to overlap kernels or not."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
-        if "OVERLAP" not in self.kernel.arg_names:
+        if "OVERLAP" not in self.kernel.arg_names:  # It does not wait.
             return self.constants, options
+        overlap = able and self.overlap
         if overlap:
             options["launch_pdl"] = True
         return {"OVERLAP": overlap, **self.constants}, options

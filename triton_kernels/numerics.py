@@ -62,14 +62,6 @@ def prefetch(ptr):
 
 
 @triton.jit
-def prefetch_weights(weight_ptr, column, first, N, K, stride_n, OVERLAP: tl.constexpr):
-    """Prefetch 4096 inputs of the weights of outputs, from `first` on, while the activations are quantized."""
-    if OVERLAP:
-        at = tl.minimum(first + 128 * tl.arange(0, 32), K - 1)
-        prefetch(weight_ptr + (tl.minimum(column, N - 1).to(tl.int64)[:, None] * stride_n + at[None, :]))
-
-
-@triton.jit
 def lowest_bit(bits):
     """Return the number of the lowest bit that is set, of an int32 that is not 0: the exponent of a power of two."""
     power = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)

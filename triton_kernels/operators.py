@@ -206,8 +206,7 @@ def _norm_quantize_rows(
     weight, bias, d = _contiguous(weight, bias, d)
     of_rows = (_key_of_rows(x), True if residual is None else _key_of_rows(residual))
     fixed = _key(weight, bias, d)
-    fits = fits and fixed and all(of_rows)
-    key = (of_rows, residual is None, fixed, kind, eps, threshold, _in_chunks(x)) if fits else None
+    key = (of_rows, residual is None, fixed, kind, eps, threshold) if fits and fixed and all(of_rows) else None
     prepared = _prepared.get(key)
     if prepared is None or x.numel() == 0:
         check_norm(*given[:5], kind, threshold)

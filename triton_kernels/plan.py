@@ -120,7 +120,7 @@ class Planner:
 
         dtypes = (_SCALAR_TYPES[each] for each in (weight_dtype, bias_dtype))
         key = (k, _SCALAR_TYPES[dtype], int(residual), *dtypes, int(rotated), kind, _bits(eps), _bits(threshold))
-        self._add("norm_quantize_rows", key, (least, most), started, lambda m: in_chunks(m, k), MANY_ROWS)
+        self._add("norm_quantize_rows", key, (least, most), started)
 
     def quantized_linear(
         self,

@@ -224,7 +224,7 @@ def _cost(config: Config, m: int, n: int, k: int, multiprocessors: int) -> tuple
     costs = []
     for splits in range(1, min(steps, 16) + 1 if splittable else 2):
         inputs = -(-steps // splits) * step
-        each = inputs * (config.bn + rows)
+        each = float(inputs * (config.bn + rows))
         if splits > 1:
             each += _SPLIT_BYTE * 4 * rows * config.bn * splits + _SPLIT
         # Several small tiles share a multiprocessor; a large one has it alone.

@@ -5,15 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import (
-    add_products,
-    finish,
-    of_outputs,
-    prefetch_weights,
-    row_scales,
-    second_digits,
-    wait_for_inputs,
-)
+from int8compile.triton_kernels.numerics import add_products, finish, of_outputs, row_scales, second_digits
 
 
 @triton.jit
@@ -81,7 +73,6 @@ def gemm(
     stride_n,
     n0,
     n1,
-    OVERLAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
@@ -100,6 +91,9 @@ def gemm(
     tile_m, tile_n = tile_of(tile, M, N, BM, BN, GROUP_M)
     row = tile_m * BM + tl.arange(0, BM)
     column = tile_n * BN + tl.arange(0, BN)
+    if BM < 128:  # Larger tiles need the registers.
+        scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
+        row_scale = row_scales(rows_ptr, row, row < M)
     w_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_n
     first = 0
     last = K
@@ -111,12 +105,6 @@ def gemm(
         steps = tl.cdiv(K, STEP)
         first = steps * part // parts * STEP
         last = steps * (part + 1) // parts * STEP
-    if BM < 128:
-        prefetch_weights(weight_ptr, column, first, N, K, stride_n, OVERLAP)
-    wait_for_inputs(OVERLAP)
-    if BM < 128:  # Larger tiles need the registers.
-        scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
-        row_scale = row_scales(rows_ptr, row, row < M)
     acc = sums(
         q_ptr, rows_ptr, w_ptr, row, row < M, column[None, :] < N, M, K, first, last, WORDS, BM, BN, BK
     )  # fmt: skip

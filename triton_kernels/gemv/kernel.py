@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8compile.triton_kernels.numerics import finish, of_outputs, prefetch_weights, wait_for_inputs
+from int8compile.triton_kernels.numerics import finish, of_outputs, prefetch, wait_for_inputs
 
 
 @triton.jit
@@ -62,7 +62,11 @@ def gemv(
         BK: Inputs it takes together, at most 4096.
     """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
-    prefetch_weights(weight_ptr, column, 0, N, K, stride_n, OVERLAP)
+    if OVERLAP:
+        # 4096 inputs, a line of the cache each 128, while the activations are quantized.
+        line = 128 * tl.arange(0, 32)
+        rows = tl.minimum(column, N - 1).to(tl.int64)[:, None] * stride_n
+        prefetch(weight_ptr + (rows + tl.minimum(line, K - 1)[None, :]))
     wait_for_inputs(OVERLAP)
     scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
     row_scale = tl.load(rows_ptr).to(tl.float32, bitcast=True)

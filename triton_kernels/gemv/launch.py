@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import triton
@@ -9,6 +10,7 @@ import triton
 from int8compile.triton_kernels.gemv.kernel import gemv
 from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.product import Product
+from int8compile.triton_kernels.quantize.launch import CHUNK_ELEMENTS
 from int8compile.triton_kernels.tables import Config
 
 
@@ -20,4 +22,7 @@ def launch(product: Product, config: Config) -> Launch:
     # Triton's interpreter has no assembly.
     instruction = config.instruction if isinstance(gemv, triton.JITFunction) else ""
     constants = {"WORD": word, "INSTRUCTION": instruction, "BK": config.bk * word // 4}
-    return product.launch(gemv, config, (Programs(math.ceil(n / config.bn)),), constants=constants)
+    call = product.launch(gemv, config, (Programs(math.ceil(n / config.bn)),), constants=constants)
+    # A long row takes its one program several microseconds, in which memory has nothing else to do. Elsewhere an H200
+    # gained nothing: its programs do not fit at once, and each prefetches before it reads.
+    return dataclasses.replace(call, overlap=k > CHUNK_ELEMENTS)

@@ -12,14 +12,16 @@ from int8compile.ops.reference import QMAX, rotation
 from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.quantize.kernel import fixed_point, quantize_rows
 
-# Elements of a thread, and of a row that is held in registers. Longer rows are looked at several times, in chunks. So
-# are those of more than half the length where there are many: several programs then share a multiprocessor. An H200
-# takes 72 us instead of 88 for 2048 rows of 14336, but 9.7 instead of 5.9 for one.
-THREAD_ELEMENTS, MAX_ELEMENTS, CHUNK_ELEMENTS, MANY_ROWS = 32, 16384, 8192, 1024
+# Elements of a row that are held in registers: those of 1024 threads, the most a program has. Longer rows are looked at
+# several times, in chunks. So are rows of more than half the length where there are many: several programs then share
+# a multiprocessor. An H200 takes 72 us instead of 88 for 2048 rows of 14336, but 9.7 instead of 5.9 for one.
+MAX_ELEMENTS, CHUNK_ELEMENTS, MANY_ROWS = 16384, 8192, 1024
+# Elements of a thread, of whole rows and of chunks.
+THREAD_ELEMENTS, THREAD_CHUNK_ELEMENTS = 16, 32
 
 
 def in_chunks(m: int, k: int) -> bool:
-    """Return whether M rows of K inputs are looked at in chunks because there are so many."""
+    """Return whether M rows of K inputs, without a norm, are looked at in chunks because there are so many."""
     return m >= MANY_ROWS and k > CHUNK_ELEMENTS
 
 
@@ -106,9 +108,13 @@ def _launch(kernel: Any, x: Tensor, d: Tensor | None, args: dict[str, Any], cons
     m, k = x.shape
     b = rotation(d)
     bc = triton.next_power_of_2(k // b)
-    if b * bc > MAX_ELEMENTS or in_chunks(m, k):
-        bc = CHUNK_ELEMENTS // b
+    norm, elements = constants.get("NORM") is not None, THREAD_ELEMENTS
+    # A norm of float32 needs more than the 64 registers that each of 1024 threads has.
+    wide = norm and x.dtype == torch.float32
+    if b * bc > (CHUNK_ELEMENTS if wide else MAX_ELEMENTS) or (in_chunks(m, k) and not norm):
+        bc, elements = CHUNK_ELEMENTS // b, THREAD_ELEMENTS if norm else THREAD_CHUNK_ELEMENTS
     low = min(b, 16)
     shape = {"C": k // b, "P": b // low, "L": low, "BC": bc, "CHUNKS": triton.cdiv(k // b, bc)}
-    warps = max(b * bc // (THREAD_ELEMENTS * (64 if torch.version.hip else 32)), 1)
-    return Launch(kernel, m, (Programs(rows=1),), {"x_ptr": x, **args}, {**constants, **shape}, num_warps=warps)
+    warps = max(b * bc // (elements * (64 if torch.version.hip else 32)), 1)
+    given, overlap = {"x_ptr": x, **args}, "OVERLAP" in kernel.arg_names
+    return Launch(kernel, m, (Programs(rows=1),), given, {**constants, **shape}, num_warps=warps, overlap=overlap)
