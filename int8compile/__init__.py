@@ -1,6 +1,6 @@
 """int8 inference for PyTorch: `torch.compile(model, backend="int8")`.
 
-The backend is found by its name; importing this package is needed only for what is listed in `__all__`.
+torch.compile finds the backend by its name. The package is imported only for the names in `__all__`.
 """
 
 from int8compile.backend import register as _register

@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole, in one step of the file system: one sees the old one or the new one."""
+"""Replace folders in one step of the file system: readers see the old folder or the new one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside another, locked while it is in use, and gone afterwards."""
+    """Make a folder beside another, locked while it is in use, and remove it afterwards."""
     new = _beside(folder, "tmp")
     new.mkdir()
     descriptor = os.open(new, os.O_RDONLY)
@@ -25,7 +25,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield new
     finally:
-        # By now it may hold the checkpoint that was replaced.
+        # After `put_in_place` it holds the folder that was replaced.
         shutil.rmtree(new, ignore_errors=True)
         os.close(descriptor)
 
@@ -35,7 +35,7 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def put_in_place(new: Path, folder: Path) -> None:
-    """Makes a finished folder the checkpoint; afterwards `new` is gone or holds what was there."""
+    """Put a finished folder in the place of another; afterwards `new` is gone or holds the old folder."""
     try:
         os.rename(new, folder)  # Replaces an empty folder, but no other.
     except OSError as error:
@@ -44,7 +44,7 @@ def put_in_place(new: Path, folder: Path) -> None:
         if not _exchange(new, folder):
             old = _beside(folder, "old")
             os.rename(folder, old)
-            # A process that is killed here leaves no checkpoint at its name; load() tells where it is.
+            # If the process is killed here, no checkpoint has the name; load() says where the old one is.
             try:
                 os.rename(new, folder)
             except OSError:
@@ -52,12 +52,12 @@ def put_in_place(new: Path, folder: Path) -> None:
                 raise
             sync(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
-    # Before what was there is deleted: a power failure must not undo the exchange afterwards.
+    # Before the old folder is deleted: a power failure must not undo the exchange afterwards.
     sync(folder.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchanges two folders in one step; False where the system or the file system cannot."""
+    """Exchange two folders in one step; return False if the system or the file system cannot."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False
@@ -71,7 +71,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary folders of saves to this folder that were killed."""
+    """Delete the temporary folders that killed saves to this folder have left."""
     name = re.compile(re.escape(f".{folder.name}.") + r"(?:tmp|old)-(\d+)-[0-9a-f]{8}")
     for file in folder.parent.iterdir():
         match = name.fullmatch(file.name)
@@ -83,7 +83,7 @@ def _in_use(folder: Path, pid: int) -> bool:
     with contextlib.suppress(OSError, OverflowError):
         os.kill(pid, 0)
         return True
-    # Processes of other containers and machines have other numbers, but the same locks.
+    # Process numbers differ between containers and machines, locks do not.
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -100,7 +100,7 @@ def _in_use(folder: Path, pid: int) -> bool:
 
 
 def sync(file: Path) -> None:
-    """Has a file's or a folder's content written to the disk, not only to its cache."""
+    """Write a file's or folder's content to the disk, not only to its cache."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Where files are kept that can be made again, and whose files there may be used."""
+"""Folders for files that can be made again, and whether files found there can be trusted."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _ANYBODY = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_folder() -> Path:
-    """The cache folder: `INT8COMPILE_CACHE`, or `int8compile` in the user's cache folder.
+    """Return the cache folder: `INT8COMPILE_CACHE`, or `int8compile` in the user's cache folder.
 
-    A user without a home folder has `private_folder`.
+    For a user without a home folder it is `private_folder`.
     """
     if named := os.environ.get("INT8COMPILE_CACHE"):
         return Path(os.path.expanduser(named)).absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # The XDG specification: a relative path is to be ignored.
+    if os.path.isabs(base):  # The XDG specification has relative paths ignored.
         return Path(base) / "int8compile"
     try:
         return Path.home() / ".cache" / "int8compile"
@@ -27,12 +27,12 @@ def cache_folder() -> Path:
 
 
 def private_folder() -> Path:
-    """A folder for this user among the temporary files, for where the cache folder cannot be used."""
+    """Return a folder for this user among the temporary files, for use where the cache folder cannot be used."""
     return Path(tempfile.gettempdir()) / f"int8compile-{os.getuid()}"
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that only this user can write to; one of his that others can write to becomes such a folder.
+    """Make a folder that only this user can write to. If it exists and is the user's, its permissions are corrected.
 
     Raises:
         OSError: It cannot be made.
@@ -44,10 +44,10 @@ def make_folder(path: Path) -> None:
 
 
 def distrust(path: Path) -> str:
-    """Why a file or folder may hold what another user has put there; "" if only this user and root can write to it.
+    """Return why another user may have written a file or folder; "" if only this user and root can write to it.
 
     Raises:
-        OSError: It is not there, or may not be looked at.
+        OSError: It does not exist, or its permissions cannot be read.
     """
     about = path.stat()
     if about.st_uid not in (os.getuid(), 0):

@@ -1,7 +1,7 @@
-"""Noticing that a tensor has changed, cheaply at every call and surely whenever something is compiled.
+"""Notice that a tensor has changed: cheaply at every call, and reliably whenever something is compiled.
 
-PyTorch counts writes to a tensor (`_version`), but `p.data.copy_()`, PEFT's merges, averages of weights and fused
-optimizers are not counted. So a few words of its memory are compared, too, and when there is time all of it.
+PyTorch counts writes to a tensor (`_version`), but not `p.data.copy_()`, PEFT's merges, averages of weights and fused
+optimizers. Therefore a few words of its memory are compared at every call, and all of it when something is compiled.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Words of 8 bytes that are compared at every call: on a CPU 8 take 0.1 us, of which a decoded token has a few hundred.
+# Words of 8 bytes compared at every call: 8 take 0.1 us on a CPU, a few hundred times per decoded token.
 SAMPLES = 8
-# Words that `fingerprint` looks at together: 1 MB on a CPU, whose cache holds it.
+# Words that `fingerprint` reads together: 1 MB on a CPU, which fits its cache.
 BLOCK = 2**17
 BLOCKS_ON_A_GPU = 128
 _MODULUS = 2**64
@@ -27,21 +27,20 @@ is_non_overlapping_and_dense = torch.ops.aten.is_non_overlapping_and_dense.defau
 class Snapshot:
     """The state of a tensor when it was read.
 
-    Of memory on a CPU, 8 words spread over all of it are part of the state, so that an update of the whole tensor is
-    seen however it was made, and one of a few elements only if PyTorch counts it. Memory on a GPU is not read: the host
-    would wait for it.
+    On a CPU, 8 words spread over the memory are part of the state. They show any update of the whole tensor; an update
+    of a few elements is seen only if PyTorch counts it. Memory on a GPU is not read: the host would wait for it.
 
     Attributes:
-        fingerprint: Of all of its bytes.
+        fingerprint: The fingerprint of all bytes.
     """
 
     __slots__ = ("_address", "_counted", "_sample", "_storage", "_version", "_words", "fingerprint")
 
     def __init__(self, tensor: Tensor) -> None:
-        """Take the state, before the tensor is used: a change in between is seen later. It keeps no memory alive."""
+        """Take the state before the tensor is used, so that a later change is seen. It keeps no memory alive."""
         storage = tensor.untyped_storage()
         self._storage = weakref.ref(storage)
-        # Nothing is counted for inference tensors.
+        # PyTorch does not count writes to inference tensors.
         self._counted = not tensor.is_inference()
         self._version = tensor._version if self._counted else 0
         self._address = tensor.data_ptr()
@@ -50,12 +49,12 @@ class Snapshot:
         self.fingerprint = fingerprint(tensor)
 
     def outdate(self) -> None:
-        """Have no tensor be in this state any more; of what memory it was stays known."""
+        """Make the state match no tensor any more; its place in memory stays known."""
         self._sample = None
 
     def holds(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is in that state, as far as that is possible at every call."""
-        # It keeps the memory from being given back while words of it are read: another thread may replace `.data`.
+        """Return whether a tensor is in this state, as far as a call can tell."""
+        # This reference keeps the memory while it is read: another thread may replace `.data`.
         storage = tensor.untyped_storage()
         return (
             storage is self._storage()
@@ -65,15 +64,15 @@ class Snapshot:
         )
 
     def same_memory(self, other: Snapshot) -> bool:
-        """Tell whether two states are of the same place in memory, whatever values are there."""
+        """Return whether two states are of the same place in memory, whatever its values."""
         return self._storage() is other._storage() and self._address == other._address
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """Reduce all bytes of a tensor to 64 bits that another value of any element, or another order, changes.
+    """Return 64 bits that depend on the value and the place of every byte of a tensor.
 
-    Sums of words times odd random numbers, modulo 2**64: a single word that differs always shows, several with a
-    probability of 1 - 2**-64. One pass over memory; on a GPU the host waits for the result.
+    They are sums of words times odd random numbers, modulo 2**64. One changed word always changes the result, several
+    changed words with a probability of 1 - 2**-64. It takes one pass over memory; on a GPU the host waits for it.
     """
     with torch.inference_mode(False), torch.no_grad():
         words, rest = _integers(tensor.detach())
@@ -86,11 +85,11 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 def _words(tensor: Tensor) -> memoryview:
-    """Words spread over a tensor's memory, without a copy; none where it may not be read."""
+    """Return words spread over a tensor's memory, without a copy; none where it may not be read."""
     if tensor.device.type != "cpu" or not is_non_overlapping_and_dense(tensor) or tensor.nbytes < 8:
         return memoryview(b"")
     if tensor.untyped_storage().nbytes() < tensor.nbytes:
-        return memoryview(b"")  # Its memory was given back.
+        return memoryview(b"")  # Its memory was released.
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     words = memoryview(memory).cast("B")[: tensor.nbytes // 8 * 8].cast("Q")
     # An odd step does not stay in one column of a matrix.
@@ -99,7 +98,7 @@ def _words(tensor: Tensor) -> memoryview:
 
 
 def _integers(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor's bytes in the order of memory, as int64, and those behind the last whole one."""
+    """Return a tensor's bytes in the order of memory, as int64, and the bytes behind the last whole int64."""
     if not is_non_overlapping_and_dense(tensor):
         tensor = tensor.contiguous()
     raw = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
@@ -124,7 +123,7 @@ def _sums(words: Tensor) -> Iterator[Tensor]:
 
 @functools.cache
 def _factors(device: torch.device) -> Tensor:
-    """Odd random numbers, the same in every process."""
+    """Return odd random numbers, the same in every process."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(-(2**63), 2**63 - 1, (BLOCK,), generator=generator, dtype=torch.int64)
     return (numbers | 1).to(device)

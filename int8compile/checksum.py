@@ -1,4 +1,4 @@
-"""SHA-256 of tensors: what checkpoints carry of each tensor, and what is compared when it is loaded."""
+"""SHA-256 of tensors, which checkpoints store and which loading compares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
-# Hashing leaves Python's lock alone; more threads than this wait for memory.
+# Hashing releases Python's lock; more threads than this would wait for memory.
 THREADS = min(4, os.cpu_count() or 1)
 
 

@@ -1,14 +1,13 @@
-"""`Int8Config`: every knob of the backend, validated when it is made."""
+"""The options of the backend, validated when they are set."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
-from int8compile.errors import ConfigError
+from int8compile.errors import ConfigError, did_you_mean
 
 OutlierPolicy = Literal["row", "column"]
 LmHead = Literal["native", "int8_weight", "int8"]
@@ -17,18 +16,19 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int8Config:
-    """How a model is rewritten to int8.
+    """The options for a model's conversion to int8.
 
     Attributes:
-        threshold: What counts as an outlier. With `outliers="row"` an element of more than about `threshold` times the
-            mean magnitude of its row: at least 1, and 12.0 unless given, or 6.0 where the weight is not rotated. With
-            "column" one of at least `threshold`, 6.0 unless given. 0 turns outliers off.
-        outliers: "row" writes all elements of a row on one integer grid, of which outliers take 16 bits, so results do
-            not depend on the batch. "column" is LLM.int8() as published: a column with one outlier runs in float. It is
-            there for comparison, and slower.
-        rotate: Whether activations and weights are rotated (Hadamard), which spreads outliers over 128 elements. It
-            is nearer to float on models of language and images; rows with few elements that are not 0, or with equal
-            ones, are up to 1.5 times nearer without. Weights of sizes that are no multiples of 16 are never rotated.
+        threshold: The size of outliers. With `outliers="row"`, an outlier is an element of more than about `threshold`
+            times the mean magnitude of its row; `threshold` is at least 1, by default 12.0, or 6.0 where the weight is
+            not rotated. With "column", an outlier is an element of at least `threshold`, by default 6.0. 0 turns
+            outliers off.
+        outliers: "row" puts all elements of a row on one integer grid, on which outliers take 16 bits, so results do
+            not depend on the batch. "column" is LLM.int8() as published: a column with an outlier runs in float. It is
+            slower, and meant for comparison.
+        rotate: Whether activations and weights are rotated (Hadamard), which spreads outliers over 128 elements. The
+            result is nearer to float on models of language and images. Rows with few elements other than 0, or with
+            equal elements, are up to 1.5 times nearer without. Sizes that are not multiples of 16 are never rotated.
         skip_modules: Glob patterns of module paths that stay in float. A pattern matches whole path components
             anywhere in the path: "mlp" matches `layers.3.mlp.up_proj`, "layers.0" does not match `layers.01`.
         lm_head: "native" leaves the output projection (a module named `lm_head`, or a weight tied to the embedding)
@@ -36,9 +36,9 @@ class Int8Config:
             other linear.
         min_features: A weight with fewer input or output features stays in float: quantizing its activations costs
             as much as its matmul (routers, small heads).
-        free_weights: Give the memory of rewritten float weights back. Using them afterwards, in the eager model or
-            `state_dict()`, raises `FreedWeightError`.
-        mode: Inductor's mode, as in `torch.compile(mode=...)`, which cannot be combined with `options=` there.
+        free_weights: Whether to release the memory of rewritten float weights. Using them afterwards, in the eager
+            model or `state_dict()`, raises `FreedWeightError`.
+        mode: Inductor's mode. `torch.compile` does not allow `mode=` together with `options=`.
         inductor: Inductor's own options, as in `torch.compile(options=...)` of the default backend.
 
     Raises:
@@ -71,23 +71,25 @@ class Int8Config:
         object.__setattr__(self, "inductor", _inductor_options(self.inductor))
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any] | None = None, *, mode: str | None = None) -> Int8Config:
-        """Makes a config from `torch.compile`'s `options` and `mode`.
+    def from_options(
+        cls, options: Int8Config | Mapping[str, Any] | None = None, *, mode: str | None = None
+    ) -> Int8Config:
+        """Return the config for `torch.compile`'s `options` and `mode`.
 
         Args:
-            options: Field names of this class and their values.
-            mode: Inductor's mode; wins over none, clashes with `options["mode"]`.
+            options: Field names of this class and their values, or a config.
+            mode: Inductor's mode. It must equal `options["mode"]` where both are given.
 
         Raises:
             ConfigError: A name is unknown (the message has the nearest one) or a value is not allowed.
         """
-        options = dict(options or {})
+        options = dict(vars(options) if isinstance(options, Int8Config) else options or {})
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
                 raise ConfigError(
-                    f"unknown option {name!r} of backend 'int8'{_nearest(name, known)}. Allowed: {', '.join(known)}. "
-                    "Inductor's own options go under 'inductor'"
+                    f"unknown option {name!r} of backend 'int8'{did_you_mean(name, known)}. "
+                    f"Allowed: {', '.join(known)}. Inductor's own options go under 'inductor'"
                 )
         if mode is not None:
             if options.get("mode", mode) != mode:
@@ -97,15 +99,15 @@ class Int8Config:
 
     @property
     def rotates(self) -> bool:
-        """True if weights are rotated where their size allows it; LLM.int8()'s columns are those of x itself."""
+        """True if weights are rotated where their size allows it. LLM.int8() finds outliers in unrotated columns."""
         return self.rotate and self.outliers == "row"
 
     def threshold_of(self, *, rotated: bool) -> float:
-        """Return the threshold for a weight that is rotated, or is not."""
+        """Return the threshold for a rotated or unrotated weight."""
         return default_threshold(rotated=rotated) if self.threshold is None else self.threshold
 
     def inductor_patches(self) -> dict[str, Any]:
-        """Inductor's config patches: those of `mode`, overridden by those of `inductor`."""
+        """Return Inductor's config patches: the patches of `mode`, overridden by `inductor`."""
         import torch._inductor
 
         patches: dict[str, Any] = {}
@@ -116,7 +118,7 @@ class Int8Config:
 
 
 def default_threshold(*, rotated: bool) -> float:
-    """Return the threshold of a weight for which none is given; what is not rotated has more outliers."""
+    """Return the default threshold. Unrotated activations have more outliers, and so a lower threshold."""
     return 12.0 if rotated else 6.0
 
 
@@ -133,7 +135,7 @@ def _check_threshold(value: object, outliers: str) -> None:
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         listed = ", ".join(repr(choice) for choice in allowed)
-        raise ConfigError(f"{name}={value!r}: allowed are {listed}{_nearest(str(value), allowed)}")
+        raise ConfigError(f"{name}={value!r}: allowed are {listed}{did_you_mean(str(value), allowed)}")
 
 
 def _patterns(value: Iterable[str] | str) -> tuple[str, ...]:
@@ -161,7 +163,7 @@ def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
         option = str(name).replace("-", "_")
         if option not in known:
             raise ConfigError(
-                f"unknown Inductor option {name!r}{_nearest(option, known)}. "
+                f"unknown Inductor option {name!r}{did_you_mean(option, known)}. "
                 "torch._inductor.list_options() lists all of them"
             )
         default = torch._inductor.config.get_config_copy()[option]
@@ -171,8 +173,3 @@ def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
             )
         checked[option] = value
     return checked
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""

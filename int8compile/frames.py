@@ -1,6 +1,6 @@
-"""Code that Dynamo gives up on: no backend is asked then, so what would be int8 runs in float.
+"""Warn of code that Dynamo gives up on: no backend is called then, so linears run in float.
 
-Dynamo tells of the end of each compilation; what was compiled, and for which backend, its own frames on the stack know.
+Dynamo calls back at the end of each compilation. The code and its backend are found in Dynamo's frames on the stack.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch._dynamo.utils import graph_break_reasons
 from int8compile.errors import Int8Warning, first_line, listed
 
 _MODULES = os.path.dirname(nn.modules.__file__)
-# How many of Dynamo's graph breaks have been looked at.
+# The number of Dynamo's graph breaks that have been looked at.
 _seen = types.SimpleNamespace(count=0)
 
 
 def is_ours(backend: Any) -> bool:
-    """Return whether a backend is ours, in the wrappers that torch.compile puts around it."""
+    """Return whether a backend is int8compile's, with or without the wrappers of torch.compile."""
     while backend is not None and getattr(backend, "__module__", None) != "int8compile.backend":
         wrapped = (getattr(backend, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn"))
         backend = next((inner for inner in wrapped if inner is not None), None)
@@ -51,7 +51,7 @@ def _warn_of_float(_: Any) -> None:
             linears,
         )
         return
-    # PyTorch's modules are not compiled by themselves either, so a break inside of one leaves all of it in float.
+    # PyTorch's modules are not compiled separately, so a break inside one leaves all of it in float.
     inside = [frame for reason in new for frame in reason.user_stack[1:] if frame.filename.startswith(_MODULES)]
     if error is None and inside and (compiled := _compiled_frame()) is not None:
         _, module = compiled
@@ -74,15 +74,15 @@ def _warn(what: str, linears: list[str]) -> None:
 
 
 def _compiled_frame() -> tuple[Any, nn.Module] | None:
-    """Return the code that is being compiled for our backend and the module it is a method of; None for other code.
+    """Return the code that is being compiled for this backend and the module it is a method of; None for other code.
 
-    Where the whole graph is asked for, the user gets the error itself.
+    With fullgraph=True the user gets the error itself, so None is returned.
     """
     frame: Any = sys._getframe()
     while frame is not None:
         compiler, compiled = frame.f_locals.get("self"), frame.f_locals.get("frame")
         if hasattr(compiler, "_one_graph") and hasattr(compiled, "f_code"):
-            # Where a module of PyTorch is compiled itself, Dynamo begins with a function that calls it.
+            # To compile a module of PyTorch itself, Dynamo begins with a function that calls it.
             module = compiled.f_locals.get("self", compiled.f_locals.get("fn"))
             ours = is_ours(getattr(compiler, "_torchdynamo_orig_backend", None))
             if ours and not compiler._one_graph and isinstance(module, nn.Module):
@@ -93,12 +93,12 @@ def _compiled_frame() -> tuple[Any, nn.Module] | None:
 
 
 def _called(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Yield the linears that a module's own code calls, itself or through modules of PyTorch.
+    """Yield the linears that a module's own code calls, directly or through modules of PyTorch.
 
-    Dynamo never begins with a module of PyTorch. It compiles other modules by themselves, when they are called.
+    Dynamo never begins with a module of PyTorch. It compiles other modules separately, when they are called.
 
-    Returns:
-        The name of each, and whether it is inside a module of PyTorch.
+    Yields:
+        The name of each linear, and whether it is inside a module of PyTorch.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):

@@ -1,4 +1,4 @@
-"""What a device can do: plain facts, looked up and never measured. Leaf module, easy to mock."""
+"""Facts about devices, looked up and never measured."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One device.
+    """The facts about a device.
 
     Attributes:
-        name: As its vendor calls it.
+        name: The vendor's name.
         kind: "cpu", "cuda", ...
         isa: Instruction set level: "avx2", "avx512", ... on a CPU, "sm_90" on a GPU.
         bandwidth: Memory bandwidth in bytes per second; None where unknown.
         float_peak: Dense 16-bit matrix operations per second (a multiply-add counts two); None where unknown.
-        int8_peak: The same for int8.
+        int8_peak: Dense int8 matrix operations per second; None where unknown.
     """
 
     name: str
@@ -29,8 +29,8 @@ class Hardware:
     int8_peak: float | None = None
 
 
-# Vendors' data sheets: bandwidth in GB/s, dense bfloat16 (float16 for T4) and int8 in TOP/s. The longest name that is
-# part of the device's name counts.
+# From vendors' data sheets: bandwidth in GB/s, dense bfloat16 (float16 for T4) and int8 in TOP/s. Of the names that are
+# part of a device's name, the longest counts.
 _GPUS = {
     "T4": (320, 65, 130),
     "A10": (600, 125, 250),
@@ -45,7 +45,7 @@ _GPUS = {
 
 
 def of(device: torch.device) -> Hardware:
-    """The facts of a device of this machine."""
+    """Return the facts of a device of this machine."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         isa = (
@@ -58,7 +58,7 @@ def of(device: torch.device) -> Hardware:
 
 
 def gpu(name: str, isa: str) -> Hardware:
-    """The facts of a GPU by its name, with unknown speeds where it is not in the table."""
+    """Return the facts of a GPU by its name. Speeds are unknown where the table does not have it."""
     known = max((entry for entry in _GPUS if entry in name), key=len, default=None)
     if known is None:
         return Hardware(name, "cuda", isa)
@@ -69,9 +69,9 @@ def gpu(name: str, isa: str) -> Hardware:
 
 
 def kernel_family(isa: str) -> str:
-    """The architecture whose Triton kernels a GPU of an instruction set takes: "sm_80", "gfx942"; "" for none.
+    """Return the architecture whose Triton kernels a GPU runs, by its instruction set: "sm_80", "gfx942"; "" for none.
 
-    `sm_75` has int8 matrix instructions, but Triton does not use them: only its weights become int8.
+    `sm_75` has int8 matrix instructions, but Triton does not use them, so only weights become int8 there.
     """
     if isa.startswith(("gfx94", "gfx95")):
         return "gfx942"
@@ -81,12 +81,12 @@ def kernel_family(isa: str) -> str:
     if version < 75:
         return ""
     if version in (86, 87, 89) or version >= 120:
-        return "sm_86"  # the same shared memory, and no copy engine worth its name
+        return "sm_86"  # They have the same shared memory, and no useful copy engine.
     return f"sm_{max(known for known in (75, 80, 90, 100) if known <= version)}"
 
 
 def weight_only(isa: str) -> bool:
-    """Whether a GPU takes int8 weights but no int8 activations, for want of matrix instructions in Triton."""
+    """Return whether a GPU runs int8 weights only, because Triton has no int8 matrix instructions for it."""
     return kernel_family(isa) == "sm_75"
 
 

@@ -1,7 +1,7 @@
-"""Modules under the names that they had before they moved into folders.
+"""Import modules under the names that they had before they moved into folders.
 
-Importing an old name gives the module itself, not a copy of it, with a DeprecationWarning: what was pickled under an
-old name is of the class that there is now.
+Importing an old name gives the module itself, not a copy, with a DeprecationWarning. Objects that were pickled under an
+old name therefore get the current classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 PACKAGE = __name__.partition(".")[0]
-# Old and new names, behind the package's.
+# Old and new names, without the package's.
 MOVED = {
     "aot": "exporting.aot",
     "calibration": "tuning.calibration",
@@ -40,7 +40,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return how to load an old name, None for any other."""
+        """Return the specification of an old name, None for any other."""
         package, _, old = fullname.partition(".")
         if package != PACKAGE or old not in MOVED:
             return None
@@ -54,16 +54,16 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Give the module, which has run already, its own specification back: importing it has just replaced it."""
+        """Restore the specification of the module, which has run already: the import has replaced it."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 class Package(types.ModuleType):
-    """The package itself: old names are attributes of it, and functions are not hidden by modules of their names."""
+    """The package itself, with old names as attributes. Functions are not hidden by modules of their names."""
 
     def __getattr__(self, name: str) -> types.ModuleType:
-        """Find a module that was an attribute without being imported by name."""
+        """Return a module by its old name."""
         if name not in MOVED:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         _warn(name)
@@ -85,6 +85,6 @@ def _module(old: str) -> types.ModuleType:
 
 
 def install() -> None:
-    """Have old names found, before a file of that name which an older installation has left."""
+    """Install the finder of old names, in front of files that an older installation has left."""
     sys.meta_path.insert(0, Finder())
     sys.modules[PACKAGE].__class__ = Package

@@ -1,7 +1,7 @@
-"""Running a model once in float while its linears are observed: what `explain` and `calibrate` share.
+"""Run a model once in float and observe its linears, for `explain` and `calibrate`.
 
-Dynamo captures the model as it does for the backend, and the same passes find the linears, of any spelling. Then each
-of them tells what it is given and multiplies by its float weight.
+Dynamo captures the model as it does for the backend, and the same passes find the linears, of any spelling. In the
+observed graph each linear reports its activations and multiplies by its float weight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from int8compile import ops
-from int8compile.backend import captured_parameters, copy_graph, errors_unwrapped, rewrite_captured
+from int8compile.backend import (
+    captured_parameters,
+    copy_graph,
+    errors_unwrapped,
+    lower_captured,
+    rewrite_captured,
+)
 from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError
 from int8compile.groups import reads_tokens
@@ -30,7 +36,8 @@ from int8compile.passes.binding import Member
 from int8compile.passes.names import parameter_name
 from int8compile.passes.rules import Rule
 from int8compile.passes.static import WeightView, static_weight, weight_view
-from int8compile.report import Report, Site
+from int8compile.report import Report
+from int8compile.sites import Site
 from int8compile.weights import FreedWeight, Members, view_of_int8
 
 Record = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -41,12 +48,12 @@ class Linear:
     """A linear of a captured graph that would be int8.
 
     Attributes:
-        op: The operator that takes its place; None for experts that one product multiplies by, which only `quantize_`
-            makes int8.
-        threshold: The operator's; 0 where it has none.
-        site: Its row in the report, of those that are rewritten.
-        each: Whether each matrix of a weight [B, N, K] is rotated by its own d.
-        first: Whether it is the first of those that read the same x and are rotated alike.
+        op: The operator that takes its place; None for experts that share one product, which only `quantize_` makes
+            int8.
+        threshold: The operator's threshold; 0 where it has none.
+        site: Its row in the report; None for such experts.
+        each: Whether each matrix of a weight [B, N, K] is rotated by a d of its own.
+        first: Whether it is the first of the linears that read the same x and share a rotation.
     """
 
     op: Any = None
@@ -57,14 +64,15 @@ class Linear:
 
 
 class Given(NamedTuple):
-    """What a linear is given at a call.
+    """The arguments of a linear at a call.
 
     Attributes:
         x: Its activations, as the operator takes them.
-        group: It and those that read the same x and are rotated alike; empty where it is not rotated, or int8 already.
-        among: Those that a d is made of where the group has none, see `int8compile.groups`.
-        d: What is int8 already is rotated with.
-        ends: Where the rows of each expert end, which lie one behind the other; None where they do not.
+        group: The linears that read the same x and share its rotation, itself among them; empty where it is not
+            rotated, or int8 already.
+        among: The linears that a new d of the group is computed from, see `int8compile.groups`.
+        d: The rotation of a weight that is int8 already.
+        ends: The end of each expert's rows, where the rows of all experts are concatenated; otherwise None.
     """
 
     x: Tensor
@@ -78,12 +86,12 @@ See = Callable[[Linear, Given], None]
 
 
 def plain(model: Any) -> Any:
-    """Return what a compiled model or function was made from."""
+    """Return the model or function that a compiled one was made from."""
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
 def check_not_freed(parameters: Mapping[str, Tensor], advice: str) -> None:
-    """Raise `FreedWeightError` where a model cannot run in float any more."""
+    """Raise `FreedWeightError` if a model cannot run in float any more."""
     for name, parameter in parameters.items():
         if isinstance(parameter, FreedWeight):
             raise FreedWeightError(
@@ -92,7 +100,7 @@ def check_not_freed(parameters: Mapping[str, Tensor], advice: str) -> None:
 
 
 def some_rows(x: Tensor, count: int) -> Tensor:
-    """Return at most so many rows, spread evenly over all.
+    """Return at most `count` rows, spread evenly over all.
 
     Shapes:
         x: [..., K]; result: [M, K].
@@ -111,20 +119,20 @@ def captured(model: Any, record: Record) -> Iterator[Callable[..., Any]]:
         model: A module or a function.
         record: Takes each captured graph, as a Dynamo backend.
 
-    Returns:
-        What calls the model.
+    Yields:
+        A function that calls the model.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    # Dynamo keeps every backend that it was ever given, and with this one all that it has seen.
+    # Dynamo keeps every backend for ever, and a backend that refers to `record` would keep all that it has seen.
     records = [record]
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return records[0](gm, example_inputs)
 
-    # Parameters that Inductor is to freeze would be no inputs.
+    # With freezing, parameters would not be inputs.
     thawed: Any = inductor_config.patch(freezing=False)
     with torch.no_grad(), thawed, torch.random.fork_rng(), _buffers_restored(model), _dynamo_caches_dropped():
         try:
@@ -136,20 +144,20 @@ def captured(model: Any, record: Record) -> Iterator[Callable[..., Any]]:
 def observed(
     gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config, rules: tuple[Rule, ...], see: See
 ) -> tuple[GraphModule, Report]:
-    """Copy a captured graph, with linears that tell what they are given before they multiply in float.
+    """Copy a captured graph, with linears that report their arguments before they multiply in float.
 
     Args:
         gm: A Dynamo graph.
-        example_inputs: What its placeholders were captured with.
-        config: Which linears would be int8.
-        rules: The same.
-        see: Is told of each of them at every call.
+        example_inputs: The values that its placeholders were captured with.
+        config: The options that decide which linears would be int8.
+        rules: The rules that decide it.
+        see: Called with each such linear at every call.
 
     Returns:
-        The copy, which takes the same inputs, and what the passes say of its linears.
+        The copy, which takes the same inputs, and the report on its linears.
     """
     module = copy_graph(gm)
-    # Modules that are int8 keep their weights here.
+    # int8 modules keep their weights while they are observed.
     config = dataclasses.replace(config, free_weights=False)
     with errors_unwrapped():
         binder, report = rewrite_captured(module, example_inputs, config, rules=rules)
@@ -172,7 +180,7 @@ def observed(
         d = given.get("d") if member is None else member.d
         with graph.inserting_before(call):
             if member is not None and member.d is not None and given.get("d") is not member.d:
-                # Not all of the weight as the module holds it.
+                # The call multiplies by a view of the module's weight.
                 d = graph.call_function(_rotation_of, (member.source, member.scale, member.d, member.view))
             sources = [each.source for each in (*members, *among)]
             graph.call_function(_telling(see, linear, members, among), (given["x"], d, None, *sources))
@@ -188,6 +196,25 @@ def observed(
         graph.erase_node(group.node)
     module.recompile()
     return module, report
+
+
+def lowered_report(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Int8Config, rules: tuple[Rule, ...]
+) -> Report:
+    """Return the report on a captured graph as `torch.compile` would lower it, with fusions, without changing it.
+
+    Args:
+        gm: A Dynamo graph.
+        example_inputs: The values that its placeholders were captured with.
+        config: The options that decide which linears would be int8.
+        rules: The rules that decide it.
+    """
+    module = copy_graph(gm)
+    parameters = captured_parameters(module, example_inputs)
+    with errors_unwrapped():
+        binder, report = rewrite_captured(module, example_inputs, config, rules=rules)
+        lower_captured(module, parameters, binder, report, warn=False)
+    return report
 
 
 _OPERATORS = {
@@ -211,7 +238,7 @@ def _telling(see: See, linear: Linear, members: Sequence[Member], among: Sequenc
 
 
 def _observe_experts(module: GraphModule, parameters: Mapping[Node, Tensor], see: See) -> None:
-    """Have products of the rows of several experts, one behind the other, tell what they are given."""
+    """Have products of concatenated rows of several experts report their arguments."""
     for node in module.graph.nodes:
         if node.op != "call_function" or "grouped_mm" not in str(node.target):
             continue
@@ -229,13 +256,13 @@ def _observe_experts(module: GraphModule, parameters: Mapping[Node, Tensor], see
 
 
 def _rotation_of(qweight: Tensor, scale: Tensor, d: Tensor, view: WeightView) -> Tensor | None:
-    """Return what a view of an int8 weight is rotated with."""
+    """Return the d of a view of an int8 weight."""
     return view_of_int8(qweight, scale, d, view)[2]
 
 
 def _multiplying(view: WeightView) -> Callable[..., Tensor]:
     def multiply(x: Tensor, bias: Tensor | None, source: Tensor, scale: Tensor | None, d: Tensor | None) -> Tensor:
-        if scale is not None:  # A module holds it in int8, and something else than its own product reads it.
+        if scale is not None:  # The int8 weight of a module, read by other code than the module.
             source = torch.empty_like(source, dtype=x.dtype).copy_(ops.dequantize_weight(source, scale, d, x.dtype))
         weight = view.of(source).to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
@@ -247,7 +274,7 @@ def _multiplying(view: WeightView) -> Callable[..., Tensor]:
 
 
 def _with_code_of_its_own(function: Any) -> FunctionType:
-    """Return a copy whose code Dynamo has never seen: it gives up on code that was compiled 256 times."""
+    """Return a copy with a new code object, because Dynamo gives up on code that was compiled 256 times."""
     code = function.__code__.replace()
     return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
@@ -255,7 +282,7 @@ def _with_code_of_its_own(function: Any) -> FunctionType:
 @contextlib.contextmanager
 def _buffers_restored(model: Any) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    # The tensors, which forward may replace, and their values, which it may change.
+    # `forward` may replace the tensors or change their values.
     tensors = [(module, dict(module._buffers)) for module in modules]
     values = {
         buffer: buffer.clone()
@@ -278,8 +305,8 @@ def _buffers_restored(model: Any) -> Iterator[None]:
 def _dynamo_caches_dropped() -> Iterator[None]:
     """Drop the cache entries that Dynamo makes meanwhile: they would count against the model's own recompile limit.
 
-    After a graph break the model's own functions get some. Where they had entries before, which are the user's, theirs
-    are kept and so ours stay.
+    After a graph break, the model's own functions get entries. A function that had entries before keeps all of them,
+    because these are the user's.
     """
 
     def compiled() -> set[Any]:

@@ -1,6 +1,6 @@
-"""From which number of rows M int8 can be faster than 16 bit.
+"""Find the numbers of rows M for which int8 can be faster than 16 bit, by the roofline model.
 
-By the roofline: the longer of bytes over bandwidth and operations over peak.
+The time of an operation is the longer of bytes over bandwidth and operations over peak.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ M = sympy.Symbol("M", positive=True)
 
 
 def float_times(k: int, n: int, itemsize: int, hardware: Hardware) -> tuple[sympy.Expr, sympy.Expr]:
-    """Seconds that `x @ W` takes in float for its bytes and for its operations; the longer one counts.
+    """Return the seconds that `x @ W` takes in float, for its bytes and for its operations, as functions of M.
 
-    Linear expressions in M: read x and W, write y; multiply and add.
+    The bytes are those of x, W and y; the operations are multiplications and additions.
     """
     moved = itemsize * (n * k + M * k + M * n)
     return moved / _exact(hardware.bandwidth), 2 * M * n * k / _exact(hardware.float_peak)
 
 
 def int8_times(k: int, n: int, itemsize: int, hardware: Hardware) -> tuple[sympy.Expr, sympy.Expr]:
-    """The same in int8, each with the pass before it that quantizes x.
+    """Return the seconds that `x @ W` takes in int8, for its bytes and for its operations, as functions of M.
 
-    That pass reads x and writes q and a scale per row; the matmul reads q, W and the scales, and writes y.
+    Both include the pass that quantizes x, which reads x and writes q and a scale per row. The matmul reads q, W and
+    the scales, and writes y.
     """
     quantize = ((itemsize + 1) * M * k + 4 * M) / _exact(hardware.bandwidth)
     moved = n * k + M * k + itemsize * M * n + 4 * n + 4 * M
@@ -36,7 +37,7 @@ def int8_times(k: int, n: int, itemsize: int, hardware: Hardware) -> tuple[sympy
 
 @functools.cache
 def faster(k: int, n: int, itemsize: int, hardware: Hardware) -> sympy.Set:
-    """The M, from 1 up, for which int8 takes less time: an interval, a union of some, or the empty set.
+    """Return the M >= 1 for which int8 takes less time: an interval, a union of intervals, or the empty set.
 
     Each time is the larger of two linear functions of M, so their order changes only where two of the four cross.
     """
@@ -54,7 +55,7 @@ def faster(k: int, n: int, itemsize: int, hardware: Hardware) -> sympy.Set:
 
 
 def describe(k: int, n: int, rows: str, itemsize: int, hardware: Hardware) -> str:
-    """For which M int8 can be faster, in symbols: "M >= 1", "s0*s1 <= 94", "never". "" where nothing is known.
+    """Return the M for which int8 can be faster: "M >= 1", "s0*s1 <= 94", "never"; "" for an unknown device.
 
     Args:
         k: Inputs.

@@ -1,3 +1,3 @@
-"""The version of this package, by itself so that every module may ask for it."""
+"""The version of this package, in a file of its own so that every module can import it."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""The weight store: every parameter is quantized once, whoever asks, and again when it has changed.
+"""The weight store: every parameter is quantized once, however many graphs use it, and again when it has changed.
 
 Graphs do not own int8 weights. One compiled graph serves many modules (regional compilation), a recompile sees the same
-parameters, tied modules share one: so the int8 weight is looked up, at every call, by the parameter that arrives.
+parameters, tied modules share one. Therefore the int8 weight is looked up at every call, by the parameter that arrives.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 import warnings
@@ -30,7 +31,7 @@ from int8compile.passes.static import WeightView, rotation_in_view
 
 
 class Key(NamedTuple):
-    """What an int8 weight is made of a parameter for: a view, whether it is packed, and whether it is rotated."""
+    """The form of a parameter's int8 weight: of which view it is, whether it is packed, and whether it is rotated."""
 
     view: WeightView
     packed: bool
@@ -39,16 +40,16 @@ class Key(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class QuantizedWeight:
-    """A parameter's view in int8. Another object takes its place when the parameter has changed.
+    """A view of a parameter in int8. Another object takes its place when the parameter has changed.
 
     Attributes:
         qweight: [N, K] or [B, N, K] int8, or that packed as `int8compile.ops.pack_weight` does. A slice of `fused`
             where there is one.
         scale: [N] or [B, N] float32.
-        d: What it is rotated with, [K] or [B, K] float32, one object for all that share it; None where it is not.
-        made_of: The parameter as it was then.
-        made_with: Its scales, and d if it has one, as they were then, where the parameter is int8 already.
-        fused: The weights that this one lies among, which one operator takes together.
+        d: Its rotation, [K] or [B, K] float32, one object for all weights that share it; None where it is not rotated.
+        made_of: The state of the parameter when it was quantized.
+        made_with: The states of its scales, and of d if it has one, where the parameter is int8 already.
+        fused: The weights in whose common tensor this one lies, because one operator takes them together.
     """
 
     qweight: Tensor
@@ -59,7 +60,7 @@ class QuantizedWeight:
     fused: FusedWeight | None = None
 
     def is_of(self, parameter: Tensor, given: Sequence[Tensor]) -> bool:
-        """Tell whether the tensors it was made of are unchanged, as far as each call can tell; freed ones are."""
+        """Return whether its tensors are unchanged, as far as a call can tell. Freed parameters count as unchanged."""
         if type(parameter) not in FREED and not self.made_of.holds(parameter):
             return False
         return not self.made_with or (
@@ -69,12 +70,12 @@ class QuantizedWeight:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rotation:
-    """What a view of a parameter is rotated with. Parameters have theirs as an attribute, so `.data = ...` keeps it.
+    """The rotation of a view of a parameter. It is an attribute of the parameter, so `.data = ...` keeps it.
 
     Attributes:
         d: [K] or [B, K] float32.
-        calibrated: Whether it was made of activations, too.
-        number: Of two the older one is kept.
+        calibrated: Whether it was computed from activations too.
+        number: The order of creation. Of two rotations the older one is kept.
     """
 
     d: Tensor
@@ -83,7 +84,7 @@ class Rotation:
 
 
 class _Rotations(dict[WeightView, Rotation]):
-    """Those of a parameter by view. Pickles of a model do without: they must load where int8compile is not."""
+    """The rotations of a parameter by view. They are not pickled as such: a model must load without int8compile."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # One of the types that torch.load takes with weights_only=True.
@@ -93,19 +94,19 @@ class _Rotations(dict[WeightView, Rotation]):
 # The name of the attribute.
 _ROTATIONS = "_int8compile_rotations"
 
-# Linears that are rotated alike: parameters and the weights as views of them.
+# Linears that share a rotation: parameters and the weights as views of them.
 Members = Sequence[tuple[Tensor, WeightView]]
 
 
 @dataclasses.dataclass(eq=False)
 class FusedWeight:
-    """Weights one behind the other in one tensor, of which they are slices; or with their rows in turns.
+    """Several weights in one tensor, concatenated or with their rows interleaved. They are slices of it.
 
     Attributes:
         qweight: Their rows, or panels where they are packed.
         scale: Their scales.
-        interleaved: Whether their rows take turns.
-        members: The weights; weakly, since they hold this one: a cycle would keep the memory until Python looks for it.
+        interleaved: Whether their rows alternate.
+        members: Weak references to the weights, which hold this object: a cycle would keep memory for longer.
     """
 
     qweight: Tensor
@@ -115,12 +116,12 @@ class FusedWeight:
 
 
 class _Freed:
-    """A weight whose memory was given back. Anything but asking for its metadata raises `FreedWeightError`."""
+    """A weight whose memory was released. Any use but reading its metadata raises `FreedWeightError`."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # While Dynamo traces for our backend the call only ends up in a graph, and the backend sees to it that nothing
-        # reads the data. Other backends would read memory that is gone.
+        # While Dynamo traces for this backend, the call only becomes a node, and the backend ensures that nothing reads
+        # the data. Other backends would read memory that is gone.
         if func in METADATA or _traced_for_int8():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -144,19 +145,19 @@ class FreedBuffer(_Freed, Tensor):  # type: ignore[misc]
 
 FREED = (FreedWeight, FreedBuffer)
 
-# Devices whose graphs hold addresses: there a parameter that was changed in place has its int8 weight changed in place.
+# Devices whose graphs hold addresses: there, the int8 weight of a parameter changed in place is changed in place, too.
 IN_PLACE = ("cuda",)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_for_int8() -> bool:
-    """Whether Dynamo is tracing for our backend; the answer becomes a constant of the trace."""
+    """Return whether Dynamo is tracing for this backend; the answer becomes a constant of the trace."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:
-        # Nothing is traced: this is eager mode, unless AOTAutograd or Inductor is at work on what a backend gave it.
+        # Nothing is traced: this is eager mode, unless AOTAutograd or Inductor works on a graph from a backend.
         return CompileContext.try_get() is not None
     return is_ours(backend)
 
@@ -166,7 +167,7 @@ _ATTRIBUTES = (
     *("is_mkldnn", "is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_xpu", "itemsize", "layout", "name"),
     *("nbytes", "ndim", "output_nr", "requires_grad", "retains_grad", "shape", "volatile"),
 )
-# What may be asked of a tensor without its data.
+# Functions that need no data of a tensor.
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")),
@@ -181,25 +182,25 @@ METADATA = {
 
 
 class WeightStore:
-    """int8 weights by parameter, held weakly: they go when the parameter goes.
+    """int8 weights by parameter. They are released when the parameter is.
 
     Attributes:
-        quantized: How many times a weight was quantized, refreshes included.
+        quantized: The number of times a weight was quantized, refreshes included.
     """
 
     def __init__(self) -> None:
         self.quantized = 0
-        # By identity, since comparing tensors compares elements, and for as long as the parameter's storage lives. (A
-        # weak reference to the parameter itself would keep it from being swapped, `torch.utils.swap_tensors`.)
+        # Keys are identities, because comparing tensors compares elements. Entries live as long as the parameter's
+        # storage; a weak reference to the parameter itself would prevent `torch.utils.swap_tensors`.
         self._parameters: dict[int, tuple[weakref.ref[UntypedStorage], dict[Key, QuantizedWeight]]] = {}
         self._lock = threading.RLock()
 
     def fresh(self, parameter: Tensor, key: Key, given: Sequence[Tensor] = ()) -> QuantizedWeight | None:
-        """Return the int8 weight of a parameter's view if there is one and the parameter is unchanged.
+        """Return the int8 weight of a parameter if there is one and the parameter is unchanged.
 
         Args:
             parameter: The parameter, as the compiled graph received it.
-            key: What for.
+            key: The form of the int8 weight.
             given: The scales of a parameter that is int8 already, and its d if it has one.
         """
         known = self._parameters.get(id(parameter))
@@ -219,11 +220,11 @@ class WeightStore:
         among: Members = (),
         each: bool = False,
     ) -> QuantizedWeight:
-        """The int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
+        """Return the int8 weight of a parameter's view, quantized now if it never was or if the parameter has changed.
 
         A parameter that was changed in place on a GPU is quantized into the same int8 tensors, so their addresses stay
-        valid in CUDA graphs. Otherwise new tensors take the place of the old ones in one step, as a new `.data` does:
-        a thread that computes with these goes on with these.
+        valid in CUDA graphs. Otherwise new tensors replace the old ones in one step, as a new `.data` does: a thread
+        that computes with the old tensors goes on with them.
 
         Args:
             parameter: The parameter, as the compiled graph received it.
@@ -231,8 +232,8 @@ class WeightStore:
             path: Module path, for messages.
             packed: Whether the graph takes it packed.
             scale: The scales of a parameter that is int8 already.
-            d: What such a parameter is rotated with.
-            group: What is rotated alike, the view of the parameter among it; empty where it is not rotated.
+            d: The rotation of such a parameter.
+            group: The weights that share its rotation, itself among them; empty where it is not rotated.
             among: See `share`.
             each: See `share`.
 
@@ -248,15 +249,15 @@ class WeightStore:
         return weight
 
     def share(self, members: Members, among: Members = (), *, each: bool = False) -> Tensor | None:
-        """Return what rotates linears that read one x, made at the first time and kept with the parameters.
+        """Return the d of linears that read one x. It is computed the first time and kept with the parameters.
 
-        Where some of them have one already, all get it; of several that of a freed weight, a calibrated one, or the
-        oldest. Weights that were quantized with another are quantized again at their next use.
+        If some of the linears have a d already, all get it. Of several, a freed weight's d has priority, then a
+        calibrated one, then the oldest. Weights quantized with another d are quantized again at their next use.
 
         Args:
             members: Parameters, and the weights as views of them, of one K.
-            among: The linears that one is made for, these among them, see `groups`; by default only these.
-            each: Whether each matrix of one weight [B, N, K] is rotated by its own.
+            among: The linears that a new d is computed from, see `groups`; by default the members.
+            each: Whether each matrix of one weight [B, N, K] is rotated by a d of its own.
 
         Returns:
             [K] float32, or [B, K]; None where K has too few factors of two.
@@ -271,7 +272,7 @@ class WeightStore:
             known = [rotation_of_view(*member) for member in members]
             chosen = _chosen(members, known)
             if chosen is None:
-                # Those of other devices read other tensors.
+                # Linears on other devices read other tensors.
                 chosen = self._made([member for member in among or members if member[0].device == device], each)
             if chosen.d.device != device:
                 with _plain_tensors():
@@ -282,13 +283,13 @@ class WeightStore:
             return chosen.d
 
     def _made(self, among: Members, each: bool) -> Rotation:
-        """Return what linears of one group are rotated with that have no rotation yet."""
+        """Return a rotation for linears of one group that have none yet."""
         known = [rotation_of_view(*member) for member in among]
         present = [rotation for rotation in known if rotation is not None and not rotation.calibrated]
         if present:
             return min(present, key=lambda rotation: rotation.number)
         with _plain_tensors():
-            # Those without data cannot be quantized, which is said when they are to be.
+            # Weights without data are refused later, when they are to be quantized.
             weights = [
                 view.of(parameter)
                 for parameter, view in among
@@ -301,7 +302,7 @@ class WeightStore:
         return made
 
     def calibrate(self, members: Members, d: Tensor) -> None:
-        """Have linears that read one x rotated by what a calibration found.
+        """Set the d of linears that read one x to the d that a calibration found.
 
         Shapes:
             d: [K] float32, or [B, K] for one weight [B, N, K].
@@ -315,7 +316,7 @@ class WeightStore:
 
     def _rotate(self, parameter: Tensor, view: WeightView, rotation: Rotation) -> None:
         rotations = vars(parameter).get(_ROTATIONS)
-        if not isinstance(rotations, _Rotations):  # Of a pickle there is another mapping.
+        if not isinstance(rotations, _Rotations):  # An unpickled parameter has an OrderedDict.
             rotations = vars(parameter)[_ROTATIONS] = _Rotations()
         rotations[view] = rotation
         for key, weight in self.weights(parameter).items():
@@ -323,10 +324,10 @@ class WeightStore:
                 weight.made_of.outdate()
 
     def compare(self, parameter: Tensor, given: Sequence[Tensor] = ()) -> None:
-        """Compare all of a parameter with what its int8 weights were made of; the next call replaces those that differ.
+        """Compare a whole parameter with its state when it was quantized. The next call replaces weights that differ.
 
-        For when there is time, as there is while a graph is compiled: updates of a GPU's memory, or of a few elements,
-        may leave no trace that is seen at every call.
+        It reads all of the memory, so it is called when a graph is compiled: updates of a GPU's memory, or of a few
+        elements, may leave no trace that each call can see.
         """
         weights = self.weights(parameter).values()
         if weights and type(parameter) not in FREED:
@@ -341,22 +342,22 @@ class WeightStore:
                     weight.made_with[place].outdate()
 
     def fused(self, weights: Sequence[QuantizedWeight], *, interleaved: bool = False) -> FusedWeight:
-        """Weights as slices of one tensor, copied there if they are not yet: memory holds them once.
+        """Return weights as slices of one tensor. They are copied there if necessary, so that memory holds them once.
 
         Args:
             weights: The weights, all packed or none.
-            interleaved: Whether their rows take turns; they are of one shape then.
+            interleaved: Whether their rows alternate; they have one shape then.
         """
         fused = weights[0].fused
         layout = (interleaved, tuple(map(weakref.ref, weights)))
-        # One of them may have been taken out since, see `alone`.
+        # `alone` may have taken one of them out.
         if fused is None or (fused.interleaved, fused.members) != layout or any(w.fused is not fused for w in weights):
             with self._lock, _plain_tensors():
                 fused = _fuse(weights, interleaved)
         return fused
 
     def alone(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """A weight whose rows lie one behind the other, as compiled graphs that take it alone expect."""
+        """Return a weight with contiguous rows, as compiled graphs that take it alone expect."""
         if not weight.qweight.is_contiguous():
             with self._lock, _plain_tensors():
                 weight.qweight, weight.scale = weight.qweight.contiguous(), weight.scale.contiguous()
@@ -364,18 +365,18 @@ class WeightStore:
         return weight
 
     def weights(self, parameter: Tensor) -> dict[Key, QuantizedWeight]:
-        """What a parameter's views are in int8; empty for one that was never quantized."""
+        """Return the int8 weights of a parameter by their form; none for a parameter that was never quantized."""
         known = self._parameters.get(id(parameter))
         return known[1] if known is not None and known[0]() is parameter.untyped_storage() else {}
 
     def forget(self, parameter: Tensor) -> None:
-        """Marks a parameter's int8 weights as stale, so that the next call quantizes it again."""
+        """Mark a parameter's int8 weights as stale, so that the next call quantizes it again."""
         for weight in self.weights(parameter).values():
             weight.made_of.outdate()
 
     @contextlib.contextmanager
     def kept(self, parameter: Tensor) -> Iterator[None]:
-        """Keeps a parameter's int8 weights while it is given another storage, but for those of what it was before."""
+        """Keep a parameter's int8 weights while it gets another storage, except weights that are stale already."""
         with self._lock:
             weights = {key: each for key, each in self.weights(parameter).items() if each.made_of.holds(parameter)}
             self._parameters.pop(id(parameter), None)
@@ -406,7 +407,7 @@ class WeightStore:
         if isinstance(parameter, FREED):
             if known is None or not given or not view.is_all_of(parameter):
                 raise FreedWeightError(f"{path}: its weight was freed before this view of it was taken")
-            # What is left of it is the int8 weight; its scales, or its d, are other ones.
+            # Only the int8 weight is left of the parameter; its scales or its d are new.
             scale, *its_d = given
             d = its_d[0] if its_d else None
             made = QuantizedWeight(known.qweight, scale.detach(), d, known.made_of, tuple(map(Snapshot, given)))
@@ -432,7 +433,7 @@ class WeightStore:
                 Int8Warning,
                 stacklevel=2,
             )
-        # Not where another d rotates it now, since graphs hold the address of that, too.
+        # Graphs hold the address of d, too, so a weight with a new d gets new tensors.
         same_d = known is not None and known.d is d
         if known is not None and same_d and parameter.device.type in IN_PLACE and known.made_of.same_memory(made_of):
             with _plain_tensors():
@@ -445,19 +446,20 @@ class WeightStore:
         return made
 
     def _keep(self, parameter: Tensor, key: Key, weight: QuantizedWeight) -> None:
+        _watch_optimizers()
         identity, storage = id(parameter), parameter.untyped_storage()
         if not self.weights(parameter):
             self._parameters[identity] = (weakref.ref(storage, lambda ref: self._drop(identity, ref)), {})
         self._parameters[identity][1][key] = weight
 
     def _drop(self, identity: int, ref: weakref.ref[UntypedStorage]) -> None:
-        # The identity may belong to a newer parameter by now.
+        # A newer parameter may have the same identity by now.
         if identity in self._parameters and self._parameters[identity][0] is ref:
             del self._parameters[identity]
 
 
 def joined(tensors: Sequence[Tensor], *, interleaved: bool) -> Tensor:
-    """Weights, or their scales, as one: one behind the other, or with their rows in turns."""
+    """Return weights, or their scales, as one tensor: concatenated, or with their rows interleaved."""
     return torch.stack(list(tensors), dim=1).flatten(0, 1) if interleaved else torch.cat(list(tensors))
 
 
@@ -488,15 +490,15 @@ def check_data(parameter: Tensor, path: str) -> None:
 
 
 def rotation_of_view(parameter: Tensor, view: WeightView) -> Rotation | None:
-    """Return what a view of a parameter is rotated with, if that was decided."""
+    """Return the rotation of a view of a parameter, None if it has none yet."""
     rotations: dict[WeightView, Rotation] = vars(parameter).get(_ROTATIONS, {})
     rotation = rotations.get(view)
-    # Another weight may have taken the parameter's place.
+    # The parameter may have got another shape since.
     return rotation if rotation is not None and rotation.d.shape[-1] == view.shape[-1] else None
 
 
 def _chosen(members: Members, known: Sequence[Rotation | None]) -> Rotation | None:
-    """Return the one of the rotations of some weights that all of them get."""
+    """Return the rotation that all of some weights get; None if none of them has one."""
     present = dict.fromkeys(rotation for rotation in known if rotation is not None)
     freed = [rotation for (parameter, _), rotation in zip(members, known, strict=True) if isinstance(parameter, FREED)]
     if len({id(rotation.d) for rotation in freed if rotation is not None}) > 1:
@@ -515,7 +517,7 @@ def quantize_checked(parameter: Tensor, view: WeightView, path: str, d: Tensor |
         parameter: The parameter.
         view: The weight as a view of it.
         path: Module path, for messages.
-        d: What to rotate it with, as `WeightStore.share` gives it.
+        d: Its rotation, as `WeightStore.share` returns it.
 
     Returns:
         `qweight` int8 and `scale` float32, as `int8compile.ops.quantize_weight`.
@@ -527,7 +529,7 @@ def quantize_checked(parameter: Tensor, view: WeightView, path: str, d: Tensor |
     with _plain_tensors():
         weight = view.of(parameter)
         qweight, scale = quantize_weight(weight, d)
-        # The largest element of a row with NaN or Inf is that, and so is its scale.
+        # A row with NaN or Inf has a scale that is not finite.
         if not scale.isfinite().all():
             bad = weight.numel() - int(weight.isfinite().sum())
             what = (
@@ -545,17 +547,17 @@ def quantize_checked(parameter: Tensor, view: WeightView, path: str, d: Tensor |
 def view_of_int8(
     qweight: Tensor, scale: Tensor, d: Tensor | None, view: WeightView
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a view of a weight that is int8 already, its scales, and what it is rotated with.
+    """Return a view of a weight that is int8 already, its scales and its d.
 
-    Where each of its rows lies in one row of the weight, and is all of that if the weight is rotated, the values are
-    those of the weight; else, as for its transpose, the dequantized ones are quantized again, by the rows of the view.
+    The view keeps the weight's integers if each row of the view lies in one row of the weight, and is the whole row if
+    the weight is rotated. Otherwise, as for the transpose, the weight is dequantized and the view quantized again.
     """
     if view.is_all_of(qweight):
         return view.of(qweight), scale.detach(), d
     with _plain_tensors():
         same, matrix = rotation_in_view(qweight, d, view)
         row = torch.arange(scale.numel(), device=scale.device, dtype=torch.int32).view(*scale.shape, 1)
-        # With the strides of the weight, which the view is of.
+        # The view was made for the strides of the weight.
         rows = view.of(torch.empty_like(qweight, dtype=torch.int32).copy_(row))
         if same and bool((rows == rows[..., :1]).all()):
             its_d = d if d is None or matrix is None else d.flatten(0, -2)[matrix.to(d.device)]
@@ -571,21 +573,23 @@ def view_of_int8(
 
 @contextlib.contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """Tensors made here can be saved for a backward pass and refreshed in any mode; inference tensors cannot."""
-    # Nor are they wrapped by a level of torch.func.
+    """Create ordinary tensors inside, in any mode outside.
+
+    Inference tensors can be neither saved for a backward pass nor refreshed in place, and torch.func wraps tensors.
+    """
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
         yield
 
 
 def free(parameter: Tensor) -> None:
-    """Gives the memory of a parameter or buffer back; using it afterwards raises `FreedWeightError`."""
+    """Release the memory of a parameter or buffer; using it afterwards raises `FreedWeightError`."""
     if isinstance(parameter, FREED):
         return
-    # The parameter keeps its sizes and strides, which Dynamo's guards compare, over a storage of its own without
-    # memory: its old storage may be shared with others (a file mapped as a whole).
+    # The parameter keeps its sizes and strides, which Dynamo's guards compare. It gets a new storage without memory,
+    # because other tensors may share the old one (a file mapped as a whole).
     empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
     empty.untyped_storage().resize_(0)
-    # The class first: torch reads a tensor without memory unchecked, a subclass is asked before every operation.
+    # The class first: torch reads a tensor without memory unchecked, but asks a subclass before every operation.
     with STORE.kept(parameter), torch._C.DisableTorchFunctionSubclass():
         parameter.__class__ = FreedWeight if isinstance(parameter, nn.Parameter) else FreedBuffer
         parameter.data = empty
@@ -594,24 +598,26 @@ def free(parameter: Tensor) -> None:
 STORE = WeightStore()
 
 
+@functools.cache
+def _watch_optimizers() -> None:
+    """Have every step of an optimizer, from now on, forget the weights that it updated."""
+    register_optimizer_step_post_hook(_forget_updated)
+
+
 def _forget_updated(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """After a step: fused optimizers (`AdamW(fused=True)`) update parameters without counting up their version."""
+    """Mark what a step has updated: fused optimizers (`AdamW(fused=True)`) do not count up versions."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             STORE.forget(parameter)
 
 
-register_optimizer_step_post_hook(_forget_updated)
-
-
 def refresh(model: nn.Module) -> None:
-    """Has every weight of a model quantized again at the next call.
+    """Quantize every weight of a model again at the next call.
 
     Updates that PyTorch counts, optimizer steps, replaced `.data` and `load_state_dict` are noticed without it. So are,
     on a CPU, updates of a whole weight that PyTorch does not count: `p.data.copy_()`, writes through NumPy or through
-    another parameter that shares the memory, and those of parameters made in inference mode. It is needed after
-    uncounted updates of a few elements, and on a GPU after all uncounted ones; whatever is compiled afterwards notices
-    them, too.
+    another parameter that shares the memory, and writes to parameters made in inference mode. Call it after uncounted
+    updates of a few elements, and on a GPU after any uncounted update. Compiling something notices those updates, too.
     """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         STORE.forget(tensor)

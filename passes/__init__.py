@@ -1,4 +1,4 @@
-"""FX graph in, FX graph out: finds the linear sites of a graph and rewrites them to `int8compile` operators.
+"""Passes over FX graphs: find the linears of a graph and rewrite them to `int8compile` operators.
 
 Read `pipeline.py` first. The same passes serve Dynamo graphs (torch.compile) and ATen graphs (torch.export).
 """
@@ -9,7 +9,7 @@ if __name__ != "int8compile.passes":
 from int8compile.passes.binding import AttributeBinder, Binder, PlaceholderBinder
 from int8compile.passes.lower_cpu import lower_for_cpu
 from int8compile.passes.lower_gpu import lower_for_gpu
-from int8compile.passes.lower_portable import inline_columns, lower_portable
+from int8compile.passes.lowering import Target, lower
 from int8compile.passes.pipeline import int8_tensors, may_multiply, rewrite_graph
 from int8compile.passes.rules import RULES, finite, matches
 from int8compile.passes.static import WeightView
@@ -19,13 +19,13 @@ __all__ = [
     "AttributeBinder",
     "Binder",
     "PlaceholderBinder",
+    "Target",
     "WeightView",
     "finite",
-    "inline_columns",
     "int8_tensors",
+    "lower",
     "lower_for_cpu",
     "lower_for_gpu",
-    "lower_portable",
     "matches",
     "may_multiply",
     "rewrite_graph",

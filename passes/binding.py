@@ -1,4 +1,4 @@
-"""Where the int8 weights of a rewritten graph come from: new placeholders (Dynamo) or attributes (export)."""
+"""Nodes for the int8 weights of a rewritten graph: new placeholders (Dynamo) or attributes (export)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from int8compile.passes.static import QUANTIZED, STORED, WeightView
 
 
 class QuantizedNodes(NamedTuple):
-    """The nodes of a weight in int8.
+    """The nodes of an int8 weight.
 
     Attributes:
         qweight: [N, K] or [B, N, K] int8.
         scale: [N] or [B, N] float32.
-        d: What it is rotated with, [K] or [B, K] float32; None where it is not.
+        d: Its rotation, [K] or [B, K] float32; None where it is not rotated.
     """
 
     qweight: Node
@@ -37,7 +37,7 @@ class Member(NamedTuple):
         view: The weight as a view of the parameter.
         path: Module path of the first site that uses it.
         scale: The node of the scales, where the parameter is int8 already.
-        d: The node of what that parameter is rotated with.
+        d: The node of that parameter's rotation.
     """
 
     source: Node
@@ -49,12 +49,12 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """Weights of a graph that are rotated by one d, because they read one x.
+    """Weights of a graph that share one rotation d, because they read one x.
 
     Attributes:
         node: The node of the d.
-        among: The weights that a d is made of where they have none yet: these and those that stand beside them.
-        each: Whether each matrix of a weight [B, N, K] has its own.
+        among: The weights that a new d is computed from: the members and the linears beside them.
+        each: Whether each matrix of a weight [B, N, K] has a d of its own.
         members: The weights.
     """
 
@@ -66,14 +66,14 @@ class Group:
 
 @dataclasses.dataclass(eq=False)
 class WeightSlot:
-    """One weight that a rewritten graph takes.
+    """A weight that a rewritten graph takes as an input or attribute.
 
     Attributes:
-        members: What it is made of: one view of a parameter, or several, one behind the other.
+        members: The views of parameters that it is made of. Several are concatenated.
         nodes: The nodes of the int8 weight.
-        group: What is rotated alike; None where it is not rotated.
+        group: The weights that share its rotation; None where it is not rotated.
         packed: Whether `nodes.qweight` is laid out as `int8compile.ops.pack_weight` does.
-        interleaved: Whether the rows of its two members take turns, instead of lying one behind the other.
+        interleaved: Whether the rows of its two members alternate, instead of being concatenated.
     """
 
     members: tuple[Member, ...]
@@ -84,18 +84,18 @@ class WeightSlot:
 
     @property
     def sharing(self) -> Group | None:
-        """The group whose d it is to get; None where it is not rotated, or is int8 already and has its d."""
+        """The group whose d it gets; None where it is not rotated, or is int8 already and has a d."""
         return self.group if self.members[0].scale is None else None
 
 
 class Binder(abc.ABC):
-    """Gives a graph nodes for its int8 weights, which are made elsewhere.
+    """Adds nodes to a graph for its int8 weights. The tensors are made elsewhere.
 
     Attributes:
-        slots: What was bound, in order.
+        slots: The weights that were bound, in order.
     """
 
-    # Of the names of its nodes.
+    # The names of its nodes begin with this.
     PREFIX = "int8_"
 
     def __init__(self, module: GraphModule) -> None:
@@ -118,9 +118,9 @@ class Binder(abc.ABC):
 
         Args:
             member: The weight.
-            group: Equal for weights that one d is made of, see `groups`; None for one that is not rotated.
-            x: What it multiplies; those that read one have one d in any case.
-            each: Whether each matrix of a weight [B, N, K] has its own.
+            group: Equal for weights that one d is computed from, see `groups`; None for a weight that is not rotated.
+            x: The activation. Weights of one group that multiply the same x share their d.
+            each: Whether each matrix of a weight [B, N, K] has a d of its own.
         """
         key = (member.source, member.view)
         if key not in self._bound:
@@ -139,19 +139,19 @@ class Binder(abc.ABC):
         return self._groups[key, x]
 
     def fuse(self, slots: Sequence[WeightSlot]) -> WeightSlot:
-        """Replaces slots that nothing reads any more by one that holds all of their weights."""
+        """Replace slots that nothing reads any more by one slot that holds all of their weights."""
         fused = self.join(slots)
         self.drop(slots)
         return fused
 
     def join(self, slots: Sequence[WeightSlot], *, interleaved: bool = False) -> WeightSlot:
-        """Adds a slot that holds the weights of others, one behind the other or with their rows in turns."""
+        """Add a slot that holds the weights of other slots, concatenated or with their rows interleaved."""
         joined = self._add(tuple(member for slot in slots for member in slot.members), slots[0].group)
         joined.interleaved = interleaved
         return joined
 
     def drop(self, slots: Sequence[WeightSlot]) -> None:
-        """Removes slots that nothing reads any more."""
+        """Remove slots that nothing reads any more."""
         for slot in slots:
             self.slots.remove(slot)
             for node in slot.nodes[:2]:
@@ -167,15 +167,15 @@ class Binder(abc.ABC):
 
     @abc.abstractmethod
     def _node(self, name: str) -> Node:
-        """Makes a node for a tensor, before all that computes."""
+        """Add a node for a tensor, in front of the nodes that compute."""
 
 
 def stored_placeholder(graph: Graph, name: str) -> Node:
     """Add a placeholder behind the others of a Dynamo graph, for a tensor of the model."""
-    # There is one at least, the parameter's own.
+    # There is at least the parameter's own placeholder.
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         node = graph.placeholder(name)
-    node._dynamo_source = None  # AOTAutograd asks each placeholder for it; this one has none.
+    node._dynamo_source = None  # AOTAutograd reads this attribute of every placeholder.
     node.meta |= STORED
     return node
 
@@ -188,17 +188,17 @@ class PlaceholderBinder(Binder):
 
 
 class AttributeBinder(Binder):
-    """Reads buffers in an exported graph; they are empty until `fill`, when all passes have run."""
+    """Adds buffers to an exported module. They stay empty until `fill`, which is called after all passes."""
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
         self._module = module
 
     def fill(self, make: Callable[[WeightSlot], tuple[Tensor, Tensor, Tensor | None]]) -> None:
-        """Gives the buffers their values.
+        """Set the values of the buffers.
 
         Args:
-            make: Makes what a slot holds, in int8 (packed if the slot is), its scales and its d.
+            make: Returns the int8 weight of a slot (packed if the slot is), its scales and its d.
         """
         for slot in self.slots:
             for node, tensor in zip(slot.nodes, make(slot), strict=True):
@@ -206,7 +206,7 @@ class AttributeBinder(Binder):
                     setattr(self._module, str(node.target), tensor)
 
     def drop(self, slots: Sequence[WeightSlot]) -> None:
-        """See `Binder`."""
+        """Remove slots and their buffers."""
         super().drop(slots)
         for slot in slots:
             for node in slot.nodes[:2]:

@@ -1,9 +1,9 @@
-"""Opens what hides linears, so that the other passes see them.
+"""Open calls that hide linears, so that the other passes see them.
 
 Dynamo keeps `F.multi_head_attention_forward` (all of `nn.MultiheadAttention`) as one call, and in inference
-`nn.TransformerEncoderLayer` is one operator. They are traced into ATen operators and those are put in their place.
-torch.export makes a graph of its own of what stands under autocast or another
-grad mode. It is put in the place of its call, between two nodes that switch, as Dynamo writes it.
+`nn.TransformerEncoderLayer` is one operator. Both are traced into ATen operators, which replace them. torch.export puts
+code under autocast or another grad mode into a graph of its own. That graph replaces its call, between two nodes that
+switch the mode, as Dynamo writes it.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def _encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """`torch._transformer_encoder_layer_fwd` of a dense `src` [B, L, E]."""
+    """Compute `torch._transformer_encoder_layer_fwd` of a dense `src` [B, L, E]."""
     keep = None
     if mask is not None:
-        # 0: of positions, [L, L]; 1: of what is padded, [B, L]; 2: both, [B, heads, L, L]. True, or -inf, is left out.
+        # Type 0 masks positions, [L, L]; 1 masks padding, [B, L]; 2 both, [B, heads, L, L]. True, or -inf, is masked.
         keep = (mask[:, None, None] if mask_type == 1 else mask) == 0
 
     def attention(x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _encoder_layer(
     return norm_2(x + feed_forward(x))
 
 
-# What is opened, and what is traced for it.
+# Each composite call, and the function that is traced for it.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: F.multi_head_attention_forward,
     torch._transformer_encoder_layer_fwd: _encoder_layer,
@@ -86,7 +86,7 @@ COMPOSITES: dict[Any, Callable[..., Any]] = {
 
 
 def open_composites(module: GraphModule) -> None:
-    """Replaces each composite call of a Dynamo graph by the operators it is made of."""
+    """Replace each composite call of a Dynamo graph by the operators it is made of."""
     for target in COMPOSITES:
         for node in module.graph.find_nodes(op="call_function", target=target):
             _open(module, node)
@@ -105,11 +105,11 @@ def _open(module: GraphModule, node: Node) -> None:
         return COMPOSITES[node.target](*args, **kwargs)
 
     try:
-        # In the mode of the inputs, so that what the composite makes anew (a row of zeros) is fake too.
+        # In the mode of the inputs, so that tensors which the composite creates (a row of zeros) are fake too.
         with next((value.fake_mode for value in values if isinstance(value, FakeTensor)), contextlib.nullcontext()):
             traced = make_fx(call, pre_dispatch=True)(*values)
     except Exception as error:
-        # The composite stays as it is, and the report names its linears as out of reach.
+        # The composite is left unopened, and the report lists its linears as out of reach.
         log.warning("%s cannot be opened: %s: %s", node.target.__name__, type(error).__name__, error)  # type: ignore[union-attr]
         return
     if any(traced.graph.find_nodes(op="get_attr")):
@@ -139,20 +139,20 @@ def _open(module: GraphModule, node: Node) -> None:
 
 
 def open_regions(module: GraphModule) -> None:
-    """Puts the operators of autocast and grad mode regions into the graph of an exported module."""
+    """Put the operators of autocast and grad mode regions into the graph of an exported module."""
     region = Region()
     node = next(iter(module.graph.nodes))
     while node.op != "output":
         following = node.next
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
-            # Further regions may stand in its place.
+            # The region may contain further regions.
             following = _open_region(module, node, region.grad_mode) or following
         region.pass_by(node)
         node = following
 
 
 def _open_region(module: GraphModule, call: Node, grad_mode: bool) -> Node | None:
-    """Opens a region; the first node in its place, None where it is no region."""
+    """Replace a region by its operators; return the first of them, None where the call is no region."""
     position = _REGIONS.get(call.target.__name__)  # type: ignore[union-attr]
     if position is None or call.kwargs or any(user.target is not operator.getitem for user in call.users):
         return None
@@ -184,5 +184,5 @@ def _open_region(module: GraphModule, call: Node, grad_mode: bool) -> Node | Non
     return first
 
 
-# The operators of regions, with the position of the region's graph among their arguments; before it stand the settings.
+# The operators of regions, with the position of the region's graph among their arguments. The settings precede it.
 _REGIONS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}

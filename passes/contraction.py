@@ -1,8 +1,9 @@
-"""Every spelling of a matmul, brought to one form: an equation with a label for each dimension, as in einsum.
+"""Normalize every spelling of a matmul to an equation with a label for each dimension, as in einsum.
 
-`F.linear(x, w)` with a 3-D x is `abk,nk->abn`, `x @ w` is `abk,kn->abn`, a batched matmul `bmk,bkn->bmn`. From the
-labels follows everything else: which dimensions are summed, how the weight must be laid out as [N, K] or [B, N, K], and
-what to permute around the operator. A rule per spelling is not needed.
+`F.linear(x, w)` with a 3-D x is `abk,nk->abn`, `x @ w` is `abk,kn->abn`, a batched matmul `bmk,bkn->bmn`. The
+labels determine everything else: which dimensions are summed, how the weight becomes [N, K] or [B, N, K], and what to
+permute around the operator. No spelling needs a rule of its own. The readers in `passes/vocabulary.py` write the
+equations, and say there which labels they use.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ Labels = tuple[Label, ...]
 
 
 class Contraction(NamedTuple):
-    """A matmul as written in the graph.
+    """A matmul as the graph writes it.
 
     Attributes:
-        spelling: The user's word for it: "linear", "addmm", "einsum", ...
+        name: The name of the call in reports: "linear", "addmm", "einsum", ...
         operands: The two factors.
         labels: A label for each dimension of each factor.
         out: The labels of the result.
-        weight_role: Whether the second factor is a weight by the meaning of the call (linear, convolution), so that a
-            weight that is not static is reported rather than counted as a matmul of two activations.
-        addend: What is added to the product, None for nothing.
+        weight_role: Whether the call has its second factor as a weight (linear, convolution). Such a factor that is not
+            static is reported, and not counted as a matmul of two activations.
+        addend: The tensor that is added to the product, None for none.
         addend_label: The label that a 1-D addend runs along.
         beta: Multiplies the addend.
         alpha: Multiplies the product.
         steps: Stride of the first factor along each label, for strided 1x1 convolutions.
-        ones: Labels of the second factor's dimensions that are 1 and mean nothing, for convolution kernels.
-        form: "" where the equation is all there is to the call; otherwise what makes it have no int8 counterpart.
+        ones: Labels of dimensions of size 1 of the second factor, which convolution kernels have.
+        refused: "" where the equation describes the whole call; otherwise why the call has no int8 counterpart.
     """
 
-    spelling: str
+    name: str
     operands: tuple[Node, Node]
     labels: tuple[Labels, Labels]
     out: Labels
@@ -47,11 +48,11 @@ class Contraction(NamedTuple):
     alpha: Any = 1
     steps: tuple[tuple[Label, int], ...] = ()
     ones: Labels = ()
-    form: str = ""
+    refused: str = ""
 
 
 class Roles(NamedTuple):
-    """What each label is to the product of an activation x and a weight w.
+    """The role of each label in the product of an activation x and a weight w.
 
     Attributes:
         batch: In x, w and the result: independent products.
@@ -67,11 +68,11 @@ class Roles(NamedTuple):
 
 
 def roles(x: Labels, w: Labels, out: Labels) -> Roles | None:
-    """Sorts the labels by role, in x's order (outputs in w's).
+    """Return the labels by role, in x's order (outputs in w's).
 
     Returns:
-        None where it is no matmul: a label repeats within an operand, is summed in one operand alone, or nothing is
-        summed.
+        None where the equation is no matmul: a label repeats within an operand, is summed in one operand alone, or
+        nothing is summed.
     """
     if any(len(set(labels)) != len(labels) for labels in (x, w, out)) or set(out) - set(x) - set(w):
         return None
@@ -87,10 +88,10 @@ def roles(x: Labels, w: Labels, out: Labels) -> Roles | None:
 
 
 def permutation(source: Sequence[Label], target: Sequence[Label]) -> list[int]:
-    """The argument of `permute` that brings dimensions labelled `source` into the order `target`."""
+    """Return the argument of `permute` that brings dimensions labelled `source` into the order `target`."""
     return [source.index(label) for label in target]
 
 
 def merged_size(sizes: dict[Label, Any], labels: Labels) -> int:
-    """The size of static dimensions flattened into one."""
+    """Return the size of static dimensions flattened into one."""
     return math.prod(int(sizes[label]) for label in labels)

@@ -1,15 +1,15 @@
-"""Lowers a rewritten graph to GPU kernels: quantize once per activation, then products.
+"""Lower a rewritten graph to GPU kernels: quantize once per activation, then products.
 
-q, k and v become one product with the three weights one behind the other; `silu(gate) * up` one product with the two
-weights' rows in turns, whose end computes it; and an activation function that alone reads a linear, that linear's end.
-A norm that only they read, with the residual add before it, becomes part of the quantization (`norms.py`).
+q, k and v become one product with their concatenated weights. `silu(gate) * up` becomes one product with the rows of
+the two weights interleaved, which computes the silu and the multiplication at its end. An activation function that
+alone reads a linear is computed at the end of that linear's product. A norm that only quantized linears read becomes
+part of the quantization, with the residual add before it (`norms.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,14 +23,22 @@ from int8compile import hardware, ops
 from int8compile.ops import quantized
 from int8compile.passes.binding import Binder, Member, QuantizedNodes, WeightSlot
 from int8compile.passes.norms import NormFusion
-from int8compile.passes.rewrite import NEEDS_GRAD
-from int8compile.passes.siblings import is_barrier, siblings, stream_of
+from int8compile.passes.siblings import (
+    find_siblings,
+    first_that_holds,
+    is_recorded,
+    not_fused,
+    stream_of,
+    stretches_of,
+    why_apart,
+)
 from int8compile.passes.static import meta_tensor, traced, weight_view
+from int8compile.sites import FusionReason, NotFused, Verdict
 
 aten = torch.ops.aten
 
 _PARTS = 3
-# Each as Dynamo's graphs and as exported ones spell it.
+# Each function as Dynamo's graphs and as exported graphs spell it.
 _RELU = (F.relu, torch.relu, "relu", aten.relu.default)
 _SILU = (F.silu, aten.silu.default)
 _GELU = (F.gelu, aten.gelu.default)
@@ -43,15 +51,15 @@ class Lowered:
 
     Attributes:
         products: Products with quantized activations.
-        quantized: Activations that are quantized for them.
-        norms: Norms that are computed as those are quantized.
-        unfused: Other norms, by module path or name of the node, and why they are computed by themselves.
+        quantized: Activations that are quantized for the products.
+        norms: Norms that are fused with the quantization of their results.
+        unfused: Fusions that were not made.
     """
 
     products: int = 0
     quantized: int = 0
     norms: int = 0
-    unfused: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    unfused: list[NotFused] = dataclasses.field(default_factory=list, compare=False)
 
 
 def lower_for_gpu(
@@ -62,14 +70,14 @@ def lower_for_gpu(
 ) -> Lowered:
     """Split the operators whose weight is on a GPU into quantize and product, in place.
 
-    Operators that autograd records stay as they are, and those on streams of the user's: what would be shared between
-    streams, counters of split sums too, would need them to wait for each other.
+    Operators that autograd records are left alone. So are operators on streams of the user's: kernels share buffers,
+    such as the counters of split sums, and streams would have to wait for each other.
 
     Args:
         module: A rewritten graph.
-        binder: What its int8 weights were bound with.
+        binder: The binder of its int8 weights.
         parameters: The graph's parameters by their nodes.
-        is_gpu: Which devices are meant; by default GPUs with int8 kernels.
+        is_gpu: Tells which devices are meant; by default GPUs with int8 kernels.
     """
     is_gpu = is_gpu or has_int8_kernels
     slots = {
@@ -79,12 +87,15 @@ def lower_for_gpu(
     }
     held = _held(module, slots, is_gpu)
     lowering = _Lowering(module, binder, slots | held)
-    for group in siblings(module, ops.linear.default, slots | held, limit=len(module.graph.nodes)):
-        nodes = [node for node in group if not node.meta.get(NEEDS_GRAD, True) and stream_of(node) is None]
-        lowering.plan([node for node in nodes if node.args[1] in slots])
+    parts: list[list[Node]] = []
+    for group in find_siblings(module, ops.linear.default, slots | held, limit=len(module.graph.nodes)):
+        nodes = [node for node in group if not is_recorded(node) and stream_of(node) is None]
+        parts += lowering.plan([node for node in nodes if node.args[1] in slots])
         for node in nodes:
             if node.args[1] in held:
-                lowering.plan([node])
+                parts += lowering.plan([node])
+        parts += [[node] for node in group if node not in nodes]
+    lowering.done.unfused += why_apart(parts, slots, module.graph)
     lowering.emit()
     return lowering.done
 
@@ -92,13 +103,13 @@ def lower_for_gpu(
 def _held(
     module: GraphModule, slots: Mapping[Node, WeightSlot], is_gpu: Callable[[torch.device], bool]
 ) -> dict[Node, WeightSlot]:
-    """Return the weights that modules hold in int8: they are not joined, since memory would hold them twice."""
+    """Return the weights that modules hold in int8. They are not joined, because memory would hold them twice."""
     held = {}
     for node in module.graph.nodes:
         if node.target is not ops.linear.default:
             continue
         _, qweight, scale, d, *_ = node.args
-        weight = meta_tensor(qweight)  # None for a slot's.
+        weight = meta_tensor(qweight)  # None for a weight of a slot.
         if qweight not in slots and weight is not None and is_gpu(weight.device):
             view = weight_view(weight, [0, 1], tuple(weight.shape))
             held[qweight] = WeightSlot((Member(qweight, view, "", scale, d),), QuantizedNodes(qweight, scale, d))
@@ -112,6 +123,8 @@ def has_int8_kernels(device: torch.device) -> bool:
 
 
 class _Lowering:
+    """Replaces the linears of a graph: `plan` notes the products, `emit` makes them."""
+
     def __init__(self, module: GraphModule, binder: Binder, slots: Mapping[Node, WeightSlot]) -> None:
         self.done = Lowered()
         self._graph = module.graph
@@ -119,16 +132,18 @@ class _Lowering:
         self._slots = slots
         self._planned: list[tuple[Node, Callable[[], None]]] = []
         self._quantized: dict[tuple[Node, Node | None, float, int], Node] = {}
-        # What lies between two barriers may share what is computed there.
-        nodes = module.graph.nodes
-        self._stretch = dict(zip(nodes, itertools.accumulate(map(is_barrier, nodes)), strict=True))
-        # And nothing with what runs on other streams.
-        self._stretch |= {node: -1 for node in nodes if stream_of(node) is not None}
+        # Nodes of one stretch may share results, but not with nodes on other streams.
+        self._stretch = stretches_of(module.graph)
+        self._stretch |= {node: -1 for node in module.graph.nodes if stream_of(node) is not None}
         self._reads: dict[Node, tuple[Node | None, float, int]] = {}
         self._norms = NormFusion(module.graph, self._stretch, self._reads)
 
-    def plan(self, nodes: Sequence[Node]) -> None:
-        """Plan the products of linears of one activation, which can run at the place of the first of them."""
+    def plan(self, nodes: Sequence[Node]) -> list[list[Node]]:
+        """Plan the products of linears of one activation, which can run at the place of the first of them.
+
+        Returns:
+            The linears of each product, except products that compute `silu(gate) * up`.
+        """
         rest = list(nodes)
         for node in nodes:
             *_, d, _, threshold = node.args
@@ -137,16 +152,19 @@ class _Lowering:
             rest = [node for node in rest if node not in pair]
             first = next(node for node in nodes if node in pair)
             self._planned.append((first, functools.partial(self._lower_gated, first, *pair)))
-        for begin in range(0, len(rest), _PARTS):
-            part = rest[begin : begin + _PARTS]
+        parts = [rest[begin : begin + _PARTS] for begin in range(0, len(rest), _PARTS)]
+        for part in parts:
             self._planned.append((part[0], functools.partial(self._lower_parts, part)))
+            self.done.unfused += _unfused_activations(part, nodes)
+        return parts
 
     def emit(self) -> None:
-        """Make the products in the order of the graph: what the first quantizes is there for the others."""
+        """Make the products in the order of the graph, so that later products find activations already quantized."""
         for _, lower in sorted(self._planned, key=lambda planned: planned[0]):
             lower()
         self._norms.clean()
-        self.done.norms, self.done.unfused = self._norms.fused, self._norms.unfused
+        self.done.norms = self._norms.fused
+        self.done.unfused += self._norms.unfused
 
     def _lower_gated(self, first: Node, gate: Node, up: Node, silu: Node, mul: Node) -> None:
         slots = self._slots_of([gate, up])
@@ -180,7 +198,7 @@ class _Lowering:
         self._binder.drop(slots)
 
     def _replace(self, result: Node, last: Node, *others: Node) -> None:
-        """Put a result in the place of the last of the calls that it was computed for."""
+        """Replace the last of the calls that a result was computed for, and erase all of them."""
         result.meta.update(last.meta)
         last.replace_all_uses_with(result)
         for node in (last, *others):
@@ -192,10 +210,10 @@ class _Lowering:
     def _product(
         self, at: Node, slot: WeightSlot, bias: Node | None, activation: int, sizes: Sequence[int]
     ) -> list[Node]:
-        """Append a product of the activation that `at` reads; return its results by parts, shaped as linears' are."""
+        """Append a product of the activation that `at` reads; return its parts, shaped as linears' results."""
         graph, rank = self._graph, traced(at.args[0]).dim()  # type: ignore[arg-type]
         call = self._quantize(at.args[0], *self._reads[at])  # type: ignore[arg-type]
-        begin = int(call.target is ops.norm_quantize_rows.default)  # Behind the sum.
+        begin = int(call.target is ops.norm_quantize_rows.default)  # Its first result is the sum.
         activations = [graph.call_function(operator.getitem, (call, begin + i)) for i in range(3)]
         n0, n1 = (*sizes[:-1], 0, 0)[:2]
         y = graph.call_function(
@@ -205,7 +223,7 @@ class _Lowering:
         self.done.products += 1
         if len(sizes) == 1 and rank == 2:
             return [y]
-        # Sizes of rows may change from call to call, so they are read from tensors.
+        # The number of rows may change from call to call, so it is read from tensors.
         m = graph.call_method("size", (activations[0], 1))
         leading = [m] if rank == 2 else [graph.call_method("size", (call.args[0], i)) for i in range(rank - 1)]
         if len(sizes) == 1:
@@ -219,7 +237,7 @@ class _Lowering:
         return results
 
     def _quantize(self, x: Node, d: Node | None, threshold: float, stretch: int) -> Node:
-        """Append the quantization of an activation, with the norm before it, where there is none yet."""
+        """Return the quantization of an activation, appended with the norm before it if there is none yet."""
         key = (x, d, threshold, stretch)
         if key not in self._quantized:
             unfused = (ops.quantize_rows.default, (x, d, threshold))
@@ -232,22 +250,36 @@ def _gated(nodes: Sequence[Node]) -> Iterator[tuple[Node, Node, Node, Node]]:
     """Yield pairs (gate, up) of linears of one activation, with the silu and the product in `silu(gate) * up`."""
     taken: set[Node] = set()
     for gate in nodes:
-        silu = _only_user(gate, _SILU)
-        mul = None if silu is None else _only_user(silu, _MUL)
-        if mul is None or len(mul.args) != 2 or mul.kwargs:
-            continue
-        up: Any = mul.args[0] if mul.args[1] is silu else mul.args[1]
-        fits = up in nodes and up is not gate and len(up.users) == 1 and not {gate, up} & taken
-        # A weight that another call reads stays as it is.
-        fits = fits and all(len(each.args[1].users) == 1 for each in (gate, up))  # type: ignore[union-attr]
-        if fits and traced(up).shape == traced(gate).shape:
+        silu, mul, up = _gate(gate)
+        if up in nodes and not {gate, up} & taken and not _why_not_gated(gate, up):
             taken |= {gate, up}
             yield gate, up, silu, mul  # type: ignore[misc]
 
 
+def _gate(gate: Node) -> tuple[Node | None, Node | None, Any]:
+    """Return the silu that alone reads a linear, the product that alone reads that, and its other factor."""
+    silu = _only_user(gate, _SILU)
+    mul = None if silu is None else _only_user(silu, _MUL)
+    if mul is None or len(mul.args) != 2 or mul.kwargs:
+        return silu, None, None
+    return silu, mul, mul.args[0] if mul.args[1] is silu else mul.args[1]
+
+
+def _why_not_gated(gate: Node, up: Node) -> Verdict:
+    """Return why `silu(gate) * up` of two siblings is not computed at the end of their product."""
+    return first_that_holds(
+        (FusionReason.READ_ELSEWHERE, len(up.users) != 1),
+        (FusionReason.WEIGHT_SHARED, any(len(each.args[1].users) > 1 for each in (gate, up))),  # type: ignore[union-attr]
+        (FusionReason.SHAPES, traced(up).shape != traced(gate).shape),
+    )
+
+
+_ACTIVATIONS = ((quantized.RELU, _RELU), (quantized.SILU, _SILU), (quantized.GELU, _GELU))
+
+
 def _activation(node: Node) -> tuple[int, Node]:
     """Return the activation function that alone reads a linear, and its node; NONE and the linear if there is none."""
-    for number, targets in ((quantized.RELU, _RELU), (quantized.SILU, _SILU), (quantized.GELU, _GELU)):
+    for number, targets in _ACTIVATIONS:
         user = _only_user(node, targets)
         if user is None or user.args[1:]:
             continue
@@ -257,7 +289,31 @@ def _activation(node: Node) -> tuple[int, Node]:
     return quantized.NONE, node
 
 
+def _unfused_activations(part: Sequence[Node], siblings: Sequence[Node]) -> Iterator[NotFused]:
+    """Yield a row for each activation function behind the linears of one product that is computed separately."""
+    known = {target for _, targets in _ACTIVATIONS for target in targets}
+    for node in part:
+        _, mul, up = _gate(node)
+        if mul is not None and up in siblings and (verdict := _why_not_gated(node, up)):
+            yield not_fused("gate", node, verdict)
+        for user in node.users:
+            if user.target in known and node in user.args and (verdict := _why_apart_from(user, node, part)):
+                yield not_fused("activation", node, verdict)
+
+
+def _why_apart_from(user: Node, node: Node, part: Sequence[Node]) -> Verdict:
+    """Return why an activation function is not computed at the end of the linear that it reads."""
+    return first_that_holds(
+        (FusionReason.READ_ELSEWHERE, len(node.users) > 1),
+        (FusionReason.JOINED, len(part) > 1),
+        (FusionReason.STREAM, stream_of(user) != stream_of(node)),
+        (FusionReason.ROUNDED, _only_user(node, [user.target]) is None),
+        (FusionReason.FORM, bool(user.args[1:])),
+    )
+
+
 def _only_user(node: Node, targets: Sequence[object]) -> Node | None:
+    """Return the one node that reads another, where it is a call of one of some functions in the same dtype."""
     if len(node.users) != 1:
         return None
     (user,) = node.users

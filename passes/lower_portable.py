@@ -1,4 +1,4 @@
-"""Lowers a rewritten graph to operators of PyTorch alone: what is exported then runs on any device.
+"""Lower a rewritten graph to operators of PyTorch alone, so that its export runs on any device.
 
 Each activation is quantized once for all linears that read it.
 """
@@ -19,11 +19,11 @@ from int8compile.ops.column import column_linear
 from int8compile.passes.siblings import is_barrier
 
 
-def lower_portable(module: GraphModule) -> None:
-    """Replaces the int8 operators by functions that a compiler traces through, in place.
+def lower_to_pytorch(module: GraphModule) -> None:
+    """Replace the int8 operators by functions that a compiler traces through, in place.
 
     Args:
-        module: A rewritten graph. `grouped_linear`, which depends on values, stays.
+        module: A rewritten graph. Its calls of `grouped_linear` stay, because that depends on values.
     """
     activations: dict[tuple[Any, ...], tuple[Node, Node]] = {}
     graph = module.graph
@@ -53,11 +53,11 @@ def inline_columns(module: GraphModule) -> None:
 
 
 def _without_autocast(compute: Callable[..., Any], position: int) -> Callable[..., Any]:
-    """What the operators do under autocast: x is cast, all else computes as it is written.
+    """Return a function that treats autocast as the operators do: it casts x and computes without autocast.
 
     Args:
         compute: A function.
-        position: That of x among its arguments.
+        position: The position of x among its arguments.
     """
 
     @functools.wraps(compute)

@@ -1,7 +1,7 @@
-"""Weights of int8 modules that code reads instead of calling the module: the operator `int8compile::module_weight`.
+"""Weights of int8 modules that code reads without calling the module: the operator `int8compile::module_weight`.
 
-Matmuls with one are sites like others. What writes to one is applied to the module's scales, or refused: the operator
-makes a new tensor, so a write to it would be lost.
+Matmuls with such a weight are sites like others. A write to the weight is applied to the module's scales, or refused:
+the operator makes a new tensor, so the write would be lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ModuleWeight(NamedTuple):
     Attributes:
         qweight: The node of the int8 weight, [..., N, K].
         scale: The node of its scales.
-        d: The node of what it is rotated with; None where it is not.
+        d: The node of its rotation; None where it is not rotated.
         policy: How the module multiplies with it, see `int8compile.ops.module_weight`.
     """
 
@@ -41,7 +41,7 @@ class ModuleWeight(NamedTuple):
         return self.policy == "weight_only"
 
     def options(self, config: Int8Config) -> Int8Config:
-        """Return the options of the module that holds the weight, which is int8 already whatever a config asks for."""
+        """Return the options of the module that holds the weight, which is int8 under any config."""
         given: dict[str, Any] = {"skip_modules": (), "lm_head": "int8", "min_features": 1, "rotate": self.d is not None}
         if not self.weight_only:
             outliers, threshold = self.policy.split()
@@ -58,14 +58,14 @@ class ModuleWeight(NamedTuple):
 
 
 def is_stored(node: object) -> bool:
-    """Return whether a tensor is the model's; others are inputs of the call, or computed."""
+    """Return whether a tensor belongs to the model, instead of being an input of the call or computed."""
     if not isinstance(node, Node):
         return False
     return node.op == "get_attr" or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
-def module_weights(graph: Graph) -> Iterator[tuple[Node, ModuleWeight]]:
-    """The operators of a graph whose int8 weights are stored."""
+def find_module_weights(graph: Graph) -> Iterator[tuple[Node, ModuleWeight]]:
+    """Yield the operators of a graph whose int8 weights belong to the model."""
     for node in graph.find_nodes(op="call_function", target=ops.module_weight.default):
         qweight, scale, d, _, policy = node.args
         if is_stored(qweight) and is_stored(scale) and (d is None or is_stored(d)):
@@ -73,13 +73,13 @@ def module_weights(graph: Graph) -> Iterator[tuple[Node, ModuleWeight]]:
 
 
 def apply_writes(module: GraphModule) -> None:
-    """Has a multiplication of a module's weight by a number, in place, multiply the module's scales.
+    """Replace in-place multiplications of a module's weight by a number with multiplications of its scales.
 
     Raises:
-        Int8WeightError: The graph writes something else to it.
+        Int8WeightError: The graph writes to the weight in another way.
     """
     weights: dict[tuple[Node, Node], Node] = {}
-    for node, held in module_weights(module.graph):
+    for node, held in find_module_weights(module.graph):
         weights.setdefault((held.qweight, held.scale), node)
     for (qweight, scale), node in weights.items():
         while (call := _first_write(module.graph, qweight, scale)) is not None:
@@ -92,7 +92,7 @@ def apply_writes(module: GraphModule) -> None:
 
 
 def _tensors(graph: Graph, qweight: Node, scale: Node) -> list[Node]:
-    """The operators of a weight and all views of them, in order."""
+    """Return the operators of a weight and all views of them, in order."""
     found: dict[Node, None] = {}
     for node in graph.nodes:
         is_weight = node.target is ops.module_weight.default and node.args[:2] == (qweight, scale)
@@ -107,10 +107,10 @@ def _first_write(graph: Graph, qweight: Node, scale: Node) -> Node | None:
 
 
 def _apply(call: Node, weight: Node, qweight: Node, scale: Node) -> None:
-    """Puts a multiplication of the scales in the place of one of the weight."""
+    """Replace a multiplication of the weight by a multiplication of the scales."""
     graph, factor = call.graph, scaling(call)
     target = call.args[0] if factor is not None else None
-    # All of it, and each element once.
+    # The write must change the whole weight, and each element once.
     entire = isinstance(target, Node) and traced(target).numel() == traced(qweight).numel()
     if factor is None or not entire or 0 in traced(target).stride():  # type: ignore[arg-type]
         raise _refused(weight)
@@ -120,7 +120,7 @@ def _apply(call: Node, weight: Node, qweight: Node, scale: Node) -> None:
             "keep. Run the model once before it is exported, if it does so at its first call only"
         )
     if torch.is_grad_enabled() and any(_needs_grad(node) for node in graph.find_nodes(op="placeholder")):
-        # PyTorch computes the gradient with the scales as they are afterwards.
+        # PyTorch would compute the gradient with the scales as they are after the write.
         raise Int8WeightError(
             f"{names.parameter_name(weight)} is multiplied by a number in a forward pass that records gradients. Call "
             "the model under torch.no_grad() first, if it does so at its first call only"
@@ -130,7 +130,7 @@ def _apply(call: Node, weight: Node, qweight: Node, scale: Node) -> None:
     with graph.inserting_before(call):
         for tensor, name, *args in ((scale, "mul_", abs(factor)), (qweight, "neg_"))[: 1 + (factor < 0)]:
             graph.call_method(name, (tensor, *args)).meta["example_value"] = traced(tensor)
-    # What reads it from here on reads the product.
+    # Later nodes read the weight with the new scales.
     anew: dict[Node, Node] = {}
 
     def again(tensor: Node) -> Node:

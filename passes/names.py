@@ -1,7 +1,8 @@
-"""Module paths and source lines of graph nodes, as the user knows them."""
+"""Module paths and source lines of graph nodes, as users know them."""
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from typing import Any, cast
@@ -20,7 +21,7 @@ _KEY = re.compile(r"\[['\"]?([^'\"\]]*)['\"]?\]")
 
 
 def clean_path(source: str) -> str:
-    """Dynamo's name of a module or tensor as a dotted path.
+    """Return Dynamo's name of a module or tensor as a dotted path.
 
     `L['self']._modules['layers']._modules['0'].mlp` is `layers.0.mlp`.
     """
@@ -29,8 +30,13 @@ def clean_path(source: str) -> str:
     return re.sub(r"\.+", ".", path).strip(".")
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Return whether a glob pattern matches whole components of a module path."""
+    return fnmatch.fnmatchcase(f".{path}.", f"*.{pattern}.*")
+
+
 def parameter_name(source: Node) -> str:
-    """The qualified name of a parameter's node, e.g. `layers.0.mlp.up_proj.weight`."""
+    """Return the qualified name of a parameter's node, e.g. `layers.0.mlp.up_proj.weight`."""
     if source.op == "get_attr":
         return str(source.target)
     if source.target is ops.module_weight.default:
@@ -41,11 +47,11 @@ def parameter_name(source: Node) -> str:
 
 
 def module_path(node: Node, parameter: str | None = None) -> str:
-    """The path of the module that a call belongs to.
+    """Return the path of the module that a call belongs to.
 
     Args:
         node: The call.
-        parameter: Qualified name of its weight, where there is one. It tells apart several weights of one module.
+        parameter: Qualified name of its weight, where there is one. It distinguishes several weights of one module.
 
     Returns:
         `layers.0.up_proj` for a call of `nn.Linear`, `experts.down_proj` for one that uses the parameter of that name.
@@ -55,14 +61,14 @@ def module_path(node: Node, parameter: str | None = None) -> str:
     if parameter is None:
         return module
     if module and not parameter.startswith(f"{module}."):
-        return module  # A shared weight: the call's own place, not that of the weight's first owner.
+        return module  # A shared weight is named by the call's module, not by the weight's first owner.
     return parameter.removesuffix(".weight")
 
 
 def source_line(node: Node) -> str:
-    """Where the user's code makes a call, as `file.py:line`; "" where the graph has no stack trace.
+    """Return the place of a call in the user's code, as `file.py:line`; "" where the graph has no stack trace.
 
-    That is the innermost frame that is not int8compile's, and not PyTorch's if there is another.
+    It is the innermost frame outside int8compile, and outside PyTorch if there is one.
     """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     others = [frame for frame in frames if not frame[0].startswith(_OURS)]

@@ -1,16 +1,16 @@
-"""Fuses norms into the quantization of their results: residual add, norm and `quantize_rows` become one operator.
+"""Fuse norms with the quantization of their results: residual add, norm and `quantize_rows` become one operator.
 
     quantize_rows(norm(x + residual)) -> norm_quantize_rows(x, residual, ...)
 
-so that a decode layer has one launch for the three. A norm is matched as Dynamo's graphs spell it and as exported ones
-do: a call of `rms_norm` or `layer_norm`, or a chain `x * rsqrt(mean(x ** 2) + eps)`, with or without a weight, in any
-order of operands. Whatever else reads the sum gets it from the operator.
+A decode layer then has one launch for the three. A norm is matched in Dynamo's and in exported graphs: a call of
+`rms_norm` or `layer_norm`, or a chain `x * rsqrt(mean(x ** 2) + eps)`, with or without a weight, in any order of
+operands. Other readers of the sum get it from the operator.
 
-The operator computes `int8compile.ops.quantized.norm`: in float32, rounded where the model rounds. Only its sums, and
-its products in float32, have another order than PyTorch's: before it is quantized, its result differs from PyTorch's in
-the last bits of float32, so rarely, and by one step, in bfloat16 and float16.
+The operator computes `int8compile.ops.quantized.norm`: in float32, rounded where the model rounds. Only the order of
+its sums and float32 products differs from PyTorch's. Before quantization, its result therefore differs from PyTorch's
+in the last bits of float32, and rarely, by one step, in bfloat16 and float16.
 
-What looks like a norm and is not fused has a reason.
+A norm that is found but not fused gets a reason.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from int8compile import ops
 from int8compile.ops import quantized
 from int8compile.ops.declaration import SUPPORTED_DTYPES
 from int8compile.passes.names import module_path
+from int8compile.passes.siblings import not_fused
 from int8compile.passes.static import SAME_VALUES, may_be_view, meta_tensor, traced
+from int8compile.sites import FusionReason, NotFused
 
 aten = torch.ops.aten
 
-# Each operation as Dynamo's graphs and as exported ones spell it, with the names of its arguments.
+# Each operation as Dynamo's and exported graphs spell it, with the names of its arguments.
 _NORM = ("input", "normalized_shape", "weight")
 _SPELLINGS: dict[str, tuple[set[Any], tuple[str, ...]]] = {
     "add": ({operator.add, torch.add, "add", aten.add.Tensor, aten.add.Scalar}, ("input", "other", "alpha")),
@@ -61,7 +63,7 @@ _SPELLINGS: dict[str, tuple[set[Any], tuple[str, ...]]] = {
 }
 _OPERATIONS = {target: name for name, (targets, _) in _SPELLINGS.items() for target in targets}
 
-# Views that may keep rows as they are.
+# Views that may keep whole rows.
 _VIEWS: set[Any] = {
     *("view", "reshape", "flatten", torch.reshape, torch.flatten),
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints),
@@ -71,7 +73,15 @@ _FLOATS = set(SUPPORTED_DTYPES)
 
 
 class NotFusedError(Exception):
-    """The reason why a norm is not fused with the quantization of its result."""
+    """A norm is not fused with the quantization of its result.
+
+    Attributes:
+        verdict: The reason, and what was found.
+    """
+
+    def __init__(self, reason: FusionReason, detail: str = "") -> None:
+        super().__init__(reason.why(detail))
+        self.verdict = reason, detail
 
 
 @dataclasses.dataclass
@@ -79,8 +89,8 @@ class Norm:
     """A norm over the last dimension.
 
     Attributes:
-        x: The node of what is normalized.
-        kind: The norm of `int8compile.ops.quantized` that it is.
+        x: The node of the input.
+        kind: Its number in `int8compile.ops.quantized`.
         eps: The number that is added to the mean of squares.
         weight: The node of the vector that the result is multiplied by; None where there is none.
         bias: The node of the vector that is added to it; None where there is none.
@@ -98,8 +108,8 @@ class _Match:
 
     Attributes:
         result: The node of its result.
-        nodes: The nodes that compute it, the result among them.
-        widened: The nodes in front of them that make float32 of x, weight and bias.
+        nodes: The nodes that compute the norm, the result among them.
+        widened: The nodes before them that convert x, weight and bias to float32.
     """
 
     def __init__(self, result: Node) -> None:
@@ -109,16 +119,16 @@ class _Match:
         self._dtype = traced(result).dtype
 
     def norm(self) -> Norm | None:
-        """Return the norm; None where nothing is like one.
+        """Return the norm; None where the result is not made by a norm.
 
         Raises:
-            NotFusedError: There is one that no operator computes.
+            NotFusedError: The operator does not compute this norm.
         """
         inner = self._made_from(self.result)
         found = self._by_function(inner) or self._by_chain(inner)
         if found is None:
             if _is_like_a_norm(self.result):
-                raise NotFusedError("its form is not known, or its result is changed before it is quantized")
+                raise NotFusedError(FusionReason.FORM)
             return None
         self._check(found)
         return found
@@ -127,14 +137,13 @@ class _Match:
         x = traced(found.x)
         for name, vector in (("weight", found.weight), ("bias", found.bias)):
             if vector is not None and not _fits(traced(vector), x):
-                raise NotFusedError(f"its {name} is no vector of its inputs")
+                raise NotFusedError(FusionReason.NO_VECTOR, name)
         if x.dtype != self._dtype:
-            weight = x if found.weight is None else traced(found.weight)
-            if weight.dtype != x.dtype:
-                raise NotFusedError(f"its weight is {_name(weight.dtype)} and x {_name(x.dtype)}")
-            raise NotFusedError(f"it makes {_name(self._dtype)} of {_name(x.dtype)}, as under autocast")
+            if found.weight is not None and traced(found.weight).dtype != x.dtype:
+                raise NotFusedError(FusionReason.DTYPES, _two_dtypes(found.weight, found.x))
+            raise NotFusedError(FusionReason.DTYPES, f"it makes {_name(self._dtype)} of {_name(x.dtype)}")
         if any(tensor.requires_grad for node in self.nodes if (tensor := meta_tensor(node)) is not None):
-            raise NotFusedError("autograd records it")
+            raise NotFusedError(FusionReason.RECORDED)
 
     def _made_from(self, node: Any) -> Any:
         """Follow a node back through views of whole rows, and casts that round at most to the result's dtype."""
@@ -147,7 +156,7 @@ class _Match:
         return node
 
     def _given(self, node: Any, dtype: torch.dtype | None = None) -> Any:
-        """Follow x, or a weight, back through casts that lose nothing; no farther than to where it has a dtype."""
+        """Follow x, or a weight, back through casts that lose nothing, but not past a node of the given dtype."""
         while _is_cast(node):
             made, given = traced(node).dtype, traced(node.args[0]).dtype
             if made != given and (made != torch.float32 or made == dtype):
@@ -159,33 +168,33 @@ class _Match:
     def _by_function(self, node: Any) -> Norm | None:
         """Read a call of one of PyTorch's functions."""
         first = _call(node, "first")
-        # Of a call that returns several tensors: of one that returns a norm it would be the first of its rows.
+        # The first of several tensors. Of a call that returns the norm alone, it would be the first row.
         several = first is not None and meta_tensor(first["input"]) is None
         call = first["input"] if first and several and first["index"] == 0 else node
         given = _call(call, "rms_norm", "layer_norm")
         if given is None:
             return None
         if len(given["normalized_shape"]) != 1:
-            raise NotFusedError("it normalizes more than the last dimension")
+            raise NotFusedError(FusionReason.DIMENSIONS)
         self.nodes += dict.fromkeys((node, call))
         layer = _OPERATIONS[call.target] == "layer_norm"
         eps = given.get("eps", 1e-5 if layer else None)
         if eps is None:
-            # Not that of x's dtype: PyTorch takes that of the one it computes in, which is float32 for all of ours.
+            # PyTorch uses the eps of the dtype that it computes in, which is float32 for all supported dtypes.
             eps = torch.finfo(torch.float32).eps
         x = self._given(given["input"], self._dtype)
         weight, bias = (self._given(given.get(name)) for name in ("weight", "bias"))
         return Norm(x, quantized.LAYER if layer else quantized.RMS, eps, weight, bias)
 
     def _by_chain(self, node: Any) -> Norm | None:
-        """Read what a model computes by itself."""
+        """Read a norm that a model computes in steps."""
         if found := self._normalized(node):
             return found
         for factor, weight in _operands(node, "mul"):
             before = [*self.nodes]
             inner = self._made_from(factor)
             if isinstance(weight, Node) and _is_cast(inner) and self._normalized(inner.args[0]):
-                raise NotFusedError(f"its weight is {_name(traced(weight).dtype)} and x {_name(traced(inner).dtype)}")
+                raise NotFusedError(FusionReason.DTYPES, _two_dtypes(weight, inner))
             rounded = any(traced(cast).dtype != torch.float32 for cast in self.nodes[len(before) :])
             if not isinstance(weight, Node) or not (found := self._normalized(inner)):
                 self.nodes = before
@@ -216,7 +225,7 @@ class _Match:
                     continue
                 for step in steps:
                     if traced(step).dtype != torch.float32:
-                        raise NotFusedError(f"it is computed in {_name(traced(step).dtype)}")
+                        raise NotFusedError(FusionReason.PRECISION, _name(traced(step).dtype))
                 self.nodes += dict.fromkeys(steps)
                 return Norm(rows, kind, eps)
         return None
@@ -236,8 +245,8 @@ class NormFusion:
     """The fusion of norms in a graph, one activation after the other.
 
     Attributes:
-        fused: How many were fused.
-        unfused: The others, by module path where there is one, with the reason.
+        fused: The number of norms that were fused.
+        unfused: The other norms, with the reason.
     """
 
     def __init__(self, graph: Graph, stretches: Mapping[Node, int], readers: Mapping[Node, tuple[Any, ...]]) -> None:
@@ -246,11 +255,11 @@ class NormFusion:
         Args:
             graph: The graph.
             stretches: The number of barriers in front of each of its nodes.
-            readers: The linears that read quantized activations, with all that distinguishes these but x: d, the
-                threshold and the stretch.
+            readers: The linears that read quantized activations, each with d, threshold and stretch. Those with the
+                same x and the same values share a quantization.
         """
         self.fused = 0
-        self.unfused: list[tuple[str, str]] = []
+        self.unfused: list[NotFused] = []
         self._graph = graph
         self._stretches = stretches
         self._readers = readers
@@ -258,10 +267,10 @@ class NormFusion:
         self._unread: list[Node] = []
 
     def quantize(self, result: Node, d: Node | None, threshold: float, stretch: int) -> Node | None:
-        """Append a norm, with the quantization of its result, at the graph's insertion point or in place of the sum.
+        """Append a norm with the quantization of its result, at the graph's insertion point or in place of the sum.
 
         Returns:
-            The operator's node, whose first argument has as many rows; None where there is no norm that can be fused.
+            The operator's node; None where there is no norm that can be fused.
         """
         if result in self._seen:
             return None
@@ -273,7 +282,7 @@ class NormFusion:
                 return None
             self._check(match, norm, (d, threshold, stretch))
         except NotFusedError as why:
-            self.unfused.append((module_path(result) or result.name, str(why)))
+            self.unfused.append(not_fused("norm", result, why.verdict))
             return None
         rest = (norm.weight, norm.bias, d, norm.kind, float(norm.eps), threshold)
         self._unread += [*match.nodes, *match.widened]
@@ -286,14 +295,14 @@ class NormFusion:
         return call
 
     def clean(self) -> None:
-        """Erase what was fused, once no linear reads it any more."""
+        """Erase the nodes of fused norms, once no linear reads them any more."""
         for node in sorted(dict.fromkeys(self._unread), reverse=True):
             self._erase_idle(node)
             if not node.users:
                 self._graph.erase_node(node)
 
     def _check(self, match: _Match, norm: Norm, key: tuple[Any, ...]) -> None:
-        """Raise NotFusedError for a norm that must be computed by itself, too, or cannot move to its quantization."""
+        """Raise NotFusedError for a norm that has other readers, or cannot move to its quantization."""
         result, x = match.result, traced(norm.x)
         for node in match.nodes:
             for user in node.users:
@@ -302,24 +311,24 @@ class NormFusion:
                 if user.target in _SIZES and traced(node).shape == x.shape:
                     continue
                 if node is not result or user not in self._readers or result in user.args[1:]:
-                    raise NotFusedError(f"its result is also read by {_call_name(user)}")
+                    raise NotFusedError(FusionReason.READ_ELSEWHERE, f"by {_call_name(user)}")
                 if self._readers[user][:-1] != key[:-1]:
-                    raise NotFusedError("linears that read it are rotated by different d, so it is quantized for each")
+                    raise NotFusedError(FusionReason.ROTATED_APART)
                 if self._readers[user] != key:
-                    raise NotFusedError("something is written, or autocast switched, between linears that read it")
+                    raise NotFusedError(FusionReason.SWITCHED)
         if any(self._stretches.get(node) != key[-1] for node in (*match.nodes, *match.widened)):
-            raise NotFusedError("something is written, or autocast switched, between it and the linear")
+            raise NotFusedError(FusionReason.SWITCHED)
         if any(traced(user).dtype != traced(result).dtype for user in result.users if user in self._readers):
-            raise NotFusedError("autocast rounds its result before it is quantized")
+            raise NotFusedError(FusionReason.ROUNDED)
         if traced(result).dim() != 2 and traced(result).shape != x.shape:
-            raise NotFusedError("its result is reshaped before it is quantized")
+            raise NotFusedError(FusionReason.RESHAPED)
 
     def _append(self, x: Node, match: _Match, stretch: int, rest: tuple[Any, ...]) -> Node:
-        """Append the operator; in place of the sum that x is, where it can compute that, too."""
+        """Append the operator. Where x is a sum that it can compute too, it takes the place of the sum."""
         terms = self._terms(x, stretch)
         last = max(node for node in (x, *rest) if isinstance(node, Node))
         gone = {*match.nodes}
-        # From the last to the first: what one that stays is made from stays, too.
+        # From the last to the first, because a node that stays keeps the nodes that it is made from.
         for node in sorted({*match.widened}, reverse=True):
             if {*node.users} <= gone:
                 gone.add(node)
@@ -341,7 +350,7 @@ class NormFusion:
                 self._graph.erase_node(user)
 
     def _terms(self, add: Node, stretch: int) -> tuple[Node, Node] | None:
-        """Return what is summed, where that is two tensors that the operator can add; None otherwise."""
+        """Return the terms of a sum, where they are two tensors that the operator can add; None otherwise."""
         given = _call(add, "add", "iadd")
         if given is None or self._stretches.get(add) != stretch:
             return None
@@ -374,7 +383,7 @@ def _operands(node: Any, name: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _mean_of_rows(node: Any) -> Any:
-    """Return what a node is the mean of, over the last dimension, which is kept; None for anything else."""
+    """Return x where a node is its mean over the last dimension, which is kept; None for any other node."""
     given = _call(node, "mean")
     if given is None or given.get("keepdim") is not True:
         return None
@@ -384,20 +393,20 @@ def _mean_of_rows(node: Any) -> Any:
 
 
 def _squared(node: Any) -> Any:
-    """Return what a node is the square of."""
+    """Return x where a node is its square; None for any other node."""
     given = _call(node, "pow", "square", "mul")
     same = given is not None and given.get("exponent", 2) == 2 and given.get("other", given["input"]) is given["input"]
     return given["input"] if given is not None and same else None
 
 
 def _inverse_root(node: Any) -> Any:
-    """Return what a node is one divided by the square root of."""
+    """Return x where a node is `1 / sqrt(x)`; None for any other node."""
     given = _call(node, "rsqrt", "pow")
     return given["input"] if given is not None and given.get("exponent", -0.5) == -0.5 else None
 
 
 def _is_cast(node: Any) -> bool:
-    """Tell whether a node has the values of a float tensor on the same device, rounded to its dtype."""
+    """Return whether a node casts a float tensor on the same device to another float dtype."""
     made, given = meta_tensor(node), meta_tensor(node.args[0]) if isinstance(node, Node) and node.args else None
     if made is None or given is None or node.target not in SAME_VALUES:
         return False
@@ -412,19 +421,19 @@ def _is_view_of_rows(node: Any) -> bool:
 
 
 def _is_temporary(node: Node) -> bool:
-    """Tell whether nothing sees a tensor but the one call that reads it: it may as well be left as it is."""
+    """Return whether one call alone sees a tensor, so that writing to it can be left out."""
     if node.op not in ("call_function", "call_method") or len(node.users) != 1:
         return False
     return all(_is_temporary(given) for given in node.all_input_nodes if may_be_view(node, given))
 
 
 def _is_idle(node: Node) -> bool:
-    """Tell whether a node of an exported graph asserts what is known, or takes a result that nothing reads."""
+    """Return whether a node of an exported graph only asserts metadata, or takes a result that nothing reads."""
     return node.target is aten._assert_tensor_metadata.default or (node.target is operator.getitem and not node.users)
 
 
 def _is_like_a_norm(node: Node) -> bool:
-    """Tell whether a node is made from a norm of any form: through casts, products, and what is added to products."""
+    """Return whether a node is made from a norm of any form: through casts, products, and sums with products."""
     pending, seen = [node], {node}
     while pending:
         node = pending.pop()
@@ -445,6 +454,10 @@ def _fits(vector: Tensor, x: Tensor) -> bool:
 def _call_name(node: Node) -> str:
     name, path = getattr(node.target, "__name__", str(node.target)), module_path(node)
     return f"{name} in {path}" if path else name
+
+
+def _two_dtypes(weight: Node, x: Node) -> str:
+    return f"its weight is {_name(traced(weight).dtype)} and x {_name(traced(x).dtype)}"
 
 
 def _name(dtype: torch.dtype) -> str:

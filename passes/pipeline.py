@@ -1,4 +1,4 @@
-"""The passes in order, and the driver that walks the graph."""
+"""Find the linears of a graph, judge each by the rules, and rewrite those that become int8."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from int8compile.passes import names, vocabulary
 from int8compile.passes.binding import Binder, Member
 from int8compile.passes.composites import COMPOSITES, open_composites, open_regions
 from int8compile.passes.contraction import Contraction, Labels, roles
-from int8compile.passes.module_weights import ModuleWeight, apply_writes, is_stored, module_weights
+from int8compile.passes.linear_site import LinearSite
+from int8compile.passes.module_weights import ModuleWeight, apply_writes, find_module_weights, is_stored
 from int8compile.passes.regions import Region
 from int8compile.passes.rewrite import NEEDS_GRAD, Emitted, emit
-from int8compile.passes.rules import RULES, LinearSite, Rule, Verdict, weight_only
+from int8compile.passes.rules import RULES, Rule, Verdict, first_verdict
 from int8compile.passes.static import (
     Memory,
     WeightView,
@@ -32,7 +33,8 @@ from int8compile.passes.static import (
     traced,
     weight_view,
 )
-from int8compile.report import Report, Site, SkipReason
+from int8compile.report import Report
+from int8compile.sites import Site, SkipReason
 
 
 def rewrite_graph(
@@ -43,14 +45,14 @@ def rewrite_graph(
     *,
     rules: tuple[Rule, ...] = RULES,
 ) -> Report:
-    """Rewrites the linear sites of a graph to int8, in place.
+    """Rewrite the linear sites of a graph to int8, in place.
 
     Args:
         module: A Dynamo graph, or the module of an exported program.
         parameters: The graph's parameters by their nodes (placeholders or get_attr).
-        config: What to rewrite and how.
+        config: The options.
         binder: Gives the graph its int8 weights.
-        rules: Which sites stay in float.
+        rules: Decide which sites stay in float.
 
     Returns:
         A row for each site, rewritten or not.
@@ -73,8 +75,8 @@ def _rewrite_linears(
 ) -> Report:
     report = Report(graphs=1)
     rotations: set[Node] = set()
-    held = dict(module_weights(module.graph))
-    # Fake tensors, but with all that is asked of a parameter.
+    held = dict(find_module_weights(module.graph))
+    # These are fake tensors, which have everything that is asked of a parameter.
     parameters = {**parameters, **{node: traced(node) for node in held}}
     memory = Memory(module.graph)
     tables = {
@@ -89,7 +91,7 @@ def _rewrite_linears(
         if holds_int8(node):
             report.sites.append(_held_row(node, config, binder, region))
             continue
-        call = vocabulary.contraction(node)
+        call = vocabulary.read_contraction(node)
         if call is None:
             report.activation_matmuls += vocabulary.is_attention(node)
             continue
@@ -98,18 +100,18 @@ def _rewrite_linears(
             report.activation_matmuls += 1
             continue
         options = config if site.held is None else site.held.options(config)
-        verdict = next((found for rule in rules if (found := rule(site, options))), None)
+        verdict = first_verdict(rules, site, options)
         made = emit(module.graph, site, options, binder) if verdict is None else None
         row = _row(site, verdict, made and made.view)
         if made is not None:
             rotation = rotation_size(made.view.shape[-1]) if made.d is not None else 1
-            row = dataclasses.replace(row, weight_only=weight_only(site, options), rotation=rotation)
-            if made.d is not None and made.d not in rotations:  # Which those share that read one x.
+            row = dataclasses.replace(row, weight_only=site.weight_only(options), rotation=rotation)
+            if made.d is not None and made.d not in rotations:  # Sites that read one x share their d.
                 rotations.add(made.d)
                 row = dataclasses.replace(row, bytes_after=row.bytes_after + 4 * _d_numel(made, binder))
         report.sites.append(row)
-    for node, _ in list(module_weights(module.graph)):
-        if not node.users:  # Its dtype was asked for, say.
+    for node, _ in list(find_module_weights(module.graph)):
+        if not node.users:  # The code asked for its dtype only, for example.
             module.graph.erase_node(node)
         else:
             where = ", ".join(dict.fromkeys(filter(None, map(names.source_line, node.users))))
@@ -119,8 +121,8 @@ def _rewrite_linears(
 
 
 def may_multiply(node: Node) -> bool:
-    """Return whether a call is a matmul, or a composite that may have some inside."""
-    return vocabulary.contraction(node) is not None or node.target in COMPOSITES
+    """Return whether a call is a matmul, or a composite that may contain some."""
+    return vocabulary.read_contraction(node) is not None or node.target in COMPOSITES
 
 
 def _site(
@@ -132,7 +134,7 @@ def _site(
     memory: Memory,
     region: Region,
 ) -> LinearSite | None:
-    """The site of a matmul, or None where both factors are activations."""
+    """Return the site of a matmul, or None where both factors are activations."""
     weight_position = _weight_position(call, parameters)
     if weight_position is None:
         return None
@@ -162,37 +164,37 @@ def _site(
 
 
 def _weight_position(call: Contraction, parameters: Mapping[Node, Tensor]) -> int | None:
-    """Which factor plays the part of a weight; None where both are activations."""
+    """Return the position of the factor that is the weight; None where both are activations."""
     if call.weight_role:
         return 1
-    for play in (static_weight, reads_parameter):
+    for is_weight in (static_weight, reads_parameter):
         for position in (1, 0):
-            if play(call.operands[position], parameters):
+            if is_weight(call.operands[position], parameters):
                 return position
     return None
 
 
 def holds_int8(node: Node) -> bool:
-    """Whether a node is a linear of a module that `quantize_` made: its weight is int8 already."""
+    """Return whether a node is a linear of a module that `quantize_` made, with a weight that is int8 already."""
     if node.op != "call_function" or node.target not in _HELD:
         return False
     return all(map(is_stored, _tensors_of(node)))
 
 
 def _tensors_of(call: Node) -> list[Node]:
-    """The weight of a call, its scales and its d, if it has one."""
+    """Return the weight of a call, its scales and its d, if it has one."""
     count = 3 if call.target is ops.column_linear.default else 4
     return [tensor for tensor in call.args[1:count] if tensor is not None]  # type: ignore[misc]
 
 
 def int8_tensors(graph: Graph) -> set[Node]:
-    """The int8 weights, their scales and d, of modules that `quantize_` made."""
+    """Return the int8 weights, their scales and d, of modules that `quantize_` made."""
     called = {tensor for node in graph.nodes if holds_int8(node) for tensor in _tensors_of(node)}
-    read = {tensor for _, held in module_weights(graph) for tensor in (held.qweight, held.scale, held.d)}
+    read = {tensor for _, held in find_module_weights(graph) for tensor in (held.qweight, held.scale, held.d)}
     return called | {tensor for tensor in read if tensor is not None}
 
 
-# The operators that modules call.
+# The operators that int8 modules call.
 _HELD = {
     ops.linear.default,
     ops.batched_linear.default,
@@ -203,13 +205,13 @@ _HELD = {
 
 
 def _held_row(node: Node, config: Int8Config, binder: Binder, region: Region) -> Site:
-    """The row of a site that is int8 already; takes its weight over where the module is to give it up."""
+    """Return the row of a site that is int8 already, and bind its weight if the module is to give it up."""
     (qweight, scale, *its_d), x = _tensors_of(node), node.args[0]
     assert isinstance(x, Node)
     weight = traced(qweight)
     path = names.module_path(node)
     node.meta[NEEDS_GRAD] = traced(node).requires_grad or region.transforms > 0
-    # What is read by rows too, as a tied embedding is, would be in memory twice.
+    # A weight that is read by rows too, as by a tied embedding, would be in memory twice.
     alone = all(holds_int8(user) for user in qweight.users)
     if config.free_weights and alone and node.target is not ops.grouped_linear.default and not is_written([scale]):
         view = weight_view(weight, list(range(weight.dim())), tuple(weight.shape))
@@ -233,7 +235,7 @@ def _held_row(node: Node, config: Int8Config, binder: Binder, region: Region) ->
 
 
 def _d_numel(made: Emitted, binder: Binder) -> int:
-    """Return how many numbers rotate the activations of a site."""
+    """Return how many numbers the d of a site has."""
     if (known := meta_tensor(made.d)) is not None:
         return known.numel()
     *batch, _, k = made.view.shape
@@ -262,12 +264,12 @@ def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
     sizes = site.sizes()
     shape = tuple(math.prod(sizes[label] for label in group) for group in groups)
     if view is not None:
-        # One byte for a value, four for the scale of a row of K.
+        # One byte per value, and four bytes for the scale of each row of K.
         after = weight.numel() + 4 * (weight.numel() // view.shape[-1])
     reason, detail = verdict or (None, "")
     return Site(
         path=site.path,
-        op=site.contraction.spelling,
+        op=site.contraction.name,
         source=names.source_line(site.node),
         shape=tuple(map(str, shape)),
         weight=name,
@@ -281,7 +283,7 @@ def _row(site: LinearSite, verdict: Verdict, view: WeightView | None) -> Site:
 
 
 def _hidden_sites(node: Node, parameters: Mapping[Node, Tensor]) -> Iterator[Site]:
-    """Rows for matmuls that no pass can reach: inside fused operators and inside nested graphs."""
+    """Yield rows for matmuls that no pass can reach: inside fused operators and inside nested graphs."""
     opaque = vocabulary.opaque_matmul(node)
     if opaque is not None:
         for argument in node.all_input_nodes:
@@ -293,12 +295,12 @@ def _hidden_sites(node: Node, parameters: Mapping[Node, Tensor]) -> Iterator[Sit
 
 
 def _nested_sites(call: Node, parameters: Mapping[Node, Tensor], sources: Mapping[Node, Node]) -> Iterator[Site]:
-    """Rows for the graphs that a call is given.
+    """Yield rows for the matmuls in graphs that are arguments of a call.
 
     Args:
         call: The call.
-        parameters: The parameters of the graph that it stands in by their nodes.
-        sources: For each of them, the node of the outermost graph.
+        parameters: The parameters of the call's graph by their nodes.
+        sources: For each of these nodes, the node of the outermost graph.
     """
     for nested, inputs in nested_graphs(call):
         weights = {inner: weight for inner, outer in inputs.items() if (weight := static_weight(outer, parameters))}
@@ -307,17 +309,17 @@ def _nested_sites(call: Node, parameters: Mapping[Node, Tensor], sources: Mappin
         for node in nested.graph.nodes:
             if node.op == "call_function":
                 yield from _nested_sites(node, own, roots)
-            matmul = vocabulary.contraction(node)
+            matmul = vocabulary.read_contraction(node)
             position = None if matmul is None else _weight_position(matmul, own)
             if matmul is None or position is None:
                 continue
             operand = matmul.operands[position]
             found = static_weight(operand, own)
             if found is None:
-                yield _hidden_row(matmul.spelling, SkipReason.NESTED, node, meta_tensor(operand), None, operand.name)
+                yield _hidden_row(matmul.name, SkipReason.NESTED, node, meta_tensor(operand), None, operand.name)
             else:
                 name = names.parameter_name(roots[found.source])
-                yield _hidden_row(matmul.spelling, SkipReason.NESTED, node, found.tensor, name)
+                yield _hidden_row(matmul.name, SkipReason.NESTED, node, found.tensor, name)
 
 
 def _hidden_row(

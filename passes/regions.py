@@ -1,4 +1,4 @@
-"""What is switched on at a place in a Dynamo graph: grad mode, and the transforms of torch.func."""
+"""Modes at a place in a Dynamo graph: grad mode, and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.fx import Node
 
 
 class Region:
-    """The state of a walk through a graph in order.
+    """The modes at the current node of a walk through a graph in order.
 
     Attributes:
         grad_mode: Whether gradients are recorded.
@@ -20,7 +20,7 @@ class Region:
         self._outside: list[bool] = []
 
     def pass_by(self, node: Node) -> None:
-        """Takes note of a node that switches something."""
+        """Update the modes by a node that may switch one."""
         if node.op != "call_function":
             return
         name = getattr(node.target, "__name__", "")

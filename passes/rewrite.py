@@ -1,4 +1,4 @@
-"""Emits the int8 operator for a site, with the permutations around it that the site's spelling asks for."""
+"""Emit the int8 operator for a site, with the permutations around it that the site's spelling needs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from int8compile.ops import rotation_size
 from int8compile.passes import names
 from int8compile.passes.binding import Binder, Member, QuantizedNodes
 from int8compile.passes.contraction import Labels, permutation
-from int8compile.passes.rules import LinearSite, weight_only
+from int8compile.passes.linear_site import LinearSite
+from int8compile.passes.rules import rotation_of
 from int8compile.passes.static import WeightView, is_view, rotation_in_view, traced
 
 
 class Emitted(NamedTuple):
-    """What a call was replaced by.
+    """The weight of an operator that has replaced a call.
 
     Attributes:
-        view: The view of the parameter that is quantized for it.
-        d: The node of what it is rotated with; None where it is not.
+        view: The view of the parameter that is quantized.
+        d: The node of its rotation; None where it is not rotated.
     """
 
     view: WeightView
@@ -34,7 +35,7 @@ class Emitted(NamedTuple):
 
 
 def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> Emitted:
-    """Replace the call of a site that every rule let pass."""
+    """Replace the call of a site on which no rule had a verdict."""
     view = site.view()
     with graph.inserting_before(site.node):
         emitter = _Emitter(graph)
@@ -45,7 +46,7 @@ def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> 
             result = emitter.function(torch.mul, result, call.alpha)
         if call.addend is not None and not fuses_bias(site) and call.beta != 0:
             addend = call.addend if call.beta == 1 else emitter.function(torch.mul, call.addend, call.beta)
-            # Autocast gives the product another dtype than the addend.
+            # Under autocast the dtypes of product and addend differ.
             result = emitter.function(torch.add, result, emitter.method("type_as", addend, result))
         result = _restride(emitter, site, result)
     for node in emitter.nodes:
@@ -59,10 +60,10 @@ def emit(graph: Graph, site: LinearSite, config: Int8Config, binder: Binder) -> 
 
 
 def _erase_unread_views(graph: Graph, chain: Sequence[Node]) -> None:
-    """Erases views of a weight that nothing reads any more; they would keep the float weight an input of the graph."""
+    """Erase views of a weight that nothing reads any more; they would keep the float weight an input."""
     for node in reversed(chain):
         for user in list(node.users):
-            # Exported graphs read all parts of what is split; and before a cast they assert what is known of a weight.
+            # Exported graphs read all parts of a split, and assert the metadata of a weight before a cast.
             unread = is_view(user) and not user.users
             if unread or user.target is torch.ops.aten._assert_tensor_metadata.default:
                 graph.erase_node(user)
@@ -70,10 +71,11 @@ def _erase_unread_views(graph: Graph, chain: Sequence[Node]) -> None:
             graph.erase_node(node)
 
 
-# Key in the meta of an operator's node: whether autograd records it.
+# Keys in the meta of an operator's node: whether autograd records it, and the path of its site.
 NEEDS_GRAD = "int8compile_needs_grad"
+PATH = "int8compile_path"
 
-# Of these "custom" says which of the user's streams a call runs on.
+# Meta that is copied from the call. "custom" says which of the user's streams it runs on.
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 
@@ -85,22 +87,22 @@ class _Emitter:
         self.nodes: list[Node] = []
 
     def method(self, name: str, *args: Any) -> Node:
-        """Appends `args[0].name(*args[1:])`."""
+        """Append `args[0].name(*args[1:])`."""
         self.nodes.append(self.graph.call_method(name, args))
         return self.nodes[-1]
 
     def function(self, target: Any, *args: Any) -> Node:
-        """Appends `target(*args)`."""
+        """Append `target(*args)`."""
         self.nodes.append(self.graph.call_function(target, args))
         return self.nodes[-1]
 
     def permute(self, node: Node, source: Labels, target: Labels) -> Node:
-        """Brings dimensions labelled `source` into the order `target`."""
+        """Append the `permute` that brings dimensions labelled `source` into the order `target`, if they differ."""
         return node if source == target else self.method("permute", node, permutation(source, target))
 
 
 def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8Config, weight: QuantizedNodes) -> Node:
-    """`x @ W` (with the bias where it is fused) in the layout that the call returned."""
+    """Append `x @ W` (with the bias where it is fused) in the layout that the call returned."""
     assert site.roles is not None
     assert site.static is not None
     batch, summed, rows, outputs = site.roles
@@ -116,7 +118,7 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     reshape = bool(batch) and (len(batch), len(rows)) != (1, 1)
     row_sizes: list[Node] = []
     if reshape:
-        # Sizes of rows may change from call to call, so they are read from the tensor.
+        # The sizes of rows may change from call to call, so they are read from the tensor.
         row_sizes = [emitter.method("size", x, len(batch) + i) for i in range(len(rows))]
         x = emitter.method("reshape", x, (view.shape[0], -1, view.shape[-1]))
     elif len(summed) > 1:
@@ -126,14 +128,14 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
     if bias is not None and batch:
         bias = emitter.method("reshape", bias, view.shape[:2])
     threshold = config.threshold_of(rotated=weight.d is not None)
-    if weight_only(site, config):
+    if site.weight_only(config):
         y = emitter.function(ops.weight_only_linear.default, x, *weight, bias)
     elif config.outliers == "column":
         y = emitter.function(ops.column_linear.default, x, weight.qweight, weight.scale, bias, threshold)
     else:
         op = ops.batched_linear.default if batch else ops.linear.default
         y = emitter.function(op, x, *weight, bias, threshold)
-    y.meta[NEEDS_GRAD] = traced(site.node).requires_grad
+    y.meta |= {NEEDS_GRAD: traced(site.node).requires_grad, PATH: site.path}
     _trace(site, x, y, view)
 
     output_sizes = [int(sizes[label]) for label in outputs]
@@ -147,16 +149,15 @@ def _product(emitter: _Emitter, site: LinearSite, view: WeightView, config: Int8
 
 
 def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Binder) -> QuantizedNodes:
-    """The nodes of the weight in int8; those of the module that holds it, where there is one and they serve."""
+    """Return the nodes of the int8 weight; they are a module's where its weight can be used as it is."""
     assert site.static is not None
     if site.held is None:
-        # A table that is read by rows, too, is int8 as it is.
-        rotated = config.rotates and not site.tied and rotation_size(view.shape[-1]) > 1
+        rotated = rotation_of(view.shape[-1], config, tied=site.tied) > 1
         alone = len(view.shape) == 3
         each = alone and not reads_tokens(site.path)
-        # A bare parameter has its own name in the path.
+        # The path of a bare parameter is the parameter's name.
         own = alone or names.parameter_name(site.static.source) != f"{site.path}.weight"
-        # Parts of one matrix, as of q, k and v, may read one x; several matrices are those of layers or of experts.
+        # Parts of one matrix, as for q, k and v, may read one x. Several matrices belong to layers or experts.
         several = alone or (own and traced(site.static.source).dim() > 2)
         key = (group_of(site.path, own=own), view if several else view.shape[-1]) if rotated else None
         return binder.bind(Member(site.static.source, view, site.path), key, site.x, each=each)
@@ -172,7 +173,7 @@ def _weight(site: LinearSite, view: WeightView, config: Int8Config, binder: Bind
 
 
 def _trace(site: LinearSite, x: Node, y: Node, view: WeightView) -> None:
-    """Gives the operator's node and its activation the sizes and dtypes that lowering asks for."""
+    """Set the sizes and dtypes of the operator and its activation, which lowering reads."""
     assert site.roles is not None
     given = traced(site.x)
     steps = dict(site.contraction.steps)
@@ -186,17 +187,17 @@ def _trace(site: LinearSite, x: Node, y: Node, view: WeightView) -> None:
 
 
 def _restride(emitter: _Emitter, site: LinearSite, result: Node) -> Node:
-    """Lays the result out in memory as the call did, which later views of it (`y.view(b, -1)`) rely on."""
+    """Append the steps that give a result the memory layout of the call's, on which later views may rely."""
     assert site.roles is not None
     out = site.contraction.out
     made = [out.index(label) for label in (*site.roles.batch, *site.roles.rows, *site.roles.outputs)]
     expected = traced(site.node)
-    # By hints: comparing symbols would tie the graph to their order.
+    # Hints are compared, because comparing symbols would add guards on their order.
     strides = [_hint(stride) for stride in expected.stride()]
     wanted = list(range(len(out)))
     if None not in strides:
         wanted.sort(key=lambda dim: -strides[dim])  # type: ignore[operator]
-    # Where a dimension of size 1 lies means nothing.
+    # The place of a dimension of size 1 does not matter.
     matters = [_hint(size) != 1 for size in expected.shape]
     if [dim for dim in made if matters[dim]] == [dim for dim in wanted if matters[dim]]:
         return result
@@ -205,14 +206,14 @@ def _restride(emitter: _Emitter, site: LinearSite, result: Node) -> Node:
 
 
 def _hint(size: Any) -> int | None:
-    """The number that a symbol was traced with; None for one that depends on data."""
+    """Return the number that a symbol was traced with; None for a symbol that depends on data."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     return int(size.node.hint) if size.node.has_hint() else None
 
 
 def fuses_bias(site: LinearSite) -> bool:
-    """Whether what the call adds is one number per output, which the operator adds in float32 before it rounds."""
+    """Return whether the addend is one number per output, which the operator adds in float32 before it rounds."""
     call = site.contraction
     if call.addend is None or site.roles is None or (call.alpha, call.beta) != (1, 1):
         return False

@@ -1,4 +1,4 @@
-"""Which operands are static weights, and which view of a parameter they are."""
+"""Static weights: operands that are views of parameters, and what a graph writes to."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
-# Key in the meta of a node that holds an int8 weight, which is as constant as the parameter it was made from.
+# Key in the meta of a node of an int8 weight. Such a node counts as a constant, as its parameter does.
 QUANTIZED = "int8compile_quantized"
 
-# Key in the meta of a get_attr that reads a buffer of an exported model: no constant. Dynamo makes it an input.
+# Key in the meta of a get_attr that reads a buffer of an exported model. It counts as an input, as in Dynamo's graphs.
 BUFFER = "int8compile_buffer"
 
-# The meta of a placeholder that is the model's. "unguarded" is Dynamo's mark of a tensor whose address does not change
-# between calls, which CUDA graphs need.
+# The meta of a placeholder for a tensor of the model. "unguarded" is Dynamo's mark of a tensor whose address does not
+# change between calls, which CUDA graphs need.
 STORED = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
 
 
@@ -46,15 +46,15 @@ class WeightView(NamedTuple):
     shape: tuple[int, ...]
 
     def is_all_of(self, parameter: Tensor) -> bool:
-        """Return whether it is the parameter as it is."""
+        """Return whether the view is the whole parameter, in its own layout."""
         return self == WeightView(tuple(parameter.shape), parameter.stride(), 0, tuple(parameter.shape))
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Takes the view of a parameter of the layout it was made for."""
+        """Return the view of a parameter, which must have the layout that the view was made for."""
         return _strided(parameter, self.size, self.stride, self.offset).reshape(self.shape)
 
     def rows_of(self, parameter: Tensor) -> Tensor | None:
-        """Return which rows of a contiguous parameter it has; None where some of its rows are not whole rows of that.
+        """Return the rows of a contiguous parameter that it consists of; None where its rows are not whole rows of it.
 
         Shapes:
             parameter: [..., K]; result: [N] or [B, N] int64, counted over all dimensions but the last.
@@ -76,11 +76,11 @@ def rotation_in_view(qweight: Tensor, d: Tensor | None, view: WeightView) -> tup
     """Tell how a view of an int8 weight is rotated.
 
     Shapes:
-        qweight: [..., N, K], of which only the sizes are asked; d: [K] or [..., K], or None.
+        qweight: [..., N, K], of which only the sizes are read; d: [K] or [..., K], or None.
 
     Returns:
-        Whether the view's integers are those of the weight; and an index of the d of its matrices where the weight has
-        several d: [] for a view [N, K], [B] for one [B, N, K].
+        Whether the view's integers are the weight's; and, where the weight has several d, the index of the d of each
+        matrix of the view: [] for a view [N, K], [B] for a view [B, N, K].
     """
     if d is None or view.is_all_of(qweight):
         return True, None
@@ -106,17 +106,17 @@ class StaticWeight(NamedTuple):
     chain: tuple[Node, ...]
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Takes the view of the parameter itself."""
+        """Return the same view of the parameter itself."""
         return _strided(parameter, self.tensor.shape, self.tensor.stride(), int(self.tensor.storage_offset()))
 
 
 def _strided(parameter: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
-    """A view of a parameter's values; `offset` counts from its first."""
+    """Return a view of a parameter's values; `offset` counts from its first element."""
     return parameter.detach().as_strided(size, stride, parameter.storage_offset() + offset)
 
 
 def meta_tensor(node: Any) -> Tensor | None:
-    """The fake tensor that a node's result was traced with; None where it is not a tensor."""
+    """Return the fake tensor that a node's result was traced with; None where the result is no tensor."""
     if not isinstance(node, Node):
         return None
     value = node.meta.get("example_value", node.meta.get("val"))
@@ -124,22 +124,22 @@ def meta_tensor(node: Any) -> Tensor | None:
 
 
 def traced(node: Node) -> Tensor:
-    """`meta_tensor` of a node that is known to make a tensor."""
+    """Return `meta_tensor` of a node whose result is known to be a tensor."""
     value = meta_tensor(node)
     assert value is not None
     return value
 
 
 def attribute(module: GraphModule, node: Node) -> Any:
-    """What a get_attr node reads."""
+    """Return the attribute that a get_attr node reads."""
     return operator.attrgetter(str(node.target))(module)
 
 
 def nested_graphs(call: Node) -> Iterator[tuple[GraphModule, dict[Node, Node]]]:
-    """The graphs that a call is given, as torch.cond is.
+    """Yield the graphs among the arguments of a call, such as those of torch.cond.
 
-    Returns:
-        The module of each, and what the call gives to its placeholders.
+    Yields:
+        The module of each graph, and the arguments of the call by its placeholders.
     """
     owner, leaves = call.graph.owning_module, tree_leaves(call.args)
     for leaf in leaves:
@@ -147,20 +147,20 @@ def nested_graphs(call: Node) -> Iterator[tuple[GraphModule, dict[Node, Node]]]:
             nested = attribute(owner, leaf)
             if isinstance(nested, GraphModule):
                 inputs = nested.graph.find_nodes(op="placeholder")
-                # Whatever else such a call is given stands before what it gives to its graphs.
+                # The inputs of the graphs are the last arguments of such a call.
                 given = zip(inputs, leaves[max(len(leaves) - len(inputs), 0) :], strict=False)
                 yield nested, {inner: outer for inner, outer in given if isinstance(outer, Node)}
 
 
 def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight | None:
-    """Follows a node back through views to a parameter.
+    """Follow a node back through views to a parameter.
 
     Args:
         node: An operand of a matmul.
         parameters: The parameters of the graph by their nodes.
 
     Returns:
-        None where the node is no pure view of one parameter.
+        The weight; None where the node is not a pure view of one parameter.
     """
     chain: list[Node] = []
     while node not in parameters:
@@ -176,7 +176,7 @@ def static_weight(node: Node, parameters: Mapping[Node, Tensor]) -> StaticWeight
     view = base
     for step in reversed(chain):
         if step.target not in _STEPS:
-            continue  # It writes to the weight, so that no rule lets it pass.
+            continue  # It writes to the weight, which a rule refuses later.
         if step.target in SAME_VALUES:
             cast = meta_tensor(step)
             if cast is None or not cast.is_floating_point() or cast.element_size() < 2:
@@ -203,16 +203,16 @@ def _replay(step: Node, tensor: Any) -> Any:
 
 
 def weight_view(weight: Tensor, order: list[int], shape: tuple[int, ...]) -> WeightView:
-    """The view that permutes a meta tensor's dimensions into `order` and flattens them into `shape`."""
+    """Return the view that permutes a meta tensor's dimensions into `order` and flattens them into `shape`."""
     permuted = weight.permute(order)
     with contextlib.suppress(RuntimeError):
-        # Where it is not viewable, `WeightView.of` copies.
+        # Where no view has that shape, `WeightView.of` copies.
         permuted = permuted.view(shape)
     return WeightView(tuple(permuted.shape), permuted.stride(), int(permuted.storage_offset()), shape)
 
 
 def reads_parameter(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
-    """Whether an operand is made from parameters alone: `w * scale`, or rows of w that the inputs choose, `w[index]`.
+    """Return whether an operand is made from parameters alone: `w * scale`, or rows that an input chooses, `w[index]`.
 
     Args:
         node: The operand.
@@ -230,12 +230,12 @@ def reads_parameter(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
 
 
 def depends_on_inputs(node: Node, parameters: Mapping[Node, Tensor]) -> bool:
-    """Whether anything but parameters and constants goes into a node."""
+    """Return whether a node is computed from anything but parameters and constants."""
     return any(origin not in parameters and _is_input(origin) for origin in _origins(node, parameters))
 
 
 def _origins(node: Node, parameters: Mapping[Node, Tensor]) -> Iterator[Node]:
-    """The parameters, inputs and constants that go into a node."""
+    """Yield the parameters, inputs and constants that a node is computed from."""
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
@@ -252,7 +252,7 @@ def _is_input(node: Node) -> bool:
 
 
 class Memory:
-    """Which of the tensors that a graph is given, or holds, share memory."""
+    """The tensors that a graph takes or holds, by the memory that they share."""
 
     def __init__(self, graph: Graph) -> None:
         self._place: dict[Node, tuple[Any, ...]] = {}
@@ -267,20 +267,20 @@ class Memory:
                 self._of[storage].append(node)
 
     def sharing(self, node: Node) -> Sequence[Node]:
-        """The nodes whose tensors lie in the same storage, that itself among them."""
+        """Return the nodes whose tensors lie in the same storage, the given node among them."""
         return self._of[self._place[node][0]] if node in self._place else [node]
 
     def same(self, node: Node) -> Sequence[Node]:
-        """The nodes of the same tensor by all its names, as after `lm_head.weight.data = embedding.weight.data`."""
+        """Return all nodes of the same tensor, as after `lm_head.weight.data = embedding.weight.data`."""
         return [other for other in self.sharing(node) if self._place.get(other) == self._place.get(node)]
 
 
 def changed_in_graph(weight: StaticWeight, sharing: Sequence[Node]) -> bool:
-    """Whether the graph writes to a weight, anywhere.
+    """Return whether the graph writes to a weight, anywhere.
 
     Args:
         weight: The weight.
-        sharing: The inputs and attributes of the graph that share its parameter's memory, that itself among them.
+        sharing: The inputs and attributes of the graph that share its parameter's memory, the parameter among them.
     """
     if weight.source.op == "placeholder" and _counted_writes(weight, sharing):
         return True
@@ -289,7 +289,7 @@ def changed_in_graph(weight: StaticWeight, sharing: Sequence[Node]) -> bool:
 
 
 def is_written(nodes: Sequence[Node]) -> bool:
-    """Whether a graph writes to tensors or to views of them."""
+    """Return whether a graph writes to tensors or to views of them."""
     pending = [*nodes]
     while pending:
         node = pending.pop()
@@ -302,9 +302,9 @@ def is_written(nodes: Sequence[Node]) -> bool:
 
 
 def _counted_writes(weight: StaticWeight, sharing: Sequence[Node]) -> bool:
-    """Whether Dynamo's fake tensors have counted a write, whatever its spelling."""
+    """Return whether Dynamo's fake tensors have counted a write, in any spelling."""
     given = [tensor for node in sharing if (tensor := meta_tensor(node)) is not None]
-    # Making one counts too, unless it is the first of its storage and begins where that does.
+    # Making a fake tensor counts too, unless it is the first of its storage and begins where that does.
     made = max(0, len(given) - all(tensor.storage_offset() == 0 for tensor in given))
     if sum(tensor._version for tensor in given) > made:
         return True
@@ -313,23 +313,23 @@ def _counted_writes(weight: StaticWeight, sharing: Sequence[Node]) -> bool:
 
 
 def written(call: Node) -> set[Node]:
-    """The arguments that a call changes in place."""
+    """Return the arguments that a call changes in place."""
     if isinstance(call.target, torch._ops.HigherOrderOperator):
         if "mutation" in call.target.__name__:
-            return set(call.all_input_nodes)  # A Triton kernel of the user's; which it writes to is not asked.
+            return set(call.all_input_nodes)  # A Triton kernel of the user's may write to any argument.
         return {given for _, inputs in nested_graphs(call) for inner, given in inputs.items() if is_written([inner])}
     if isinstance(call.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return _nodes([value for argument, value in _by_schema(call) if argument.is_write])
     name = str(call.target) if call.op == "call_method" else getattr(call.target, "__name__", "")
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
     in_place = in_place or call.kwargs.get("inplace") is True
-    # torch.nn.init hands its arguments on by name.
+    # torch.nn.init passes its arguments on by name.
     first = next(iter((*call.args, *call.kwargs.values())), None)
     return _nodes([call.kwargs.get("out"), first if in_place else None])
 
 
 def scaling(call: Node) -> float | None:
-    """The number that an in-place call multiplies all of its first argument by; None for any other call."""
+    """Return the number that an in-place call multiplies its whole first argument by; None for any other call."""
     if call.target not in _MULTIPLY | _DIVIDE or len(call.args) != 2 or call.kwargs:
         return None
     number = call.args[1]
@@ -341,8 +341,8 @@ def scaling(call: Node) -> float | None:
 
 
 def _by_schema(call: Node) -> Iterator[tuple[Any, Any]]:
-    """The arguments of a call of an operator, as its schema describes them, with their values."""
-    # Dynamo leaves `torch.ops.library.name(...)` as it is written; which overload it means its arguments decide.
+    """Yield the arguments of a call of an operator, as its schema describes them, with their values."""
+    # Dynamo leaves `torch.ops.library.name(...)` as it is written; its arguments would decide the overload.
     overloads: list[Any] = [call.target]
     if isinstance(call.target, torch._ops.OpOverloadPacket):
         overloads = [getattr(call.target, name) for name in call.target.overloads()]
@@ -365,7 +365,7 @@ def _nodes(values: Any) -> set[Node]:
 
 
 def _written_and_returned(call: Node) -> Node | None:
-    """The tensor that an in-place call changes and returns; None for any other call."""
+    """Return the tensor that an in-place call changes and returns; None for any other call."""
     if isinstance(call.target, torch._ops.OpOverload):
         returned = call.target._schema.returns
         if not returned or returned[0].alias_info is None or not returned[0].alias_info.is_write:
@@ -380,7 +380,7 @@ def _written_and_returned(call: Node) -> Node | None:
 
 
 def may_be_view(call: Node, viewed: Node) -> bool:
-    """Whether what a call returns may share memory with one of its arguments."""
+    """Return whether the result of a call may share memory with one of its arguments."""
     if _shares_memory(call, viewed):
         return True
     if call.target in SAME_VALUES - ALIASES and "example_value" in call.meta and "example_value" in viewed.meta:
@@ -401,14 +401,14 @@ def _shares_memory(call: Node, given: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node is a step that a weight may be read through, of whatever tensor."""
+    """Return whether a node is a view or cast through which a weight may be read. Its input may be any tensor."""
     if node.op not in ("call_function", "call_method") or node.target not in _STEPS:
         return False
     if node.target is getattr and node.args[1] not in ("T", "mT", "H", "mH"):
         return False
     if not node.args or not isinstance(node.args[0], Node):
         return False
-    # All but the tensor must be constants, and sizes of a weight are. What it is cast to need not be: `w.to(x)`.
+    # All arguments but the tensor must be constants, and sizes of a weight are. A cast is an exception: `w.to(x)`.
     return node.target in SAME_VALUES or node.all_input_nodes == [node.args[0]]
 
 
@@ -418,14 +418,14 @@ _IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod",
 _MULTIPLY: set[Any] = {"mul_", "multiply_", operator.imul, aten.mul_.Tensor, aten.mul_.Scalar}
 _DIVIDE: set[Any] = {"div_", "divide_", "true_divide_", operator.itruediv, aten.div_.Tensor, aten.div_.Scalar}
 
-# Operations that choose from their first tensor.
+# Operations that select from their first argument.
 _CHOICES: set[Any] = {
     *("__getitem__", "index_select", "gather", "take_along_dim", operator.getitem),
     *(torch.index_select, torch.gather, torch.take_along_dim),
     *(aten.index.Tensor, aten.index_select.default, aten.gather.default),
 }
 
-# Views whose result depends on the strides of their input only.
+# Views whose result depends only on the strides of their input.
 _VIEWS: set[Any] = {
     *("t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "view", "reshape", "flatten"),
     *("unflatten", "squeeze", "unsqueeze", "select", "narrow", "chunk", "split", "unbind", "tensor_split", "expand"),
@@ -463,5 +463,5 @@ SAME_VALUES: set[Any] = {
 for _targets in (_VIEWS, SAME_VALUES):
     _targets.update([target.overloadpacket for target in _targets if isinstance(target, torch._ops.OpOverload)])
 
-# What a weight may be read through.
+# Steps through which a weight may be read.
 _STEPS = _VIEWS | SAME_VALUES
