@@ -1,6 +1,6 @@
 """The CPU kernel: C++ that is compiled at its first use, and loaded once per process.
 
-It implements the operators `int8compile::packed_*` for the CPU. Without it they run their PyTorch definition.
+The kernel implements operators for the CPU (`ops.signatures.REGISTERED`). Without it they run their PyTorch definition.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 # Defines the operators that the library implements.
 import int8compile.ops  # noqa: F401
 from int8compile.cpu import build
+from int8compile.environment import is_on
 from int8compile.errors import ConfigError, Int8Warning, KernelBuildError
 
 log = logging.getLogger(__name__)
@@ -26,15 +27,15 @@ class Library:
     """The kernel library, loaded.
 
     Attributes:
-        built: Where it is and how it was made.
+        built: Its files, and how they were made.
         variants: The kernel variants that this machine can run, fastest first.
     """
 
     def __init__(self, built: build.Built) -> None:
-        """Loads it, which registers its operators.
+        """Load the library, which registers its operators.
 
         Raises:
-            OSError: It cannot be loaded.
+            OSError: The library cannot be loaded.
         """
         torch.ops.load_library(built.path)
         self.built = built
@@ -51,19 +52,19 @@ class Library:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The compiler macros of what code may use of a CPU and a package checks; whether this one has it or not."""
+        """The compiler macros of all CPU features that packages check, whether this CPU has them or not."""
         return tuple(self._functions.int8compile_features().decode().split())
 
     @property
     def variant(self) -> str:
-        """The variant that runs."""
+        """The name of the variant that runs."""
         return str(self._functions.int8compile_variant().decode())
 
     def use_variant(self, name: str) -> None:
-        """Has a variant run from now on, in all threads. The results are the same, bit for bit.
+        """Run a variant from now on, in all threads. The results are the same, bit for bit.
 
         Raises:
-            ConfigError: It is unknown, or this machine cannot run it.
+            ConfigError: The variant is unknown, or this machine cannot run it.
         """
         if not self._functions.int8compile_use_variant(name.encode()):
             raise ConfigError(
@@ -78,11 +79,11 @@ _isa_read = False
 
 
 def load() -> Library | None:
-    """The library, compiled if it is not in the cache yet, and loaded at the first call.
+    """Return the library. The first call loads it, and compiles it if the cache has none.
 
     Returns:
-        None where there is no kernel: `INT8COMPILE_CPU_KERNEL=0` says so, or it cannot be compiled or loaded, which
-        gives one `Int8Warning` per process.
+        None if there is no kernel: `INT8COMPILE_CPU_KERNEL=0` is set, or the library cannot be compiled or loaded,
+        which gives one `Int8Warning` per process.
 
     Raises:
         ConfigError: An environment variable has a value that is not allowed.
@@ -98,44 +99,41 @@ def load() -> Library | None:
 
 
 def failure() -> str:
-    """Why `load` found no kernel; "" if it found one, or was not called."""
+    """Return why `load` found no kernel; "" if it found one, or was not called."""
     return _failure
 
 
 def switched_off() -> bool:
-    """Whether the environment says that no kernel is to be used.
+    """Return whether the environment turns the kernel off.
 
     Raises:
-        ConfigError: It says something that is not allowed.
+        ConfigError: The environment variable has a value that is not allowed.
     """
-    value = os.environ.get("INT8COMPILE_CPU_KERNEL", "1")
-    if value not in ("0", "1"):
-        raise ConfigError(f"INT8COMPILE_CPU_KERNEL={value!r}: allowed are 1 (the default) and 0, for no CPU kernel")
-    return value == "0"
+    return not is_on("INT8COMPILE_CPU_KERNEL", default=True, off="no CPU kernel")
 
 
 def available() -> bool:
-    """Whether the kernel is there; loads it if need be."""
+    """Return whether there is a kernel; load it if that has not been tried."""
     return load() is not None
 
 
 def variants() -> tuple[str, ...]:
-    """The kernel variants that this machine can run, fastest first; none if there is no kernel."""
+    """Return the kernel variants that this machine can run, fastest first; none if there is no kernel."""
     library = load()
     return library.variants if library else ()
 
 
 def variant() -> str:
-    """The kernel variant that runs; "" if there is no kernel."""
+    """Return the name of the kernel variant that runs; "" if there is no kernel."""
     library = load()
     return library.variant if library else ""
 
 
 def use_variant(name: str) -> None:
-    """Has a kernel variant run from now on, in all threads. The results are the same, bit for bit.
+    """Run a kernel variant from now on, in all threads. The results are the same, bit for bit.
 
     Raises:
-        ConfigError: It is unknown, this machine cannot run it, or there is no kernel.
+        ConfigError: The variant is unknown, this machine cannot run it, or there is no kernel.
     """
     library = load()
     if library is None:
@@ -163,13 +161,13 @@ def _load_once() -> Library | None:
 
 
 def _build_and_load() -> Library:
-    """Compiles again, once, what an earlier process compiled and this one cannot load."""
+    """Load the library. A cached one that does not load is compiled again, once."""
     built = build.library()
     while True:
         try:
             return Library(built)
         except (OSError, AttributeError) as error:
-            why = f"{built.path} does not load: {error.__cause__ or error}"  # torch hides the loader's words
+            why = f"{built.path} does not load: {error.__cause__ or error}"  # torch hides the loader's error
             if not built.cached:
                 raise KernelBuildError(why) from error
             log.warning("%s; it will be compiled again", why)

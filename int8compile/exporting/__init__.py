@@ -1,1 +1,1 @@
-"""Models as files that run without this package."""
+"""Export models to files that run without this package."""

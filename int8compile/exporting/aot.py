@@ -1,8 +1,8 @@
-"""A rewritten graph to the files of a package, by AOTInductor.
+"""Compile a rewritten graph to the files of a package, by AOTInductor.
 
-`Target` says what for; `compile_graph` compiles, has the generated code check its inputs, and looks in it whether the
-int8 linears are there. For a GPU it adds the Triton kernels that the graph needs (`triton_kernels.plan`). It adds the
-library that checks the package before the model's is opened (`cpu.stub`).
+A `Target` says which machine the code is for. `compile_graph` compiles, makes the generated code check its inputs, and
+checks that the int8 linears are in it. For a GPU it adds the Triton kernels that the graph needs
+(`triton_kernels.plan`). The stub library of `stub.py`, which checks the package before it is opened, is added last.
 """
 
 from __future__ import annotations
@@ -28,57 +28,38 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import bound_sympy
-from tqdm import tqdm
 
 from int8compile import cpu, ops
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, Int8CompileError, first_line, listed
 from int8compile.exporting import package
 from int8compile.exporting.stub import add_stub
+from int8compile.ops import signatures
 from int8compile.passes import AttributeBinder
 from int8compile.passes.static import attribute, is_written, meta_tensor, traced
+from int8compile.progress import progress_bar
 
 if TYPE_CHECKING:
     from int8compile.triton_kernels.plan import Gpu, Planner
 
-# Inductor's division on GPUs is off by one unit at times, and quantization is defined with the correctly rounded one.
+# Quantization is defined with correctly rounded division. Inductor's on GPUs is at times off by one unit.
 _EXACT_DIVISION = {"eager_numerics.division_rounding": True}
-# As GCC and Clang name the levels of x86-64, and the bits of their registers.
+# The levels of x86-64, by GCC's and Clang's names, and the bits of their registers.
 _LEVELS = {"avx512": ("x86-64-v4", 512), "avx2": ("x86-64-v3", 256)}
-
-# The operators that a package has, for CPUs and for GPUs. What their C functions take follows from their schemas.
-_CPU_OPERATORS = (
-    ops.packed_linear_no_grad.default,
-    ops.packed_linear_pair_no_grad.default,
-    ops.packed_linear_triple_no_grad.default,
-    ops.packed_batched_linear.default,
-    ops.packed_weight_only_linear_no_grad.default,
-    ops.linear_no_grad.default,
-    ops.weight_only_linear_no_grad.default,
-    ops.grouped_linear.default,
-)
-_GPU_OPERATORS = (
-    ops.quantize_rows.default,
-    ops.norm_quantize_rows.default,
-    ops.quantized_linear.default,
-    ops.grouped_linear.default,
-    ops.batched_linear.default,
-    ops.weight_only_linear.default,
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What generated code is compiled for.
+    """The target of generated code.
 
     Attributes:
-        isa: The option, for the CPU.
+        isa: The CPU, as in the option of `export`.
         device: "cpu" or "cuda".
         form: "fast" or "portable".
-        gpu: What Triton kernels are compiled for, if there are any.
+        gpu: The GPU of the Triton kernels, if there are any.
         patches: Settings of Inductor.
-        needs: Compiler macros of what the code may use.
-        library: The kernels for CPUs, with what is linked to the code.
+        needs: Compiler macros of the CPU features that the code may use.
+        library: The kernels for CPUs, with the object file to link.
     """
 
     isa: str
@@ -93,18 +74,18 @@ class Target:
     def of(
         isa: str, device: torch.device, form: str, options: Int8Config, library: cpu.Library, gpu: Gpu | None
     ) -> Target:
-        """Return what code is compiled for on this machine.
+        """Return a target that this machine compiles for.
 
         Args:
             isa: "native", "avx512" or "avx2".
-            device: The model's.
+            device: The model's device.
             form: "fast" or "portable".
-            options: The user's.
+            options: The user's options.
             library: The kernels for CPUs.
-            gpu: What Triton kernels are compiled for, if there are any.
+            gpu: The GPU of the Triton kernels, if there are any.
 
         Raises:
-            ExportError: This machine cannot compile for it.
+            ExportError: This machine cannot compile for the target.
         """
         from torch._inductor import config, cpp_builder, cpu_vec_isa
 
@@ -116,7 +97,7 @@ class Target:
         with config.patch(patches), failing("Inductor cannot tell what it compiles for"):
             vector = cpu_vec_isa.pick_vec_isa()
             if isa in _LEVELS and not vector:
-                raise ExportError(f"isa={isa!r}: this machine has no {isa} itself, which Inductor needs to compile for")
+                raise ExportError(f"isa={isa!r}: Inductor compiles for {isa} only on a machine that has it")
             build = cpp_builder.CppTorchDeviceOptions(vec_isa=vector, device_type="cpu", compile_only=True)
             flags = [f"-{flag}" for flag in build.get_cflags()] + " ".join(build.get_passthrough_args()).split()
             command = [*shlex.split(build.get_compiler()), *(flag for flag in flags if flag.startswith("-m"))]
@@ -132,21 +113,19 @@ class Target:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Return the CPU kernels that are in the package."""
+        """The variants of the CPU kernel in the package."""
         return self.library.built.variants if self.form == "fast" and not self.gpu else ()
 
     @functools.cached_property
     def functions(self) -> dict[Any, list[str]]:
-        """Return declarations of C functions by the operators that they compute."""
-        operators = () if self.form == "portable" else _GPU_OPERATORS if self.gpu else _CPU_OPERATORS
-        return {
-            op: [f"AOTITorchError aoti_torch_{self.device}_{op._opname}({ops.c_parameters(op)})"] for op in operators
-        }
+        """The declarations of C functions, by the operators that they compute."""
+        operators = () if self.form == "portable" else signatures.PACKAGED["cuda" if self.gpu else "cpu"]
+        return {op: [signatures.c_function(self.device, op)] for op in operators}
 
 
 @contextlib.contextmanager
 def failing(what: str) -> Iterator[None]:
-    """Tell what PyTorch could not do, in an `ExportError`."""
+    """Turn errors of PyTorch into an `ExportError` that says what failed."""
     try:
         yield
     except Int8CompileError:
@@ -156,7 +135,7 @@ def failing(what: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return what an error of PyTorch's says, in a few lines, without its advice."""
+    """Return the first lines of an error of PyTorch's, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Set TORCH", "You can suppress", "For more info"))]
     return f"{type(error).__name__}: {' '.join(told[:4])[:600]}"
@@ -169,20 +148,20 @@ def compile_graph(
     metadata: Mapping[str, Any],
     target: Target,
 ) -> list[str]:
-    """Have AOTInductor compile a rewritten module.
+    """Compile a rewritten module by AOTInductor.
 
     Args:
         module: The module.
-        program: What it was made of, with the example inputs and the sizes that may change.
-        folder: Where to put the files.
-        metadata: What the package says of itself.
-        target: What to compile for.
+        program: The program it was made of, with the example inputs and the sizes that may change.
+        folder: The folder for the files.
+        metadata: The package's description of itself.
+        target: The target to compile for.
 
     Returns:
         The files that make a package.
 
     Raises:
-        ExportError: It cannot be compiled, or its int8 linears are not in the generated code.
+        ExportError: The module cannot be compiled, or its int8 linears are not in the generated code.
     """
     from torch._inductor import aot_compile
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -198,12 +177,12 @@ def compile_graph(
             package.OUTPUTS: package.line_of(metadata["outputs"]),
         },
         "aot_inductor.custom_ops_to_c_shims": target.functions,
-        "aot_inductor.custom_op_libs": [f":{target.library.built.linkable.name}"],  # a file of this name
+        "aot_inductor.custom_op_libs": [f":{target.library.built.linkable.name}"],  # ":" for a file's full name
     }
     if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):  # torch 2.13 and later
-        options["aot_inductor.enable_line_tables"] = False  # Half of a small file.
+        options["aot_inductor.enable_line_tables"] = False  # They are half of a small file.
     if is_written(module.graph.find_nodes(op="get_attr")):
-        # It takes a buffer of zeros for a constant even where the graph writes to it: a cache would stay empty.
+        # The folding takes a buffer of zeros for a constant even if the graph writes to it: a cache would stay empty.
         options["joint_graph_constant_folding"] = False
     generate: Any = CppWrapperCpu.generate
     guards = _guards(program)
@@ -212,15 +191,15 @@ def compile_graph(
     plan = planner.source() if planner else ""
 
     def generate_checked(wrapper: Any, is_inference: bool) -> Any:
-        # What Inductor has ruled out since the export, a single row for example, it has when it chose strides: any will
-        # do for such a dimension. What the model itself asks of sizes is in the export.
+        # Inductor has narrowed some ranges since the export, for example to exclude a single row, where it chose
+        # strides; such a dimension may have any stride. The model's own conditions on sizes are in the export.
         V.graph.sizevars.shape_env.var_to_range.update(program.range_constraints)
         source, *rest = generate(wrapper, is_inference)
         return dataclasses.replace(source, value=_with_checks(source.value, guards, plan)), *rest
 
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
-    # Where compilers look for libraries, besides those they are told of.
+    # Compilers look for libraries in these folders too.
     paths = os.pathsep.join(filter(None, (str(target.library.built.linkable.parent), os.environ.get("LIBRARY_PATH"))))
     with (
         failing("AOTInductor cannot compile the model"),
@@ -238,7 +217,7 @@ def compile_graph(
 
 
 def _guards(program: ExportedProgram) -> list[sympy.Basic]:
-    """Return what the model asked of sizes while it was captured: that one is a multiple of 4, say."""
+    """Return the model's conditions on sizes, found at its capture: that one is a multiple of 4, for example."""
     values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
     sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
     shapes = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
@@ -246,7 +225,7 @@ def _guards(program: ExportedProgram) -> list[sympy.Basic]:
         return []
     asked = [guard.expr for guard in shapes.guards]
     for node in program.graph.nodes:
-        # torch.export takes a size that changes for one that is never 1, which squeeze would remove.
+        # torch.export assumes that a size that changes is never 1, which squeeze would remove.
         if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket is torch.ops.aten.squeeze:
             given = node.args[0].meta["val"].shape
             dims = node.args[1] if len(node.args) > 1 else range(len(given))
@@ -263,10 +242,10 @@ def bounds(sizes: Any) -> tuple[int, int | None]:
 
 
 def _planned(module: GraphModule, program: ExportedProgram, gpu: Gpu) -> Planner:
-    """Compiles the Triton kernels that a lowered graph needs."""
+    """Compile the Triton kernels that a lowered graph needs."""
     from int8compile.triton_kernels.plan import Planner
 
-    # Calls that differ in nothing but the rows share kernels.
+    # Calls that differ in the number of rows only share kernels.
     wanted: dict[tuple[Any, ...], list[tuple[int, int | None]]] = {}
 
     def want(x: Node, *call: Any) -> None:
@@ -275,41 +254,47 @@ def _planned(module: GraphModule, program: ExportedProgram, gpu: Gpu) -> Planner
     planner = Planner(gpu)
     for node in module.graph.nodes:
         if node.target is ops.quantized_linear.default:
-            q, _, _, qweight, _, bias, *rest, dtype = node.args
-            n, k = attribute(module, qweight).shape
-            quantized = q.args[0]
-            x, *parts, threshold = quantized.args
-            of_x = traced(x).dtype
-            if quantized.target is ops.norm_quantize_rows.default:
-                residual, weight, norm_bias, d, kind, eps = parts
-                dtypes = (_dtype(module, weight), _dtype(module, norm_bias))
-                norm = (residual is not None, *dtypes, d is not None, kind, eps, threshold)
-                want(x, planner.norm_quantize_rows, k, of_x, *norm)
+            given = _arguments(node)
+            n, k = attribute(module, given["qweight"]).shape
+            quantize = given["q"].args[0]
+            of_x = _arguments(quantize)
+            x, rotated, threshold = of_x["x"], of_x["d"] is not None, of_x["threshold"]
+            if quantize.target is ops.norm_quantize_rows.default:
+                dtypes = (_dtype(module, of_x["weight"]), _dtype(module, of_x["bias"]))
+                norm = (of_x["residual"] is not None, *dtypes, rotated, of_x["kind"], of_x["eps"])
+                want(x, planner.norm_quantize_rows, k, traced(x).dtype, *norm, threshold)
             else:
-                want(x, planner.quantize_rows, k, of_x, parts[0] is not None, threshold)
-            planes = 2 if threshold else 1
-            want(x, planner.quantized_linear, n, k, planes, _dtype(module, bias), *rest, dtype)
+                want(x, planner.quantize_rows, k, traced(x).dtype, rotated, threshold)
+            parts = (given["activation"], given["n0"], given["n1"], given["dtype"])
+            want(x, planner.quantized_linear, n, k, 2 if threshold else 1, _dtype(module, given["bias"]), *parts)
         elif node.target in (ops.grouped_linear.default, ops.batched_linear.default):
-            x, qweight, _, d, last, threshold = node.args
+            given = _arguments(node)
+            d, ends = given["d"], given.get("ends")
             d_dims = 0 if d is None else attribute(module, d).dim()
-            grouped = node.target is ops.grouped_linear.default
-            dtypes = (traced(last).dtype, None) if grouped else (None, _dtype(module, last))
-            sizes = attribute(module, qweight).shape
-            call = (node.target._opname, *sizes, traced(node).dtype, d_dims, *dtypes, threshold)
-            want(x, planner.expert_linear, *call)
+            dtypes = (None if ends is None else traced(ends).dtype, _dtype(module, given.get("bias")))
+            sizes = attribute(module, given["qweight"]).shape
+            call = (node.target._opname, *sizes, traced(node).dtype, d_dims, *dtypes, given["threshold"])
+            want(given["x"], planner.expert_linear, *call)
         elif node.target is ops.weight_only_linear.default:
-            x, qweight, _, d, bias = node.args
-            n, k = attribute(module, qweight).shape
-            want(x, planner.weight_only_linear, n, k, traced(node).dtype, d is not None, _dtype(module, bias))
-    with tqdm(wanted.items(), "Compiling Triton kernels", delay=1, leave=False) as progress:
-        for (add, *arguments), rows in progress:
+            given = _arguments(node)
+            n, k = attribute(module, given["qweight"]).shape
+            how = (traced(node).dtype, given["d"] is not None, _dtype(module, given["bias"]))
+            want(given["x"], planner.weight_only_linear, n, k, *how)
+    with progress_bar(wanted.items(), "Compiling Triton kernels", delay=1) as bar:
+        for (add, *arguments), rows in bar:
             most = [most for _, most in rows if most is not None]
             add(*arguments, min(least for least, _ in rows), max(most) if len(most) == len(rows) else None)
     return planner
 
 
+def _arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments of an operator's call by their names."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return {each.name: value for each, value in zip(node.target._schema.arguments, node.args, strict=True)}
+
+
 def _rows(x: Node, program: ExportedProgram) -> tuple[int, int | None]:
-    """The least and the largest number of rows that an activation may have; None where there is no largest."""
+    """Return the least and the largest number of rows of an activation; None where there is no largest."""
     m: Any = math.prod(traced(x).shape[:-1])
     if isinstance(m, int):
         return m, m
@@ -317,7 +302,7 @@ def _rows(x: Node, program: ExportedProgram) -> tuple[int, int | None]:
 
 
 def _dtype(module: GraphModule, bias: Node | None) -> torch.dtype | None:
-    """A bias's dtype, which may be made of several."""
+    """Return the dtype of a bias, which may be made of several tensors."""
     if bias is None:
         return None
     if bias.op == "get_attr":
@@ -331,18 +316,18 @@ def _dtype(module: GraphModule, bias: Node | None) -> torch.dtype | None:
 
 
 _CONSTRUCTOR = re.compile(r"^ *: AOTInductorModelBase\([^{]*\{\n", re.MULTILINE)
-# Inputs are looked at only where an environment variable is set: their dtypes and sizes, and strides that are numbers;
+# Generated code checks inputs only if an environment variable is set: dtypes, sizes, and strides that are numbers;
 _UNCHECKED = re.compile(r"if \(!_check_aoti_runtime_check_inputs_env\(\)\) ?\{\s*return;\s*\}")
-# and strides that follow from sizes that change.
+# strides that follow from sizes that change are checked in another place.
 _STRIDES = re.compile(r'if \(_check_aoti_runtime_check_inputs_env\(\)\) (\{ assert_size_stride\(.*"input"\); \})')
-# A dimension of size 1 may have any stride.
+# The check of a stride. A dimension of size 1 may have any stride.
 _STRIDE = re.compile(r"if \((\d+) != (\w+)_stride\[(\d+)\]\)")
-# Behind the definitions of sizes that change.
+# The line after the definitions of sizes that change.
 _SIZES_KNOWN = "    inputs.clear();\n"
 
 
 def _with_checks(source: str, guards: Sequence[sympy.Basic] = (), plan: str = "") -> str:
-    """Generated code that checks its inputs at every call, and where it has a plan the device when it is loaded."""
+    """Return generated code with checks: of its inputs at every call, and with a plan of the device at loading."""
     from torch._inductor.codegen.cpp_utils import cexpr
 
     begin = (
@@ -363,18 +348,18 @@ def _with_checks(source: str, guards: Sequence[sympy.Basic] = (), plan: str = ""
     for guard in guards:
         if unknown := {str(symbol) for symbol in guard.free_symbols} - defined:
             raise ExportError(
-                f"the model asks that {guard}, and {listed(sorted(unknown))} is no size of an input that the compiled "
-                "code reads, so the package could not check it; give the sizes as a Dim"
+                f"the model requires {guard}, and {listed(sorted(unknown))} is not the size of an input that the "
+                "compiled code reads, so the package could not check it; give the sizes as a Dim"
             )
         asked += (
             f'    if (!({cexpr(guard)})) throw std::runtime_error("int8compile: the model was exported for sizes of '
-            f'inputs with {guard}, and these are others");\n'
+            f'inputs with {guard}, and these inputs have other sizes");\n'
         )
     return plan + source.replace(_SIZES_KNOWN, _SIZES_KNOWN + asked)
 
 
 def _check_generated(source: str, module: GraphModule, target: Target) -> None:
-    """Check in the generated code that what was rewritten runs in int8, and that no float copy of it is stored."""
+    """Check in the generated code that rewritten linears run in int8, and that no float copy of a weight is stored."""
     constants = dict(
         re.findall(r'constants_info_\[(?:\d+)\]\.name = "([^"]*)";\s*constants_info_\[\d+\]\.dtype = (\w+);', source)
     )
@@ -383,7 +368,7 @@ def _check_generated(source: str, module: GraphModule, target: Target) -> None:
     calls_of_ours = [node for node in module.graph.nodes if node.target in target.functions]
     read = {each for call in calls_of_ours for each in call.all_input_nodes if each.op == "get_attr"}
     int8 = [each for each in read if attribute(module, each).dtype in (torch.int8, torch.uint8)]
-    read_by_kernels = {re.sub(r"\W", "_", str(each.target)) for each in int8}  # as generated code spells them
+    read_by_kernels = {re.sub(r"\W", "_", str(each.target)) for each in int8}  # the names in generated code
     ours = re.compile(rf"{AttributeBinder.PREFIX}\d+_qweight")
     weights = [name for name in constants if name in read_by_kernels or ours.fullmatch(name)]
     names_of = "|".join(op._opname for op in target.functions)

@@ -1,9 +1,9 @@
-"""Offline export: a model in, one .pt2 file out that runs where this package is not installed.
+"""Export a model to one .pt2 file that runs where this package is not installed.
 
-torch.export captures the model, `int8compile.passes` rewrite its graph by the rules that torch.compile follows, and
-AOTInductor compiles it. The file's own library has the C++ kernels for CPUs (csrc/package.cpp), or starts the compiled
-Triton kernels for a GPU that lie beside it (csrc/launcher.cpp). The generated code calls them as C functions, without
-the dispatcher. A stub library checks the file and the CPU before that library is opened (int8compile/cpu/stub.py).
+torch.export captures the model, `int8compile.passes` rewrite its graph by the rules of torch.compile, and AOTInductor
+compiles it. The library in the file has the C++ kernels for CPUs (csrc/package.cpp), or starts the compiled Triton
+kernels for a GPU beside it (csrc/launcher.cpp). The generated code calls them as C functions, without the dispatcher.
+A stub library checks the file and the CPU before that library is opened (stub.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 from int8compile import cpu, hardware, triton_kernels
 from int8compile.atomic import remove_leftovers, temporary_folder
@@ -33,21 +32,13 @@ from int8compile.config import Int8Config
 from int8compile.errors import ExportError, listed
 from int8compile.exporting import package
 from int8compile.exporting.aot import Target, bounds, compile_graph, failing
-from int8compile.ops import dequantize_weight, pack_weight
-from int8compile.passes import (
-    AttributeBinder,
-    inline_columns,
-    int8_tensors,
-    lower_for_cpu,
-    lower_for_gpu,
-    lower_portable,
-    rewrite_graph,
-)
+from int8compile.ops import pack_weight
+from int8compile.passes import AttributeBinder, int8_tensors, lower, rewrite_graph
 from int8compile.passes.binding import WeightSlot
 from int8compile.passes.lower_gpu import has_int8_kernels
-from int8compile.passes.module_weights import module_weights
 from int8compile.passes.names import module_path
 from int8compile.passes.static import BUFFER, QUANTIZED
+from int8compile.progress import progress_bar
 from int8compile.report import Report, SkipReason
 from int8compile.version import __version__
 from int8compile.weights import FREED, STORE, joined, quantize_checked, view_of_int8
@@ -60,13 +51,13 @@ log = logging.getLogger(__name__)
 ISAS = ("native", "avx512", "avx2")
 FORMS = ("fast", "portable")
 
-# What the options ask for; all else that stays in float is refused.
+# Reasons that the options ask for. A linear that stays in float for another reason is refused.
 _ASKED_FOR = {SkipReason.NAME, SkipReason.LM_HEAD, SkipReason.TIED, SkipReason.SMALL}
 
-# Key in the meta of nodes of tensors that a module holds in int8.
+# The key in a node's meta for tensors of modules that hold their weight in int8.
 _HELD = "int8compile_held"
 
-# Inductor's settings are of the process.
+# Inductor's settings are global in a process.
 _lock = threading.Lock()
 
 
@@ -84,35 +75,34 @@ def export(
 ) -> Report:
     """Compile a model to int8 and write it to a file that runs without this package, in Python and in C++.
 
-    `int8compile.load_exported(path)` checks and loads it. `torch._inductor.aoti_load_package(path)` loads it where
-    there is PyTorch and nothing else, not even a compiler.
+    `int8compile.load_exported(path)` checks and loads the file. `torch._inductor.aoti_load_package(path)` loads it with
+    PyTorch alone; no compiler is needed.
 
     Args:
-        model: In evaluation mode, in float or made by `quantize_`, on one device. It is not changed.
+        model: A model in evaluation mode, in float or made by `quantize_`, on one device. It is not changed.
         args: Example inputs.
-        path: The file, "....pt2"; what is there is replaced.
+        path: The file, "....pt2". An existing file is replaced.
         kwargs: Example keyword inputs.
-        dynamic_shapes: Which sizes may change from call to call, as `torch.export.export` takes them. Sizes of 1 are
-            allowed later if the `torch.export.Dim` says so, but the examples must have sizes of 2 or more there.
+        dynamic_shapes: The sizes that may change from call to call, as for `torch.export.export`. The examples must
+            have sizes of 2 or more there; calls may have sizes of 1 if the `torch.export.Dim` includes 1.
         config: The options, as an `Int8Config` or as the dictionary given to `torch.compile(options=...)`.
         allow_partial: Whether linears may stay in float that no option keeps in float.
-        isa: The CPUs that it is compiled for: "native", those that have all that this one has, or "avx512"
-            (x86-64-v4 with VNNI) or "avx2" (x86-64-v3). Of our kernels the file has one for each instruction set,
-            and the best is chosen when it is loaded.
-        form: "fast", with our kernels, or "portable", with operators of PyTorch alone, which Inductor compiles. By
-            default fast, but portable on GPUs for which a package can have no kernels: AMD's, and NVIDIA's before
-            Ampere. On a GPU the file has the kernels for GPUs of its compute capability.
+        isa: The CPUs that the file is compiled for: "native" for CPUs with all features of this one, "avx512"
+            (x86-64-v4 with VNNI) or "avx2" (x86-64-v3). The file has int8compile's kernels for all instruction sets,
+            and the best one is chosen at loading.
+        form: "fast", with int8compile's kernels, or "portable", with PyTorch's operators alone, which Inductor
+            compiles. The default is fast, but portable on GPUs for which a package can have no kernels: AMD's, and
+            NVIDIA's before Ampere. On a GPU the file has the kernels for GPUs of its compute capability.
 
     Returns:
-        What is int8 in it, and what is not and why.
+        A report of the linears in int8, and of those in float with their reasons.
 
     Raises:
         ConfigError: An option is unknown or has a value that is not allowed.
         BadWeightError: A weight has NaN or Inf, or no data.
         ExportError: The model cannot be captured or compiled, or a part of it would stay in float.
     """
-    if not isinstance(config, Int8Config):
-        config = Int8Config.from_options(config)
+    config = Int8Config.from_options(config)
     model = getattr(model, "_orig_mod", model)
     path = Path(path)
     device = _check_arguments(model, path, isa)
@@ -126,12 +116,14 @@ def export(
     if form == "fast" and why_not:
         raise ExportError(f"form='fast': {why_not}; use form='portable'")
     gpu = gpu if form == "fast" else None
+    if gpu:
+        notes += ("PyTorch's loader crashed with such a file on the one GPU that was tried: see docs/limits.md.",)
     baked = [
         repr(leaf) for leaf in tree_leaves((tuple(args), dict(kwargs or {}))) if not isinstance(leaf, Tensor | None)
     ]
     if baked:
         raise ExportError(
-            f"the inputs {listed(baked)} are no tensors, and would be what every call computes with; give tensors, or "
+            f"the inputs {listed(baked)} are not tensors, and every call would use these values; give tensors, or "
             "wrap the model in a module that sets them"
         )
     library = cpu.load()
@@ -140,10 +132,10 @@ def export(
             f"there is no CPU kernel to put into {path.name}: {cpu.failure() or 'INT8COMPILE_CPU_KERNEL=0'}; "
             "`int8compile doctor` says more"
         )
-    # Sizes of 1, a single token for example, are sizes like others: by default the graph is made for 2 and more only.
+    # The graph is also for sizes of 1, such as a single token; by default it is for sizes of 2 and more only.
     sizes: Any = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with _steps() as step, _lock, torch.no_grad(), sizes, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch's own, about itself
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # torch warns of its own code
         step("Capturing")
         with failing(f"torch.export cannot capture {type(model).__name__}"):
             program = torch.export.export(
@@ -161,7 +153,7 @@ def export(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
-            # Inductor does not quote what it gives to compilers, and the user's path may have spaces.
+            # Inductor does not quote compilers' arguments, and the user's path may have spaces.
             with (
                 temporary_folder(path.absolute()) as beside,
                 tempfile.TemporaryDirectory(prefix="int8compile-") as made,
@@ -176,9 +168,9 @@ def export(
 
 
 def _check_arguments(model: Any, path: Path, isa: str) -> torch.device:
-    """Check what `export` is given, and return the device that the model is on."""
+    """Check the arguments of `export`, and return the model's device."""
     if not isinstance(model, nn.Module):
-        raise ExportError(f"the model is a {type(model).__name__}; give an nn.Module, as torch.export asks for")
+        raise ExportError(f"the model is a {type(model).__name__}; give an nn.Module, as torch.export requires")
     if model.training:
         raise ExportError("the model is in training mode, which would be exported (dropout, ...); call model.eval()")
     package.check_name(path)
@@ -188,7 +180,7 @@ def _check_arguments(model: Any, path: Path, isa: str) -> torch.device:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, FREED):
             raise ExportError(
-                f"{name} has no values any more (free_weights=True gave its memory back); load the model again"
+                f"{name} has no values any more (free_weights=True freed its memory); load the model again"
             )
         devices.setdefault(tensor.device, name)
     if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
@@ -198,15 +190,15 @@ def _check_arguments(model: Any, path: Path, isa: str) -> torch.device:
 
 
 def _gpu_of(device: torch.device) -> tuple[Gpu | None, str]:
-    """Return what Triton kernels for a GPU are compiled for, and why a package can have none for it."""
+    """Return the target of Triton kernels for a device, or None and why a package can have none for it."""
     if device.type != "cuda":
         return None, ""
     isa = hardware.of(device).isa
     if why := triton_kernels.failure():
         return None, f"there are no kernels for GPUs: {why}"
     if not isa.startswith("sm_") or not has_int8_kernels(device):
-        return None, f"there are no kernels that a package can hold for {isa}, only for NVIDIA's GPUs from Ampere on"
-    # Triton is imported where there are kernels, and not before.
+        return None, f"packages have kernels only for NVIDIA's GPUs from Ampere on, and not for {isa}"
+    # Triton is imported only if there are kernels.
     from int8compile.triton_kernels import plan, tables
 
     arch = tables.ARCHITECTURES[hardware.kernel_family(isa)]
@@ -214,13 +206,13 @@ def _gpu_of(device: torch.device) -> tuple[Gpu | None, str]:
 
 
 def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_gpu: bool = False) -> Report:
-    """Rewrite an exported graph, in place, with its int8 weights as buffers of the module.
+    """Rewrite an exported graph in place. Its int8 weights become buffers of the module.
 
     Args:
-        module: What `torch.export.ExportedProgram.module` returns.
-        config: What to rewrite and how.
+        module: The result of `torch.export.ExportedProgram.module`.
+        config: The options.
         form: "fast" or "portable".
-        for_gpu: Whether the fast form is that of GPUs.
+        for_gpu: Whether the fast form is for a GPU.
 
     Returns:
         A row for each linear, int8 or not.
@@ -234,28 +226,24 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
         node.meta[_HELD] = True
     parameters = {node: value for node, value in tensors.items() if isinstance(value, nn.Parameter) or node in held}
     for node in module.graph.find_nodes(op="get_attr"):
-        # What `forward` makes of numbers is a constant.
+        # A tensor that `forward` makes of numbers is a constant.
         made = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
         if node not in parameters and not made:
             node.meta[BUFFER] = True
     taken = [name for name, _ in module.named_buffers() if name.startswith(AttributeBinder.PREFIX)]
     if taken:
-        raise ExportError(f"the model's buffers {listed(taken)} have names of ours; rename them")
+        raise ExportError(f"the model's buffers {listed(taken)} have names that int8compile uses; rename them")
     binder = AttributeBinder(module)
-    # The weights of modules that `quantize_` made are stored too: a package has no modules to share them with.
+    # Weights of modules that `quantize_` made are stored too: a package has no modules to share them with.
     report = rewrite_graph(module, parameters, dataclasses.replace(config, free_weights=True), binder)
-    for node, _ in module_weights(module.graph):
-        # A function that a compiler traces through, in the place of an operator that packages do not have.
-        node.target, node.args = dequantize_weight, node.args[:4]
-    inline_columns(module)
-    if form == "portable":
-        lower_portable(module)
-    elif for_gpu:
-        lowered = lower_for_gpu(module, binder, parameters, lambda device: True)
-        report.fused_norms, report.unfused_norms = lowered.norms, lowered.unfused
-    else:
-        lower_for_cpu(module, binder, parameters)
-    module.graph.lint()
+    lower(
+        module,
+        ["portable" if form == "portable" else "cuda" if for_gpu else "cpu"],
+        binder,
+        parameters,
+        report,
+        packaged=True,
+    )
 
     def quantized(slot: WeightSlot) -> tuple[Tensor, Tensor, Tensor | None]:
         group, d = slot.sharing, None
@@ -281,7 +269,7 @@ def rewrite(module: GraphModule, config: Int8Config, form: str = "fast", *, for_
 
 
 def _stored(module: GraphModule) -> dict[Node, Tensor]:
-    """Return the tensors of an exported module by their nodes: one node for each tensor, however many names it has."""
+    """Return the tensors of an exported module by their nodes, one node for each tensor even if it has many names."""
     named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     first: dict[Any, Node] = {}
     tensors: dict[Node, Tensor] = {}
@@ -290,7 +278,7 @@ def _stored(module: GraphModule) -> dict[Node, Tensor]:
         if tensor is None:
             continue
         place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        kind = isinstance(tensor, nn.Parameter)  # A buffer stays one where it is a parameter's memory.
+        kind = isinstance(tensor, nn.Parameter)  # A buffer stays a buffer even if it shares a parameter's memory.
         if (kind, place) in first:
             node.replace_all_uses_with(first[kind, place])
             module.graph.erase_node(node)
@@ -301,7 +289,7 @@ def _stored(module: GraphModule) -> dict[Node, Tensor]:
 
 
 def _drop_unread(module: GraphModule) -> None:
-    """Remove what the graph does not read any more: the float weights."""
+    """Remove tensors that the graph no longer reads: the float weights."""
     for node in module.graph.find_nodes(op="get_attr"):
         if not node.users:
             module.graph.erase_node(node)
@@ -330,21 +318,21 @@ def _check_report(report: Report, allow_partial: bool) -> None:
 
 
 def _check_operators(module: GraphModule, target: Target) -> tuple[str, ...]:
-    """Return notes on operators that are not PyTorch's; refuse int8compile's that a package has not."""
+    """Return notes on other libraries' operators; refuse operators of int8compile that packages do not have."""
     foreign: dict[str, None] = {}
     for node in module.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload) or node.target in target.functions:
             continue
         if node.target.namespace == "int8compile":
             raise ExportError(
-                f"{module_path(node)} calls int8compile::{node.target._opname}, for which there is no kernel that a "
-                f"package can hold. torch.compile(model, backend='int8') runs it"
+                f"{module_path(node)} calls int8compile::{node.target._opname}, for which packages have no kernel. "
+                "torch.compile(model, backend='int8') runs it"
             )
         if node.target.namespace not in ("aten", "prims", "prim", "higher_order"):
             foreign[str(node.target)] = None
     if not foreign:
         return ()
-    return (f"The package calls {listed(foreign)}; what loads it must register these operators first.",)
+    return (f"The package calls {listed(foreign)}; programs that load it must register these operators first.",)
 
 
 def _metadata(
@@ -352,12 +340,12 @@ def _metadata(
 ) -> dict[str, Any]:
     stored = {"int8": 0, "float": 0}
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
-    # The integers of a weight, its scales and what it is rotated with.
+    # Each weight's integers, scales and rotation.
     of_weights = {
         str(node.target) for node in module.graph.find_nodes(op="get_attr") if {_HELD, QUANTIZED} & node.meta.keys()
     }
     for name, each in tensors.items():
-        # A table that is read by rows, and by no linear.
+        # Weights that no linear reads, such as embedding tables.
         scale_of = tensors.get(f"{name.removesuffix('scale')}qweight") if name.endswith("scale") else None
         of_int8 = each.dtype == torch.int8 or (scale_of is not None and scale_of.dtype == torch.int8)
         stored["int8" if of_int8 or name in of_weights else "float"] += each.nbytes
@@ -383,7 +371,7 @@ def _metadata(
 
 
 def _tensors(nodes: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    """Return inputs or outputs as the runtime counts them: a number becomes a tensor."""
+    """Return inputs or outputs as in the runtime, where a number is a tensor."""
     values = [(str(node), node.meta.get("val") if isinstance(node, Node) else node) for node in nodes]
     return [
         (name, value if isinstance(value, Tensor) else torch.empty((), dtype=torch.int64, device="meta"))
@@ -394,8 +382,8 @@ def _tensors(nodes: Sequence[Any]) -> list[tuple[str, Tensor]]:
 
 @contextlib.contextmanager
 def _steps() -> Iterator[Any]:
-    """Show a progress line that names what is being done, if it takes longer than a second."""
-    with tqdm(total=4, delay=1, leave=False, bar_format="{desc} [{n_fmt}/{total_fmt}, {elapsed}]") as bar:
+    """Show a progress line with the current step, if the export takes longer than a second."""
+    with progress_bar(total=4, delay=1, bar_format="{desc} [{n_fmt}/{total_fmt}, {elapsed}]") as bar:
 
         def step(name: str) -> None:
             bar.set_description(name)

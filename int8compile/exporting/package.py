@@ -1,12 +1,11 @@
-"""The .pt2 file that `export` writes: what it holds beside the compiled model, and how to read that.
+"""Write, check and read the .pt2 files of `export`.
 
-A package is a zip file that AOTInductor's loaders read. int8compile adds three entries to its metadata: `METADATA`, all
-that `inspect` shows as JSON, and `INPUTS` and `OUTPUTS`, their dtypes and sizes in a form that C++ reads without a
-parser.
+A package is a zip file that AOTInductor's loaders read. int8compile adds three entries to its metadata: `METADATA`,
+with all that `inspect` shows, as JSON, and `INPUTS` and `OUTPUTS`, with dtypes and sizes in a form that C++ reads
+without a parser.
 
-The file ends with the SHA-256 of all that comes before, as the zip file's comment. `verify` compares it. Where
-int8compile is not installed, the package's own stub library checks the files that PyTorch's loader has unpacked
-(int8compile/cpu/stub.py).
+The file ends with the SHA-256 of all bytes before it, as the zip file's comment, which `verify` compares. If
+int8compile is not installed, the package's stub library checks the files that PyTorch's loader has unpacked (stub.py).
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 METADATA = "int8compile"
 INPUTS, OUTPUTS = "int8compile.inputs", "int8compile.outputs"
-# What a package ends with, before the 64 digits of its SHA-256.
+# The end of a package, before the 64 digits of its SHA-256.
 MARK = b"int8compile sha256 "
 _DIGITS = 64
-# How a zip file ends: the signature, six fields, and the length of the comment.
+# The end of a zip file: the signature, six fields, and the length of the comment.
 _END = struct.Struct("<4s4H2LH")
 
 _FORMS = {
@@ -50,12 +49,12 @@ _AGAIN = "copy or export it again"
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A package that was read and found whole.
+    """A package that was read and checked.
 
     Attributes:
         path: The file.
-        size: Its bytes.
-        metadata: What `export` wrote down about it.
+        size: The file's size in bytes.
+        metadata: The description that `export` wrote.
     """
 
     path: Path
@@ -87,8 +86,8 @@ class Package:
 
 
 def _rotations(sites: Sequence[Mapping[str, Any]]) -> str:
-    """Return how many linears in int8 mix how many elements of their activations with each other."""
-    # Packages of before there were rotations say nothing of them.
+    """Return the sizes of rotations, with the number of int8 linears of each size."""
+    # Old packages, made before there were rotations, have no sizes.
     sizes = collections.Counter(int(site.get("rotation") or 1) for site in sites if site["rewritten"])
     return ", ".join(
         f"{count} {'linear' if count == 1 else 'linears'} {f'by {size}' if size > 1 else 'not rotated'}"
@@ -101,7 +100,7 @@ def _layout(tensor: Mapping[str, Any]) -> str:
 
 
 def shortened(rows: Sequence[tuple[str, str]], limit: int = 4) -> list[tuple[str, str]]:
-    """Return rows without most of those of one kind of which there are many, such as the tensors of a cache."""
+    """Return rows, shortened where many have the same name, such as the tensors of a cache."""
     kept: list[tuple[str, str]] = []
     for name in dict.fromkeys(name for name, _ in rows):
         same = [row for row in rows if row[0] == name]
@@ -110,15 +109,15 @@ def shortened(rows: Sequence[tuple[str, str]], limit: int = 4) -> list[tuple[str
 
 
 def check_name(path: Path) -> None:
-    """Raise `ExportError` where a package cannot have this name."""
+    """Raise `ExportError` if a package cannot have this name."""
     if path.suffix != ".pt2":
-        raise ExportError(f"{str(path)!r} must end in .pt2, which PyTorch's loader asks for")
+        raise ExportError(f"{str(path)!r} must end in .pt2, as PyTorch's loader requires")
     if path.is_dir():
         raise ExportError(f"{str(path)!r} is a folder; name a file")
 
 
 def inspect(path: str | os.PathLike[str]) -> Package:
-    """Read what a package says of itself, after `verify`. Runs nothing of it.
+    """Check a package by `verify`, and read its description. No code of the package runs.
 
     Args:
         path: A .pt2 file that `export` wrote.
@@ -127,7 +126,7 @@ def inspect(path: str | os.PathLike[str]) -> Package:
         The package: `print` shows it, `to_dict()` is data.
 
     Raises:
-        PackageError: The file is no such package, is damaged or edited, or of a newer format.
+        PackageError: The file is not an exported model, is damaged or edited, or has a newer format.
     """
     file = Path(path)
     name = repr(str(path))
@@ -141,10 +140,10 @@ def inspect(path: str | os.PathLike[str]) -> Package:
     except OSError as error:
         raise PackageError(f"{name} cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, EOFError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise PackageError(f"{name} was not made by int8compile.export: it has no metadata of it ({error})") from error
+        raise PackageError(f"{name} was not made by int8compile.export: it has no such metadata ({error})") from error
     if version > FORMAT:
         raise PackageError(
-            f"{name} is of format {version}, made by int8compile {maker}; this version reads up to {FORMAT}. "
+            f"{name} has format {version}, made by int8compile {maker}; this version reads up to {FORMAT}. "
             "Update int8compile"
         )
     return Package(file, size, metadata)
@@ -153,21 +152,21 @@ def inspect(path: str | os.PathLike[str]) -> Package:
 def load_exported(
     path: str | os.PathLike[str], *, run_single_threaded: bool = False, device_index: int = -1
 ) -> AOTICompiledModel:
-    """Load a package after checking every byte of it: PyTorch's loader opens nothing of a file that fails.
+    """Check every byte of a package, then load it. PyTorch's loader does not open a file that fails the check.
 
-    `torch._inductor.aoti_load_package(path)` loads the same file where int8compile is not installed. The checks of both
-    are against damage and not against an attacker: a package is code, so load only packages that you trust.
+    `torch._inductor.aoti_load_package(path)` loads the same file if int8compile is not installed. Both check for
+    damage, not for attacks: a package is code, so load only packages that you trust.
 
     Args:
         path: A .pt2 file that `export` wrote.
         run_single_threaded: As in `aoti_load_package`: whether calls leave out the locks between threads.
-        device_index: As in `aoti_load_package`: which GPU; -1 for the current one.
+        device_index: As in `aoti_load_package`: the GPU; -1 for the current one.
 
     Returns:
-        What `aoti_load_package` returns: call it with the model's inputs.
+        The result of `aoti_load_package`: call it with the model's inputs.
 
     Raises:
-        PackageError: The file is no such package, is damaged or edited, of a newer format, or cannot run here.
+        PackageError: The file is not an exported model, is damaged or edited, has a newer format, or cannot run here.
     """
     from torch._inductor import aoti_load_package
 
@@ -175,22 +174,24 @@ def load_exported(
     try:
         return aoti_load_package(os.fspath(path), run_single_threaded, device_index)
     except (RuntimeError, ValueError) as error:
-        raise PackageError(f"{str(path)!r} is whole, and PyTorch cannot load it here: {error}") from error
+        raise PackageError(f"{str(path)!r} is intact, but PyTorch cannot load it here: {error}") from error
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Compare a package with the SHA-256 that `export` wrote at its end, which is of all bytes before it.
+    """Compare a package with the SHA-256 at its end, which `export` wrote, of all bytes before.
 
     Args:
         path: A .pt2 file that `export` wrote.
 
     Raises:
-        PackageError: The file cannot be read, is not a package that `export` wrote, or has changed since.
+        PackageError: The file cannot be read, was not written by `export`, or has changed since.
     """
     name = repr(str(path))
     try:
         if not Path(path).is_file():
-            raise PackageError(f"{name} {'is no file' if Path(path).exists() else 'does not exist'}; name a .pt2 file")
+            raise PackageError(
+                f"{name} {'is not a file' if Path(path).exists() else 'does not exist'}; name a .pt2 file"
+            )
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             end = max(0, size - len(MARK) - _DIGITS)
@@ -203,18 +204,18 @@ def verify(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise PackageError(f"{name} cannot be read: {error.strerror or error}") from error
     if marked:
-        raise PackageError(f"{name} is damaged or was edited: it is not as it was exported; {_AGAIN}")
+        raise PackageError(f"{name} is damaged or was edited: it has changed since its export; {_AGAIN}")
     if zipfile.is_zipfile(path):
         raise PackageError(
-            f"{name} has no checksum of int8compile at its end: it was not made by int8compile.export, or was edited "
+            f"{name} has no int8compile checksum at its end: it was not made by int8compile.export, or was edited "
             f"or damaged since. If it should be, {_AGAIN}; if not, torch.export.load or "
             "torch._inductor.aoti_load_package may load it"
         )
-    raise PackageError(f"{name} is no .pt2 file, or is truncated; {_AGAIN}")
+    raise PackageError(f"{name} is not a .pt2 file, or is truncated; {_AGAIN}")
 
 
 def _sha256(file: BinaryIO, size: int) -> str:
-    """SHA-256 of a file's next bytes."""
+    """Return the SHA-256 of a file's next bytes."""
     digest = hashlib.sha256()
     while size > 0 and (part := file.read(min(size, 1 << 22))):
         digest.update(part)
@@ -223,15 +224,15 @@ def _sha256(file: BinaryIO, size: int) -> str:
 
 
 def write(path: Path, files: Sequence[str], folder: Path) -> None:
-    """Make a package of the files that AOTInductor wrote. It is there when it is complete, and not before.
+    """Write a package with AOTInductor's files. The file appears only when it is complete.
 
     Args:
-        path: Where to; what is there is replaced.
+        path: The package. An existing file is replaced.
         files: The files.
-        folder: A folder on the same file system as `path`, for what is made on the way.
+        folder: A folder for temporary files, on the same file system as `path`.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The package cannot be written.
     """
     from torch.export.pt2_archive._package import package_pt2
 
@@ -247,14 +248,14 @@ def seal(path: Path) -> None:
 
     Raises:
         OSError: The file cannot be written.
-        ValueError: It is no zip file, or has a comment.
+        ValueError: The file is not a zip file, or has a comment.
     """
     with open(path, "r+b") as file:
         end = file.seek(0, os.SEEK_END) - _END.size
         file.seek(max(0, end))
         signature, *_, comment = _END.unpack(file.read(_END.size))
         if signature != b"PK\5\6" or comment:
-            raise ValueError(f"{str(path)!r} is no zip file without a comment")
+            raise ValueError(f"{str(path)!r} is not a zip file without a comment")
         file.seek(-2, os.SEEK_END)
         file.write((len(MARK) + _DIGITS).to_bytes(2, "little") + MARK)
         file.seek(0)
@@ -264,7 +265,7 @@ def seal(path: Path) -> None:
 
 
 def described(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[dict[str, Any]]:
-    """Names, dtypes and sizes of inputs or outputs; a size that changes from call to call is a symbol."""
+    """Return names, dtypes and sizes of inputs or outputs. A size that changes from call to call is a symbol."""
     return [
         {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(map(_size, tensor.shape))}
         for name, tensor in tensors

@@ -1,7 +1,7 @@
-"""The library of an exported package that checks the rest of it before anything of that is opened (csrc/stub.cpp).
+"""Make the stub library of an exported package, which checks all other files before they are opened (csrc/stub.cpp).
 
-PyTorch's loader unpacks a package without comparing checksums, and opens its library. That is the stub, which holds the
-size and CRC-32 of every other file, and forwards each of AOTInductor's functions to the model's own library.
+PyTorch's loader unpacks a package without comparing checksums, and opens its library. This library is the stub. It
+holds the size and CRC-32 of every other file, and forwards AOTInductor's functions to the model's own library.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from int8compile.cpu import build
+from int8compile.cpu.compiler import COMPILES, find_compiler
 from int8compile.errors import ExportError
 
-# Not ".so": PyTorch's loader opens a file that ends so, and must find the stub alone.
+# Not ".so": PyTorch's loader opens a file with this ending, and must find only the stub.
 SUFFIX = ".model"
 _LAST_ERROR = "AOTInductorGetLastError"
 
@@ -28,7 +29,7 @@ _INTERFACE = Path("include", "torch", "csrc", "inductor", "aoti_runtime", "inter
 _COMMENT = re.compile(r"//.*")
 _FUNCTION = re.compile(r"\bAOTIRuntimeError\s+(AOTInductor\w+)\(([^)]*)\);")
 STUB = "stub.cpp"
-# What tells of the CPU, compiled with it.
+# Sources compiled with the stub, to check the CPU.
 _SOURCES = ("features.cpp", "cpuid.cpp")
 # As small as possible: nothing checks the stub before it is opened.
 _FLAGS = (
@@ -39,16 +40,16 @@ _PLAIN = ("bool", "int32_t", "int64_t", "uint64_t", "size_t")
 
 
 def add_stub(files: Sequence[str], folder: Path, needs: Sequence[str], isa: str) -> list[str]:
-    """Put a stub in the place of a model's library, which gets another name.
+    """Replace a model's library by a stub, and rename the library.
 
     Args:
         files: The files of a package, with one library "....so".
-        folder: Where to put the stub's sources.
-        needs: The compiler macros of what the model's code uses of a CPU.
+        folder: The folder for the stub's sources.
+        needs: The compiler macros of the CPU features that the model's code uses.
         isa: The option of `export`, for the stub's error.
 
     Returns:
-        The files of the package with the stub: it holds the size and CRC-32 of each of the others.
+        The files of the package with the stub, which holds the size and CRC-32 of each of the others.
 
     Raises:
         ExportError: The stub cannot be compiled, or this torch declares functions that it cannot forward.
@@ -62,26 +63,26 @@ def add_stub(files: Sequence[str], folder: Path, needs: Sequence[str], isa: str)
     units = [unit for unit in build.units(build.architecture(), torch=False) if unit.source in _SOURCES]
     sources = [str(build.EXPORTED / STUB), *(str(unit.path) for unit in units)]
     headers = [word for place in (folder, build.SOURCES) for word in ("-iquote", str(place))]
-    compiler = build.find_compiler().command
+    compiler = find_compiler().command
     command = [*compiler, *_FLAGS, *headers, *sources, "-o", str(library)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=build.COMPILES)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILES)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ExportError(f"`{shlex.join(compiler)}` cannot compile the package's stub library: {error}") from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
         raise ExportError(f"`{shlex.join(compiler)}` cannot compile the package's stub library: {said}")
-    # With its own CRC-32 behind it, the CRC-32 of the whole is a constant: so the stub checks itself.
+    # Followed by its own CRC-32, any file has the same CRC-32: by this constant the stub checks itself.
     content = library.read_bytes()
     library.write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
     return [*map(str, rest), str(library)]
 
 
 def _contents(model: Path, files: Sequence[Path], needs: Sequence[str], isa: str) -> str:
-    """The header that stub.cpp includes."""
+    """Return the header that stub.cpp includes."""
     functions = _functions(model)
     forwarded = [each for each in functions if each.name != _LAST_ERROR]
-    # The last name is no macro: an array cannot be empty.
+    # The last name stands for no macro: an array cannot be empty.
     macros = ", ".join(f'"{macro}"' for macro in (*needs, ""))
     return "\n".join(
         [
@@ -102,7 +103,7 @@ def _contents(model: Path, files: Sequence[Path], needs: Sequence[str], isa: str
 
 @dataclasses.dataclass(frozen=True)
 class _Function:
-    """A function of AOTInductor's interface, with its parameters as C: pointers are all `void*`."""
+    """A function of AOTInductor's interface and its C parameters; all pointers are `void*`."""
 
     name: str
     types: tuple[str, ...]
@@ -117,14 +118,14 @@ class _Function:
 
 
 def _functions(model: Path) -> list[_Function]:
-    """What this torch declares of AOTInductor's functions and a model's library has."""
+    """Return AOTInductor's functions that this torch declares and a model's library has."""
     header = _COMMENT.sub("", (Path(torch.__file__).parent / _INTERFACE).read_text())
     declared = [
         _Function(name, tuple(_type(name, parameter) for parameter in parameters.split(",")))
         for name, parameters in _FUNCTION.findall(header)
     ]
     with open(model, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        # As the table of symbols spells it.
+        # As the symbol table spells names.
         found = [each for each in declared if content.find(f"\0{each.name}\0".encode()) >= 0]
     if "AOTInductorModelContainerCreateWithDevice" not in {each.name for each in found}:
         raise ExportError(
@@ -147,7 +148,7 @@ def _type(function: str, parameter: str) -> str:
 
 
 def crc32(file: Path) -> int:
-    """CRC-32 of a file, as zip files have it."""
+    """Return the CRC-32 of a file, as zip files have it."""
     crc = 0
     with open(file, "rb") as opened:
         while part := opened.read(1 << 22):

@@ -1,7 +1,7 @@
-"""The operators: schema, fake, reference and autograd of each. Read `reference.py` first: it is the definition."""
+"""The operators: the schema, fake, reference and autograd of each. Read `reference.py` first: it is the definition."""
 
-from int8compile.ops.declaration import SUPPORTED_DTYPES, c_parameters
-from int8compile.ops.linear import (
+from int8compile.ops.declaration import SUPPORTED_DTYPES
+from int8compile.ops.linears import (
     batched_linear,
     column_linear,
     grouped_linear,
@@ -30,6 +30,7 @@ from int8compile.ops.reference import (
     rotation_of,
     rotation_size,
 )
+from int8compile.ops.signatures import c_parameters
 
 __all__ = [
     "MAX_K",

@@ -1,8 +1,8 @@
-"""The column policy: LLM.int8() as published and as bitsandbytes computes it, for comparison.
+"""Compute the column policy: LLM.int8() as published and as bitsandbytes computes it, for comparison.
 
-Columns of x with any |x| >= threshold are multiplied in float, by the dequantized weight; the others in int8, on a grid
-of one step for each row. Weights are not rotated. It is made of PyTorch's operators alone, whose shapes do not depend
-on values: no graph break and no waiting for a GPU. It is not made to be fast.
+Columns of x with any |x| >= threshold are multiplied in float, by the dequantized weight. The others are multiplied in
+int8, on a grid of one step for each row. Weights are not rotated. Shapes of intermediate tensors do not depend on
+values, so there is no graph break and no waiting for a GPU. Speed is not a goal.
 
 Source: Dettmers et al. 2022, "LLM.int8()", https://arxiv.org/abs/2208.07339.
 """
@@ -20,16 +20,16 @@ from int8compile.ops.reference import QMAX, TINY_WEIGHT, int_matmul
 def column_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     """Return `y = (acc * s_x[m] + out) * scale[n] + bias[n]`, rounded once to x's dtype.
 
-    `acc` is the exact int32 sum over the columns without an outlier, `out` the float32 sum over the others, whose last
-    bits depend on the order of additions. s_x is a 127th of the row's largest element below the threshold, in whatever
-    column. One row's outliers change which columns of the other rows are multiplied in float.
+    `acc` is the exact int32 sum over the columns without an outlier. `out` is the float32 sum over the other columns;
+    its last bits depend on the order of additions. s_x is a 127th of the row's largest element below the threshold, in
+    any column. One row's outliers change which columns of the other rows are multiplied in float.
 
     Args:
         x: Activations.
         qweight: The weight, quantized without rotation.
         scale: One float32 for each output.
-        bias: Added in float32, or none.
-        threshold: Elements at least as large are outliers, and so are NaN and Inf; 0 for those alone.
+        bias: Added in float32, or None.
+        threshold: Elements at least this large are outliers, and so are NaN and Inf; 0 for NaN and Inf alone.
 
     Shapes:
         x: [..., K], float32, float16 or bfloat16; qweight: [N, K] int8; scale: [N]; bias: [N]; result: [..., N] in x's
@@ -52,7 +52,7 @@ def column_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
 
 
 def outliers(x: Tensor, threshold: float) -> Tensor:
-    """Return which elements are outliers: at least as large as the threshold, where there is one, NaN and Inf.
+    """Return which elements are outliers: NaN, Inf, and elements of at least the threshold, unless that is 0.
 
     Shapes:
         x: [..., K]; result: the same, bool.

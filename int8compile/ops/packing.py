@@ -1,10 +1,10 @@
-"""The layout in which CPU kernels read an int8 weight: a permutation of its bytes, padded.
+"""Pack int8 weights for the CPU kernels: a permutation of their bytes, with padding.
 
     packed[n // 16, k // 4, n % 16, k % 4] = qweight[n, k] + 128
 
-K is padded to a multiple of 64 and N to one of 16. A cache line holds 4 inputs of 16 outputs, which is what vpdpbusd
-(one line an instruction) and AMX (16 lines a tile) multiply; the same bytes serve every instruction set, so a packed
-weight does not depend on the machine. The offset makes the weights unsigned, as those instructions want one factor.
+K is padded to a multiple of 64 and N to a multiple of 16. A cache line holds 4 inputs of 16 outputs: vpdpbusd
+multiplies one line per instruction, AMX a tile of 16 lines. All instruction sets use the same bytes, so a packed weight
+does not depend on the machine. The offset makes the weights unsigned, as one factor of those instructions must be.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ OFFSET = 128
 
 
 def packed_shape(n: int, k: int) -> tuple[int, int, int, int]:
-    """The shape of a packed [N, K] weight."""
+    """Return the shape of a packed [N, K] weight."""
     return -(-n // LANES), -(-k // K_STEP) * (K_STEP // GROUP), LANES, GROUP
 
 
 def pack_weight(qweight: Tensor) -> Tensor:
-    """Packs an int8 weight.
+    """Pack an int8 weight.
 
     Shapes:
         qweight: [..., N, K] int8; result: [..., ceil(N / 16), ceil(K / 64) * 16, 16, 4] uint8.
@@ -38,7 +38,7 @@ def pack_weight(qweight: Tensor) -> Tensor:
 
 
 def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
-    """The inverse of `pack_weight`.
+    """Unpack a weight, the inverse of `pack_weight`.
 
     Shapes:
         packed: [..., ceil(N / 16), ceil(K / 64) * 16, 16, 4] uint8; result: [..., N, K] int8.

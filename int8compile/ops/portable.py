@@ -1,6 +1,6 @@
-"""`linear` in operators of PyTorch alone, for exported graphs on devices for which no kernel of ours can be packed.
+"""Compute `linear` by PyTorch's operators alone, for exported graphs on devices for which a package has no kernels.
 
-Inductor compiles them: to Triton kernels around cuBLAS's int8 product on a GPU. The two steps are those of
+Inductor compiles them; on a GPU they become Triton kernels around cuBLAS's int8 product. The two steps are those of
 `quantized.py`.
 """
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from int8compile.ops import quantized, reference
 
-# Of 8 bits, which hold integers of fixed point: at most 2**29.
+# Digits of 8 bits for an integer in fixed point, which is at most 2**29.
 DIGITS = 4
-# cuBLAS wants sizes in multiples of this, and at least so many rows.
+# cuBLAS needs sizes that are multiples of 8, and at least 32 rows.
 _MULTIPLE, _ROWS = 8, 32
 
 
 def quantized_linear(
     q: Tensor, row_scale: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor
 ) -> Tensor:
-    """Return the rest of `reference.linear`, rounded once to x's dtype.
+    """Return the second step of `reference.linear`, rounded once to x's dtype.
 
     Shapes:
-        q, row_scale: What `quantized.row_digits` made of x; qweight: [N, K] int8; scale: [N] float32; bias: [N];
+        q, row_scale: The results of `quantized.row_digits` for x; qweight: [N, K] int8; scale: [N] float32; bias: [N];
             x: [..., K]; result: [..., N].
     """
     y = quantized.affine_product(q, row_scale, qweight, scale, bias, _int_matmul)
@@ -33,7 +33,7 @@ def quantized_linear(
 def batched_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    """Return linears of B independent weights, as `reference.batched_linear`.
+    """Return `reference.batched_linear`: linears of B independent weights.
 
     Shapes:
         x: [B, M, K]; qweight: [B, N, K] int8; scale: [B, N] float32; d: [K] or [B, K]; bias: [B, N]; result: [B, M, N]
@@ -43,17 +43,17 @@ def batched_linear(
 
 
 def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return `reference.weight_only_linear`, in float64 on CPUs only: many GPUs are slow at it.
+    """Return `reference.weight_only_linear`. It uses float64 on CPUs only, because many GPUs are slow at it.
 
     Shapes:
-        As of `reference.linear`.
+        As in `reference.linear`.
     """
     compute = weight_only_by_digits if x.is_cuda else reference.weight_only_linear
     return compute(x, qweight, scale, d, bias)
 
 
 def weight_only_by_digits(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return `reference.weight_only_linear` by int8 products of digits, which are as exact."""
+    """Return `reference.weight_only_linear` by int8 products of digits, which are exact too."""
     rest, unit, _ = reference.fixed_point(quantized.flattened(x), d)
     digits = []
     for _ in range(DIGITS):
@@ -73,7 +73,7 @@ def _linear(
 
 
 def _int_matmul(q: Tensor, qweight: Tensor) -> Tensor:
-    """Return `reference.int_matmul`, by cuBLAS where there is one. oneDNN's is wrong on CPUs without VNNI."""
+    """Return `reference.int_matmul`, by cuBLAS on GPUs. On CPUs without VNNI oneDNN's product is wrong."""
     if not q.is_cuda:
         return reference.int_matmul(q, qweight)
     (m, k), n = q.shape, qweight.shape[0]

@@ -1,6 +1,6 @@
-// x86-64 with AMX: tdpbsud multiplies a tile of 16 rows x 64 inputs by one of 64 inputs x 16 outputs, 16384
-// multiply-adds an instruction. Few rows go through vpdpbusd, which is as fast where the weights' bytes are the limit.
-// Outliers' second digits are added by the vector units: few rows have any.
+// x86-64 with AMX: tdpbsud multiplies a tile of 16 rows x 64 inputs by a tile of 64 inputs x 16 outputs, 16384
+// multiply-adds per instruction. Few rows are multiplied by vpdpbusd, which is as fast: there the limit is reading the
+// weights. The vector units add the second digits of outliers, which few rows have.
 #include <immintrin.h>
 
 #include "cpuid.h"
@@ -13,8 +13,6 @@ namespace {
 constexpr int VL = 16;
 #include "lanes.h"
 #include "avx512.h"
-#include "rows.h"
-#include "epilogue.h"
 #include "tiles.h"
 
 constexpr int TILE_ROWS = 16;
@@ -37,7 +35,7 @@ void configure() {
   _tile_loadconfig(&config);
 }
 
-// How far ahead of their first use, for which they come from memory, weights are asked for.
+// The distance at which weights are prefetched from memory, before their first use.
 constexpr int64_t TILE_PREFETCH_BYTES = 4096;
 
 inline void prefetch_tile(const uint8_t* packed) {
@@ -46,8 +44,8 @@ inline void prefetch_tile(const uint8_t* packed) {
 
 constexpr int MAX_ROWS = 2 * TILE_ROWS;
 
-// The work of the vector units, done in small portions while the tile unit multiplies: neither waits for the other.
-// It is to finish the sums of the tile before.
+// The work of the vector units: they finish the sums of the previous tile, in small portions, while the tile unit
+// multiplies. Neither waits for the other.
 template <int P>
 class Pending {
  public:
@@ -55,7 +53,7 @@ class Pending {
 
   Pending(const Rows& rows, const Weight& weight, const Output& y) : rows_(rows), weight_(weight), y_(y) {}
 
-  // `acc` is of a tile, to be finished from now on.
+  // Begins to finish a tile, whose sums are in `acc`.
   void start(int64_t row, int64_t count, int64_t panel) {
     first_ = row_ = row;
     end_ = row + count;
@@ -89,7 +87,7 @@ inline void zero_sums() {
   if (HALVES > 1 && P > 1) _tile_zero(3);
 }
 
-// Into [32][P][LANES].
+// Stores the sums into [32][P][LANES].
 template <int HALVES, int P>
 inline void store_tiles(int32_t* to) {
   constexpr int64_t STRIDE = P * LANES * 4;
@@ -100,15 +98,15 @@ inline void store_tiles(int32_t* to) {
   if (HALVES > 1 && P > 1) _tile_stored(3, sums + TILE_ROWS * STRIDE + LANES * 4, STRIDE);
 }
 
-// Multiplications of the tile unit between two portions of work: each portion has a cost of its own.
+// Multiplications of the tile unit between two portions of work. More portions would cost more.
 constexpr int64_t WORK_STEPS = 4;
 
-// Up to 32 rows and P panels into pending.acc. Rows beyond the last are multiplied too, and ignored.
+// Multiplies up to 32 rows by P panels into pending.acc. Rows beyond the last are multiplied too, and ignored.
 template <int HALVES, int P, bool ONCE>
 inline void amx_tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, Pending<P>& pending) {
   const int64_t panel_bytes = LANES * k_padded;
   const int64_t steps = k_padded / K_STEP;
-  // Of WORK_STEPS steps.
+  // Rows to finish in WORK_STEPS steps.
   const int64_t portion = (pending.remaining() * WORK_STEPS + steps - 1) / (steps ? steps : 1);
   zero_sums<HALVES, P>();
   for (int64_t k = 0; k < k_padded; k += K_STEP) {
@@ -139,8 +137,8 @@ template <int P>
 void amx_panels(const Rows& rows, int64_t begin, int64_t end, const Weight& weight, int64_t panel_begin,
                 int64_t panel_end, const Output& y) {
   Pending<P> pending(rows, weight, y);
-  // The operand of the inner loop streams through the first-level cache. Short rows stay there while the weights, which
-  // lie in order, stream; of long ones neither fits, and weights come from further away.
+  // The operand of the inner loop streams through the first-level cache. Short rows stay in it while the weights stream
+  // in order. Long rows do not fit, nor do their weights, and the weights come from further away.
   const bool rows_outside = rows.k_padded <= SHORT_ROW;
   const int64_t row_tiles = (end - begin + MAX_ROWS - 1) / MAX_ROWS, panel_tiles = (panel_end - panel_begin) / P;
   for (int64_t tile = 0; tile < row_tiles * panel_tiles; ++tile) {
@@ -158,7 +156,7 @@ void amx_panels(const Rows& rows, int64_t begin, int64_t end, const Weight& weig
   pending.finish_rows(pending.remaining());
 }
 
-// As many rows as are no slower by vpdpbusd.
+// Up to this many rows vpdpbusd is no slower.
 constexpr int64_t FEW_ROWS = 4;
 
 void amx_multiply(const Rows& rows, int64_t row_begin, int64_t row_end, const Weight& weight, int64_t panel_begin,
@@ -176,9 +174,6 @@ void amx_multiply(const Rows& rows, int64_t row_begin, int64_t row_end, const We
 
 }  // namespace
 
-extern const Variant amx = {
-    "amx", has_amx, sizeof(Q), 2,
-    quantize, amx_multiply, quantize_digits, multiply_digits, quantize_weight,
-};
+extern const Variant amx = variant_of("amx", has_amx, amx_multiply, 2);
 
 }  // namespace int8compile

@@ -1,5 +1,5 @@
-// x86-64 with AVX2: bytes widened to int16, vpmaddwd, 16 multiply-adds an instruction. (vpmaddubsw would do 32, but it
-// saturates at int16: wrong sums.)
+// x86-64 with AVX2: bytes widened to int16, then vpmaddwd, 16 multiply-adds per instruction. (vpmaddubsw has 32, but
+// its sums saturate at int16.)
 #include <immintrin.h>
 
 #include "cpuid.h"
@@ -38,15 +38,10 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
 
 inline uint32_t lanes_above(Ints a, Ints b) { return uint32_t(_mm256_movemask_ps((__m256)(a > b))); }
 
-#include "rows.h"
-#include "epilogue.h"
 #include "tiles.h"
 
 }  // namespace
 
-extern const Variant avx2 = {
-    "avx2", has_avx2, sizeof(Q), TILE_P,
-    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
-};
+extern const Variant avx2 = variant_of("avx2", has_avx2);
 
 }  // namespace int8compile

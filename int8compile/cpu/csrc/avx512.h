@@ -1,4 +1,4 @@
-// vpdpbusd on 512 bits, 64 multiply-adds an instruction; see tiles.h for what these are. Included inside a namespace.
+// vpdpbusd on 512 bits, 64 multiply-adds per instruction. tiles.h explains the names. Included inside a namespace.
 
 using Q = int8_t;
 using Sum = __m512i;

@@ -11,15 +11,10 @@ namespace {
 constexpr int VL = 16;
 #include "lanes.h"
 #include "avx512.h"
-#include "rows.h"
-#include "epilogue.h"
 #include "tiles.h"
 
 }  // namespace
 
-extern const Variant avx512vnni = {
-    "avx512vnni", has_avx512vnni, sizeof(Q), TILE_P,
-    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
-};
+extern const Variant avx512vnni = variant_of("avx512vnni", has_avx512vnni);
 
 }  // namespace int8compile

@@ -1,4 +1,4 @@
-// x86-64 with AVX2 and AVX-VNNI (no AVX-512): vpdpbusd on 256 bits, 32 multiply-adds an instruction.
+// x86-64 with AVX2 and AVX-VNNI (no AVX-512): vpdpbusd on 256 bits, 32 multiply-adds per instruction.
 #include <immintrin.h>
 
 #include "cpuid.h"
@@ -33,15 +33,10 @@ inline void store_sums(const Sum* sum, int32_t* acc) {
 
 inline uint32_t lanes_above(Ints a, Ints b) { return uint32_t(_mm256_movemask_ps((__m256)(a > b))); }
 
-#include "rows.h"
-#include "epilogue.h"
 #include "tiles.h"
 
 }  // namespace
 
-extern const Variant avxvnni = {
-    "avxvnni", has_avxvnni, sizeof(Q), TILE_P,
-    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
-};
+extern const Variant avxvnni = variant_of("avxvnni", has_avxvnni);
 
 }  // namespace int8compile

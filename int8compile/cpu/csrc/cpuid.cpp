@@ -36,7 +36,7 @@ bool has_amx() {
   if (!has_avx512vnni() || !has_bit(7, 1, EAX, 5) || !os_saves(TILES)) return false;  // AVX512_BF16
   if (!has_bit(7, 0, EDX, 24) || !has_bit(7, 0, EDX, 25)) return false;  // TILE, INT8
 #if defined(__linux__)
-  // Linux gives a process its tile registers when it asks.
+  // On Linux a process must request the tile registers.
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #else

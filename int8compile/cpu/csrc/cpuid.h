@@ -1,4 +1,4 @@
-// What an x86-64 CPU and its operating system allow.
+// Checks of what an x86-64 CPU and its operating system support.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@ namespace int8compile {
 
 enum Register { EAX, EBX, ECX, EDX };
 
-// Registers that the operating system must save (XCR0).
+// The bits of XCR0 for registers that the operating system saves.
 constexpr uint64_t YMM = 0x6, ZMM = 0xe6, TILES = 0x60000;
 
-// A bit of CPUID's answer; false where the CPU does not know the leaf.
+// Returns a bit of CPUID's answer; false if the CPU does not know the leaf.
 bool has_bit(uint32_t leaf, uint32_t subleaf, Register word, int position);
 bool os_saves(uint64_t registers);
 

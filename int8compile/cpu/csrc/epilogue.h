@@ -1,10 +1,10 @@
-// From int32 sums to the output: second digits of outliers, scales, bias, rounding. Included by every variant inside
-// its own anonymous namespace.
+// From int32 sums to the output: second digits of outliers, scales, bias, rounding. Included by tiles.h, inside a
+// variant's anonymous namespace.
 
-// Vectors of a panel.
+// The number of vectors of a panel.
 constexpr int PANEL_VECTORS = LANES / VL;
 
-// Adds the products of a row's second digits to its sums of P panels, 256 times. Weights have their offset here too.
+// Adds 256 times the products of a row's second digits to its sums of P panels. Weights have their offset here too.
 template <int P>
 inline void add_outliers(const Outliers& outliers, const uint8_t* packed, int64_t panel_bytes, int32_t* acc) {
   constexpr int V = P * PER_PANEL, BYTES = LANES * GROUP / PER_PANEL;
@@ -26,7 +26,7 @@ inline void add_outliers(const Outliers& outliers, const uint8_t* packed, int64_
   for (int i = 0; i < P * LANES; i += VL) save(acc + i, load<Words>(acc + i) + (load<Words>(sums + i) << 8));
 }
 
-// The first `count` lanes; all of them, as nearly always, in one store.
+// Saves the first `count` lanes. All lanes, the usual case, are one store.
 template <typename V>
 inline void save_some(void* to, V value, int64_t count) {
   if (__builtin_expect(count >= VL, 1)) {
@@ -36,7 +36,7 @@ inline void save_some(void* to, V value, int64_t count) {
   }
 }
 
-// Rounds VL outputs to a dtype; `count` of them are there.
+// Rounds VL outputs to a dtype, and stores the first `count` of them.
 template <Dtype D>
 inline void store(void* to, Floats value, int64_t count) {
   if (D == Dtype::float32) {
@@ -45,7 +45,7 @@ inline void store(void* to, Floats value, int64_t count) {
   }
 #if defined(__AVX512BF16__)
   if (D == Dtype::bfloat16) {
-    // The instruction makes zeros of subnormal numbers, and NaNs of its own.
+    // The instruction turns subnormal numbers into zeros, and changes NaNs.
     constexpr int SPECIAL = 0xa1;  // quiet NaN, subnormal, signaling NaN
     if (__builtin_expect(!_mm512_fpclass_ps_mask((__m512)value, SPECIAL), 1)) {
       save_some(to, (Halves)_mm512_cvtneps_pbh((__m512)value), count);
@@ -62,7 +62,7 @@ inline void store(void* to, Floats value, int64_t count) {
     const Ints rounded = (Ints)((Words)(bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     half = size > int32_t(INFINITE) ? 0x7fc0 | sign : rounded;
   } else {
-    // Normal numbers by integer rounding, subnormal ones by a float addition that aligns their last bit.
+    // Normal numbers are rounded as integers, subnormal ones by a float addition that aligns their last bit.
     const Ints normal = (size + 0xfff + ((size >> 13) & 1) - (112 << 23)) >> 13;
     const Ints tiny = (Ints)((Floats)size + 0.5f) - 0x3f000000;
     const Ints finite = size < 0x38800000 ? tiny : normal;
@@ -72,12 +72,12 @@ inline void store(void* to, Floats value, int64_t count) {
   save_some(to, __builtin_convertvector((Words)half, Halves), count);
 }
 
-// What makes rows of sums into rows of P panels of y.
+// The scales, bias and place of P panels of y.
 template <int P>
 struct Affine {
   float scale[P * LANES] = {}, bias[P * LANES] = {};  // zero beyond N
   bool has_bias;
-  int64_t count;  // outputs that are there
+  int64_t count;  // outputs below N
   Dtype dtype;
   int64_t stride;  // of y's rows, in bytes
   char* y;         // the panels' first output in row 0
@@ -91,12 +91,12 @@ struct Affine {
     if (has_bias) std::memcpy(bias, weight.bias + n, 4 * count);
   }
 
-  // load_value(m, v) is what is scaled: row m's v-th vector.
+  // load_value(m, v) returns the v-th vector of row m, to be scaled.
   template <Dtype D, bool BIAS, bool WHOLE, typename F>
   inline void finish_as(int64_t row, int64_t rows, const F& load_value) const {
     constexpr int64_t BYTES = D == Dtype::float32 ? 4 : 2;
     constexpr int V = P * PANEL_VECTORS;
-    // In registers: for all that compilers know, a store to y changes this.
+    // In registers, since for compilers a store to y could change members.
     Floats scales[V], biases[V];
     for (int v = 0; v < V; ++v) {
       scales[v] = load<Floats>(scale + v * VL);
@@ -151,20 +151,20 @@ inline void finish(const Rows& rows, int64_t row, int64_t count, const Weight& w
   const float* scale = rows.scale + row;
   const int32_t* sum = rows.sum + row;
   affine.finish(row, count, [scale, sum, acc](int64_t m, int v) {
-    // Unsigned: with the offset the sums may pass 2**31, and come back when it is taken off.
+    // Unsigned: with the offset sums may exceed 2**31, and are right again when it is subtracted.
     const Words words = load<Words>(acc + (m * P * PANEL_VECTORS + v) * VL) - OFFSET * uint32_t(sum[m]);
     return __builtin_convertvector((Ints)words, Floats) * scale[m];
   });
 }
 
-// Finishes rows from the sums of their digits, each row `digits` of `acc`.
+// Finishes rows from the sums of their digits; each row has `digits` rows of `acc`.
 template <int P>
 inline void finish(const FixedPointRows& rows, int64_t row, int64_t count, const Weight&, int64_t,
                    const Affine<P>& affine, int32_t* acc) {
   affine.finish(row, count, [&](int64_t m, int v) {
     float parts[VL];
     for (int part = 0; part < 2; ++part) {
-      // Below 2**50, so exact.
+      // The sum is below 2**50, so exact.
       Doubles sum = {};
       for (int64_t digit = rows.digits - 1; digit >= 0; --digit) {
         typedef uint32_t FewWords __attribute__((vector_size(4 * DL)));

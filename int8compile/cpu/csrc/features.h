@@ -1,15 +1,15 @@
-// What a compiler may use of a CPU, by the names that compilers give it.
+// The features of CPUs that compilers use, by compilers' names.
 #pragma once
 
 namespace int8compile {
 
 struct Feature {
-  // The macro that is 1 where code may use it.
+  // The macro that is 1 where code may use the feature.
   const char* macro;
   bool (*runs_here)();
 };
 
-// Ends with a null macro. Empty on architectures whose code needs nothing beyond their first version.
+// The list ends with a null macro. It is empty on architectures whose code needs their first version only.
 extern const Feature features[];
 
 }  // namespace int8compile

@@ -1,12 +1,12 @@
-// The CPU kernel's types. Symbols as everywhere: M rows, K inputs, N outputs.
+// The CPU kernel's types. Symbols: M rows, K inputs, N outputs.
 //
-// Every variant computes the same numbers, bit for bit: sums are of integers, exact in any order, and every step in
-// floats is one operation of float32. int8compile/ops/reference.py is the definition.
+// All variants compute the same numbers, bit for bit: sums are of integers and exact in any order, and each step in
+// floats is one float32 operation. int8compile/ops/reference.py is the definition.
 //
-// The packed weight: panels of LANES outputs; in a panel, for every group of GROUP inputs, LANES * GROUP bytes
+// The packed weight has panels of LANES outputs, and in a panel LANES * GROUP bytes for every group of GROUP inputs:
 //     packed[n / LANES][k / GROUP][n % LANES][k % GROUP] = q[n][k] + 128
-// with K padded to a multiple of K_STEP and N to one of LANES. It is what vpdpbusd and AMX read, and what the others
-// can read. The weights are unsigned because vpdpbusd takes its signed factor, the activation, from memory.
+// K is padded to a multiple of K_STEP and N to a multiple of LANES. vpdpbusd and AMX read this layout, and the other
+// variants can. Weights are unsigned because the factor of vpdpbusd from memory, the activation, is signed.
 #pragma once
 
 #include <cstddef>
@@ -27,11 +27,11 @@ struct Row {
   const void* x;  // [k]
   Dtype dtype;
   int64_t k, k_padded;
-  const float* d;    // [k], what x is multiplied with; null for ones
-  int64_t rotation;  // B; 1 where it is not rotated
+  const float* d;    // [k], factors of x; null for ones
+  int64_t rotation;  // B; 1 for a row that is not rotated
 };
 
-// GROUP inputs from k on, a multiple of GROUP, of which some have more than 8 bits: their second digits.
+// The second digits of GROUP inputs of which some have more than 8 bits. The first, k, is a multiple of GROUP.
 struct Outlier {
   int32_t k;
   int8_t digits[GROUP];
@@ -46,14 +46,14 @@ struct Outliers {
 struct Rows {
   const void* q;             // [M + ROW_PADDING][stride], of the variant's type: the low 8 bits of Q
   const float* scale;        // [M]
-  const int32_t* sum;        // [M], of Q over the row
+  const int32_t* sum;        // [M], the row's sum of Q
   const Outliers* outliers;  // [M]
   int64_t k_padded;
   int64_t stride;
 };
 
-// Activations as integers for weight-only products, x = unit * X. Each row is several of the buffer's, digits of X to
-// the base of 256: 23 bits take three, and a rotation adds up to 7.
+// Activations as integers for weight-only products, x = unit * X. Each row has several rows of the buffer, the digits
+// of X to base 256: 23 bits need three digits, and a rotation adds up to 7 bits.
 constexpr int MOST_DIGITS = 4;
 struct FixedPointRows {
   const void* q;       // [digits * M][stride]
@@ -69,7 +69,7 @@ struct Weight {
   const float* scale;  // [N]
   const float* bias;   // [N] or null
   int64_t n;
-  // [N][K], not packed; null where it is. linear.cpp packs it as it goes: what a variant gets is packed.
+  // [N][K], for a weight that is not packed; else null. linear.cpp packs it in parts: variants get packed weights.
   const int8_t* rows = nullptr;
 };
 
@@ -90,21 +90,21 @@ struct Variant {
   const char* name;
   bool (*runs_here)();
   int64_t q_bytes;  // of one quantized element
-  // Panels that are best computed together: ranges handed to `multiply` should be multiples of it.
+  // Panels that are best computed together: ranges for `multiply` should be multiples of this.
   int64_t panel_tile;
-  // Quantizes a row into k_padded elements of q, and lists its outliers in room for one of each GROUP inputs.
-  // `mean_factor` is t / (127 * K). `integers` is room for the row, with each run of k / rotation elements padded to a
+  // Quantizes a row into k_padded elements of q, and lists its outliers; there is room for one per GROUP inputs.
+  // `mean_factor` is t / (127 * K). `integers` has room for the row, with each run of k / rotation elements padded to a
   // multiple of LANES.
   RowStatistics (*quantize)(const Row& row, float mean_factor, int32_t* integers, void* q, Outlier* outliers);
-  // y[row_begin:row_end, 16 * panel_begin : 16 * panel_end].
+  // Computes y[row_begin:row_end, 16 * panel_begin : 16 * panel_end].
   void (*multiply)(const Rows& rows, int64_t row_begin, int64_t row_end, const Weight& weight, int64_t panel_begin,
                    int64_t panel_end, const Output& y);
-  // Makes a row's digits, `digits` rows of `stride` elements; returns the unit, NaN where x has NaN or Inf.
+  // Writes a row's digits, `digits` rows of `stride` elements. Returns the unit, NaN if x has NaN or Inf.
   float (*quantize_digits)(const Row& row, int64_t digits, int64_t stride, int32_t* integers, void* q, int32_t* sum);
-  // As `multiply`, weight-only.
+  // The same as `multiply`, weight-only.
   void (*multiply_digits)(const FixedPointRows& rows, int64_t row_begin, int64_t row_end, const Weight& weight,
                           int64_t panel_begin, int64_t panel_end, const Output& y);
-  // Quantizes a weight's row into k_padded elements of q; returns the scale, NaN where it has NaN or Inf.
+  // Quantizes a weight's row into k_padded elements of q. Returns the scale, NaN if the row has NaN or Inf.
   float (*quantize_weight)(const Row& row, int32_t* floats, void* q);
 };
 

@@ -8,16 +8,16 @@
 namespace int8compile {
 namespace {
 
-// Rows quantized at a time: the buffer for them stays this small whatever M is.
+// The buffer of quantized rows stays this small for any M.
 constexpr int64_t CHUNK_BYTES = 8 << 20;
-// Rows multiplied at a time by one panel of weights after another: they stay in the second-level cache.
+// Rows that are multiplied by one panel after another stay in the second-level cache.
 constexpr int64_t ROW_BLOCK_BYTES = 5 << 18;
 // Rows whose outliers share one list.
 constexpr int64_t OUTLIER_ROWS = 16;
-// Work for a thread that is worth waking it up, in bytes of weights read or of activations quantized.
+// The least work for which a thread is woken up, in bytes of weights read or of activations quantized.
 constexpr int64_t GRAIN_BYTES = 48 << 10;
 
-// Memory that is kept from call to call, aligned to a cache line and never shrunk.
+// Memory that is kept from call to call and never shrinks, aligned to a cache line.
 template <typename T>
 class Buffer {
  public:
@@ -36,7 +36,7 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// One for each thread that calls the operator: calls from several threads do not meet.
+// One for each thread that calls the operator, so that calls from several threads are independent.
 struct Workspace {
   Buffer<char> q;
   Buffer<float> scale;
@@ -55,15 +55,14 @@ struct RowScratch {
 thread_local Workspace workspace;
 thread_local RowScratch row_scratch;
 
-// An odd number of K_STEPs: rows a power of two apart would share a few sets of the first-level cache.
+// An odd number of K_STEPs. Rows that are a power of two apart would share a few sets of the first-level cache.
 int64_t row_stride(int64_t k_padded) { return (k_padded / K_STEP | 1) * K_STEP; }
 
 Row row_of(const Activations& x, int64_t row, const float* d) {
-  const char* from = static_cast<const char*>(x.data) + row * x.k * size_of(x.dtype);
-  return {from, x.dtype, x.k, padded(x.k), d, d ? rotation_size(x.k) : 1};
+  return {from_row(x, row, 1).data, x.dtype, x.k, padded(x.k), d, d ? rotation_size(x.k) : 1};
 }
 
-// Room for a row's integers, see Variant::quantize.
+// Returns room for a row's integers, see Variant::quantize.
 int32_t* room_for(const Row& row) {
   return row_scratch.integers.get(row.rotation * round_up(row.k / row.rotation, LANES));
 }
@@ -79,7 +78,7 @@ void in_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Rows for a thread that are worth waking it up.
+// The least number of rows for which a thread is woken up.
 int64_t rows_grain(int64_t k) { return GRAIN_BYTES / std::max<int64_t>(k * 4, 1) + 1; }
 
 // Quantizes m rows from `first` on into the workspace of the calling thread.
@@ -109,7 +108,7 @@ Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, 
         outliers[i].count = statistics.outliers;
         if (statistics.outliers) list.insert(list.end(), found, found + statistics.outliers);
       }
-      const Outlier* at = list.data();  // It has stopped moving.
+      const Outlier* at = list.data();  // The list no longer grows, so its memory stays.
       for (int64_t i = row_begin; i < row_end; ++i) {
         outliers[i].list = at;
         at += outliers[i].count;
@@ -119,16 +118,11 @@ Rows quantize_rows(const Variant& variant, const Activations& x, int64_t first, 
   return {q, scale, sum, outliers, k_padded, stride};
 }
 
-Output from_row(Output y, int64_t row) {
-  y.data = static_cast<char*>(y.data) + row * y.stride * size_of(y.dtype);
-  return y;
-}
-
-// body(weight, row_begin, row_end, panel_begin, panel_end) over all weights, rows and panels, in parallel.
+// Calls body(weight, row_begin, row_end, panel_begin, panel_end) in parallel, for all weights, rows and panels.
 template <typename F>
 void over_tiles(const Weight* weights, int64_t count, int64_t m, int64_t row_bytes, int64_t k_padded,
                 int64_t panel_tile, ParallelFor parallel_for, const F& body) {
-  // As few blocks as fit, and of equal size.
+  // As few blocks as possible, of equal size.
   const int64_t most = std::max<int64_t>(ROW_PADDING, ROW_BLOCK_BYTES / std::max<int64_t>(row_bytes, 1));
   const int64_t row_blocks = (m + most - 1) / most;
   const int64_t row_block = round_up((m + row_blocks - 1) / row_blocks, ROW_PADDING);
@@ -150,7 +144,7 @@ void over_tiles(const Weight* weights, int64_t count, int64_t m, int64_t row_byt
   });
 }
 
-// GROUP inputs of four outputs; arithmetic on these is that of any CPU.
+// GROUP inputs of four outputs. Every CPU has arithmetic for such vectors.
 typedef uint32_t Groups __attribute__((vector_size(16)));
 constexpr Groups SIGNS = {0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u};
 
@@ -160,10 +154,10 @@ constexpr Groups SIGNS = {0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u};
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Groups{__VA_ARGS__})
 #endif
 
-// How far ahead the rows of a weight are asked for: a panel reads LANES of them in turns, more than CPUs notice.
+// The distance of prefetches. A panel reads LANES rows in turns, more streams than CPUs prefetch by themselves.
 constexpr int64_t ROW_PREFETCH_BYTES = 512;
 
-// Four rows by four groups, transposed.
+// Transposes four rows by four groups.
 inline void pack_block(const int8_t* from, int64_t k, uint8_t* to) {
   Groups row[4];
   for (int r = 0; r < 4; ++r) {
@@ -177,7 +171,7 @@ inline void pack_block(const int8_t* from, int64_t k, uint8_t* to) {
   for (int g = 0; g < 4; ++g) std::memcpy(to + g * LANES * GROUP, &group[g], sizeof(Groups));
 }
 
-// LANES rows of `k` inputs, a whole panel.
+// Packs a whole panel, LANES rows of `k` inputs.
 void pack_whole_panel(const int8_t* from, int64_t k, uint8_t* to) {
   const int64_t whole = k / K_STEP * K_STEP;
   for (int64_t i = 0; i < whole; i += K_STEP) {
@@ -196,7 +190,7 @@ void pack_whole_panel(const int8_t* from, int64_t k, uint8_t* to) {
   }
 }
 
-// Panels [begin, end) of a weight [n][k].
+// Packs the panels [begin, end) of a weight [n][k].
 void pack_panels(const int8_t* qweight, int64_t n, int64_t k, int64_t begin, int64_t end, uint8_t* packed) {
   const int64_t panel_bytes = LANES * padded(k);
   std::vector<int8_t> last;
@@ -211,11 +205,11 @@ void pack_panels(const int8_t* qweight, int64_t n, int64_t k, int64_t begin, int
   }
 }
 
-// What a thread packs before it multiplies by it; with the activations it stays in the second-level cache.
+// A thread packs this much before it multiplies by it. It stays in the second-level cache, with the activations.
 constexpr int64_t PACKED_BYTES = 1 << 18;
 
-// body(weight, panel_begin, panel_end, y) for the panels of a weight: once where it is packed, else for as many as fit
-// into the cache at a time, packed here.
+// Calls body(weight, panel_begin, panel_end, y) for the panels of a weight: once for a packed weight, else for as many
+// panels at a time as fit into the cache, which are packed here.
 template <typename F>
 void over_packed(const Weight& weight, int64_t k, int64_t panel_tile, int64_t panel_begin, int64_t panel_end, Output y,
                  const F& body) {
@@ -233,23 +227,31 @@ void over_packed(const Weight& weight, int64_t k, int64_t panel_tile, int64_t pa
   }
 }
 
+// Multiplies m rows of x, from `first` on, by each of `count` weights.
+template <typename R>
+void multiply_all(const Variant& variant, const R& rows,
+                  void (*multiply)(const R&, int64_t, int64_t, const Weight&, int64_t, int64_t, const Output&),
+                  const Weight* weights, const Output* y, int64_t count, int64_t first, int64_t m, int64_t row_bytes,
+                  int64_t k, ParallelFor parallel_for) {
+  over_tiles(weights, count, m, row_bytes, rows.k_padded, variant.panel_tile, parallel_for,
+             [&](int64_t weight, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+    over_packed(weights[weight], k, variant.panel_tile, panel_begin, panel_end, from_row(y[weight], first),
+                [&](const Weight& packed, int64_t begin, int64_t end, const Output& to) {
+      multiply(rows, row_begin, row_end, packed, begin, end, to);
+    });
+  });
+}
+
 }  // namespace
 
 void linear(const Variant& variant, const Activations& x, const float* d, double threshold, const Weight* weights,
             const Output* y, int64_t count, ParallelFor parallel_for) {
-  const int64_t k_padded = padded(x.k);
-  const int64_t row_bytes = row_stride(k_padded) * variant.q_bytes;
+  const int64_t row_bytes = row_stride(padded(x.k)) * variant.q_bytes;
   const int64_t chunk = std::max<int64_t>(ROW_PADDING, CHUNK_BYTES / std::max<int64_t>(row_bytes, 1));
   for (int64_t first = 0; first < x.m; first += chunk) {
     const int64_t m = std::min(chunk, x.m - first);
     const Rows rows = quantize_rows(variant, x, first, m, d, threshold, parallel_for);
-    over_tiles(weights, count, m, row_bytes, k_padded, variant.panel_tile, parallel_for,
-               [&](int64_t weight, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-      over_packed(weights[weight], x.k, variant.panel_tile, panel_begin, panel_end, from_row(y[weight], first),
-                  [&](const Weight& packed, int64_t begin, int64_t end, const Output& to) {
-        variant.multiply(rows, row_begin, row_end, packed, begin, end, to);
-      });
-    });
+    multiply_all(variant, rows, variant.multiply, weights, y, count, first, m, row_bytes, x.k, parallel_for);
   }
 }
 
@@ -271,13 +273,7 @@ void weight_only_linear(const Variant& variant, const Activations& x, const floa
       }
     });
     const FixedPointRows rows = {q, unit, sum, digits, k_padded, stride};
-    over_tiles(&weight, 1, m, row_bytes, k_padded, variant.panel_tile, parallel_for,
-               [&](int64_t, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-      over_packed(weight, x.k, variant.panel_tile, panel_begin, panel_end, from_row(y, first),
-                  [&](const Weight& packed, int64_t begin, int64_t end, const Output& to) {
-        variant.multiply_digits(rows, row_begin, row_end, packed, begin, end, to);
-      });
-    });
+    multiply_all(variant, rows, variant.multiply_digits, &weight, &y, 1, first, m, row_bytes, x.k, parallel_for);
   }
 }
 
@@ -292,7 +288,7 @@ void quantize_weight(const Variant& variant, const Activations& weight, const fl
       const Row row = row_of(weight, i, d ? inverse.data() : nullptr);
       scale[i] = variant.quantize_weight(row, room_for(row), row_q);
       if (variant.q_bytes == 1) {
-        if (k > 0) std::memcpy(q + i * k, row_q, k);  // An empty tensor has no address, which memcpy may not be given.
+        if (k > 0) std::memcpy(q + i * k, row_q, k);  // An empty tensor's address is null, which memcpy does not allow.
       } else {
         std::copy_n(static_cast<const int16_t*>(row_q), k, q + i * k);
       }

@@ -1,4 +1,4 @@
-// ARMv8.2 with dot product (FEAT_DotProd): sdot, 16 multiply-adds an instruction.
+// ARMv8.2 with dot product (FEAT_DotProd): sdot, 16 multiply-adds per instruction.
 #include <arm_neon.h>
 
 #include "kernel.h"
@@ -26,7 +26,7 @@ constexpr bool FEW_REGISTERS = false;
 
 inline Sum zero() { return vdupq_n_s32(0); }
 inline Sum add(Sum a, Sum b) { return vaddq_s32(a, b); }
-// sdot has no unsigned factor.
+// Both factors of sdot are signed.
 inline W load_weights(const uint8_t* from) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(from), vdupq_n_u8(0x80))); }
 inline X broadcast(const Q* q) { return vreinterpretq_s8_s32(vdupq_n_s32(load<int32_t>(q))); }
 inline Sum dot(Sum sum, W w, X x) { return vdotq_s32(sum, w, x); }
@@ -39,8 +39,6 @@ inline uint32_t lanes_above(Ints a, Ints b) {
   return vaddvq_u32(vandq_u32((uint32x4_t)(a > b), place));
 }
 
-#include "rows.h"
-#include "epilogue.h"
 #include "tiles.h"
 
 bool has_dot_product() {
@@ -53,9 +51,6 @@ bool has_dot_product() {
 
 }  // namespace
 
-extern const Variant neon = {
-    "neon", has_dot_product, sizeof(Q), TILE_P,
-    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
-};
+extern const Variant neon = variant_of("neon", has_dot_product);
 
 }  // namespace int8compile

@@ -47,7 +47,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, Body run, void* con
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, run, context));
 }
 
-Dtype dtype_of(const Tensor& x, const char* op) {
+Dtype checked_dtype(const Tensor& x, const char* op) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return Dtype::float32;
@@ -60,19 +60,9 @@ Dtype dtype_of(const Tensor& x, const char* op) {
   }
 }
 
-// Uninitialized, x's sizes but the last; not through the dispatcher, which takes a microsecond.
+// An uninitialized y of x [..., K] and N outputs.
 Tensor new_output(const Tensor& x, int64_t n) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &result));
-  return Tensor(result);
+  return empty(sizes_with(x, n), dtype_of(x), aoti_torch_device_type_cpu(), 0);
 }
 
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -91,21 +81,19 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 // MAX_K of int8compile/ops/reference.py.
 constexpr int64_t MAX_K = 131071;
 
-// x as plain rows.
+// x as contiguous rows, checked.
 struct Input {
   Tensor x;
   Activations rows;
 
   Input(const char* op, const Tensor& x_) : x(dense(x_)) {
     STD_TORCH_CHECK(x.dim() >= 1, op, ": x must be [..., K]");
-    int64_t m = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-    rows = {x.const_data_ptr(), dtype_of(x, op), m, x.size(-1)};
+    rows = {x.const_data_ptr(), checked_dtype(x, op), count_rows(x), x.size(-1)};
     STD_TORCH_CHECK(rows.k <= MAX_K, op, ": x has ", rows.k, " inputs; at most ", MAX_K, " are exact in int32");
   }
 };
 
-// Scales and bias of a weight, checked, float32 and kept alive.
+// The scales and bias of a weight, checked, in float32 and kept alive.
 struct Affine {
   Tensor scale;
   Maybe bias;
@@ -122,13 +110,13 @@ struct Affine {
     bias = dense(*bias);
   }
 
-  // The weight of `n` outputs from `first` on.
+  // Returns the packed weight of `n` outputs from `first` on.
   Weight weight(const uint8_t* packed, int64_t first, int64_t n) const {
     return {packed, static_cast<const float*>(scale.const_data_ptr()) + first,
             bias ? static_cast<const float*>(bias->const_data_ptr()) + first : nullptr, n};
   }
 
-  // The same of one that is not packed, whose first output's inputs are `rows`.
+  // Returns the weight of `n` outputs from `first` on, which is not packed and whose rows begin at `rows`.
   Weight unpacked(const int8_t* rows, int64_t first, int64_t n) const {
     Weight result = weight(nullptr, first, n);
     result.rows = rows;
@@ -162,7 +150,7 @@ const uint8_t* packed_bytes(const char* op, const Tensor& packed, int64_t batch_
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
 
-// What rotates x, checked and kept alive: one d [K] for all weights, or one for each of `batch`.
+// The d that rotates x, checked and kept alive: one d [K] for all weights, or one for each weight of `batch`.
 struct Rotation {
   Maybe d;
   int64_t step = 0;
@@ -189,7 +177,7 @@ double checked(const char* op, double threshold) {
   return threshold;
 }
 
-// x @ several weights that lie one behind the other, of sizes[i] outputs.
+// Multiplies x by several weights that lie one behind the other, with sizes[i] outputs each.
 template <size_t COUNT>
 std::array<Tensor, COUNT> run(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
                               const Maybe& d, const Maybe& bias, std::array<int64_t, COUNT> sizes, double threshold) {
@@ -221,7 +209,7 @@ std::array<Tensor, COUNT> run(const char* op, const Tensor& x, const Tensor& pac
   return results;
 }
 
-// x [B, M, K], scale and bias [B, N]; `weight_of(b)` is the weight of a batch.
+// Multiplies x [B, M, K], with scale and bias [B, N]. `weight_of(b)` returns a weight of the batch.
 template <typename F>
 Tensor run_batched(const char* op, const Tensor& x, const Tensor& scale, const Maybe& d, double threshold,
                    const F& weight_of) {
@@ -232,12 +220,10 @@ Tensor run_batched(const char* op, const Tensor& x, const Tensor& scale, const M
   const int64_t m = x.size(1), k = x.size(2), n = scale.size(1);
   const Rotation rotation(op, d, k, {x.size(0)});
   const Tensor y = new_output(input.x, n);
-  const int64_t element = size_of(input.rows.dtype);
   for (int64_t b = 0; b < x.size(0); ++b) {
-    const Activations rows = {static_cast<const char*>(input.rows.data) + b * m * k * element, input.rows.dtype, m, k};
     const Weight weight = weight_of(b);
-    const Output output = {static_cast<char*>(y.mutable_data_ptr()) + b * m * n * element, n, input.rows.dtype};
-    linear(variant(), rows, rotation.of(b), threshold, &weight, &output, 1, parallel_for);
+    const Output output = from_row({y.mutable_data_ptr(), n, input.rows.dtype}, b * m);
+    linear(variant(), from_row(input.rows, b * m, m), rotation.of(b), threshold, &weight, &output, 1, parallel_for);
   }
   return y;
 }
@@ -253,8 +239,8 @@ Tensor run_weight_only(const char* op, const Tensor& x, const Maybe& d, const We
 
 }  // namespace
 
-Tensor unpacked_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d, const Maybe& bias,
-              double threshold) {
+Tensor cpu::linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d, const Maybe& bias,
+                   double threshold) {
   constexpr const char* op = "int8compile::linear";
   const Input input(op, x);
   const Affine affine(op, scale, bias);
@@ -268,27 +254,27 @@ Tensor unpacked_linear(const Tensor& x, const Tensor& qweight, const Tensor& sca
   return y;
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d, const Maybe& bias,
-                     double threshold) {
+Tensor cpu::packed_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d,
+                          const Maybe& bias, double threshold) {
   return run<1>("int8compile::packed_linear", x, packed, scale, d, bias, {}, threshold)[0];
 }
 
-std::tuple<Tensor, Tensor> packed_linear_pair(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                                              const Maybe& d, const Maybe& bias, int64_t n0, double threshold) {
+std::tuple<Tensor, Tensor> cpu::packed_linear_pair(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                                   const Maybe& d, const Maybe& bias, int64_t n0, double threshold) {
   const auto y = run<2>("int8compile::packed_linear_pair_no_grad", x, packed, scale, d, bias, {n0, 0}, threshold);
   return {y[0], y[1]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> packed_linear_triple(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                                                        const Maybe& d, const Maybe& bias, int64_t n0, int64_t n1,
-                                                        double threshold) {
+std::tuple<Tensor, Tensor, Tensor> cpu::packed_linear_triple(const Tensor& x, const Tensor& packed,
+                                                             const Tensor& scale, const Maybe& d, const Maybe& bias,
+                                                             int64_t n0, int64_t n1, double threshold) {
   constexpr const char* op = "int8compile::packed_linear_triple_no_grad";
   const auto y = run<3>(op, x, packed, scale, d, bias, {n0, n1, 0}, threshold);
   return {y[0], y[1], y[2]};
 }
 
-Tensor batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d, const Maybe& bias,
-                      double threshold) {
+Tensor cpu::batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d,
+                           const Maybe& bias, double threshold) {
   constexpr const char* op = "int8compile::batched_linear";
   const Affine affine(op, scale, bias);
   const PlainWeight rows(op, x, qweight, scale, 3);
@@ -297,8 +283,8 @@ Tensor batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scal
                      [&](int64_t b) { return affine.unpacked(rows.data + b * n * k, b * n, n); });
 }
 
-Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d,
-                             const Maybe& bias, double threshold) {
+Tensor cpu::packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d,
+                                  const Maybe& bias, double threshold) {
   constexpr const char* op = "int8compile::packed_batched_linear";
   const Affine affine(op, scale, bias);
   STD_TORCH_CHECK(x.dim() == 3 && scale.dim() == 2 && packed.dim() == 5 && packed.size(0) == scale.size(0), op,
@@ -310,8 +296,8 @@ Tensor packed_batched_linear(const Tensor& x, const Tensor& packed, const Tensor
   });
 }
 
-Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d, const Tensor& ends,
-                      double threshold) {
+Tensor cpu::grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d,
+                           const Tensor& ends, double threshold) {
   constexpr const char* op = "int8compile::grouped_linear";
   checked(op, threshold);
   const Input input(op, x);
@@ -324,33 +310,32 @@ Tensor grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scal
   STD_TORCH_CHECK(last.dim() == 1 && last.size(0) == experts, op, ": ends must be [E]");
   const int64_t* end = static_cast<const int64_t*>(last.const_data_ptr());
   const Tensor y = new_output(input.x, n);
-  const char* from = static_cast<const char*>(input.rows.data);
-  char* to = static_cast<char*>(y.mutable_data_ptr());
-  const int64_t element = size_of(input.rows.dtype);
+  const Output all = {y.mutable_data_ptr(), n, input.rows.dtype};
   int64_t begin = 0;
   for (int64_t e = 0; e < experts; ++e) {
     STD_TORCH_CHECK(begin <= end[e] && end[e] <= rows, op, ": ends must ascend and be at most ", rows, ", x's rows");
-    const Activations part = {from + begin * k * element, input.rows.dtype, end[e] - begin, k};
+    const Activations part = from_row(input.rows, begin, end[e] - begin);
     const Weight weight = affine.unpacked(weights.data + e * n * k, e * n, n);
-    const Output output = {to + begin * n * element, n, input.rows.dtype};
+    const Output output = from_row(all, begin);
     if (part.m > 0) linear(variant(), part, rotation.of(e), threshold, &weight, &output, 1, parallel_for);
     begin = end[e];
   }
-  // An empty tensor has no address, which memset may not be given.
-  if (const int64_t rest = (rows - begin) * n * element) std::memset(to + begin * n * element, 0, size_t(rest));
+  // An empty tensor's address is null, which memset does not allow.
+  const int64_t rest = (rows - begin) * n * size_of(all.dtype);
+  if (rest) std::memset(from_row(all, begin).data, 0, size_t(rest));
   return y;
 }
 
-Tensor unpacked_weight_only_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d,
-                          const Maybe& bias) {
+Tensor cpu::weight_only_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d,
+                               const Maybe& bias) {
   constexpr const char* op = "int8compile::weight_only_linear";
   const Affine affine(op, scale, bias);
   const PlainWeight rows(op, x, qweight, scale, 2);
   return run_weight_only(op, x, d, affine.unpacked(rows.data, 0, scale.size(0)));
 }
 
-Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d,
-                                 const Maybe& bias) {
+Tensor cpu::packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Maybe& d,
+                                      const Maybe& bias) {
   constexpr const char* op = "int8compile::packed_weight_only_linear";
   const Affine affine(op, scale, bias);
   STD_TORCH_CHECK(scale.dim() == 1 && x.dim() >= 1, op, ": give x [..., K] and scale [N]");
@@ -358,7 +343,7 @@ Tensor packed_weight_only_linear(const Tensor& x, const Tensor& packed, const Te
   return run_weight_only(op, x, d, affine.weight(packed_bytes(op, packed, 0, panels_for(n), x.size(-1)), 0, n));
 }
 
-std::tuple<Tensor, Tensor> quantized_weight(const Tensor& weight_, const Maybe& d) {
+std::tuple<Tensor, Tensor> cpu::quantize_weight(const Tensor& weight_, const Maybe& d) {
   constexpr const char* op = "int8compile::quantize_weight";
   const Input weight(op, weight_);
   const int64_t k = weight.rows.k;
@@ -366,22 +351,21 @@ std::tuple<Tensor, Tensor> quantized_weight(const Tensor& weight_, const Maybe& 
   const Tensor q = torch::stable::new_empty(weight.x, sizes, ScalarType::Char);
   sizes.pop_back();
   const Tensor scale = torch::stable::new_empty(weight.x, sizes, ScalarType::Float);
-  // Of a weight that has one row the sizes have no N.
+  // The sizes of a weight [K] have no N.
   const int64_t rows = sizes.empty() ? 1 : sizes.back();
   if (!sizes.empty()) sizes.pop_back();
   const Rotation rotation(op, d, k, sizes);
-  // All at once where they share their d.
+  // All rows at once if they share their d.
   const int64_t n = rotation.step ? rows : weight.rows.m;
   for (int64_t first = 0, i = 0; first < weight.rows.m; first += n, ++i) {
-    const char* from = static_cast<const char*>(weight.rows.data) + first * k * size_of(weight.rows.dtype);
-    quantize_weight(variant(), {from, weight.rows.dtype, n, k}, rotation.of(i),
+    quantize_weight(variant(), from_row(weight.rows, first, n), rotation.of(i),
                     static_cast<int8_t*>(q.mutable_data_ptr()) + first * k,
                     static_cast<float*>(scale.mutable_data_ptr()) + first, parallel_for);
   }
   return {q, scale};
 }
 
-Tensor pack_weight(const Tensor& qweight_) {
+Tensor cpu::pack_weight(const Tensor& qweight_) {
   constexpr const char* op = "int8compile::pack_weight";
   const Tensor qweight = dense(qweight_);
   STD_TORCH_CHECK(qweight.scalar_type() == ScalarType::Char && qweight.dim() >= 2, op,

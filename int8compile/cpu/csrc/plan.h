@@ -1,5 +1,5 @@
-// The Triton kernels of a package for a GPU, and when which of them is started. The values are written into the
-// package's generated code, with this file before them, by int8compile/triton_kernels/plan.py.
+// The Triton kernels of a package for a GPU, and which of them start for which call. int8compile/triton_kernels/plan.py
+// writes the values into the package's generated code, after this file.
 #ifndef INT8COMPILE_PLAN_H
 #define INT8COMPILE_PLAN_H
 
@@ -17,24 +17,24 @@ struct Kernel {
   unsigned shared;   // bytes of shared memory of a program
 };
 
-// How many programs in one direction: ceil(M / rows) * times, or times where rows is 0; at most `most`, if not 0.
+// The number of programs in one direction: ceil(M / rows) * times, or times if rows is 0; at most `most`, if not 0.
 struct Programs {
   int64_t times, rows, most;
 };
 
-// What is handed to a kernel. The kinds with what `value` is.
+// An argument of a kernel, with the meaning of `value` for each kind.
 struct Argument {
   enum Kind {
     tensor,   // the number of the tensor whose address it is
-    scratch,  // nothing: it is the address of the launch's own memory
-    rows,     // what M is divided by
+    scratch,  // none; the argument is the address of the launch's own memory
+    rows,     // the divisor of M
     number,   // the bits of an integer or a float, the lowest first
     map,      // an index of `Launch::maps`
   } kind;
   int64_t value;
 };
 
-// How the copy engine of sm_90 reads a matrix of int8 in tiles.
+// How the copy engine of sm_90 reads tiles of an int8 matrix.
 struct TensorMap {
   size_t tensor;
   int64_t rows, columns;  // rows: -1 for M
@@ -48,16 +48,16 @@ struct Launch {
   Programs programs[3];
   std::vector<Argument> arguments;
   std::vector<TensorMap> maps;
-  int64_t scratch;  // bytes of memory of its own for each row; they begin with any values
+  int64_t scratch;  // bytes of its own memory for each row, uninitialized
 };
 
-// What is started from so many rows on.
+// The launches from this number of rows on.
 struct Range {
   int64_t rows;
   std::vector<Launch> launches;
 };
 
-// An operator with all that its kernels depend on but M: the numbers that it looks itself up by, see launcher.cpp.
+// An operator, with everything but M that its kernels depend on: the key that launcher.cpp looks up.
 struct Call {
   const char* op;
   std::vector<int64_t> key;

@@ -1,4 +1,4 @@
-// Any CPU: vectors of the compiler, lowered to what the CPU has.
+// Any CPU: the compiler's vector types, which it lowers to the CPU's instructions.
 #include "kernel.h"
 #include "standard.h"
 
@@ -24,7 +24,7 @@ inline Sum zero() { return Sum{}; }
 inline Sum add(Sum a, Sum b) { return a + b; }
 inline W load_weights(const uint8_t* from) { return load<Words>(from); }
 inline X broadcast(const Q* q) { return {{uint32_t(q[0]), uint32_t(q[1]), uint32_t(q[2]), uint32_t(q[3])}}; }
-// Byte j of each word is the weight of input j.
+// Where byte j of a word, the weight of input j, begins.
 inline int shift_of(int j) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
   return 24 - 8 * j;
@@ -44,17 +44,12 @@ inline uint32_t lanes_above(Ints a, Ints b) {
   return bits;
 }
 
-#include "rows.h"
-#include "epilogue.h"
 #include "tiles.h"
 
 bool always() { return true; }
 
 }  // namespace
 
-extern const Variant portable = {
-    "portable", always, sizeof(Q), TILE_P,
-    quantize, multiply, quantize_digits, multiply_digits, quantize_weight,
-};
+extern const Variant portable = variant_of("portable", always);
 
 }  // namespace int8compile

@@ -1,11 +1,5 @@
-// Rows to integers: fixed point, rotation, grid. Included by every variant inside its own anonymous namespace.
+// From rows to integers: fixed point, rotation, grid. Included by tiles.h, inside a variant's anonymous namespace.
 // int8compile/ops/reference.py is the definition (`fixed_point`, `quantize_rows`, `quantize_weight`).
-
-inline uint32_t float_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
 
 inline float from_bits(uint32_t bits) {
   float x;
@@ -14,21 +8,21 @@ inline float from_bits(uint32_t bits) {
 }
 
 constexpr uint32_t INFINITE = 0x7f800000u;
-// 2**-100: a row whose largest element is below counts as zero; and so does a weight's below 2**-120.
+// A row whose largest element is below 2**-100 counts as zero, and a weight's row below 2**-120.
 constexpr uint32_t TINY = (127u - 100) << 23, TINY_WEIGHT = (127u - 120) << 23;
 constexpr int BITS = 22;
-// Its sum with a float32 of up to 2**22 is rounded half to even, to an integer that stands in the low bits.
+// The sum of MAGIC and a float32 of up to 2**22 is rounded half to even, to an integer in the low bits.
 constexpr float MAGIC = 12582912.0f;
 constexpr int32_t MAGIC_BITS = 0x4b400000;
 
 inline Ints to_ints(Floats x) { return (Ints)(x + MAGIC) - MAGIC_BITS; }
 
-// How a row lies in the buffer for its integers. Runs of C = K / B elements are padded with zeros to whole vectors
-// where they are not: then a butterfly never takes part of a vector.
+// The layout of a row's integers in their buffer. Runs of C = K / B elements are padded with zeros to whole vectors, so
+// that butterflies never need a part of a vector.
 struct Layout {
-  int64_t runs, length, padded;  // as one run where nothing lies between them
+  int64_t runs, length, padded;  // one run if there is no padding
   int64_t count;                 // of elements, with padding
-  int64_t distance;              // of neighbouring runs of C; all of the row where it is not rotated
+  int64_t distance;              // of neighbouring runs of C; the whole row if it is not rotated
 };
 
 inline int64_t whole_vectors(int64_t count) { return (count + VL - 1) / VL * VL; }
@@ -46,7 +40,7 @@ inline Floats load_floats(const void* from) {
   } else {
     const Words half = __builtin_convertvector(load<Halves>(from), Words);
     if constexpr (D == Dtype::bfloat16) return (Floats)(half << 16);
-    // Moved to float32's fields, the exponent is short by 112; the product also normalizes subnormals, exactly.
+    // In float32's fields the exponent is 112 too small. The product corrects it, and normalizes subnormals exactly.
     const Words moved = (half & 0x7fff) << 13;
     const Words finite = (Words)((Floats)moved * 0x1p112f);
     const Ints special = (Ints)moved >= (0x7c00 << 13);
@@ -54,7 +48,7 @@ inline Floats load_floats(const void* from) {
   }
 }
 
-// A row times d, laid out; returns the largest magnitude, as bits: they order magnitudes as integers do.
+// Writes a row times d in its layout. Returns the bits of the largest magnitude, which are ordered as integers.
 template <Dtype D, bool HAS_D>
 uint32_t products(const Row& row, const Layout& layout, int32_t* to) {
   constexpr int64_t BYTES = D == Dtype::float32 ? 4 : 2;
@@ -108,8 +102,8 @@ inline uint32_t products(const Row& row, const Layout& layout, int32_t* to) {
   }
 }
 
-// The largest magnitude of integers, and the sum of all, of which each lane adds lower and upper halves alone: there
-// are less than 2**16 in a lane.
+// The largest magnitude of integers, and the sum of all magnitudes. Each lane adds lower and upper halves separately,
+// less than 2**16 of them.
 struct Sizes {
   Ints largest = {};
   Words low = {}, high = {};
@@ -122,8 +116,8 @@ struct Sizes {
   }
 };
 
-// Butterflies of R elements at a `distance`, and so at twice, four times, ... of it. FIRST: the row is floats and
-// becomes integers, times `up`. LAST: the sizes of the results are wanted.
+// Computes butterflies of R elements at `distance` and at twice, four times, ... this distance. FIRST: the row is in
+// floats and becomes integers, times `up`. LAST: `sizes` gets the sizes of the results.
 template <int R, typename V, bool FIRST, bool LAST>
 inline void pass(int32_t* row, int64_t count, int64_t distance, float up, Sizes& sizes) {
   Sizes found = sizes;
@@ -158,7 +152,7 @@ inline void pass(int32_t* row, int64_t count, int64_t distance, float up, Sizes&
   if (LAST) sizes = found;
 }
 
-// As many stages at a time as registers allow.
+// As many stages at once as registers allow.
 constexpr int MOST_STAGES = VL == 16 ? 4 : 3;
 
 template <typename V, bool FIRST, bool LAST>
@@ -183,10 +177,10 @@ inline int next_stages(int64_t rotation) {
   return stages;
 }
 
-// A row as integers of 22 bits and a sign, rotated.
+// A rotated row as integers of 22 bits and a sign.
 struct FixedPoint {
   float unit;       // of the integers; NaN where the row has NaN or Inf, 0 where it counts as zero
-  int32_t largest;  // 0 in both cases, in which the row holds nothing of use
+  int32_t largest;  // 0 in both cases, in which the integers are not valid
   int64_t total;    // of magnitudes
 };
 
@@ -220,8 +214,8 @@ FixedPoint fixed_point(const Row& row, const Layout& layout, int32_t* integers) 
   return result;
 }
 
-// take(vector, first) of all elements in the row's order. A run's last vector has zeros beyond its end, and the next
-// run, whose elements these are, comes after it.
+// Calls take(vector, first) for all elements, in the row's order. A run's last vector has zeros beyond its end. Results
+// for these are overwritten by the next run.
 template <typename F>
 inline void each_vector(const Layout& layout, const int32_t* integers, const F& take) {
   int64_t at = 0;
@@ -234,7 +228,7 @@ inline void each_vector(const Layout& layout, const int32_t* integers, const F& 
 
 typedef Q Quantized __attribute__((vector_size(sizeof(Q) * VL)));
 
-// The low bytes of a vector, of which `room` there is room for.
+// Saves the low bytes of a vector, or the first `room` of them.
 inline void save_quantized(Q* to, Ints value, int64_t room) {
   const Quantized narrow = __builtin_convertvector(value, Quantized);
   if (__builtin_expect(room >= VL, 1)) {
@@ -252,7 +246,7 @@ inline int32_t sum_of(Ints values) {
   return sum;
 }
 
-// Variants define lanes_above(a, b): a bit for each lane of `a` that is larger than that of `b`.
+// Variants define lanes_above(a, b): a bit for each lane of `a` that is larger than in `b`.
 
 template <bool HAS_OUTLIERS>
 inline RowStatistics on_grid(const Row& row, const Layout& layout, const int32_t* integers, float inverse, Q* q,
@@ -289,7 +283,7 @@ RowStatistics quantize(const Row& row, float mean_factor, int32_t* integers, voi
   const float smallest = top * float(1.0 / 32639);
   const float wanted = of_largest < of_mean ? of_largest : of_mean;
   const float step = wanted > smallest ? wanted : smallest, inverse = 1.0f / step;
-  // Rounding is monotonic.
+  // Rounding is monotonic, so the largest element decides.
   const bool has_outliers = top * inverse > 127.5f;
   RowStatistics statistics = has_outliers ? on_grid<true>(row, layout, integers, inverse, q, outliers)
                                           : on_grid<false>(row, layout, integers, inverse, q, outliers);
@@ -297,7 +291,7 @@ RowStatistics quantize(const Row& row, float mean_factor, int32_t* integers, voi
   return statistics;
 }
 
-// Digits to the base of 256, from the lowest on, of which each is a row of `stride` elements; returns the unit.
+// Writes digits to base 256, from the lowest on, each a row of `stride` elements. Returns the unit.
 float quantize_digits(const Row& row, int64_t digits, int64_t stride, int32_t* integers, void* result, int32_t* sum) {
   Q* q = static_cast<Q*>(result);
   const Layout layout = layout_of(row);
@@ -322,7 +316,7 @@ float quantize_digits(const Row& row, int64_t digits, int64_t stride, int32_t* i
   return fixed.unit;
 }
 
-// A weight's row, times row.d, rotated and quantized; returns the scale, NaN where a result is NaN or Inf.
+// Quantizes a weight's row, multiplied by row.d and rotated. Returns the scale, NaN if a result is NaN or Inf.
 float quantize_weight(const Row& row, int32_t* floats, void* result) {
   Q* q = static_cast<Q*>(result);
   const Layout layout = layout_of(row);

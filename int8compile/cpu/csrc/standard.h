@@ -1,4 +1,4 @@
-// The standard headers of every variant: those that a header inside a namespace needs must come before it.
+// The standard headers for every variant. They come before the headers that are included inside a namespace.
 #pragma once
 
 #include <cstddef>

@@ -1,18 +1,20 @@
-// The product by register tiles: weights loaded once for several rows, activations broadcast. Included by variants
-// inside their anonymous namespace, after they define
+// The product by register tiles: weights are loaded once for several rows, activations are broadcast. Each variant
+// includes this file inside its own anonymous namespace, after it has defined
 //     Q, Sum, W, X       the quantized activation's type; vectors of sums, weights, broadcast activations
 //     PER_PANEL          vectors of weights in a group of a panel
-//     OFFSET             what `load_weights` leaves added to the weights: 128, or 0 if it makes them signed
+//     OFFSET             the offset of weights after `load_weights`: 128, or 0 if it makes them signed
 //     TILE_M, TILE_P     rows and panels of a tile
-//     FEW_REGISTERS      whether a tile's sums leave no room for all weights of a step
-//     zero, load_weights, broadcast, dot, store_sums
+//     FEW_REGISTERS      whether a tile's sums leave too few registers for all weights of a step
+//     zero, load_weights, broadcast, dot, store_sums, and lanes_above for rows.h
+#include "rows.h"
+#include "epilogue.h"
 
-// How far ahead of their use weights that are used once are asked for: enough to hide the memory's latency. Past the
-// end of the weight that does no harm.
+// The distance of prefetches of weights that are used once, enough to hide the memory's latency. A prefetch beyond the
+// end of a weight does no harm.
 constexpr int PREFETCH_BYTES = 2048;
 
-// `q` are M rows, `packed` P panels, `acc` [M][P][LANES]. Not inlined: in a function of its own the sums stay in
-// registers, where GCC otherwise puts most of them on the stack.
+// Multiplies M rows `q` by P panels `packed` into `acc` [M][P][LANES]. Not inlined: in a function of its own the sums
+// stay in registers. GCC would otherwise put most of them on the stack.
 template <int M, int P>
 __attribute__((noinline)) void tile(const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
   constexpr int V = P * PER_PANEL;
@@ -25,7 +27,7 @@ __attribute__((noinline)) void tile(const Q* q, int64_t stride, int64_t k_padded
     for (int v = 0; v < V; ++v) sum[m][v] = zero();
   }
   for (int64_t k = 0; k < k_padded; k += GROUP) {
-    // A tile of one panel is that of few rows.
+    // Few rows have tiles of one panel.
     if (P == 1) __builtin_prefetch(packed + k * LANES + PREFETCH_BYTES);
     auto weights = [&](int v) {
       return load_weights(packed + (v / PER_PANEL) * panel_bytes + k * LANES + (v % PER_PANEL) * BYTES);
@@ -56,8 +58,8 @@ __attribute__((noinline)) void tile(const Q* q, int64_t stride, int64_t k_padded
   }
 }
 
-// One row and one panel, with as many sums in flight as hide an instruction's latency and registers hold: the vectors
-// of a panel have sums of their own.
+// Multiplies one row by one panel. There are as many independent sums as registers hold, to hide the latency of
+// instructions.
 template <>
 __attribute__((noinline)) void tile<1, 1>(const Q* q, int64_t, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
   constexpr int U = 4, SUMS = PER_PANEL < U ? U : 2;
@@ -84,7 +86,7 @@ __attribute__((noinline)) void tile<1, 1>(const Q* q, int64_t, int64_t k_padded,
   store_sums(sum[0], acc);
 }
 
-// Up to M rows of the buffer.
+// Multiplies `count` rows of the buffer, at most M.
 template <int M, int P>
 inline void tile_of(int64_t count, const Q* q, int64_t stride, int64_t k_padded, const uint8_t* packed, int32_t* acc) {
   if constexpr (M > 0) {
@@ -96,7 +98,7 @@ inline void tile_of(int64_t count, const Q* q, int64_t stride, int64_t k_padded,
   }
 }
 
-// The buffer's rows that make one row of x, and the most that can be.
+// The number of the buffer's rows for one row of x, and the largest such number.
 inline int64_t parts_of(const Rows&) { return 1; }
 inline int64_t parts_of(const FixedPointRows& rows) { return rows.digits; }
 constexpr int most_parts(const Rows*) { return 1; }
@@ -138,4 +140,9 @@ void multiply(const Rows& rows, int64_t row_begin, int64_t row_end, const Weight
 void multiply_digits(const FixedPointRows& rows, int64_t row_begin, int64_t row_end, const Weight& weight,
                      int64_t panel_begin, int64_t panel_end, const Output& y) {
   multiply_rows(rows, row_begin, row_end, weight, panel_begin, panel_end, y);
+}
+
+constexpr Variant variant_of(const char* name, bool (*runs_here)(), decltype(&multiply) product = multiply,
+                             int64_t panel_tile = TILE_P) {
+  return {name, runs_here, sizeof(Q), panel_tile, quantize, product, quantize_digits, multiply_digits, quantize_weight};
 }

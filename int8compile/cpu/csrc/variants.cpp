@@ -1,4 +1,4 @@
-// INT8COMPILE_NO_<VARIANT>: the compiler is too old for it, and it is not linked; see int8compile/cpu/build.py.
+// INT8COMPILE_NO_<VARIANT>: the compiler is too old for a variant, which is not linked; see int8compile/cpu/build.py.
 #include "linear.h"
 
 namespace int8compile {

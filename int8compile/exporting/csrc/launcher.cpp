@@ -1,16 +1,14 @@
-// The operators of int8compile/ops/quantized.py in a package for a GPU: C functions that start the Triton kernels which
-// the package has beside its library. What is started follows `Plan`, by rules of int8compile/triton_kernels.
+// The operators in a package for a GPU: C functions that start the Triton kernels beside the package's library. `Plan`,
+// made by int8compile/triton_kernels, says which kernels start.
 //
-// The driver's functions are looked up when they are needed, as Triton does: this compiles without CUDA.
+// The driver's functions are looked up when they are needed, as in Triton, so this file compiles without CUDA.
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <initializer_list>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -20,41 +18,44 @@
 #include "package.h"
 #include "plan.h"
 
-using torch::headeronly::ScalarType;
-
 namespace int8compile {
 namespace {
 
-// As in cuda.h, whose functions below have not changed since CUDA 12.0.
+// Constants of cuda.h. The functions below have not changed since CUDA 12.0.
 constexpr int MAX_DYNAMIC_SHARED = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int PREFER_SHARED = 1;       // CU_FUNC_CACHE_PREFER_SHARED
 constexpr int MAJOR = 75, MINOR = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 constexpr int UINT8 = 0, NO_INTERLEAVE = 0, PROMOTE_128B = 2, FILL_ZERO = 0;
-// What every kernel may have without asking.
+// Shared memory that a kernel may use without setting an attribute.
 constexpr unsigned DEFAULT_SHARED = 48 * 1024;
-// Tensors begin at multiples of this: kernels are compiled for that.
+// Kernels are compiled for tensors that begin at multiples of this.
 constexpr uintptr_t ALIGNMENT = 16;
 
 struct alignas(64) CUtensorMap {
   uint64_t opaque[16];
 };
 
+#define DRIVER(FUNCTION)                                                                                          \
+  FUNCTION(cuInit, (unsigned))                                                                                    \
+  FUNCTION(cuGetErrorString, (int, const char**))                                                                 \
+  FUNCTION(cuDeviceGet, (int*, int))                                                                              \
+  FUNCTION(cuDeviceGetAttribute, (int*, int, int))                                                                \
+  FUNCTION(cuCtxGetCurrent, (void**))                                                                             \
+  FUNCTION(cuCtxSetCurrent, (void*))                                                                              \
+  FUNCTION(cuDevicePrimaryCtxRetain, (void**, int))                                                               \
+  FUNCTION(cuModuleLoadData, (void**, const void*))                                                               \
+  FUNCTION(cuModuleGetFunction, (void**, void*, const char*))                                                     \
+  FUNCTION(cuFuncSetAttribute, (void*, int, int))                                                                 \
+  FUNCTION(cuFuncSetCacheConfig, (void*, int))                                                                    \
+  FUNCTION(cuLaunchKernel, (void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,   \
+                            void**, void**))                                                                      \
+  FUNCTION(cuTensorMapEncodeTiled, (CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*,         \
+                                    const uint32_t*, const uint32_t*, int, int, int, int))
+
 struct Driver {
-  int (*cuInit)(unsigned);
-  int (*cuGetErrorString)(int, const char**);
-  int (*cuDeviceGet)(int*, int);
-  int (*cuDeviceGetAttribute)(int*, int, int);
-  int (*cuCtxGetCurrent)(void**);
-  int (*cuCtxSetCurrent)(void*);
-  int (*cuDevicePrimaryCtxRetain)(void**, int);
-  int (*cuModuleLoadData)(void**, const void*);
-  int (*cuModuleGetFunction)(void**, void*, const char*);
-  int (*cuFuncSetAttribute)(void*, int, int);
-  int (*cuFuncSetCacheConfig)(void*, int);
-  int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
-                        void**);
-  int (*cuTensorMapEncodeTiled)(CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
-                                const uint32_t*, int, int, int, int);
+#define DECLARE(name, parameters) int (*name) parameters;
+  DRIVER(DECLARE)
+#undef DECLARE
   static const Driver& get() {
     static const Driver driver;
     return driver;
@@ -71,20 +72,8 @@ struct Driver {
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_LAZY);
     if (!library) refuse("the package is for a GPU, and this machine has no NVIDIA driver (libcuda.so.1)");
-#define FIND(name) find(library, #name, &name)
-    FIND(cuInit);
-    FIND(cuGetErrorString);
-    FIND(cuDeviceGet);
-    FIND(cuDeviceGetAttribute);
-    FIND(cuCtxGetCurrent);
-    FIND(cuCtxSetCurrent);
-    FIND(cuDevicePrimaryCtxRetain);
-    FIND(cuModuleLoadData);
-    FIND(cuModuleGetFunction);
-    FIND(cuFuncSetAttribute);
-    FIND(cuFuncSetCacheConfig);
-    FIND(cuLaunchKernel);
-    FIND(cuTensorMapEncodeTiled);
+#define FIND(name, parameters) find(library, #name, &name);
+    DRIVER(FIND)
 #undef FIND
   }
 
@@ -97,19 +86,19 @@ struct Driver {
 
 // A device that a model was loaded on.
 struct Device {
-  void* context;               // the one that PyTorch uses too
+  void* context;               // the context that PyTorch uses
   std::vector<void*> kernels;  // the plan's
 };
 
 std::mutex mutex;
-// Set once, however many copies of the model its loader makes.
+// Set once, even if the loader makes several copies of the model.
 const Plan* plan = nullptr;
-// PyTorch's function for the current stream of a device, which only PyTorch for GPUs has.
+// PyTorch's function for the current stream of a device, which PyTorch for CPUs does not have.
 CurrentStream current_stream = nullptr;
 std::map<int, Device> devices;
 
-// Has this thread use a context, and then again what it used before. PyTorch makes a thread's context no sooner than it
-// needs one itself, and it may be another device's.
+// Makes a context the thread's current one, and restores the previous one at the end. A thread may have no context
+// before PyTorch needs one itself, or the context of another device.
 class Current {
  public:
   explicit Current(void* context) {
@@ -140,14 +129,14 @@ void* load(const Kernel& kernel) {
   void* made = nullptr;
   driver.check(driver.cuModuleLoadData(&module, image.data()), what);
   driver.check(driver.cuModuleGetFunction(&made, module, kernel.name), what);
-  if (kernel.shared > DEFAULT_SHARED) {  // As Triton does.
+  if (kernel.shared > DEFAULT_SHARED) {  // as in Triton
     driver.check(driver.cuFuncSetCacheConfig(made, PREFER_SHARED), what);
     driver.check(driver.cuFuncSetAttribute(made, MAX_DYNAMIC_SHARED, int(kernel.shared)), what);
   }
   return made;
 }
 
-// All kernels at once, since nothing can be loaded while a CUDA graph is captured.
+// Loads all kernels at once, because no kernel can be loaded while a CUDA graph is captured.
 void load_all(const Plan& made, CurrentStream stream, int index, int ordinal) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (!plan) {
@@ -177,7 +166,7 @@ unsigned programs(const Programs& direction, int64_t m) {
 }
 
 CUtensorMap encoded(const TensorMap& map, void* address, int64_t m) {
-  // The last dimension first; strides in bytes, without that of 1.
+  // The last dimension first; strides in bytes, without the last dimension's.
   const uint64_t sizes[] = {uint64_t(map.columns), uint64_t(map.rows < 0 ? m : map.rows)};
   const uint64_t stride[] = {uint64_t(map.columns)};
   const uint32_t tile[] = {map.tile_columns, map.tile_rows}, steps[] = {1, 1};
@@ -216,46 +205,15 @@ int64_t bits(double number) {
 
 void* address(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
-// As kernels want it: contiguous, and beginning where a tensor of its own does.
+// Returns x contiguous and aligned, as kernels need it; a copy if it is not.
 Tensor plain(const Tensor& x) {
   if (!x.is_contiguous()) return torch::stable::contiguous(x);
   return reinterpret_cast<uintptr_t>(address(x)) % ALIGNMENT ? torch::stable::clone(x) : x;
 }
 
-// Uninitialized, where `like` is.
-Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  int32_t type, index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, type,
-                                                  index, &made));
-  return Tensor(made);
-}
+Maybe plain(const Maybe& x) { return x ? Maybe(plain(*x)) : std::nullopt; }
 
-int32_t dtype_of(const Tensor& x) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return dtype;
-}
-
-// [M, K] of an x of [..., K].
-std::pair<int64_t, int64_t> rows_of(const Tensor& x) {
-  int64_t m = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  return {m, x.size(-1)};
-}
-
-std::optional<Tensor> plain(const std::optional<Tensor>& x) {
-  return x ? std::optional(plain(*x)) : std::nullopt;
-}
-
-void* address(const std::optional<Tensor>& x) { return x ? address(*x) : nullptr; }
-
-int64_t dtype_of(const std::optional<Tensor>& x) { return x ? dtype_of(*x) : -1; }
+void* address(const Maybe& x) { return x ? address(*x) : nullptr; }
 
 void start(const Launch& launch, int64_t m, const std::vector<void*>& tensors, const Tensor& x, const Device& device,
            void* stream) {
@@ -307,7 +265,7 @@ void run(const Call& call, int64_t m, const std::vector<void*>& tensors, const T
   for (const Launch& launch : launches(call, m)) start(launch, m, tensors, x, device, stream);
 }
 
-// What quantizes [M, K], as int8compile/ops/quantized.py says.
+// The results of quantizing [M, K], see int8compile/ops/quantized.py.
 struct Quantized {
   Tensor q, rows, counters;
 
@@ -320,66 +278,16 @@ struct Quantized {
   static constexpr int64_t WORD = 4096, COUNTERS = 512;
 };
 
-Quantized quantize_rows(const Tensor& x_, const std::optional<Tensor>& d_, double threshold) {
-  const Tensor x = plain(x_);
-  const std::optional<Tensor> d = plain(d_);
-  const auto [m, k] = rows_of(x);
-  const Call& call = call_of("quantize_rows", {k, dtype_of(x), d.has_value(), bits(threshold)});
-  const Quantized made(m, k, threshold, x);
-  run(call, m, {address(x), address(d), address(made.q), address(made.rows), address(made.counters)}, x);
-  return made;
-}
-
-std::pair<Tensor, Quantized> norm_quantize_rows(const Tensor& x_, const std::optional<Tensor>& residual_,
-                                                const std::optional<Tensor>& weight_,
-                                                const std::optional<Tensor>& bias_, const std::optional<Tensor>& d_,
-                                                int64_t kind, double eps, double threshold) {
-  const Tensor x = plain(x_);
-  const std::optional<Tensor> residual = plain(residual_), weight = plain(weight_), bias = plain(bias_), d = plain(d_);
-  const auto [m, k] = rows_of(x);
-  const int32_t dtype = dtype_of(x);
-  const Call& call = call_of("norm_quantize_rows", {k, dtype, residual.has_value(), dtype_of(weight), dtype_of(bias),
-                                                    d.has_value(), kind, bits(eps), bits(threshold)});
-  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  const Tensor sum = empty(residual ? sizes : std::vector<int64_t>{0}, dtype, x);
-  const Quantized made(m, k, threshold, x);
-  run(call, m,
-      {address(x), address(residual), address(weight), address(bias), address(d), address(sum), address(made.q),
-       address(made.rows), address(made.counters)},
-      x);
-  return {sum, made};
-}
-
-Tensor quantized_linear(const Tensor& q_, const Tensor& rows_, const Tensor& counters_, const Tensor& qweight_,
-                        const Tensor& scale_, const std::optional<Tensor>& bias_, int64_t activation, int64_t n0,
-                        int64_t n1, int32_t dtype) {
-  const Tensor q = plain(q_), rows = plain(rows_), counters = plain(counters_), qweight = plain(qweight_),
-               scale = plain(scale_);
-  const std::optional<Tensor> bias = plain(bias_);
-  const int64_t planes = q.size(0), m = q.size(1), k = q.size(2), n = qweight.size(0);
-  const Call& call = call_of("quantized_linear", {n, k, planes, activation, n0, n1, dtype, dtype_of(bias)});
-  constexpr int64_t SILU_MUL = 5;  // Of int8compile/ops/quantized.py.
-  const int64_t width = activation == SILU_MUL ? n / 2 : n;
-  const Tensor y = n0 ? empty({m * n}, dtype, q) : empty({m, width}, dtype, q);
-  run(call, m,
-      {address(q), address(rows), address(counters), address(qweight), address(scale), address(bias), address(y)}, q);
-  return y;
-}
-
-// x times weights [E, N, K], rows by rows: those that `ends` says, or as many for each.
-Tensor expert_linear(const char* op, const Tensor& x_, const Tensor& qweight_, const Tensor& scale_,
-                     const std::optional<Tensor>& d_, const std::optional<Tensor>& ends_,
-                     const std::optional<Tensor>& bias_, double threshold) {
+// x times weights [E, N, K], rows by rows: `ends` says which rows have which weight; without it each has as many.
+Tensor expert_linear(const char* op, const Tensor& x_, const Tensor& qweight_, const Tensor& scale_, const Maybe& d_,
+                     const Maybe& ends_, const Maybe& bias_, double threshold) {
   const Tensor x = plain(x_), qweight = plain(qweight_), scale = plain(scale_);
-  const std::optional<Tensor> d = plain(d_), ends = plain(ends_), bias = plain(bias_);
-  const auto [m, k] = rows_of(x);
-  const int64_t experts = qweight.size(0), n = qweight.size(1);
+  const Maybe d = plain(d_), ends = plain(ends_), bias = plain(bias_);
+  const int64_t m = count_rows(x), k = x.size(-1), experts = qweight.size(0), n = qweight.size(1);
   const int32_t dtype = dtype_of(x);
   const int64_t dims = d ? d->dim() : 0;
   const Call& call = call_of(op, {experts, n, k, dtype, dims, dtype_of(ends), dtype_of(bias), bits(threshold)});
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
-  const Tensor y = empty(sizes, dtype, x);
+  const Tensor y = empty(sizes_with(x, n), dtype, x);
   const Quantized made(m, k, threshold, x);
   run(call, m,
       {address(x), address(d), address(ends), address(made.q), address(made.rows), address(made.counters),
@@ -388,17 +296,71 @@ Tensor expert_linear(const char* op, const Tensor& x_, const Tensor& qweight_, c
   return y;
 }
 
-Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor& scale_,
-                          const std::optional<Tensor>& d_, const std::optional<Tensor>& bias_) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cuda::quantize_rows(const Tensor& x_, const Maybe& d_, double threshold) {
+  const Tensor x = plain(x_);
+  const Maybe d = plain(d_);
+  const int64_t m = count_rows(x), k = x.size(-1);
+  const Call& call = call_of("quantize_rows", {k, dtype_of(x), d.has_value(), bits(threshold)});
+  const Quantized made(m, k, threshold, x);
+  run(call, m, {address(x), address(d), address(made.q), address(made.rows), address(made.counters)}, x);
+  return {made.q, made.rows, made.counters};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda::norm_quantize_rows(const Tensor& x_, const Maybe& residual_,
+                                                                    const Maybe& weight_, const Maybe& bias_,
+                                                                    const Maybe& d_, int64_t kind, double eps,
+                                                                    double threshold) {
+  const Tensor x = plain(x_);
+  const Maybe residual = plain(residual_), weight = plain(weight_), bias = plain(bias_), d = plain(d_);
+  const int64_t m = count_rows(x), k = x.size(-1);
+  const int32_t dtype = dtype_of(x);
+  const Call& call = call_of("norm_quantize_rows", {k, dtype, residual.has_value(), dtype_of(weight), dtype_of(bias),
+                                                    d.has_value(), kind, bits(eps), bits(threshold)});
+  const Tensor sum = empty(residual ? sizes_with(x, k) : std::vector<int64_t>{0}, dtype, x);
+  const Quantized made(m, k, threshold, x);
+  run(call, m,
+      {address(x), address(residual), address(weight), address(bias), address(d), address(sum), address(made.q),
+       address(made.rows), address(made.counters)},
+      x);
+  return {sum, made.q, made.rows, made.counters};
+}
+
+Tensor cuda::quantized_linear(const Tensor& q_, const Tensor& rows_, const Tensor& counters_, const Tensor& qweight_,
+                              const Tensor& scale_, const Maybe& bias_, int64_t activation, int64_t n0, int64_t n1,
+                              int32_t dtype) {
+  const Tensor q = plain(q_), rows = plain(rows_), counters = plain(counters_), qweight = plain(qweight_),
+               scale = plain(scale_);
+  const Maybe bias = plain(bias_);
+  const int64_t planes = q.size(0), m = q.size(1), k = q.size(2), n = qweight.size(0);
+  const Call& call = call_of("quantized_linear", {n, k, planes, activation, n0, n1, dtype, dtype_of(bias)});
+  constexpr int64_t SILU_MUL = 5;  // of int8compile/ops/quantized.py
+  const int64_t width = activation == SILU_MUL ? n / 2 : n;
+  const Tensor y = n0 ? empty({m * n}, dtype, q) : empty({m, width}, dtype, q);
+  run(call, m,
+      {address(q), address(rows), address(counters), address(qweight), address(scale), address(bias), address(y)}, q);
+  return y;
+}
+
+Tensor cuda::grouped_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d,
+                            const Tensor& ends, double threshold) {
+  return expert_linear("grouped_linear", x, qweight, scale, d, ends, std::nullopt, threshold);
+}
+
+Tensor cuda::batched_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale, const Maybe& d,
+                            const Maybe& bias, double threshold) {
+  return expert_linear("batched_linear", x, qweight, scale, d, std::nullopt, bias, threshold);
+}
+
+Tensor cuda::weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor& scale_, const Maybe& d_,
+                                const Maybe& bias_) {
   const Tensor x = plain(x_), qweight = plain(qweight_), scale = plain(scale_);
-  const std::optional<Tensor> d = plain(d_), bias = plain(bias_);
-  const auto [m, k] = rows_of(x);
-  const int64_t n = qweight.size(0);
+  const Maybe d = plain(d_), bias = plain(bias_);
+  const int64_t m = count_rows(x), k = x.size(-1), n = qweight.size(0);
   const int32_t dtype = dtype_of(x);
   const Call& call = call_of("weight_only_linear", {n, k, dtype, d.has_value(), dtype_of(bias)});
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
-  const Tensor y = empty(sizes, dtype, x);
+  const Tensor y = empty(sizes_with(x, n), dtype, x);
   const Tensor digits = empty({4, m, k}, aoti_torch_dtype_int8(), x);
   const Tensor unit = empty({m}, aoti_torch_dtype_float32(), x);
   run(call, m,
@@ -408,21 +370,20 @@ Tensor weight_only_linear(const Tensor& x_, const Tensor& qweight_, const Tensor
   return y;
 }
 
-}  // namespace
 }  // namespace int8compile
 
-// In the namespace of the generated code, which declares it where it calls it.
+// In the namespace of the generated code, which declares the function where it calls it.
 namespace torch::aot_inductor {
 
-// Tells which kernels there are, and loads them; throws unless the GPU is one that they were compiled for.
+// Takes the package's plan and loads its kernels. Throws if they were compiled for another GPU.
 void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile::CurrentStream stream) {
   using int8compile::Driver;
   const Driver& driver = Driver::get();
   int ordinal, major, minor;
   driver.check(driver.cuInit(0), "the NVIDIA driver cannot be used");
   driver.check(driver.cuDeviceGet(&ordinal, device), "the GPU cannot be used");
-  driver.check(driver.cuDeviceGetAttribute(&major, int8compile::MAJOR, ordinal), "the GPU does not say what it is");
-  driver.check(driver.cuDeviceGetAttribute(&minor, int8compile::MINOR, ordinal), "the GPU does not say what it is");
+  driver.check(driver.cuDeviceGetAttribute(&major, int8compile::MAJOR, ordinal), "the GPU's compute capability cannot be read");
+  driver.check(driver.cuDeviceGetAttribute(&minor, int8compile::MINOR, ordinal), "the GPU's compute capability cannot be read");
   if (major != made.major || minor != made.minor) {
     int8compile::refuse("the package was exported for " + std::string(made.gpu) + ", and this GPU is sm_" +
                         std::to_string(major) + std::to_string(minor) + "; export it on a GPU of this kind");
@@ -432,65 +393,12 @@ void int8compile_use_plan(const int8compile::Plan& made, int device, int8compile
 
 }  // namespace torch::aot_inductor
 
-using namespace int8compile;
-
 extern "C" {
 
-AOTITorchError aoti_torch_cuda_quantize_rows(AtenTensorHandle x, AtenTensorHandle* d, double threshold,
-                                             AtenTensorHandle* q, AtenTensorHandle* rows, AtenTensorHandle* counters) {
-  const Quantized made = quantize_rows(borrowed(x), borrowed(d), threshold);
-  give(made.q, q);
-  give(made.rows, rows);
-  give(made.counters, counters);
-  return AOTI_TORCH_SUCCESS;
-}
-
-AOTITorchError aoti_torch_cuda_norm_quantize_rows(AtenTensorHandle x, AtenTensorHandle* residual,
-                                                  AtenTensorHandle* weight, AtenTensorHandle* bias, AtenTensorHandle* d,
-                                                  int64_t kind, double eps, double threshold, AtenTensorHandle* sum,
-                                                  AtenTensorHandle* q, AtenTensorHandle* rows,
-                                                  AtenTensorHandle* counters) {
-  const auto [total, made] = norm_quantize_rows(borrowed(x), borrowed(residual), borrowed(weight), borrowed(bias),
-                                                borrowed(d), kind, eps, threshold);
-  give(total, sum);
-  give(made.q, q);
-  give(made.rows, rows);
-  give(made.counters, counters);
-  return AOTI_TORCH_SUCCESS;
-}
-
-AOTITorchError aoti_torch_cuda_quantized_linear(AtenTensorHandle q, AtenTensorHandle rows, AtenTensorHandle counters,
-                                                AtenTensorHandle qweight, AtenTensorHandle scale,
-                                                AtenTensorHandle* bias, int64_t activation, int64_t n0, int64_t n1,
-                                                int32_t dtype, AtenTensorHandle* y) {
-  give(quantized_linear(borrowed(q), borrowed(rows), borrowed(counters), borrowed(qweight), borrowed(scale),
-                        borrowed(bias), activation, n0, n1, dtype),
-       y);
-  return AOTI_TORCH_SUCCESS;
-}
-
-AOTITorchError aoti_torch_cuda_grouped_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
-                                              AtenTensorHandle* d, AtenTensorHandle ends, double threshold,
-                                              AtenTensorHandle* y) {
-  give(expert_linear("grouped_linear", borrowed(x), borrowed(qweight), borrowed(scale), borrowed(d), borrowed(ends),
-                     std::nullopt, threshold),
-       y);
-  return AOTI_TORCH_SUCCESS;
-}
-
-AOTITorchError aoti_torch_cuda_batched_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
-                                              AtenTensorHandle* d, AtenTensorHandle* bias, double threshold,
-                                              AtenTensorHandle* y) {
-  give(expert_linear("batched_linear", borrowed(x), borrowed(qweight), borrowed(scale), borrowed(d), std::nullopt,
-                     borrowed(bias), threshold),
-       y);
-  return AOTI_TORCH_SUCCESS;
-}
-
-AOTITorchError aoti_torch_cuda_weight_only_linear(AtenTensorHandle x, AtenTensorHandle qweight, AtenTensorHandle scale,
-                                                  AtenTensorHandle* d, AtenTensorHandle* bias, AtenTensorHandle* y) {
-  give(weight_only_linear(borrowed(x), borrowed(qweight), borrowed(scale), borrowed(d), borrowed(bias)), y);
-  return AOTI_TORCH_SUCCESS;
-}
+#define FUNCTION(name, compute, parameters, arguments)                     \
+  AOTITorchError aoti_torch_cuda_##name parameters {                       \
+    return int8compile::c_function(&int8compile::cuda::compute) arguments; \
+  }
+INT8COMPILE_CUDA_FUNCTIONS(FUNCTION)
 
 }  // extern "C"

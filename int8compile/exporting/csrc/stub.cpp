@@ -1,11 +1,11 @@
-// The library of an exported package that PyTorch's loader opens. It checks the CPU and every file of the package, and
-// only then opens the model's own library, to which it forwards every call.
+// The stub library of an exported package, which PyTorch's loader opens. It checks the CPU and all the files.
+// Then it opens the model's own library, and forwards all calls to it.
 //
-// The check is not in the model's library because opening a library runs code of it: a damaged relocation or start-up
-// function would end the process before any check. This library is small, so that damage rarely hits it, and is compiled
-// for the architecture's first version, so that it runs on every CPU.
+// The check cannot be in the model's library, because opening a library runs its code: a damaged relocation or start-up
+// function would end the process before any check. The stub is small, so that damage rarely hits it. It is compiled for
+// the architecture's first version, so that it runs on every CPU.
 //
-// `stub_contents.h` is written at export (int8compile/cpu/stub.py): LIBRARY, ISA, NEEDS, FILES and FUNCTIONS.
+// `stub_contents.h` is written at export (int8compile/exporting/stub.py): LIBRARY, ISA, NEEDS, FILES and FUNCTIONS.
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -32,7 +32,7 @@ struct File {
 using Status = int32_t;
 constexpr Status SUCCESS = 0, FAILURE = 1;
 
-// The CRC-32, as in zip files, of any bytes followed by their own CRC-32 in four bytes, the lowest first.
+// The CRC-32, as in zip files, of any bytes followed by their own CRC-32, four bytes with the lowest first.
 constexpr uint32_t CRC_OF_SEALED = 0x2144df1c;
 
 // CRC-32 as in zip files (polynomial 0xedb88320), eight bytes at a time.
@@ -64,7 +64,7 @@ class Crc32 {
   uint32_t table_[8][256];
 };
 
-// The CRC-32 of a file and its size; false if it cannot be read.
+// Computes the CRC-32 and size of a file. Returns false if it cannot be read.
 bool checksum(const std::string& path, uint32_t* crc, uint64_t* size) {
   FILE* file = std::fopen(path.c_str(), "rb");
   if (!file) return false;
@@ -81,7 +81,7 @@ bool checksum(const std::string& path, uint32_t* crc, uint64_t* size) {
   return whole;
 }
 
-// Each check returns why the package is refused; "" if it is not.
+// Each check returns why the package is refused, or "".
 
 std::string check_cpu() {
   std::string missing;
@@ -100,7 +100,7 @@ std::string check_files(const std::string& itself, const std::string& folder) {
   uint32_t crc;
   uint64_t size;
   const std::string damaged = "the package is damaged or was edited: ";
-  const std::string again = " is not as it was exported; copy or export it again";
+  const std::string again = " has changed since its export; copy or export it again";
   if (!checksum(itself, &crc, &size) || crc != CRC_OF_SEALED) return damaged + itself.substr(folder.size()) + again;
   for (const File& file : FILES) {
     if (!checksum(folder + file.name, &crc, &size)) {
@@ -113,10 +113,10 @@ std::string check_files(const std::string& itself, const std::string& folder) {
 
 pthread_once_t once = PTHREAD_ONCE_INIT;
 void* library = nullptr;
-// Why there is no library. Never freed: other threads may still read it when this library is closed.
+// Why there is no library. It is never freed: other threads may read it when this library is closed.
 std::string* refused = nullptr;
 
-// The functions of the model's library, by their names.
+// The functions of the model's library.
 #define DECLARE(name, parameters, arguments) Status(*name) parameters = nullptr;
 struct {
   FUNCTIONS(DECLARE)
@@ -126,14 +126,14 @@ struct {
 std::string open_model() {
   Dl_info info;
   if (!dladdr(reinterpret_cast<const void*>(&open_model), &info) || !info.dli_fname) {
-    return "the package cannot be checked, because the system does not say where its library lies";
+    return "the package cannot be checked, because the path of its library is unknown";
   }
   const std::string itself = info.dli_fname;
   const std::string folder = itself.substr(0, itself.rfind('/') + 1);
   std::string why = check_cpu();
   if (why.empty()) why = check_files(itself, folder);
   if (!why.empty()) return why;
-  // A name without a folder would be looked for where the system keeps its libraries.
+  // The loader would look for a name without a folder among the system's libraries.
   library = dlopen(((folder.empty() ? "./" : folder) + LIBRARY).c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) return std::string("the model's library cannot be opened: ") + dlerror();
 #define FIND(name, parameters, arguments) \
@@ -148,7 +148,7 @@ void open_once() {
   const std::string why = open_model();
   if (why.empty()) return;
   refused = new std::string("int8compile: " + why);
-  // As the functions of a model's library tell of errors. Those who catch it redirect std::cerr.
+  // The functions of a model's library report errors in this way. Callers who catch them redirect std::cerr.
   std::cerr << "Error: " << *refused << '\n';
 }
 
@@ -173,7 +173,8 @@ FUNCTIONS(FORWARD)
 #ifdef HAS_LAST_ERROR
 __attribute__((visibility("default"))) Status AOTInductorGetLastError(const char** message) {
   if (opened()) {
-    static const auto last_error = reinterpret_cast<Status (*)(const char**)>(dlsym(library, "AOTInductorGetLastError"));
+    using Function = Status (*)(const char**);
+    static const auto last_error = reinterpret_cast<Function>(dlsym(library, "AOTInductorGetLastError"));
     return last_error ? last_error(message) : FAILURE;
   }
   *message = refused->c_str();

@@ -1,6 +1,6 @@
-// A program without torch that checks the kernel variants of the machine it runs on (or that is emulated): the integer
-// product against a plain loop, and all that a variant computes against the portable one, bit for bit. Its last line
-// holds a digest of the results, which is the same on every architecture and for every compiler.
+// A program without torch that checks the kernel variants of a machine, real or emulated. It compares the integer
+// product with a plain loop, and all results of each variant with those of the portable variant, bit for bit. Its last
+// line has a digest of the results, which is the same on all architectures and for all compilers.
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
@@ -24,7 +24,7 @@ uint32_t random_bits() {  // splitmix64
 
 uint32_t random_below(uint32_t limit) { return random_bits() % limit; }
 
-// As PyTorch has it: what is empty has no address.
+// As in PyTorch: an empty tensor's address is null.
 template <typename T>
 T* address(std::vector<T>& values) {
   return values.empty() ? nullptr : values.data();
@@ -41,7 +41,7 @@ float from_bits(uint32_t bits) {
   return x;
 }
 
-// In pieces, the last one first.
+// Runs pieces, the last one first.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, Body run, void* context) {
   const int64_t step = grain > 1 ? grain : 1;
   const int64_t pieces = (end - begin + step - 1) / step;
@@ -57,7 +57,7 @@ const char* name_of(Dtype dtype) {
   return dtype == Dtype::float32 ? "float32" : dtype == Dtype::bfloat16 ? "bfloat16" : "float16";
 }
 
-// How a dtype spells its values.
+// The format of a dtype's values.
 struct Format {
   int bytes, mantissa_bits, bias;
   uint32_t infinity;
@@ -85,7 +85,7 @@ void put(Bytes& bytes, int64_t index, const Format& format, uint32_t value) {
   }
 }
 
-// The bits of an element; one spelling for all NaN, whose sign and payload depend on the machine.
+// Returns the bits of an element, the same for all NaN, whose sign and payload depend on the machine.
 uint32_t get(const Bytes& bytes, int64_t index, const Format& format) {
   uint32_t value = 0;
   std::memcpy(&value, &bytes[format.bytes * index], format.bytes);
@@ -96,7 +96,7 @@ uint32_t get(const Bytes& bytes, int64_t index, const Format& format) {
 enum class Kind { usual, outliers, wide, subnormal, inf, nan, zero };
 constexpr int KINDS = 7;
 
-// Rows of all kinds in turn, beginning with `first`.
+// Makes rows of all kinds in turn, beginning with `first`.
 Bytes activations(int64_t m, int64_t k, Dtype dtype, int first) {
   const Format format = format_of(dtype);
   Bytes x(m * k * format.bytes);
@@ -119,10 +119,10 @@ Bytes activations(int64_t m, int64_t k, Dtype dtype, int first) {
   return x;
 }
 
-// Two rows for the largest sums, as they are and with the weights' offset in them.
+// Values of two rows with the largest sums, without and with the weights' offset.
 int extreme(int64_t row, int64_t i, int least) { return row == 0 && i % 2 == 0 ? least : 127; }
 
-// A weight, packed as kernel.h says.
+// A weight, packed as in kernel.h.
 struct Matrix {
   int64_t n, k;
   std::vector<int8_t> q;
@@ -146,11 +146,11 @@ struct Matrix {
   }
 
   Weight weight() const { return {address(packed), address(scale), address(bias), n}; }
-  // As a user's weight lies, packed at every call.
+  // The weight that is not packed, which every call packs.
   Weight rows() const { return {nullptr, address(scale), address(bias), n, address(q)}; }
 };
 
-// Elements of an output row beyond its n, which nobody may write to.
+// Elements of an output row beyond its n, which must not be written.
 constexpr int64_t MARGIN = 3;
 constexpr unsigned char UNTOUCHED = 0xa5;
 
@@ -333,8 +333,8 @@ constexpr int64_t MAX_K = 131071;
 struct Shape {
   int64_t m, k, n;
 };
-// Nothing, before there is memory from an earlier call; one row, tiles and what is left of them, lines and what is left
-// of them. Of inputs that are rotated, B from 16 to 128 and runs of 1 to 18.
+// Empty tensors first, when no memory of an earlier call is there; then one row, whole and partial tiles, whole and
+// partial lines. Rotations have B from 16 to 128 and runs of 1 to 18.
 constexpr Shape SHAPES[] = {{1, 0, 17},   {33, 0, 48},  {0, 64, 17},  {5, 64, 0},
                             {1, 1, 1},    {1, 64, 16},  {1, 700, 90}, {2, 63, 17},   {3, 65, 32},   {4, 128, 200},
                             {5, 100, 33}, {6, 257, 70}, {7, 64, 128}, {13, 300, 47}, {33, 128, 48}, {70, 190, 65},
