@@ -1,1 +1,1 @@
-"""The command line, with the demo and what else only it needs."""
+"""The command line and its commands."""

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import NoReturn, get_args
 
 from int8compile.config import Int8Config, LmHead, OutlierPolicy
-from int8compile.errors import Int8CompileError
+from int8compile.errors import Int8CompileError, did_you_mean
 
-# What argparse itself exits with.
+# The exit code of argparse.
 USAGE_ERROR = 2
 NO_KERNEL = 1
-# As in int8compile.app.loading, which takes long to import.
+# The same as in int8compile.app.loading, which takes long to import.
 SMOLLM2 = "smollm2"
 DTYPES = ("float32", "bfloat16", "float16")
-# As in int8compile.exporting.exporter.
+# The same as in int8compile.exporting.exporter.
 ISAS = ("native", "avx512", "avx2")
 FORMS = ("fast", "portable")
-# In the place of a file.
+# Stands for no file: random tokens.
 RANDOM = Path()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         argv: The arguments, `sys.argv[1:]` if None.
 
     Returns:
-        The exit code: 0, or 2 after one line on stderr where what was given cannot be used, or 1 where `doctor` finds
-        that the CPU kernel does not work.
+        The exit code: 0; 2 after one line on stderr where an argument cannot be used; 1 where `doctor` finds that the
+        CPU kernel does not work.
     """
     parser = _parser()
     try:
@@ -58,31 +58,29 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
     def refuse(self, argument: str) -> NoReturn:
-        """Reports an argument that no option or position takes, with the option that was probably meant."""
+        """Report an unknown argument, with the nearest option."""
         options = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(argument.split("=")[0], options, n=1)
-        self.error(f"unknown argument {argument!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        self.error(f"unknown argument {argument!r}{did_you_mean(argument.split('=')[0], options, ', {}')}")
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="int8compile", description='torch.compile(model, backend="int8") from the command line.')
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add, run in (
-        (_add_demo, _demo),
-        (_add_explain, _explain),
-        (_add_quantize, _quantize),
-        (_add_export, _export),
-        (_add_inspect, _inspect),
-        (_add_doctor, _doctor),
-    ):
-        command = add(commands)
+    for name, (about, add, run) in {
+        "demo": ("compile a small language model to int8: what was rewritten, how fast, how exact", _add_demo, _demo),
+        "explain": ("list every linear of a model: int8 or float, and why", _add_explain, _explain),
+        "quantize": ("write a model in int8 to a folder that transformers can load", _add_quantize, _quantize),
+        "export": ("compile a model to a file that runs without int8compile, from Python or C++", _add_export, _export),
+        "inspect": ("show what is in an exported file and where it runs, and check it", _add_inspect, _inspect),
+        "doctor": ("show this machine, and whether the CPU kernel works (compiles it if need be)", _add_json, _doctor),
+    }.items():
+        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        add(command)
         command.set_defaults(parser=command, run=run)
     return parser
 
 
-def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
-    about = "compile a small language model to int8: what was rewritten, how fast, how exact"
-    demo = commands.add_parser("demo", help=about, description=about, allow_abbrev=False)
+def _add_demo(demo: _Parser) -> None:
     demo.add_argument(
         "model",
         metavar="MODEL",
@@ -90,93 +88,67 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
         default=SMOLLM2,
         help="a folder or hub name of a Llama-like language model, in float or in int8 (default %(default)s)",
     )
-    demo.add_argument("--tokens", type=_count, default=32, metavar="N", help="tokens to generate (default %(default)s)")
+    _add_count(demo, "tokens", 32, "tokens to generate")
     demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model instead of the built-in question")
     demo.add_argument("--no-eval", action="store_true", help="skip the accuracy part")
-    return demo
 
 
-def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
-    about = "list every linear of a model: int8 or float, and why"
-    explain = commands.add_parser("explain", help=about, description=about, allow_abbrev=False)
+def _add_explain(explain: _Parser) -> None:
     _add_model(explain)
     _add_options(explain)
     inputs = explain.add_argument_group("the model and the inputs it is run on")
-    inputs.add_argument("--batch", type=_count, default=1, metavar="N", help="rows (default %(default)s)")
-    inputs.add_argument("--sequence", type=_count, default=8, metavar="N", help="tokens (default %(default)s)")
-    inputs.add_argument(
-        "--dtype", choices=DTYPES, default=DTYPES[0], help="load the weights as this (default %(default)s)"
-    )
-    explain.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
-    return explain
+    _add_count(inputs, "batch", 1, "rows")
+    _add_count(inputs, "sequence", 8, "tokens")
+    _add_dtype(inputs, "dtype of the weights")
+    _add_json(explain)
 
 
-def _add_quantize(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
-    about = "write a model in int8 to a folder that transformers can load"
-    quantize = commands.add_parser("quantize", help=about, description=about, allow_abbrev=False)
+def _add_quantize(quantize: _Parser) -> None:
     _add_model(quantize)
     quantize.add_argument("out", metavar="OUT", type=Path, help="the folder; it must not exist, or be empty")
     _add_options(quantize)
-    quantize.add_argument(
-        "--dtype", choices=DTYPES, default=DTYPES[0], help="what stays in float is stored as this (default %(default)s)"
-    )
+    _add_dtype(quantize, "dtype of the weights that stay in float")
     quantize.add_argument(
         "--calibrate",
         metavar="FILE",
         nargs="?",
         type=Path,
         const=RANDOM,
-        help="run the float model first, on random tokens or on a text FILE, and fit the int8 one to what its linears "
-        "read: about half the divergence from float",
+        help="run the float model first, on random tokens or on a text FILE, to calibrate the int8 model: about half "
+        "the divergence from float",
     )
-    return quantize
 
 
-def _add_export(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
-    about = "compile a model to a file that runs without int8compile, in Python and in C++"
-    export = commands.add_parser("export", help=about, description=about, allow_abbrev=False)
+def _add_export(export: _Parser) -> None:
     _add_model(export)
     export.add_argument("out", metavar="OUT", type=Path, help="the file, which must end in .pt2")
     _add_options(export)
-    compiled = export.add_argument_group("what it is compiled for")
-    compiled.add_argument(
-        "--context",
-        type=_count,
-        default=1024,
-        metavar="N",
-        help="of a language model, tokens that its cache has room for; each step reads all of it (default %(default)s)",
+    target = export.add_argument_group("the target")
+    _add_count(
+        target, "context", 1024, "for a language model, the tokens that its cache holds; each step reads all of it"
     )
-    compiled.add_argument(
-        "--batch",
-        type=_count,
-        default=1,
-        metavar="N",
-        help="of a language model, texts at a time (default %(default)s)",
+    _add_count(target, "batch", 1, "for a language model, texts at a time")
+    _add_dtype(target, "dtype of the weights that stay in float")
+    target.add_argument(
+        "--isa",
+        choices=ISAS,
+        default=ISAS[0],
+        help="the CPUs it runs on: those with all features of this one, or with the named one",
     )
-    compiled.add_argument(
-        "--dtype", choices=DTYPES, default=DTYPES[0], help="what stays in float is stored as this (default %(default)s)"
-    )
-    compiled.add_argument(
-        "--isa", choices=ISAS, default=ISAS[0], help="CPUs that have all that this one has, or any with this"
-    )
-    compiled.add_argument("--device", default="cpu", help="where it runs, e.g. cuda (default %(default)s)")
-    compiled.add_argument(
+    target.add_argument("--device", default="cpu", help="where it runs, e.g. cuda (default %(default)s)")
+    target.add_argument(
         "--form",
         choices=FORMS,
-        help="with our kernels (default where a file can have them) or with operators of PyTorch",
+        help="with the kernels of int8compile (default where a file can hold them) or with operators of PyTorch",
     )
     export.add_argument(
-        "--allow-partial", action="store_true", help="export even if linears stay in float that no option keeps so"
+        "--allow-partial", action="store_true", help="export even if linears stay in float that no option excludes"
     )
-    return export
 
 
-def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
-    about = "show what an exported file holds and where it runs, and check that it is whole"
-    inspect = commands.add_parser("inspect", help=about, description=about, allow_abbrev=False)
+def _add_inspect(inspect: _Parser) -> None:
     inspect.add_argument("file", metavar="FILE", type=Path, help="a .pt2 file made by `int8compile export`")
-    inspect.add_argument("--json", action="store_true", help="print the same as JSON, and nothing else, on stdout")
-    return inspect
+    _add_json(inspect)
 
 
 def _add_model(command: _Parser) -> None:
@@ -187,13 +159,25 @@ def _add_model(command: _Parser) -> None:
     )
 
 
+def _add_json(command: _Parser) -> None:
+    command.add_argument("--json", action="store_true", help="print the same as JSON, and nothing else, on stdout")
+
+
+def _add_count(group: argparse._ActionsContainer, name: str, default: int, about: str) -> None:
+    group.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"{about} (default %(default)s)")
+
+
+def _add_dtype(group: argparse._ActionsContainer, about: str) -> None:
+    group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"{about} (default %(default)s)")
+
+
 def _add_options(command: _Parser) -> None:
+    """Add the options of `Int8Config`, under the names of its fields."""
     default = Int8Config()
     options = command.add_argument_group("what becomes int8, and how")
     options.add_argument(
         "--threshold",
         type=float,
-        default=default.threshold,
         metavar="T",
         help="what counts as an outlier: about T times the mean magnitude of its row (default 12, or 6 where it is not "
         "rotated), or T itself for --outliers column (default 6); 0 turns outliers off",
@@ -206,11 +190,13 @@ def _add_options(command: _Parser) -> None:
     )
     options.add_argument(
         "--no-rotate",
-        action="store_true",
-        help="do not mix activations with each other first: nearer to float where most of a row are 0, or equal",
+        dest="rotate",
+        action="store_false",
+        help="do not rotate activations: nearer to float where most elements of a row are 0, or equal",
     )
     options.add_argument(
         "--skip",
+        dest="skip_modules",
         action="append",
         default=[],
         metavar="PATTERN",
@@ -222,31 +208,12 @@ def _add_options(command: _Parser) -> None:
         default=default.lm_head,
         help="what to do with the output projection (default %(default)s: float)",
     )
-    options.add_argument(
-        "--min-features",
-        type=_count,
-        default=default.min_features,
-        metavar="N",
-        help="leave weights with fewer inputs or outputs in float (default %(default)s)",
-    )
+    _add_count(options, "min-features", default.min_features, "leave weights with fewer inputs or outputs in float")
 
 
 def _config(args: argparse.Namespace) -> Int8Config:
-    return Int8Config(
-        threshold=args.threshold,
-        outliers=args.outliers,
-        rotate=not args.no_rotate,
-        skip_modules=tuple(args.skip),
-        lm_head=args.lm_head,
-        min_features=args.min_features,
-    )
-
-
-def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> _Parser:
-    about = "show what this machine has and whether the CPU kernel works on it (compiles it if need be)"
-    doctor = commands.add_parser("doctor", help=about, description=about, allow_abbrev=False)
-    doctor.add_argument("--json", action="store_true", help="print the same as JSON, and nothing else, on stdout")
-    return doctor
+    names = [field.name for field in dataclasses.fields(Int8Config)]
+    return Int8Config.from_options({name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def _count(text: str) -> int:

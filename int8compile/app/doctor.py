@@ -1,4 +1,4 @@
-"""`int8compile doctor`: what this machine has and whether the CPU kernel works on it, for a bug report."""
+"""`int8compile doctor`: this machine and whether the CPU kernel works on it, for a bug report."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 import int8compile
 from int8compile import cpu, hardware, ops, triton_kernels
 from int8compile.cache import cache_folder
-from int8compile.cpu import build
+from int8compile.cpu import build, compiler
 from int8compile.errors import Int8CompileError, Int8Warning
 from int8compile.explaining import kernel_of
 from int8compile.ops import reference
 from int8compile.report import readable
 
-# Besides our own.
+# Variables to show besides those of int8compile.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "CXX",
@@ -37,10 +37,10 @@ ENVIRONMENT = (
 
 
 def examine() -> dict[str, Any]:
-    """Everything, as plain data. Compiles the kernel if it is not in the cache.
+    """Return a description of this machine, as plain data. The kernel is compiled if it is not in the cache.
 
     Returns:
-        Sections of named values; `kernel["problem"]` says why the kernel cannot be used, "" if it can.
+        Sections of named values; `kernel["problem"]` says why the kernel cannot be used, and is "" if it can.
     """
     return {
         "versions": _versions(),
@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """The same as text: two columns, and at the end a line that says whether the kernel can be used."""
+    """Return the description as text: two columns, and a last line that says whether the kernel can be used."""
     from tabulate import tabulate
 
     lines = []
@@ -102,7 +102,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _on_hopper() -> str:
-    """Name the kernel that multiplies many rows on them, and why it is not the faster one."""
+    """Return the name of the kernel for many rows on Hopper GPUs, and why it is not the faster one."""
     try:
         if none := triton_kernels.failure():
             return f"no Triton kernels: {none}"
@@ -113,16 +113,16 @@ def _on_hopper() -> str:
 
 
 def _kernel() -> dict[str, Any]:
-    """The compiler, the library, and whether it computes what it should."""
+    """Return the compiler, the library, and whether its results are right."""
     found: dict[str, Any] = {"problem": ""}
     try:
-        found["compiler"] = build.find_compiler().name
+        found["compiler"] = compiler.find_compiler().name
         if cpu.switched_off():
             found["problem"] = "INT8COMPILE_CPU_KERNEL=0 turns it off"
             return found
         began = time.perf_counter()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Int8Warning)  # The problem says the same.
+            warnings.simplefilter("ignore", Int8Warning)  # `problem` has the same text.
             library = cpu.load()
         if library is None:
             found["problem"] = cpu.failure()
@@ -143,7 +143,7 @@ def _kernel() -> dict[str, Any]:
 
 
 def _self_check(library: cpu.Library) -> str:
-    """Compares every variant with the reference on a small problem; says what differs, "" if nothing does."""
+    """Compare every variant with the reference on a small problem; return which differ, "" if none does."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("int8compile::packed_linear", "CPU"):
         return f"{library.path} does not implement int8compile::packed_linear"
     generator = torch.Generator().manual_seed(0)

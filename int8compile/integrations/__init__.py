@@ -1,4 +1,4 @@
-"""What connects int8compile with other libraries. Each module imports its library, so import it only where that is."""
+"""Integrations with other libraries. Each module imports its library, so import it only where that is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from int8compile.stored.libraries import LIBRARIES, Library
 
 
 def register() -> None:
-    """Tell `stored` of the libraries whose models save themselves; nothing is imported before one is needed."""
+    """Register the libraries whose models save themselves; a library is imported only when it is needed."""
     LIBRARIES["transformers"] = Library(("transformers.modeling_utils", "PreTrainedModel"), _transformers, _experts)
     LIBRARIES["diffusers"] = Library(("diffusers.models.modeling_utils", "ModelMixin"), _diffusers)
 

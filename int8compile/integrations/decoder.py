@@ -1,7 +1,7 @@
 """A transformers language model with a static KV cache as a function of tensors, for export.
 
-One graph reads prompts and generates: the number of tokens may change from call to call. The cache is given to every
-call, which writes to it, so that the exported file holds no state: one copy of it serves any number of texts.
+One graph reads prompts and generates: the number of tokens may change from call to call. Every call is given the cache
+and writes to it. The exported file holds no state, so one copy of it serves any number of texts.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class StaticCacheDecoder(nn.Module):
 
     Args:
         model: A decoder-only language model (`...ForCausalLM`) of transformers.
-        length: Tokens that the cache has room for. Every call reads all of it, so it should not be larger than needed.
+        length: The number of tokens that the cache has room for. Every call reads the whole cache, so do not make it
+            larger than needed.
 
     Raises:
-        ModelError: The model keeps other things than keys and values, looks back less far than `length`, or computes
-            something else in this way than it does by itself.
+        ModelError: The model's cache holds more than keys and values, its attention window is shorter than `length`, or
+            its results with this cache differ from its own.
 
     Attributes:
         sizes: [heads, length, head_dim] of each tensor of the cache: keys and values of the first layer, and so on.
@@ -49,9 +50,9 @@ class StaticCacheDecoder(nn.Module):
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Reads a few tokens, in two calls, and compares the logits with the model's: not all do as they are told.
+        """Read a few tokens in two calls, and compare the logits with the model's own.
 
-        Some have an attention of their own, which takes masks in another way, and some look at later tokens, too.
+        Some models have an attention of their own that takes other masks, and some attend to later tokens.
         """
         name = type(self.model).__name__
         ids = torch.arange(min(4, self.length), device=self.model.device)[None]
@@ -64,18 +65,18 @@ class StaticCacheDecoder(nn.Module):
         except Exception as error:
             raise ModelError(f"{name} cannot be run with a static cache: {first_line(error)}; {_INSTEAD}") from error
         expected = self.model(input_ids=ids, use_cache=False).logits[:, -1]
-        # Which rows are together changes how 16 bit rounds, and with column outliers int8.
+        # The rows of a batch affect rounding in 16 bit, and int8 with column outliers.
         exact = self.model.dtype == torch.float32 and not any(isinstance(each, Int8Module) for each in self.modules())
         if (logits - expected).abs().max() > (5e-5 if exact else 0.05) * expected.abs().max():
-            raise ModelError(f"{name} computes something else with a static cache and a causal mask; {_INSTEAD}")
+            raise ModelError(f"{name} gives other results with a static cache and a causal mask; {_INSTEAD}")
 
     def forward(self, ids: Tensor, start: Tensor, cache: list[Tensor]) -> Tensor:
-        """Reads tokens, and writes their keys and values to the cache.
+        """Read tokens, and write their keys and values to the cache.
 
         Args:
-            ids: Tokens.
-            start: How many tokens the cache holds already, of all rows the same; 0 or more.
-            cache: What `new_cache` makes; it is changed.
+            ids: The tokens.
+            start: The number of tokens that the cache already holds, the same for all rows; 0 or more.
+            cache: A cache of `new_cache`; it is changed.
 
         Returns:
             The logits of the token that follows the last one.
@@ -96,21 +97,21 @@ class StaticCacheDecoder(nn.Module):
                 position_ids=positions[None],
                 past_key_values=past,
                 use_cache=True,
-                # Not 1, which makes a slice, and a batch of slices is asked whether it is of one token.
+                # Not 1, which would make a slice, whose size torch.export would compare with one token.
                 logits_to_keep=torch.tensor([-1], device=ids.device),
             )
         logits: Tensor = out.logits[:, -1]
         return logits
 
     def new_cache(self, batch: int = 1) -> list[Tensor]:
-        """An empty cache for `batch` texts, [batch, heads, length, head_dim] each."""
+        """Return an empty cache for `batch` texts, tensors [batch, heads, length, head_dim]."""
         return [torch.zeros(batch, *size, dtype=self.model.dtype, device=self.model.device) for size in self.sizes]
 
     def example(self, batch: int = 1) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Example inputs for `int8compile.export`, and its `dynamic_shapes`: of 1 to `length` tokens.
+        """Return example inputs for `int8compile.export`, and its `dynamic_shapes` for 1 to `length` tokens.
 
         Args:
-            batch: Texts at a time.
+            batch: The number of texts at a time.
         """
         cache = self.new_cache(batch)
         ids = torch.zeros(batch, min(8, self.length), dtype=torch.int64, device=self.model.device)
@@ -125,7 +126,7 @@ class _Layer(StaticLayer):  # type: ignore[no-untyped-call]
         super().__init__(keys.shape[2])
         self.keys, self.values = keys, values
         self.dtype, self.device = keys.dtype, keys.device
-        self.cumulative_length = start.clone()  # `update` counts it up.
+        self.cumulative_length = start.clone()  # `update` increments it in place.
         self.is_initialized = True
 
 
@@ -135,7 +136,7 @@ def _cache_sizes(model: Any, length: int) -> list[tuple[int, int, int]]:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < length and getattr(config, "use_sliding_window", True):
         raise ModelError(f"{type(model).__name__} looks back {window} tokens; a cache of {length} is longer than that")
-    # The model makes one itself, since heads and their sizes may differ from layer to layer.
+    # The model fills a cache itself, because the number and size of heads may differ from layer to layer.
     past = StaticCache(config=model.config, max_cache_len=length)
     kinds = {type(layer).__name__ for layer in past.layers if not isinstance(layer, StaticLayer)}
     if kinds:
@@ -148,7 +149,7 @@ def _cache_sizes(model: Any, length: int) -> list[tuple[int, int, int]]:
 
 @contextlib.contextmanager
 def _attention(model: Any) -> Iterator[None]:
-    """Has the model call `_attend`; transformers' own function asks whether there is one token, or several."""
+    """Have the model call `_attend`; the function of transformers branches on whether there is one token."""
     before = model.config._attn_implementation
     try:
         model.config._attn_implementation = _ATTENTION
@@ -167,7 +168,7 @@ def _attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with a mask. All query heads that share a key head are rows of one product: keys are not copied.
+    """Return attention with a mask, without copies of keys: query heads that share a key head are rows of one product.
 
     Shapes:
         query: [B, H, S, D]; key, value: [B, heads, T, D]; attention_mask: [1, 1, S, T]; result: [B, S, H, D].
@@ -176,11 +177,11 @@ def _attend(
     if asked or attention_mask is None:
         raise ModelError(
             f"{type(module).__name__} asks for {asked[0] if asked else 'attention without a mask'}, "
-            f"which this decoder has not; {_INSTEAD}"
+            f"which this decoder does not have; {_INSTEAD}"
         )
     batch, heads, length, size = query.shape
     groups = heads // key.shape[1]
-    # Not reshape(), which asks whether there is one token, when nothing need be copied.
+    # Not reshape(), which needs no copy for a single token, and so would branch on the number of tokens.
     grouped = query.clone(memory_format=torch.contiguous_format).view(batch, key.shape[1], groups * length, size)
     mask = attention_mask.repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)

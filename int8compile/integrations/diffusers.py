@@ -1,7 +1,7 @@
-"""int8 models in diffusers: import this module, then load what `save_pretrained` wrote, or pass an `Int8CompileConfig`.
+"""int8 models in diffusers: import this module, then load a saved int8 folder, or pass an `Int8CompileConfig`.
 
-`quantize_` of a model of diffusers, or of a part of a pipeline, imports it by itself. Another process that loads the
-folder must import it before `from_pretrained`; without it diffusers raises an error about an unknown quantization type.
+`quantize_` imports it when it is given a model of diffusers or a part of a pipeline. Another process must import it
+before `from_pretrained` of the folder; otherwise diffusers raises an error about an unknown quantization type.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from int8compile.errors import CheckpointError, ConfigError, ModelError, listed
 from int8compile.integrations.folders import (
     ADVICE,
     Arrivals,
+    check_files,
     check_loaded,
     check_quantizer,
-    check_tensor,
     checksums,
     describe_when_saved,
     has_int8,
+    int8_tensors,
     is_offloaded,
     is_others,
-    opened,
     quantized,
-    tensors_of,
 )
 from int8compile.integrations.transformers import METHOD, Int8CompileConfig
 from int8compile.stored.convert import (
@@ -62,19 +61,19 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
 
     def __init__(self, quantization_config: Int8CompileConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # Weights that become int8, and what the checkpoint has.
+        # The weights that become int8, and the names in the checkpoint.
         self.arrivals = Arrivals(())
         self.loaded_keys: list[str] = []
         self.converter: Converter | None = None
-        # Where each tensor of a checkpoint that is int8 already is.
+        # The file of each tensor, for a checkpoint that is already int8.
         self.files: dict[str, str] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what int8 modules cannot do.
+        """Raise an error for options that int8 modules do not support.
 
         Raises:
-            ModelError: A part is for the disk: diffusers offloads parameters only, and int8 weights are buffers.
-            ConfigError: The checkpoint is one of bitsandbytes.
+            ModelError: A part would be offloaded to disk: diffusers offloads parameters only, int8 weights are buffers.
+            ConfigError: It is a checkpoint of bitsandbytes.
         """
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise ModelError(
@@ -87,7 +86,7 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Iterable[Any]) -> list[str]:
-        """Take down what the checkpoint has, as diffusers calls this first."""
+        """Record the names and files of the checkpoint; diffusers calls this first."""
         self.files = dict.fromkeys(map(str, checkpoint_files), "")
         self.loaded_keys = list(loaded_keys)
         return loaded_keys
@@ -115,14 +114,14 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
     def check_if_quantized_param(
         self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
-        """Return whether a tensor of the checkpoint is for an int8 module, or a float weight that becomes int8."""
+        """Return whether a tensor of the checkpoint belongs to an int8 module, or is a weight that becomes int8."""
         return param_name in self.arrivals or _place(model, param_name) is not None
 
     def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> bool:
-        """Check the shape of a tensor, which diffusers asks for where it is not the model's.
+        """Raise an error: diffusers calls this where the shape of a tensor is not the model's.
 
         Raises:
-            CheckpointError: It is never right then.
+            CheckpointError: Always.
         """
         raise CheckpointError(
             f"{param_name} has shape {list(loaded.shape)} in the checkpoint, {list(current.shape)} in the model. "
@@ -139,11 +138,11 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Put a tensor in its int8 module, or quantize float weights once those of a group are there."""
+        """Put a tensor in its int8 module, or quantize float weights once their group is complete."""
         if (place := _place(model, param_name)) is not None:
             module, name = place
-            # Not `param_value`, of which scales were cast to the dtype that was asked for.
-            # A copy, because what is read from a file is mapped, and so changes with the file.
+            # Not `param_value`, where scales were cast to the requested dtype. A copy, because the tensor is mapped
+            # from the file, and so changes with it.
             module._buffers[name] = state_dict[param_name].to(target_device, copy=True)
             return
         self._quantize(self.arrivals.add(param_name, param_value.to(target_device)))
@@ -157,13 +156,7 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for read in self.arrivals.rest():
             self._quantize(read)
-        missing = [
-            f"{path}.{name}"
-            for path, module in model.named_modules()
-            if isinstance(module, Int8Module) and not is_offloaded(module)
-            for name in tensors_of(module)
-            if getattr(module, name).is_meta
-        ]
+        missing = [name for name, module, tensor in int8_tensors(model) if tensor.is_meta and not is_offloaded(module)]
         if missing:
             raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")
         share_rotations(model)
@@ -180,7 +173,7 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
 
 
 def _place(model: nn.Module, name: str) -> tuple[Int8Module, str] | None:
-    """The int8 module that a tensor of a checkpoint is for, and the buffer."""
+    """Return the int8 module and the buffer that a tensor of a checkpoint is for; None for other tensors."""
     path, _, last = name.rpartition(".")
     if last not in BUFFERS:
         return None
@@ -189,48 +182,28 @@ def _place(model: nn.Module, name: str) -> tuple[Int8Module, str] | None:
 
 
 def _check_checkpoint(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
-    """Compare what is int8 in a checkpoint with what is in the model, and return the file of each tensor.
+    """Check that the int8 layers of a checkpoint are those of a model, and return the file of each tensor.
 
     Raises:
-        CheckpointError: A layer is int8 in the one and float in the other, its tensors have other dtypes, or a file
-            cannot be read.
+        CheckpointError: A layer is int8 on one side only, its tensors have a wrong dtype, or a file cannot be read.
     """
-    modules = dict(model.named_modules())
-    found: dict[str, str] = {}
-    files = [file for file in files if file.endswith(".safetensors")]
-    for file in files:
-        with opened(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118  it is no dictionary
-                path, _, name = key.rpartition(".")
-                found[key] = file
-                if isinstance(module := modules.get(path), Int8Module):
-                    check_tensor(key, name, module, tensors)
-                elif name == "qweight":
-                    raise CheckpointError(
-                        f"{key} of the checkpoint is int8, but by its config.json {path} is float. {ADVICE}"
-                    )
-    expected = [
-        f"{path}.{name}"
-        for path, module in modules.items()
-        if isinstance(module, Int8Module)
-        for name in tensors_of(module)
-    ]
-    if files and (missing := [name for name in expected if name not in found]):
+    found = check_files(model, files)
+    if found and (missing := [name for name, _, _ in int8_tensors(model) if name not in found]):
         raise CheckpointError(f"the checkpoint lacks {listed(missing)}. {ADVICE}")
     return found
 
 
 def attach(model: Any, config: Int8Config, *, nested: bool = False) -> None:
-    """Have a model whose modules were made int8 without diffusers save and load as one that it quantized.
+    """Have a model that was quantized without diffusers save and load like one that diffusers quantized.
 
     Args:
         model: The model.
-        config: What led to it.
-        nested: Whether a model that holds this one saves itself, too; without effect, as its config is its own.
+        config: The options it was quantized with.
+        nested: Whether it is inside a model that saves itself too; no effect, because configs are separate.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if is_others(quantizer, Int8CompileDiffusersQuantizer):
-        return  # What it says of itself stays so; it cannot be saved.
+        return  # Its description stays; saving it raises an error.
     if quantizer is None:
         quantizer = Int8CompileDiffusersQuantizer(Int8CompileConfig.of(config), pre_quantized=True)
     quantizer.quantization_config.describe(model)
@@ -240,7 +213,7 @@ def attach(model: Any, config: Int8Config, *, nested: bool = False) -> None:
 
 
 def detach(model: Any) -> None:
-    """Undo `attach`, and what loading does: the model saves and loads as a float one."""
+    """Undo `attach` or loading in int8: the model saves and loads as a float one."""
     if isinstance(getattr(model, "hf_quantizer", None), Int8CompileDiffusersQuantizer):
         del model.hf_quantizer
         del model.quantization_method
@@ -256,9 +229,9 @@ def _set_config(model: Any, config: Int8CompileConfig | None) -> None:
 
 @contextlib.contextmanager
 def _described(model: Any) -> Iterator[None]:
-    """While a model is saved, its config describes its int8 modules and has their checksums.
+    """Have a model's config describe its int8 modules, with their checksums, while the model is saved.
 
-    Modules and values may have changed since it was quantized or loaded.
+    Modules and values may have changed since the model was quantized or loaded.
     """
     if not has_int8(model):
         detach(model)  # Its parts may have been dequantized, or it was made from the config of an int8 model.
@@ -272,7 +245,7 @@ def _described(model: Any) -> Iterator[None]:
         yield
     finally:
         config.checksums = {}
-        _set_config(model, config)  # Saving makes a dictionary of it.
+        _set_config(model, config)  # Saving has turned it into a dictionary.
 
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Int8CompileConfig

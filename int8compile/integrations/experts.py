@@ -1,4 +1,4 @@
-"""transformers' mixtures of experts with int8 weights: an implementation for its experts interface."""
+"""Mixtures of experts of transformers with int8 weights: an implementation for its experts interface."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ NAME = "int8"
 
 
 def int8_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward pass of a module of experts whose weights are `Int8Experts`.
+    """Return the result of a module of experts whose weights are `Int8Experts`.
 
     Tokens are sorted by expert, so that each weight is read once.
 
     Args:
         self: The module of experts.
         hidden_states: [T, K].
-        top_k_index: [T, top_k], the experts that a token goes to; numbers of E and above go to none (expert
+        top_k_index: [T, top_k], the experts of each token; numbers of E and above stand for no expert (expert
             parallelism).
-        top_k_weights: [T, top_k], how much each counts.
+        top_k_weights: [T, top_k], the weight of each expert's result.
 
     Returns:
         [T, K] of the dtype of `hidden_states`.
@@ -33,7 +33,7 @@ def int8_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, 
         experts, torch.arange(self.num_experts, device=experts.device), right=True, out_int32=True
     )
     x = hidden_states[order // top_k]
-    # Rows of no expert, which are last, are zero; their bias must be one that exists.
+    # Rows of no expert come last and are zero; the index of their bias must still be valid.
     bias_of = experts.clamp(max=self.num_experts - 1)
     name = "gate_up_proj" if self.has_gate else "up_proj"
     x = getattr(self, name)(x, ends)
@@ -46,7 +46,7 @@ def int8_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, 
     if self.has_post_expert_norm:
         x = self.post_expert_norm(x)
     weights = top_k_weights.reshape(-1)[order].masked_fill(experts >= self.num_experts, 0)
-    # Unsorted by a gather: adding in place where an index repeats is not deterministic on GPUs.
+    # A gather restores the order: adding in place at repeated indices is not deterministic on GPUs.
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     parts = (x * weights.unsqueeze(-1))[back].unflatten(0, (-1, top_k))
     result: Tensor = parts.sum(dim=1).to(hidden_states.dtype)

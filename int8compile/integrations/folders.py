@@ -1,4 +1,4 @@
-"""Hugging Face folders of int8 models: their checksums, and errors while they are read or written."""
+"""Hugging Face folders of int8 models: reading, checking and writing, for all libraries."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from int8compile.checksum import sha256_of_all
 from int8compile.errors import CheckpointError, first_line, listed
-from int8compile.stored.convert import Made, Target, quantized_in_groups
+from int8compile.stored.bitsandbytes import check_layout
+from int8compile.stored.convert import Made, Target, quantized_one_by_one
 from int8compile.stored.modules import BUFFERS, Int8Module, bad_rotation, bad_scales
 
 ADVICE = "Copy the checkpoint again, or quantize the float model again"
 # diffusers may read the files of a model in several threads.
 _arriving = threading.Lock()
-# Of tensors in safetensors files, by the end of their names.
+# The dtypes of int8 tensors in safetensors files, by the last part of their names.
 _STORED_AS = {"qweight": "I8", "scale": "F32", "d": "F32"}
 
 
@@ -41,21 +42,21 @@ def is_offloaded(module: Any) -> bool:
 
 
 class Arrivals:
-    """Float weights that are read while a model is loaded, each kept until those are there that it depends on.
+    """Float weights that are read while a model is loaded, each kept until its whole group has been read.
 
-    Linears of one group have one d, which is made of all their weights. A checkpoint has these near each other, so
-    memory holds about one group in float.
+    The linears of a group share one `d`, which is computed from all their weights. A checkpoint stores these near each
+    other, so memory holds about one group in float.
 
     Args:
-        targets: What becomes int8, with weights on the meta device.
+        targets: The weights that become int8, on the meta device.
     """
 
     def __init__(self, targets: Iterable[Target]) -> None:
-        # By the names of weights, all that are to be there together, in the order of the model.
+        # The group of each weight by its name, in the order of the model.
         self._together: dict[str, list[Target]] = {}
         for each in _together(targets):
             self._together |= dict.fromkeys((target.name for target in each), each)
-        # What the checkpoint has and was not read yet, and what was read, by the names of weights.
+        # The names of weights that the checkpoint has and that are not read yet; the weights that are read, by name.
         self._expected: set[str] = set()
         self._weights: dict[str, Tensor] = {}
 
@@ -63,16 +64,17 @@ class Arrivals:
         return name in self._together
 
     def expect(self, name: str) -> None:
-        """Take down that the checkpoint has a weight, for which the others of its group wait."""
+        """Record that the checkpoint has a weight, so that the others of its group wait for it."""
         self._expected.add(name)
 
     def add(self, name: str, weight: Tensor) -> list[tuple[Target, Tensor]]:
-        """Keep a weight until the others are there that the checkpoint has.
+        """Keep a weight until the rest of its group that the checkpoint has is read.
 
-        A weight of another shape than the model's is not kept, and stays in float.
+        A weight whose shape is not the model's is not kept, and stays in float.
 
         Returns:
-            Targets and their weights once they are there, without what the checkpoint lacks; nothing before.
+            The targets of a complete group with their weights, without those that the checkpoint lacks; an empty list
+            while the group is not complete.
         """
         together = self._together[name]
         with _arriving:
@@ -84,18 +86,18 @@ class Arrivals:
             return [] if any(target.name in self._expected for target in together) else self._taken(together)
 
     def rest(self) -> Iterator[list[tuple[Target, Tensor]]]:
-        """Return what still waits: the library has left out others that the checkpoint has."""
+        """Yield the groups that still wait for a weight, because the library has left out one of the checkpoint."""
         while self._weights:
             yield self._taken(self._together[next(iter(self._weights))])
 
     def _taken(self, together: Sequence[Target]) -> list[tuple[Target, Tensor]]:
-        # A tied weight is read under one name, for all its targets.
+        # A tied weight is read under one name for all its targets.
         read = {id(each.weight): self._weights.pop(each.name) for each in together if each.name in self._weights}
         return [(target, read[id(target.weight)]) for target in together if id(target.weight) in read]
 
 
 def _together(targets: Iterable[Target]) -> list[list[Target]]:
-    """Return targets that are of one group or have one weight together, in their order."""
+    """Return lists of targets that share a group or a weight, in their order."""
     found: dict[Hashable, list[Target]] = {}
     order: dict[int, int] = {}
     for target in targets:
@@ -114,36 +116,42 @@ def _together(targets: Iterable[Target]) -> list[list[Target]]:
 def quantized(
     read: Sequence[tuple[Target, Tensor]], rotate: Callable[[Sequence[Target]], None]
 ) -> Iterator[tuple[Target, Made]]:
-    """Quantize weights that were read, as `int8compile.stored.convert.quantized_in_groups` does those of a model.
+    """Quantize weights that were read, like `int8compile.stored.convert.quantized_one_by_one`.
 
     Yields:
-        Targets, and their weights in int8.
+        The targets, with their weights in int8.
     """
     targets = [dataclasses.replace(target, weight=weight) for target, weight in read]
-    for (target, _), (_, made) in zip(read, quantized_in_groups(targets, rotate), strict=True):
+    for (target, _), (_, made) in zip(read, quantized_one_by_one(targets, rotate), strict=True):
         yield target, made
 
 
 def tensors_of(module: Int8Module) -> list[str]:
-    """Return the names of an int8 module's tensors in files: there is a `d` only where its weight is rotated."""
+    """Return the names of an int8 module's tensors in files; only a rotated weight has a `d`."""
     return [name for name in BUFFERS if getattr(module, name) is not None]
 
 
+def int8_tensors(model: nn.Module) -> Iterator[tuple[str, Int8Module, Tensor]]:
+    """Yield the tensors of a model's int8 modules, with their names in files and their modules."""
+    for path, module in model.named_modules():
+        if isinstance(module, Int8Module):
+            for name in tensors_of(module):
+                yield f"{path}.{name}", module, getattr(module, name)
+
+
 def _in_memory(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model's int8 modules by their names, without those that are offloaded or parts of one."""
+    """Return the tensors of a model's int8 modules by name, without offloaded tensors and tensor subclasses."""
     return {
-        f"{path}.{name}": tensor
-        for path, module in model.named_modules()
-        if isinstance(module, Int8Module)
-        for name in BUFFERS
-        if type(tensor := getattr(module, name)) in (Tensor, nn.Parameter) and not tensor.is_meta
+        name: tensor
+        for name, _, tensor in int8_tensors(model)
+        if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
     }
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
-    """Return the SHA-256 of the tensors of a model's int8 modules that are in memory, by their names.
+    """Return the SHA-256 of the tensors of a model's int8 modules that are in memory, by name.
 
-    What is offloaded to a disk has none, and is not checked when the folder is loaded.
+    Tensors that are offloaded to a disk have none, and are not checked when the folder is loaded.
     """
     return sha256_of_all(_in_memory(model))
 
@@ -151,16 +159,16 @@ def checksums(model: nn.Module) -> dict[str, str]:
 def check_loaded(model: nn.Module, expected: Mapping[str, str], files: Mapping[str, str]) -> None:
     """Check that the tensors of int8 modules have the bytes with which they were saved.
 
-    Tensors that are offloaded to a disk are not read for this, so they are not checked.
+    Tensors that are offloaded to a disk are not checked, because that would read them.
 
     Args:
-        model: The model, loaded.
-        expected: The SHA-256 of its tensors, by their names in the model. A folder of an older version has none.
-        files: The files in which they are, by the same names.
+        model: The loaded model.
+        expected: The SHA-256 of the tensors, by their names in the model. A folder of an older version has none.
+        files: The files of the tensors, by the same names.
 
     Raises:
-        CheckpointError: A scale is no finite positive number or 0, or a d is 0 or not finite, or the bytes of a tensor
-            have changed.
+        CheckpointError: A scale is negative or not finite, a d is 0 or not finite, or the bytes of a tensor have
+            changed.
     """
     tensors = _in_memory(model)
     checks = {"scale": bad_scales, "d": bad_rotation}
@@ -188,7 +196,7 @@ def opened(file: str) -> Iterator[Any]:
     """Open a safetensors file.
 
     Raises:
-        CheckpointError: It is not there, cannot be read, or is damaged.
+        CheckpointError: It does not exist, cannot be read, or is damaged.
     """
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -203,7 +211,7 @@ def check_tensor(key: str, name: str, module: Int8Module, tensors: Any) -> None:
     """Check an int8 module's tensor in an open safetensors file.
 
     Raises:
-        CheckpointError: Its dtype is another than int8 modules have, or it rotates a weight that is not rotated.
+        CheckpointError: Its dtype is wrong, or it rotates a weight that is not rotated.
     """
     if name == "d" and module.d is None:
         raise CheckpointError(
@@ -214,15 +222,56 @@ def check_tensor(key: str, name: str, module: Int8Module, tensors: Any) -> None:
         raise CheckpointError(f"{key} of the checkpoint is {dtype}; it must be {_STORED_AS[name]}. {ADVICE}")
 
 
-# What transformers and diffusers write for a model.
+def check_files(
+    model: nn.Module, files: Iterable[str], spellings: Callable[[str], Sequence[str]] | None = None
+) -> dict[str, str]:
+    """Check the int8 tensors in the safetensors files of a checkpoint against a model.
+
+    Args:
+        model: The model, with its int8 modules in place.
+        files: The files of the checkpoint; others than safetensors are not read.
+        spellings: Returns the names that a module of the checkpoint may have in the model. None where the names are the
+            same; the model must then have every int8 module of the checkpoint.
+
+    Returns:
+        The file of each tensor, by the tensor's name in the model.
+
+    Raises:
+        CheckpointError: A layer is int8 in the checkpoint and float in the model, its tensors have a wrong dtype or an
+            unknown layout, or a file cannot be read.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, str] = {}
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        with opened(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118  it is not a dictionary
+                path, _, name = key.rpartition(".")
+                if spellings is not None:
+                    path = next((spelling for spelling in spellings(path) if spelling in modules), path)
+                module = modules.get(path)
+                found[f"{path}.{name}".lstrip(".")] = file
+                if isinstance(module, Int8Module):
+                    check_tensor(key, name, module, tensors)
+                elif name == "qweight" and (module is not None or spellings is None):
+                    raise CheckpointError(
+                        f"{key} of the checkpoint is int8, but by its config.json {path} is float. {ADVICE}"
+                    )
+                if name == "weight_format":
+                    check_layout(path, tensors.get_tensor(key))
+    return found
+
+
+# The files that transformers and diffusers write for a model.
 _OURS = re.compile(r"(generation_)?config\.json|.*\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json")
 
 
 @contextlib.contextmanager
 def written(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn errors of the file system while a folder is written into `CheckpointError`, and remove what was written.
+    """Turn errors of the file system while a folder is written into `CheckpointError`, and remove new files.
 
-    Files that were there before stay, but may have been overwritten.
+    Files that existed before stay, but may have been overwritten.
     """
     path = Path(folder)
     before = set(path.iterdir()) if path.is_dir() else set()
@@ -232,29 +281,29 @@ def written(folder: str | os.PathLike[str]) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             for new in set(path.iterdir()) - before:
-                if _OURS.fullmatch(new.name):  # Others may write to the folder, too.
+                if _OURS.fullmatch(new.name):  # Other programs may write to the folder.
                     new.unlink()
             if is_new:
-                path.rmdir()  # If nothing else is in it.
+                path.rmdir()  # Fails if it is not empty.
         kept = " Files that were there may be overwritten, so do not load from it." if before else ""
         raise CheckpointError(
             f"{path} cannot be written: {first_line(error)}.{kept} Make room or name another folder, and save again"
         ) from error
 
 
-# Models may share configs, which are changed while one of them is saved.
+# One model is saved at a time: models may share configs, which change while a model is saved.
 _saving = threading.RLock()
 
 
 def describe_when_saved(kind: type[Any], described: Callable[[Any], AbstractContextManager[None]]) -> None:
-    """Have a class's `save_pretrained` describe what is int8 in the model that is saved.
+    """Have a class's `save_pretrained` describe the int8 modules of the model that is saved.
 
-    `quantize_` tells the models that it finds in what it is given. The model around a part that was quantized alone is
-    found only here, because parts do not know what holds them.
+    `quantize_` updates the models inside its argument. A model around that argument is found only when it is saved,
+    because a part does not know the model that holds it.
 
     Args:
         kind: The base class of models that save themselves.
-        described: Takes a model that has int8 modules, or had some; what it returns is entered while it is saved.
+        described: Returns the context in which a model is saved, also one that no longer has int8 modules.
     """
     original = kind.save_pretrained
     parameters = inspect.signature(original)
@@ -265,7 +314,7 @@ def describe_when_saved(kind: type[Any], described: Callable[[Any], AbstractCont
         with _saving, contextlib.ExitStack() as stack:
             if has_int8(self):
                 _check_given(self, given.get("state_dict"))
-                # A network has errors of its own, and what was written is whole then.
+                # Errors of a network are not errors of the folder, which is then whole.
                 if not (given.get("push_to_hub") or given.get("kwargs", {}).get("push_to_hub")):
                     stack.enter_context(written(given["save_directory"]))
             stack.enter_context(described(self))
@@ -275,7 +324,7 @@ def describe_when_saved(kind: type[Any], described: Callable[[Any], AbstractCont
 
 
 def _check_given(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:
-    """Raises `CheckpointError` where tensors are given that are not the model's: the library would save the model's."""
+    """Raise `CheckpointError` for a state dict with other tensors than the model's, which would not be saved."""
     given = state_dict or {}
     own = model.state_dict() if given else {}
     others = [name for name, tensor in given.items() if name not in own or not _is_same(tensor, own[name])]
@@ -289,17 +338,17 @@ def _check_given(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> N
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
     if (tensor.shape, tensor.dtype, tensor.is_meta) != (other.shape, other.dtype, other.is_meta):
         return False
-    # Each state dict has copies of the d that several modules share.
+    # A state dict has copies of a d that several modules share.
     return tensor.data_ptr() == other.data_ptr() or torch.equal(tensor, other.to(tensor.device))
 
 
 def is_others(quantizer: Any, ours: type[Any]) -> bool:
-    """Return whether a model's quantizer is that of another library."""
+    """Return whether a model has the quantizer of another library."""
     return quantizer is not None and not isinstance(quantizer, ours)
 
 
 def check_quantizer(model: Any, ours: type[Any]) -> None:
-    """Raises `CheckpointError` where another library has quantized a part of a model that has int8 modules, too."""
+    """Raise `CheckpointError` where another library has quantized a part of a model with int8 modules."""
     other = getattr(model, "hf_quantizer", None)
     if is_others(other, ours):
         raise CheckpointError(

@@ -1,9 +1,9 @@
-"""The weight of an int8 module, for callers that read it instead of calling the module.
+"""The weight of an int8 module, for code that reads it instead of calling the module.
 
-`F.linear(x, self.qkv.weight, bias)` in a parent, or `x @ encoder.weight` in a tied autoencoder: matmuls run in
-int8. The passes that rewrite graphs find them, in every spelling that they know. Under torch.compile the weight is the
-operator `int8compile::module_weight`; in eager mode each call becomes a graph of its own, once for each combination of
-sizes. What else reads the weight gets it in float.
+Examples are `F.linear(x, self.qkv.weight, bias)` in a parent, and `x @ encoder.weight` in a tied autoencoder. Matmuls
+run in int8, in every spelling that the passes know. Under torch.compile the weight is the operator
+`int8compile::module_weight`. In eager mode each call becomes a graph of its own, made once for each combination of
+sizes. Any other use gets the weight in float.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from int8compile.weights import METADATA, STORE
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
-    """A weight in int8, and how it is multiplied with.
+    """A weight in int8, and how activations are multiplied by it.
 
     Attributes:
         qweight: [..., N, K] int8.
         scale: [..., N] float32.
-        d: [K] or [..., K] float32, what it is rotated with; None where it is not.
-        dtype: What it is dequantized to.
+        d: [K] or [..., K] float32, the factors of its rotation; None where it is not rotated.
+        dtype: The dtype of the dequantized weight.
         policy: See `int8compile.ops.module_weight`.
-        path: The module's, for messages.
-        made: The version of `qweight` that a copy was made of; None for the module's own weight.
+        path: The path of the module, for messages.
+        made: The version of `qweight` when a copy was made; None for the module's own weight.
     """
 
     qweight: Tensor
@@ -55,34 +55,34 @@ class Held:
 
     @property
     def name(self) -> str:
-        """The module, for messages."""
+        """The name of the module, for messages."""
         return self.path or "an int8 module"
 
     def in_float(self) -> Tensor:
-        """The weight dequantized, [..., N, K], by an operator that the passes know."""
+        """Return the dequantized weight, [..., N, K], by an operator that the passes know."""
         result: Tensor = ops.module_weight.default(self.qweight, self.scale, self.d, self.dtype, self.policy)
         return result
 
     def copied(self) -> Held:
-        """A copy, which does not follow the module: with scales of its own."""
+        """Return a copy with scales of its own, which do not follow the module's."""
         made = None if self.qweight.is_inference() else self.qweight._version
         return dataclasses.replace(self, scale=self.scale.clone(), made=made)
 
     def check(self) -> None:
-        """Raises `Int8WeightError` for a copy of integers that are not there any more."""
+        """Raise `Int8WeightError` for a copy whose module has changed its integers since."""
         if self.made is not None and self.qweight._version != self.made:
             raise Int8WeightError(
-                f"{self.name}: its weight has changed since this copy of it was made, which has its scales only. "
+                f"{self.name}: its weight has changed since this copy was made, which has only scales of its own. "
                 "module.dequantize() makes a copy in float"
             )
 
 
 class Step:
-    """A call that a weight is read through, of which the weight is the first argument.
+    """A call with a weight as its first argument, which makes a view or a copy of it.
 
     Args:
-        func: As `__torch_function__` is given it.
-        args: The other arguments, none of them a tensor.
+        func: The function, as `__torch_function__` gets it.
+        args: The other positional arguments, none of them a tensor.
         kwargs: The keyword arguments.
     """
 
@@ -97,33 +97,33 @@ class Step:
         return hash(self._key)
 
     def __call__(self, value: Any) -> Any:
-        """Makes the call."""
+        """Make the call."""
         return self.func(value, *self.args, **self.kwargs)
 
     def append(self, node: Node) -> Node:
-        """Appends the call to a graph."""
+        """Append the call to the graph of a node."""
         return _append(node.graph, self.func, (node, *self.args), self.kwargs)
 
 
 class Int8Weight(Tensor):
-    """A float weight of which there is only the int8 one; it has the shape, strides, dtype and device of the float one.
+    """A float weight that exists only in int8, with the shape, strides, dtype and device of the float weight.
 
-    A matmul with it, or with a view of it, runs in int8; one by other rows than the module's (its transpose) keeps an
-    int8 weight of its own. Multiplying all of it in place by a number multiplies the scales; other writes raise
-    `Int8WeightError`. Whatever else reads it gets the dequantized weight, with one warning. Dynamo does not trace it: a
-    compiled function that is given one breaks its graph there; one that reads `module.weight` itself does not.
+    A matmul with it, or with a view of it, runs in int8. A matmul with other rows than the module's (its transpose)
+    keeps an int8 weight of its own. Multiplying all of it in place by a number multiplies the scales. Other writes
+    raise `Int8WeightError`. Any other use gets the dequantized weight, with one warning. Dynamo does not trace it: a
+    compiled function has a graph break where it gets one as an argument, but none where it reads `module.weight`.
     """
 
-    # What transformers asks before it initializes a weight.
+    # transformers initializes weights where this is False.
     _is_hf_initialized = True
 
     held: Held
-    # The last makes this tensor of what the others make of the module's weight.
+    # The calls that make this tensor of the module's weight, in order.
     steps: tuple[Step, ...]
 
     @classmethod
     def make(cls, held: Held, like: Tensor, steps: tuple[Step, ...] = ()) -> Int8Weight:
-        """Makes one of the sizes, strides and dtype of a tensor without data."""
+        """Return a weight with the sizes, strides and dtype of a tensor without data."""
         made = Tensor._make_wrapper_subclass(
             cls,
             like.shape,
@@ -137,7 +137,7 @@ class Int8Weight(Tensor):
 
     @property
     def is_entire(self) -> bool:
-        """True if it has every element of the module's weight once, in any order."""
+        """True if it has each element of the module's weight once, in any order."""
         qweight = self.held.qweight
         return self.numel() == qweight.numel() and not any(
             stride == 0 and size > 1 for size, stride in zip(self.shape, self.stride(), strict=True)
@@ -150,12 +150,12 @@ class Int8Weight(Tensor):
     @_is_param.setter
     def _is_param(self, value: bool) -> None:  # nn.Parameter marks what it is given.
         raise Int8WeightError(
-            f"{self.held.name}: its weight is int8 and can be no nn.Parameter; nn.Parameter(module.dequantize()) has "
-            "it in float"
+            f"{self.held.name}: its weight is int8 and cannot be an nn.Parameter; nn.Parameter(module.dequantize()) "
+            "has it in float"
         )
 
     def in_float(self) -> Tensor:
-        """The values, dequantized."""
+        """Return the dequantized values."""
         self.held.check()
         value = self.held.in_float()
         for step in self.steps:
@@ -163,7 +163,7 @@ class Int8Weight(Tensor):
         return value
 
     def check_is(self, value: Any) -> None:
-        """Raises `Int8WeightError` unless what is assigned in its place is the same weight: `weight.data *= 2`."""
+        """Raise `Int8WeightError` unless the tensor assigned in its place is this weight, as in `weight.data *= 2`."""
         if not (isinstance(value, Int8Weight) and value.is_entire and value.held.scale is self.held.scale):
             raise _not_writable(self, "assigning another tensor")
 
@@ -195,7 +195,7 @@ class Int8Weight(Tensor):
     @classmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What has gone past __torch_function__: other subclasses, and code below PyTorch's Python.
+        # Reached by calls that skip __torch_function__: other subclasses, and code below PyTorch's Python.
         for value, argument in zip(args, func._schema.arguments, strict=False):
             if argument.is_write and isinstance(value, cls):
                 raise _not_writable(value, _name(func))
@@ -207,15 +207,15 @@ class Int8Weight(Tensor):
         return f"Int8Weight({self.held.path!r}, {about})"
 
 
-# Which may change the device; the result is asked of a tensor without elements.
+# Calls that may change the device or dtype; a tensor without elements shows which.
 _MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.type_as}
-# Views by the shape of another tensor.
+# Views with the shape of another tensor.
 _SHAPED_AS: dict[Any, Callable[..., Any]] = {
     Tensor.view_as: Tensor.view,
     Tensor.reshape_as: Tensor.reshape,
     Tensor.expand_as: Tensor.expand,
 }
-# What reads no values.
+# Calls that read no values.
 _LIKE = {
     *(Tensor.new_empty, Tensor.new_empty_strided, Tensor.new_full, Tensor.new_ones, Tensor.new_zeros),
     *(torch.empty_like, torch.full_like, torch.ones_like, torch.zeros_like, torch.rand_like, torch.randn_like),
@@ -224,7 +224,7 @@ _LIKE = {
 
 
 def _stand_in(leaf: Any) -> Any:
-    """A tensor of one element's memory with the metadata of a weight."""
+    """Return a tensor with the metadata of a weight and the memory of one element; other arguments unchanged."""
     if not isinstance(leaf, Int8Weight):
         return leaf
     with torch._C.DisableTorchFunctionSubclass():
@@ -249,12 +249,12 @@ def _copied(weight: Int8Weight, like: Tensor, step: Step) -> Int8Weight:
     return Int8Weight.make(weight.held.copied(), like, (*weight.steps, step))
 
 
-# What to do with a call, by what it is given.
+# Runs a call, given its flat arguments.
 Plan = Callable[[list[Any]], Any]
 _PLANS: dict[Any, Plan] = {}
 _MOST_PLANS = 1024
 _lock = threading.Lock()
-# Arguments that a plan may depend on, beside tensors.
+# The types of arguments that a plan may depend on, besides tensors.
 _CONSTANTS = (
     *(bool, int, float, complex, str, slice, type(None), type(...)),
     *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
@@ -267,7 +267,7 @@ def _planned(func: Any, leaves: list[Any], spec: Any) -> Plan:
         return functools.partial(_read, func, spec)
     key = (func, str(spec), torch.is_autocast_enabled("cpu"), *map(_signature, leaves))
     if (plan := _PLANS.get(key)) is None:
-        # Not on a level of torch.func, whose tensors wrap others.
+        # Outside torch.func, whose tensors wrap others.
         with torch._C._DisableFuncTorch():
             plan = _plan(func, leaves, spec)
         with _lock:
@@ -278,7 +278,7 @@ def _planned(func: Any, leaves: list[Any], spec: Any) -> Plan:
 
 
 def _is_plain(leaf: Any) -> bool:
-    """Return whether plans can depend on an argument: dense tensors with data, and constants."""
+    """Return whether a plan can depend on an argument: a dense tensor with data, or a constant."""
     if isinstance(leaf, Int8Weight):
         leaf = leaf.held.qweight
     elif not isinstance(leaf, Tensor):
@@ -317,7 +317,7 @@ def _plan(func: Any, leaves: list[Any], spec: Any) -> Plan:
     try:
         call.compute()
     except (RuntimeError, TypeError, NotImplementedError, IndexError, ValueError):
-        return read  # The call itself raises what is wrong with it.
+        return read  # The call itself raises its error.
     (first, *others) = positions
     is_first = bool(call.args) and call.args[0] is call.inputs[first]
     if is_first and not others and (viewed := call.view(first)) is not None:
@@ -328,20 +328,20 @@ def _plan(func: Any, leaves: list[Any], spec: Any) -> Plan:
 
 
 class _Call:
-    """A call as a graph: tensors become placeholders, and int8 weights the operator that stands for them.
+    """A call as a graph, in which tensors are placeholders and int8 weights are `module_weight` operators.
 
-    Plans are kept, so they must not hold it: it holds the tensors.
+    It holds the tensors, so plans, which are kept, must not hold it.
 
     Attributes:
-        inputs: The nodes that the call is given, by the positions of its tensors.
-        args: The call's arguments, as it is spelled.
-        node: The call.
+        inputs: The nodes of the tensors among the arguments, by their positions.
+        args: The positional arguments, with nodes for tensors.
+        node: The node of the call.
     """
 
     def __init__(self, func: Any, leaves: list[Any], spec: Any) -> None:
         self._func, self._leaves, self._spec = func, leaves, spec
         graph = Graph()
-        # Positions, and the name of a weight's tensor in `Held`; "" for an argument that is a tensor.
+        # The position of an argument, and the name of its tensor in `Held`; "" for an ordinary tensor.
         self._given: dict[Node, tuple[int, str]] = {}
         self.inputs: dict[int, Node] = {}
         for i, leaf in enumerate(leaves):
@@ -375,7 +375,7 @@ class _Call:
         self.node.meta["example_value"] = _on_meta(self._func, self.args, self._kwargs)
 
     def view(self, position: int) -> Plan | None:
-        """Return a plan that makes a view or a copy of a weight; None where the call makes something else."""
+        """Return a plan for a call that makes views or a copy of a weight; None for other calls."""
         made, like = self.node.meta["example_value"], self.inputs[position].meta["example_value"]
         memory = like.untyped_storage()._cdata
         results = made if isinstance(made, tuple | list) else [made]
@@ -396,7 +396,7 @@ class _Call:
         return None
 
     def product(self) -> Plan | None:
-        """Return a plan that multiplies in int8; None where the call has no matmul with an int8 counterpart."""
+        """Return a plan that multiplies in int8; None for a call without a matmul that has an int8 counterpart."""
         graph, made = self.node.graph, self.node.meta["example_value"]
         if isinstance(made, tuple):
             parts = [_append(graph, operator.getitem, (self.node, i), {}) for i in range(len(made))]
@@ -412,7 +412,7 @@ class _Call:
         in_float = bool(report.notes)
         given, name = list(self._given.values()), _name(self._func)
         views = [(self._given[slot.members[0].source][0], slot.members[0].view) for slot in binder.slots]
-        # The placeholders of slots, in their order.
+        # The position of the slot and the name of its tensor, for each placeholder that slots have added.
         slots = [slot.nodes._asdict() for slot in binder.slots]
         added = {node: (i, tensor) for i, nodes in enumerate(slots) for tensor, node in nodes.items()}
         order = [added[node] for node in graph.find_nodes(op="placeholder") if node not in self._given]
@@ -433,7 +433,7 @@ class _Call:
         return run
 
 
-# Calls whose result is the weight again, in memory of its own.
+# Calls that return a copy of the weight.
 _COPIES = {
     *(Tensor.clone, torch.clone, Tensor.contiguous, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double),
     Tensor.type,
@@ -445,7 +445,7 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 def _append(graph: Graph, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Node:
-    """Append a call, and run it on tensors without data."""
+    """Append a call to a graph, and run it on tensors without data."""
     node = _spelled(graph, func, args, kwargs)
     node.meta["example_value"] = _on_meta(func, args, kwargs)
     return node
@@ -458,7 +458,7 @@ def _on_meta(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _spelled(graph: Graph, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Node:
-    """Appends a call as Dynamo writes it: functions, methods by their names, Python's operators, and `getattr`."""
+    """Append a call as Dynamo spells it: functions, methods by name, Python's operators, or `getattr`."""
     name = getattr(func, "__name__", "")
     if func in _GETTERS:
         return graph.call_function(getattr, (args[0], _GETTERS[func]))
@@ -466,7 +466,7 @@ def _spelled(graph: Graph, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
         return graph.call_method("detach", tuple(args))
     if getattr(Tensor, name, None) is not func:
         return graph.call_function(func, tuple(args), dict(kwargs))
-    # `__imul__` is operator.imul; there is none for the reflected `__rmatmul__`, which has a spelling of its own.
+    # `__imul__` is operator.imul. The reflected `__rmatmul__` has no operator, and is a method.
     target = getattr(operator, name.strip("_"), None) if name.startswith("__") and name != "__rmatmul__" else None
     if target is not None:
         return graph.call_function(target, tuple(args), dict(kwargs))
@@ -485,7 +485,7 @@ def _read(func: Any, spec: Any, leaves: list[Any]) -> Any:
     result = func(*args, **kwargs)
     for part in tree_iter(result):
         if isinstance(part, np.ndarray):
-            part.setflags(write=False)  # It may be the memory of a copy, where a write would be lost.
+            part.setflags(write=False)  # A write to the memory of a copy would be lost.
     return result
 
 
@@ -498,7 +498,7 @@ def _in_float(name: str, leaf: Any) -> Any:
 
 def _warn_of_read(name: str, weight: Int8Weight) -> None:
     warn_once(
-        f"{weight.held.name}: {name} reads its weight, which is dequantized for that at every call. Matmuls with it "
+        f"{weight.held.name}: {name} reads its weight, which is dequantized at every call. Matmuls with it "
         "run in int8; skip_modules leaves it in float"
     )
 
@@ -518,8 +518,8 @@ def _scale(position: int, factor: float, leaves: list[Any]) -> Int8Weight:
 
 def _not_writable(weight: Int8Weight, what: str) -> Int8WeightError:
     return Int8WeightError(
-        f"{weight.held.name}: {what} would write to its weight, which is int8; all of it can be multiplied by a "
-        "number. int8compile.dequantize_(model) makes a float model; skip_modules leaves a module in float"
+        f"{weight.held.name}: {what} would write to its weight, which is int8 and can only be multiplied by a "
+        "number as a whole. int8compile.dequantize_(model) makes a float model; skip_modules leaves a module in float"
     )
 
 

@@ -1,13 +1,13 @@
-"""Modules that hold their weight in int8: what `quantize_` puts in the place of linears, embeddings and experts.
+"""Modules with an int8 weight, which `quantize_` puts in the place of linears, embeddings and experts.
 
-Each has the buffers `qweight` (int8), `scale` (float32) and, where its weight is rotated, `d` (float32), and no
+Each has the buffers `qweight` (int8), `scale` (float32) and, where its weight is rotated, `d` (float32). None has a
 parameter called `weight`, so that no loader takes integers for floats.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,41 +18,42 @@ from torch.compiler import is_compiling
 
 from int8compile import cpu, ops, triton_kernels
 from int8compile.config import Int8Config, OutlierPolicy, default_threshold
-from int8compile.errors import CheckpointError, ConfigError, InputError, Int8WeightError
+from int8compile.errors import ConfigError, InputError, Int8WeightError
+from int8compile.stored import bitsandbytes
 from int8compile.stored.module_weight import Held, Int8Weight
 
-# What a module was made from, and what `dequantize` makes of it again.
+# The kind of float module that an int8 module was made from.
 Source = Literal["linear", "conv1d", "embedding", "experts"]
 
-# `d` is None where the weight is not rotated; state dicts and files have none then.
+# `d` is None where the weight is not rotated; state dicts and files then have no `d`.
 BUFFERS = ("qweight", "scale", "d")
-# What `policy` is made of.
+# The attributes that `policy` is made of.
 _POLICY = ("threshold", "outliers", "weight_only")
 
 
 @functools.cache
 def _load_kernels() -> None:
-    """The operators run through PyTorch until the kernels are loaded; both loaders warn where there are none."""
+    """Load the kernels, once; the operators run through PyTorch before. Both loaders warn where there are none."""
     cpu.load()
     if torch.cuda.is_available():
         triton_kernels.load()
 
 
 class Int8Module(nn.Module):
-    """What the modules have in common.
+    """The base class of int8 modules.
 
     Attributes:
         qweight: [..., N, K] int8.
         scale: [..., N] float32; `qweight * scale` is the weight, rotated where there is a d.
-        d: [K] float32, or [E, K] for experts that read an input of their own each: what the weight was rotated with.
-            None for a weight that is not rotated. Linears that read the same x have one tensor.
-        dtype: What the weight is dequantized to; `.to(dtype)` of the module changes it, `scale` and `d` stay float32.
-        source: What kind of module it was made from.
-        path: Where it was put in the model that it is of, for messages.
+        d: [K] float32, or [E, K] for experts that each read an input of their own: the factors of the rotation. None
+            for a weight that is not rotated. Linears that read the same x share one tensor.
+        dtype: The dtype of the dequantized weight. `.to(dtype)` of the module changes it; `scale` and `d` stay float32.
+        source: The kind of module it was made from.
+        path: Its path in the model, for messages.
     """
 
     path = ""
-    # What stands beside a table of embeddings is computed in float.
+    # Of an embedding table; other modules compute their policy from the attributes.
     policy = "weight_only"
     qweight: Tensor
     scale: Tensor
@@ -74,7 +75,7 @@ class Int8Module(nn.Module):
         _load_kernels()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a threshold of None is the usual one.
+        """Set an attribute; a threshold of None becomes the default.
 
         Raises:
             ConfigError: `threshold` or `outliers` is not allowed.
@@ -91,11 +92,11 @@ class Int8Module(nn.Module):
             )
         threshold: Any = config.threshold_of(rotated=rotated)
         super().__setattr__(name, threshold if name == "threshold" else value)
-        # For `module_weight`: a number would be a symbol to Dynamo, of which passes cannot ask the value.
+        # A string, for `module_weight`: Dynamo would make a number a symbol, whose value passes cannot read.
         self.__dict__["policy"] = "weight_only" if given["weight_only"] else f"{config.outliers} {threshold!r}"
 
     def _check_input(self, x: Tensor) -> None:
-        # The operators check it, too, but do not know what module they are called by.
+        # The operators check the input too, but do not know the path of their module.
         k = self.qweight.shape[-1]
         plain = x.layout == torch.strided and not x.is_nested
         if not plain or x.dtype not in ops.SUPPORTED_DTYPES or not x.dim() or x.shape[-1] != k:
@@ -106,7 +107,7 @@ class Int8Module(nn.Module):
             )
 
     def dequantize(self) -> Tensor:
-        """The weight in float, a copy.
+        """Return the weight in float, a copy.
 
         Shapes:
             [..., N, K] of `dtype`.
@@ -115,31 +116,31 @@ class Int8Module(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight for code that reads it instead of calling the module; as the float module has it.
+        """The weight, shaped as in the float module, for code that reads it instead of calling the module.
 
-        Matmuls with it run in int8 and multiplying it in place by a number scales the weight; other writes raise
-        `Int8WeightError`, and any other use dequantizes it, with one warning. To a backend of torch.compile that is not
-        ours it is a float tensor made anew: it computes in float, and writes are lost.
+        Matmuls with it run in int8, and multiplying it in place by a number scales the weight. Other writes raise
+        `Int8WeightError`, and any other use dequantizes the weight, with one warning. Under other backends of
+        torch.compile it is a new float tensor: it computes in float, and writes are lost.
         """
         if not is_compiling():
             return self._read()  # type: ignore[no-any-return]
-        # Not computed where all matmuls with it become int8.
+        # Dead code, and so not computed, where all matmuls with it become int8.
         weight = self._held().in_float()
         return weight.mT if self.is_transposed else weight
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        # `module.weight *= 2` assigns what it has changed in place.
+        # `module.weight *= 2` changes the weight in place, and then assigns it.
         if not (isinstance(value, Int8Weight) and value.held.scale is self.scale and value.is_entire):
             raise self._not_replaceable()
 
     @property
     def rotation(self) -> int:
-        """How many inputs are mixed with each other; 1 where the weight is not rotated."""
+        """The number of inputs that are rotated together; 1 where the weight is not rotated."""
         return 1 if self.d is None else ops.rotation_size(self.d.shape[-1])
 
     def _numerics(self) -> str:
-        """Describe how the weight is multiplied with, for `print(model)`."""
+        """Return how activations are quantized and rotated, for `print(model)`."""
         weight_only = self.policy == "weight_only"
         policy = "weight only" if weight_only else f"outliers={self.outliers!r}, threshold={self.threshold:g}"
         return policy if self.d is None else f"{policy}, rotation={self.rotation}"
@@ -147,8 +148,8 @@ class Int8Module(nn.Module):
     def _not_replaceable(self) -> Int8WeightError:
         return Int8WeightError(
             f"{self.path or type(self).__name__}.weight cannot be replaced, it is int8. Load float weights before "
-            "quantize_(model), or call int8compile.dequantize_(model) first. What multiplies it by a number writes "
-            "weight.mul_(number)"
+            "quantize_(model), or call int8compile.dequantize_(model) first. To multiply it by a "
+            "number, write weight.mul_(number)"
         )
 
     def _held(self) -> Held:
@@ -166,7 +167,7 @@ class Int8Module(nn.Module):
         return self.source == "conv1d" or bool(getattr(self, "transposed", False))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module, but for "weight", which is int8."""
+        """Register a parameter; raise `Int8WeightError` for "weight", which is int8."""
         if name == "weight":
             raise self._not_replaceable()
         super().register_parameter(name, param)
@@ -178,9 +179,9 @@ class Int8Module(nn.Module):
             assert tensor is not None
             moved = fn(tensor)
             if moved.dtype != tensor.dtype:
-                # Only where they are may change: a scale in 16 bits would change every result.
+                # Only the device may change: a scale in 16 bits would change every result.
                 moved = tensor.to(moved.device)
-            # In place, as nn.Module does with parameters, and so with ties; that is not possible with the meta device.
+            # In place, as nn.Module does with parameters, which keeps ties; not possible from or to the meta device.
             if torch._has_compatible_shallow_copy_type(tensor, moved):
                 tensor.data = moved
                 moved = tensor
@@ -191,7 +192,7 @@ class Int8Module(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars and self.d is not None:
-            # A copy: siblings share theirs, and a file of safetensors holds no tensor under several names.
+            # A copy: siblings share one tensor, and a safetensors file holds no tensor under several names.
             destination[prefix + "d"] = self.d.detach().clone()
 
     def _load_from_state_dict(
@@ -205,24 +206,13 @@ class Int8Module(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if prefix + "SCB" in state_dict:
-            state_dict = _from_bitsandbytes(state_dict, prefix)
+            state_dict = bitsandbytes.renamed(state_dict, prefix)
         errors = len(error_msgs)
-        # PyTorch would convert: floats to int8 without a scale, and scales to whatever is there.
+        # PyTorch would convert floats to int8 without a scale, and scales to the dtype in the module.
         given = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
-        for name, tensor in given.items():
-            if tensor.dtype != (expected := torch.int8 if name == "qweight" else torch.float32):
-                error_msgs.append(f"{prefix}{name} is {tensor.dtype}; it must be {expected}")
-        if "scale" in given and (why := bad_scales(given["scale"])):
-            error_msgs.append(f"{prefix}scale {why}")
-        if "d" in given and (why := self._misfit(given["d"])):
-            error_msgs.append(f"{prefix}d {why}")
-        if "d" in given and "qweight" not in given:
-            error_msgs.append(f"{prefix}d is there without the {prefix}qweight that was rotated with it")
-        if self.d is not None and "qweight" in given and "d" not in given and _has_rotations(state_dict):
-            # Without any they are of a version that rotated nothing, or of bitsandbytes.
-            error_msgs.append(f"{prefix}d is missing, which {prefix}qweight was rotated with")
+        error_msgs += [f"{prefix}{problem}" for problem in self._problems(given, state_dict, prefix)]
         if prefix + "weight" in state_dict and not state_dict[prefix + "weight"].numel():
-            # Hugging Face folders have an empty one, see `Int8CompileQuantizer.get_state_dict_and_metadata`.
+            # Hugging Face folders have an empty weight, see `Int8CompileQuantizer.get_state_dict_and_metadata`.
             state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
         if "qweight" not in given and prefix + "weight" in state_dict:
             error_msgs.append(
@@ -230,7 +220,7 @@ class Int8Module(nn.Module):
                 f"{prefix}qweight and {prefix}scale. Load float weights before quantize_(model)"
             )
             return
-        # d is nothing that PyTorch could miss, or write into: siblings that share it may be given different ones.
+        # Without d, which PyTorch would report as missing or write into; siblings that share it may get different ones.
         d = self._buffers.pop("d", None)
         try:
             super()._load_from_state_dict(
@@ -242,8 +232,29 @@ class Int8Module(nn.Module):
         if "qweight" in given and len(error_msgs) == errors:
             self._take_rotation(given.get("d"), assign=local_metadata.get("assign_to_params_buffers", False))
 
+    def _problems(self, given: Mapping[str, Tensor], state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        """Yield what is wrong with the tensors of a state dict.
+
+        Args:
+            given: The tensors of this module by name.
+            state_dict: The whole state dict.
+            prefix: The prefix of the module's names, for messages.
+        """
+        for name, tensor in given.items():
+            if tensor.dtype != (expected := torch.int8 if name == "qweight" else torch.float32):
+                yield f"{name} is {tensor.dtype}; it must be {expected}"
+        if "scale" in given and (why := bad_scales(given["scale"])):
+            yield f"scale {why}"
+        if "d" in given and (why := self._misfit(given["d"])):
+            yield f"d {why}"
+        if "d" in given and "qweight" not in given:
+            yield f"d is there without the {prefix}qweight that was rotated with it"
+        # A state dict without any d is of a version that rotated nothing, or of bitsandbytes.
+        if self.d is not None and "qweight" in given and "d" not in given and _has_rotations(state_dict):
+            yield f"d is missing, which {prefix}qweight was rotated with"
+
     def _misfit(self, d: Tensor) -> str:
-        """Describe why a d cannot be that of this module's weight; "" for one that can."""
+        """Return why a d does not fit this module's weight; "" if it fits."""
         *batch, _, k = self.qweight.shape
         if self.source == "embedding":
             return "is there, but a table of embeddings is never rotated"
@@ -254,7 +265,7 @@ class Int8Module(nn.Module):
         return bad_rotation(d)
 
     def _take_rotation(self, d: Tensor | None, *, assign: bool) -> None:
-        """Take the d of a weight that was loaded. A threshold that nobody has set follows."""
+        """Take the d of a loaded weight. A threshold that is the default becomes the default of the new rotation."""
         before = self.d
         if (d is None) != (before is None) and self.threshold == default_threshold(rotated=before is not None):
             self.threshold = default_threshold(rotated=d is not None)
@@ -264,12 +275,12 @@ class Int8Module(nn.Module):
             self.d = d if assign else d.detach().to(self.qweight.device, copy=True)
 
 
-# Called by code that Dynamo has given up on, the property would be compiled by itself, and return the float weight.
+# Otherwise Dynamo would compile the property by itself in code that it runs eagerly, and return the float weight.
 skip_code(Int8Module.weight.fget.__code__)  # type: ignore[attr-defined]
 
 
 def bad_scales(scale: Tensor) -> str:
-    """Describe what is wrong with scales, which must be finite and not negative; "" for nothing, and without data."""
+    """Return what is wrong with scales, which must be finite and not negative; "" if nothing is, or without data."""
     if scale.is_meta:
         return ""
     bad = scale.numel() - int((scale.isfinite() & (scale >= 0)).sum())
@@ -277,7 +288,7 @@ def bad_scales(scale: Tensor) -> str:
 
 
 def bad_rotation(d: Tensor) -> str:
-    """Describe what is wrong with a d, which must be finite and not 0; "" for nothing, and without data."""
+    """Return what is wrong with a d, which must be finite and not 0; "" if nothing is, or without data."""
     if d.is_meta:
         return ""
     bad = d.numel() - int((d.isfinite() & (d != 0)).sum())
@@ -285,14 +296,15 @@ def bad_rotation(d: Tensor) -> str:
 
 
 def _has_rotations(state_dict: Mapping[str, Any]) -> bool:
-    """Return whether some weight of a state dict is rotated."""
+    """Return whether any weight of a state dict is rotated."""
     return any(key.endswith(".d") and f"{key[:-1]}qweight" in state_dict for key in state_dict)
 
 
 def share_rotations(model: nn.Module) -> None:
-    """Have int8 modules of one parent whose d are equal share one tensor, as linears that read the same x do.
+    """Have int8 modules of one parent with equal d share one tensor.
 
-    Loading gives each module a tensor of its own. Compiled graphs rotate and quantize x once for modules that share.
+    Loading gives each module a tensor of its own. A compiled graph rotates and quantizes x once for modules that share
+    their d.
     """
     for parent in model.modules():
         found: list[Tensor] = []
@@ -307,48 +319,6 @@ def share_rotations(model: nn.Module) -> None:
                 module.d = same
 
 
-def _from_bitsandbytes(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A state dict in which the tensors of one layer that bitsandbytes saved have our names."""
-    path = prefix.removesuffix(".")
-    if f"{prefix}weight_format" in state_dict:
-        check_layout(path, state_dict[f"{prefix}weight_format"])
-    qweight, scale = bitsandbytes_weight(path, state_dict.get(f"{prefix}weight"), state_dict[f"{prefix}SCB"])
-    theirs = {f"{prefix}{name}" for name in ("weight", "SCB", "weight_format")}
-    rest = {key: value for key, value in state_dict.items() if key not in theirs}
-    return {**rest, f"{prefix}qweight": qweight, f"{prefix}scale": scale}
-
-
-def bitsandbytes_weight(path: str, weight: Tensor | None, absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """The int8 weight and its scales of tensors as bitsandbytes saves them (`Linear8bitLt._save_to_state_dict`).
-
-    Args:
-        path: The module's, for messages.
-        weight: [N, K] int8.
-        absmax: `SCB`, [N]: the largest element of each row, 127 times the scale.
-
-    Raises:
-        CheckpointError: They are of another dtype or shape.
-    """
-    if weight is None or weight.dtype != torch.int8 or absmax.shape != weight.shape[:1]:
-        raise CheckpointError(
-            f"{path}.weight and {path}.SCB are no 8 bit layer of bitsandbytes, which has int8 [N, K] and float32 [N]"
-        )
-    return weight, absmax.to(torch.float32) / ops.QMAX
-
-
-def check_layout(path: str, layout: Tensor) -> None:
-    """Checks bitsandbytes' `weight_format`: 0 stands for rows.
-
-    Raises:
-        CheckpointError: It is a layout for Turing or Ampere, which older versions wrote.
-    """
-    if int(layout) != 0:
-        raise CheckpointError(
-            f"{path}.weight_format is {int(layout)}, a layout of older versions of bitsandbytes. Save the model with "
-            "bitsandbytes 0.45 or newer, which writes rows"
-        )
-
-
 class Int8Linear(Int8Module):
     """A linear layer in int8: `int8compile::linear`, or `column_linear` for LLM.int8() as published.
 
@@ -356,11 +326,11 @@ class Int8Linear(Int8Module):
         qweight: [N, K] int8.
         scale: [N] float32.
         bias: [N] of a float dtype, or None.
-        d: [K] float32, what the weight was rotated with; None where it was not.
+        d: [K] float32, the factors of the rotation; None where the weight is not rotated.
         threshold: See `Int8Config`.
         outliers: See `Int8Config`.
         weight_only: Whether activations are not quantized: `int8compile::weight_only_linear`.
-        dtype: What `dequantize` gives.
+        dtype: The dtype of the dequantized weight.
         source: "linear", or "conv1d" for transformers' Conv1D.
 
     Raises:
@@ -388,22 +358,22 @@ class Int8Linear(Int8Module):
         self.weight_only = weight_only
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ weight.T + bias`.
+        """Return `x @ weight.T + bias`.
 
         Shapes:
-            x: [..., K] float32, float16 or bfloat16; result: [..., N] of the same dtype. Of a jagged nested tensor
-            [B, j, K] every row; the result has the same rows.
+            x: [..., K] float32, float16 or bfloat16; result: [..., N] of the same dtype. A jagged nested tensor
+            [B, j, K] gives [B, j, N] with the same rows.
 
         Raises:
             InputError: x has another dtype or another K.
         """
-        # What an operator refuses while it is traced, Dynamo would wrap.
+        # Before the operator runs: Dynamo would wrap an error that the operator raises while it is traced.
         if is_compiling() and (result := self._of_jagged(x)) is not None:
             return result
         held = self._buffers
-        if "qweight" in held:  # As an attribute each would be a call more.
+        if "qweight" in held:  # Faster than attributes, each of which is a call.
             qweight, scale, d = held["qweight"], held["scale"], held["d"]
-        else:  # Parameters, as transformers offloads no others.
+        else:  # Parameters in an offloaded model: transformers offloads nothing else.
             qweight, scale, d = self.qweight, self.scale, self.d
         try:
             if self.weight_only:
@@ -418,9 +388,9 @@ class Int8Linear(Int8Module):
         return result
 
     def _of_jagged(self, x: Tensor) -> Tensor | None:
-        """Return the result of a jagged nested tensor, None for any other; raise `InputError` if x does not fit."""
+        """Return the result of a jagged nested tensor, None for a dense one; raise `InputError` if x does not fit."""
         if x.is_nested and x.layout == torch.jagged:
-            # Its rows lie one behind the other, and none depends on another.
+            # Its rows are contiguous, and results do not depend on other rows.
             nested: Any = x
             rows = self.forward(nested.values())
             return torch.nested.nested_tensor_from_jagged(rows, nested.offsets(), nested.lengths())
@@ -428,7 +398,7 @@ class Int8Linear(Int8Module):
         return None
 
     def extra_repr(self) -> str:
-        """The format, for `print(model)`."""
+        """Return the sizes and options, for `print(model)`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"int8, {self._numerics()}"
@@ -436,13 +406,13 @@ class Int8Linear(Int8Module):
 
 
 class Int8Embedding(Int8Module):
-    """An embedding whose table is the int8 weight of the output projection that it is tied to; never rotated.
+    """An embedding with the int8 weight of the output projection that it is tied to; never rotated.
 
     Args:
         qweight: [V, D] int8.
         scale: [V] float32.
         padding_idx: As in nn.Embedding.
-        dtype: What the vectors are made of.
+        dtype: The dtype of the vectors.
     """
 
     def __init__(
@@ -453,7 +423,7 @@ class Int8Embedding(Int8Module):
         self.padding_idx = padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The vectors of some tokens.
+        """Return the vectors of tokens.
 
         Shapes:
             ids: [...] integers; result: [..., D] of `dtype`.
@@ -461,22 +431,22 @@ class Int8Embedding(Int8Module):
         return (F.embedding(ids, self.qweight) * F.embedding(ids, self.scale.unsqueeze(-1))).to(self.dtype)
 
     def extra_repr(self) -> str:
-        """The format, for `print(model)`."""
+        """Return the sizes and options, for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, int8"
 
 
 class Int8Experts(Int8Module):
-    """The weights of a mixture's experts, which stand in one tensor.
+    """The weights of all experts of a mixture, in one tensor.
 
-    Their outliers are by row, as the matrices that LLM.int8() knows are single ones.
+    Outliers are by row: LLM.int8(), with columns, is defined for single matrices.
 
     Args:
         qweight: [E, N, K] int8.
         scale: [E, N] float32.
-        d: [K] float32, what all were rotated with, or [E, K], each expert's own; None where they were not rotated.
+        d: [K] float32 for all experts, or [E, K] for each: the factors of the rotation; None where there is none.
         threshold: See `Int8Config`.
         transposed: Whether the float weight was [E, K, N].
-        dtype: What `dequantize` gives.
+        dtype: The dtype of the dequantized weight.
 
     Raises:
         ConfigError: The threshold is not allowed.
@@ -499,11 +469,11 @@ class Int8Experts(Int8Module):
         self.transposed = transposed
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Each row by its expert's weight, `int8compile::grouped_linear`.
+        """Return the product of each row and its expert's weight, by `int8compile::grouped_linear`.
 
         Shapes:
-            x: [S, K], the rows of the first expert, then those of the second, and so on; ends: [E] int32, where each
-            expert's rows end; result: [S, N], zeros behind the last end.
+            x: [S, K], the rows of the first expert, then those of the second, and so on; ends: [E] int32, where the
+            rows of each expert end; result: [S, N], with zeros after the last end.
 
         Raises:
             InputError: x has another dtype or another K, or `ends` do not ascend.
@@ -513,6 +483,6 @@ class Int8Experts(Int8Module):
         return result
 
     def extra_repr(self) -> str:
-        """The format, for `print(model)`."""
+        """Return the sizes and options, for `print(model)`."""
         experts, n, k = self.qweight.shape
         return f"{experts} experts, in_features={k}, out_features={n}, int8, {self._numerics()}"

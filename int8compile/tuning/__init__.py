@@ -1,1 +1,1 @@
-"""What a model's own inputs tell, so that its weights are quantized better."""
+"""Calibration: statistics of a model's inputs, with which its weights are quantized better."""
