@@ -1,10 +1,11 @@
-"""The Triton kernels for GPUs, one folder per kernel: `kernel.py` is the device code, `launch.py` its call.
+"""Triton kernels for GPUs, one folder per kernel: `kernel.py` is the device code, `launch.py` builds its call.
 
-Read `tables.py` (which kernel when), `operators.py` (what the operators do) and `numerics.py` (what kernels share).
+Start with `tables.py` (the choice of kernel and tile), `operators.py` (the operators on GPUs) and `numerics.py` (the
+device code that kernels share).
 
-The folder is installed as ``int8compile.triton_kernels``. Its bare name belongs to another project, so importing it
-as ``triton_kernels`` is refused rather than silently answered with the wrong package. Importing it does not import
-Triton, which need not be installed; `load` does.
+The folder is installed as ``int8compile.triton_kernels``. Another project owns the name ``triton_kernels``, so
+importing this folder under it raises an error. Importing the package does not import Triton, which is optional; `load`
+does.
 """
 
 if __name__ != "int8compile.triton_kernels":

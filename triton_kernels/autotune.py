@@ -1,4 +1,4 @@
-"""Choice of configurations by measuring, where `INT8COMPILE_AUTOTUNE=1` asks for it; results are kept on disk."""
+"""Choice of configurations by measurement, enabled by `INT8COMPILE_AUTOTUNE=1`; results are kept on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import triton
 
 from int8compile.cache import cache_folder
-from int8compile.errors import ConfigError
+from int8compile.environment import is_on
 from int8compile.triton_kernels import tables
 from int8compile.triton_kernels.launch import Launch
 from int8compile.triton_kernels.product import Product
@@ -24,39 +24,36 @@ from int8compile.triton_kernels.tables import Config
 
 log = logging.getLogger(__name__)
 
-# Milliseconds of a call.
+# Returns the milliseconds that a call takes.
 Measure = Callable[[Callable[[], None]], float]
 LaunchOf = Callable[[Product, Config], Launch]
 
 
 def enabled() -> bool:
-    """Return whether the environment asks for measurements.
+    """Return whether the environment variable INT8COMPILE_AUTOTUNE enables measurements.
 
     Raises:
-        ConfigError: It says something that is not allowed.
+        ConfigError: Its value is neither 0 nor 1.
     """
-    value = os.environ.get("INT8COMPILE_AUTOTUNE", "0")
-    if value not in ("0", "1"):
-        raise ConfigError(f"INT8COMPILE_AUTOTUNE={value!r}: allowed are 0 (the default) and 1")
-    return value == "1"
+    return is_on("INT8COMPILE_AUTOTUNE", default=False)
 
 
 def choose(product: Product, configs: tuple[Config, ...], multiprocessors: int, launch_of: LaunchOf) -> Config:
-    """Return the configuration of a product: the table's, or the fastest where that is asked for."""
+    """Return a product's configuration: the table's choice, or the fastest if measurements are enabled."""
     if not enabled() or len(configs) == 1:
         return tables.choose(configs, *product.sizes, multiprocessors)
     return _cache(product.y.device.index).choose(product, configs, multiprocessors, launch_of)
 
 
 class Cache:
-    """The fastest configurations by what they depend on, in a file.
+    """A file of the fastest configurations, by the sizes and kinds of products.
 
     Attributes:
-        path: The file: JSON, one object.
+        path: The file: one JSON object.
     """
 
     def __init__(self, path: Path, measure: Measure) -> None:
-        """Read what is there; a file that cannot be read counts as none."""
+        """Read the file; a file that cannot be read counts as empty."""
         self.path = path
         self._measure = measure
         self._lock = threading.Lock()
@@ -65,10 +62,11 @@ class Cache:
     def choose(
         self, product: Product, configs: tuple[Config, ...], multiprocessors: int, launch_of: LaunchOf
     ) -> Config:
-        """Return the fastest of the configurations, measured if that is not known yet.
+        """Return the fastest of the configurations, after measuring them if it is not known yet.
 
-        While a CUDA graph is captured nothing can be measured, and the table's is taken. A configuration that says
-        nothing of splits has the table's for this number of rows, so that what is known holds for its whole range.
+        Nothing can be measured while a CUDA graph is captured; the table's choice is returned then. Configurations are
+        stored without splits, and the table sets the splits for this number of rows. So a result holds for all numbers
+        of rows in its bucket.
         """
         m, n, k = product.sizes
         kind = f"{len(product.q)}{product.activation}"
@@ -83,7 +81,7 @@ class Cache:
             times = {name: self._measure(launch_of(product, config).run) for name, config in named.items()}
             fastest = min(times, key=times.__getitem__)
             log.info("%s: %s of %s", key, fastest, times)
-            # Others may have written meanwhile.
+            # Other processes may have written since.
             self._found = {**self._read(), **self._found, key: fastest}
             self._write()
         return named[fastest]
@@ -101,7 +99,7 @@ class Cache:
     def _write(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Renamed when complete: another process may read it at any time.
+            # Written elsewhere and renamed: another process may read the file at any time.
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
                 json.dump(self._found, file, indent=1, sort_keys=True)
             os.replace(file.name, self.path)
@@ -110,7 +108,7 @@ class Cache:
 
 
 def path_for(device: str) -> Path:
-    """Return the file for a device: another Triton or another table measures again."""
+    """Return the path of a device's file; its name changes with the version of Triton and with the tables."""
     tables_now = hashlib.sha256(repr(tables.ARCHITECTURES).encode()).hexdigest()[:12]
     name = "".join(letter if letter.isalnum() else "-" for letter in device)
     return cache_folder() / "autotune" / f"{name}-triton-{triton.__version__}-{tables_now}.json"

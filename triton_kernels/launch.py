@@ -1,4 +1,7 @@
-"""A kernel call as data: what runs on a GPU is what the compile-only checks compile without one."""
+"""Kernel calls as data: `Launch` can run on a GPU, or be compiled for a GPU that is not there.
+
+So the compile-only checks compile exactly the kernels that run.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from int8compile.triton_kernels import loading
 
-# The arguments for the copy engine, and whose memory they describe.
+# Tensor descriptors for the copy engine, and the arguments whose memory they describe.
 MATRICES = {"x_desc": "q_ptr", "weight_desc": "weight_ptr"}
-# The tensors of each operator's kernels by the names of arguments, in the order of `Prepared.run` and launcher.cpp.
+# The kernel arguments that are an operator's tensors, in the order in which `Prepared.run` and launcher.cpp get them.
 _QUANTIZED = ("q_ptr", "rows_ptr", "counters_ptr")
 _PRODUCT = ("weight_ptr", "scale_ptr", "bias_ptr", "y_ptr")
 TENSORS = {
@@ -29,7 +32,7 @@ TENSORS = {
     "batched_linear": ("x_ptr", "d_ptr", "ends_ptr", *_QUANTIZED, *_PRODUCT),
     "weight_only_linear": ("x_ptr", "d_ptr", "X_ptr", "unit_ptr", *_PRODUCT),
 }
-# Triton's names of types.
+# Triton's names of dtypes.
 _TYPES = {
     torch.int8: "i8",
     torch.int32: "i32",
@@ -39,7 +42,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float64: "fp64",
 }
-# What the copy engine's arguments are, of Triton and of Gluon, which knows their layout in shared memory.
+# Classes of tensor descriptors: Triton's, and Gluon's, which also holds the layout in shared memory.
 DESCRIPTORS: tuple[Any, ...] = (TensorDescriptor,)
 if not loading.gluon_failure():
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -49,12 +52,12 @@ if not loading.gluon_failure():
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """How many programs a kernel has in one direction, for any number of rows: `ceil(M / rows) * times`.
+    """The size of a grid in one dimension as a function of M: `ceil(M / rows) * times`.
 
     Attributes:
-        times: Programs for each group of rows; all of them where `rows` is 0.
-        rows: Rows of a group; 0 where M does not matter.
-        most: No more than these; 0 for no limit.
+        times: Programs per group of rows, or in total where `rows` is 0.
+        rows: Rows per group; 0 for a size that does not depend on M.
+        most: Upper limit; 0 for none.
     """
 
     times: int = 1
@@ -62,7 +65,7 @@ class Programs:
     most: int = 0
 
     def of(self, m: int) -> int:
-        """Return the number for M rows."""
+        """Return the number of programs for M rows."""
         programs = -(-m // self.rows) * self.times if self.rows else self.times
         return min(programs, self.most) if self.most else programs
 
@@ -72,15 +75,15 @@ class Launch:
     """One call of a kernel.
 
     Attributes:
-        kernel: The function, as `triton.jit` made it.
-        m: Rows.
-        programs: Programs in each direction.
-        args: Its arguments by name, in order, without the constants.
-        constants: Its compile-time constants by name.
-        num_warps: Warps of a program.
-        num_stages: Steps of the main loop that are in flight.
-        overlap: Whether the kernel may start while the one before it ends, on GPUs that can do that. It has the
-            constant OVERLAP then (`numerics.wait_for_inputs`).
+        kernel: The function made by `triton.jit`.
+        m: Number of rows.
+        programs: Number of programs in each dimension of the grid.
+        args: Arguments by name, in order, without the constants.
+        constants: Compile-time constants by name.
+        num_warps: Warps per program.
+        num_stages: Steps of the main loop in flight.
+        overlap: Whether the kernel may start while the one before it ends, on GPUs that support this. The kernel then
+            needs the constant OVERLAP (`numerics.wait_for_inputs`).
     """
 
     kernel: Any
@@ -94,26 +97,26 @@ class Launch:
 
     @functools.cached_property
     def grid(self) -> tuple[int, ...]:
-        """Return the programs in each direction for these rows."""
+        """Return the number of programs in each dimension, for `m` rows."""
         return tuple(direction.of(self.m) for direction in self.programs)
 
     def run(self) -> Any:
-        """Start the kernel on the current stream; nothing where the grid is empty.
+        """Start the kernel on the current stream, unless the grid is empty.
 
         Returns:
-            Triton's compiled kernel; None in its interpreter.
+            Triton's compiled kernel; None in Triton's interpreter or for an empty grid.
         """
         if 0 in self.grid:
             return None
         settle(self.kernel)
-        # Multiplications and additions are rounded one by one, as the reference does.
         constants, options = self._for(overlaps())
         return self.kernel[self.grid](**self.args, **constants, **options)
 
     def _for(self, able: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the constants and the options of the compiler, for a GPU that is able to overlap kernels or not."""
+        """Return the constants and compiler options, for a GPU that can overlap kernels (`able`) or cannot."""
+        # Without fusion into fma, each multiplication and addition is rounded, as in the reference.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
-        if "OVERLAP" not in self.kernel.arg_names:  # It does not wait.
+        if "OVERLAP" not in self.kernel.arg_names:  # It never waits.
             return self.constants, options
         overlap = able and self.overlap
         if overlap:
@@ -121,23 +124,23 @@ class Launch:
         return {"OVERLAP": overlap, **self.constants}, options
 
     def prepare(self, tensors: Sequence[str]) -> Prepared | None:
-        """Run, and return how to run again with other tensors and another number of rows.
+        """Run, and return a call that can be repeated with other tensors and another number of rows.
 
         Args:
-            tensors: The names of the arguments that will be given then, but for scratch memory.
+            tensors: The names of the tensor arguments, without scratch memory, in the order of `Prepared.run`.
 
         Returns:
-            None where nothing was compiled: in Triton's interpreter, and where the grid is empty.
+            None if nothing was compiled: in Triton's interpreter, or for an empty grid.
         """
         compiled = self.run()
         return None if compiled is None else Prepared(self, compiled, tensors)
 
     def compile(self, target: GPUTarget, *, overlap: bool = True) -> Any:
-        """Compile it for a GPU that need not be there; tensors may be on the meta device.
+        """Compile the kernel for a GPU that need not be there; tensors may be on the meta device.
 
         Args:
             target: The GPU.
-            overlap: Whether it may start before the kernel before it has ended, where the GPU can do that.
+            overlap: Whether the kernel may start before the previous one has ended, if the GPU supports this.
 
         Returns:
             Triton's compiled kernel: `asm["ptx"]` or `asm["amdgcn"]`, `metadata.shared`.
@@ -147,7 +150,7 @@ class Launch:
         constants, options = self._for(overlap and target.backend == "cuda" and target.arch >= 90)
         constants = constants | {name: value for name, value in self.args.items() if value is None}
         signature = {name: "constexpr" if name in constants else _type(self.args[name]) for name in names}
-        # What Triton specializes on when it launches: factors of 16, except in sizes that change from call to call.
+        # Triton specializes on multiples of 16 when it launches, except in sizes that change from call to call.
         fixed = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
         attrs = {
             (index,): [["tt.divisibility", 16]]
@@ -164,40 +167,41 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 def overlaps() -> bool:
-    """Return whether a kernel of the current device can start while the one before it ends."""
+    """Return whether the current device can start a kernel while the one before it ends."""
     if not torch.cuda.is_available() or torch.version.hip:
         return False
     return _capability(torch.cuda.current_device()) >= (9, 0)
 
 
 def settle(function: Any) -> None:
-    """Have Triton make the cache keys of the functions that a kernel calls before the kernel's own.
+    """Compute Triton's cache keys of the functions that a kernel calls, then the kernel's own.
 
-    Up to Triton 3.6 a kernel's key depends on whether these had theirs already (`DependenciesFinder._update_hash`), so
-    on which kernels the process had started before: a compiled kernel was not found again, and was compiled anew.
+    Up to Triton 3.6 a kernel's key depends on whether its functions had keys already
+    (`DependenciesFinder._update_hash`), and so on which kernels the process had started before. A kernel in the cache
+    was then not found and was compiled again.
     """
-    # In the interpreter nothing is compiled. (Not functools.cache: hashing a function would make its key too early.)
+    # The interpreter compiles nothing. (functools.cache would not do: hashing a function computes its key too early.)
     if not isinstance(function, triton.JITFunction) or function.hash is not None:
         return
     for name in function.fn.__code__.co_names:
         called = function.fn.__globals__.get(name)
-        if called is not function:  # The name may be an attribute's.
+        if called is not function:  # co_names also lists attributes.
             settle(called)
     _ = function.cache_key
 
 
 class Prepared:
-    """A call that was made once: what is left to do is to hand over the tensors and the number of rows.
+    """A compiled call that runs again with other tensors and another number of rows.
 
-    Triton looks at every argument of every call to find the compiled kernel for it, which takes as long as a small
-    kernel does. Here the caller knows that nothing but these has changed, and no kernel is compiled for a number of
-    rows: it is in the arguments that Triton does not specialize, in the grid, and in the sizes of scratch memory and of
-    tensor descriptors. Any number of threads may call at once.
+    To find a compiled kernel, Triton inspects every argument of every call, which takes as long as a small kernel. Here
+    the caller guarantees that only tensors and the number of rows have changed. Kernels are not compiled for a number
+    of rows: M is an argument that Triton does not specialize on, and it sets the grid and the sizes of scratch memory
+    and tensor descriptors. Threads may share an instance.
     """
 
     def __init__(self, launch: Launch, compiled: Any, tensors: Sequence[str]) -> None:
-        """Take a call, the compiled kernel that it ran, and the names of the tensors in the order of `run`."""
-        # Constants are handed over too, as Triton does.
+        """Store a call, the compiled kernel that it ran, and the names of the tensors in the order of `run`."""
+        # Compiled kernels take constants too.
         values = {**launch.args, **launch._for(overlaps())[0]}
         place = {name: i for i, name in enumerate(launch.kernel.arg_names)}
         self._compiled = compiled
@@ -205,7 +209,7 @@ class Prepared:
         self._programs = [(i, programs) for i, programs in enumerate(launch.programs) if programs.rows]
         self._tensors = [(place[name], i) for i, name in enumerate(tensors) if values.get(name) is not None]
         self._rows = place.get("M")
-        # Of q the first size is the number of rows.
+        # The first size of q is the number of rows.
         self._matrices = [
             (place[name], tensors.index(of), None if of == "q_ptr" else values[name].shape, type(values[name]),
              {**vars(values[name]), "base": None})
@@ -214,7 +218,7 @@ class Prepared:
         ]  # fmt: skip
         partials = values.get("partials_ptr")
         self._partials = None if partials is None else (place["partials_ptr"], partials.shape[0], partials.shape[2])
-        # Tensors would be kept in memory.
+        # A stored tensor would keep its memory alive.
         given = {*tensors, *MATRICES, "partials_ptr"}
         self._values = [None if name in given else values[name] for name in place]
 
@@ -226,7 +230,7 @@ class Prepared:
         if self._rows is not None:
             values[self._rows] = m
         for i, tensor, sizes, kind, about in self._matrices:
-            # Not by its constructor, whose checks take longer than all of this.
+            # Without its constructor, whose checks take longer than the rest of this call.
             values[i] = matrix = object.__new__(kind)
             matrix.__dict__ = {**about, "base": tensors[tensor], "shape": sizes or [m, *about["shape"][1:]]}
         if self._partials:
@@ -239,14 +243,14 @@ class Prepared:
         if getattr(told.launch_enter_hook, "calls", True) or getattr(told.launch_exit_hook, "calls", True):
             self._compiled[grid](*values)
             return
-        # The same without what profilers want to know.
+        # The same without building the metadata for profilers.
         driver, kernel = triton.runtime.driver.active, self._compiled
         stream = driver.get_current_stream(driver.get_current_device())
         kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
 
 
 def _source(kernel: Any) -> Any:
-    """Return what Triton is to read a kernel as: Gluon has another start of the compiler."""
+    """Return the class of Triton sources that a kernel needs: Gluon has its own compiler front end."""
     if not kernel.is_gluon():
         return ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource

@@ -1,4 +1,4 @@
-"""Checks whether the kernels can be used, which import Triton only when somebody needs it."""
+"""Checks whether the kernels can be used; they import Triton only when called."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ import importlib
 import importlib.util
 import os
 
-from int8compile.errors import ConfigError
+from int8compile.environment import is_on
 
-# Below it, descriptors of tensors and int8 matrix products are not what the kernels need.
+# Older versions lack the tensor descriptors and the int8 matrix products that the kernels use.
 MIN_VERSION = (3, 6)
 
-# The versions whose Gluon the kernel for Hopper is known to be right with: Gluon is experimental, and its functions
-# change. Another one belongs here when, added for a try, it passes tests/triton_kernels/test_gluon_gemm.py, and on a
-# Hopper GPU `python -m pytest tests/triton_kernels/test_triton_contract.py -m gpu -k gluon_gemm`.
+# Versions of Triton with whose Gluon the Hopper kernel is known to be correct: Gluon is experimental and its functions
+# change. To add a version, check that it passes tests/triton_kernels/test_gluon_gemm.py, and on a Hopper GPU
+# `python -m pytest tests/triton_kernels/test_triton_contract.py -m gpu -k gluon_gemm`.
 GLUON_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
 
 
 def switched_off() -> bool:
-    """Return whether the environment says that no Triton kernel is to be used.
+    """Return whether the environment variable INT8COMPILE_TRITON turns the Triton kernels off.
 
     Raises:
-        ConfigError: It says something that is not allowed.
+        ConfigError: Its value is neither 0 nor 1.
     """
-    value = os.environ.get("INT8COMPILE_TRITON", "1")
-    if value not in ("0", "1"):
-        raise ConfigError(f"INT8COMPILE_TRITON={value!r}: allowed are 1 (the default) and 0, for no Triton kernels")
-    return value == "0"
+    return not is_on("INT8COMPILE_TRITON", default=True, off="no Triton kernels")
 
 
 def failure() -> str:
-    """Return why there are no Triton kernels on this machine; "" if there are.
+    """Return why the Triton kernels cannot be used on this machine; "" if they can.
 
     Raises:
         ConfigError: See `switched_off`.
@@ -45,15 +42,15 @@ def available() -> bool:
 
 
 def gluon_failure() -> str:
-    """Return why kernels in Gluon are not used, the one for Hopper; "" if they are."""
+    """Return why the Hopper kernel, written in Gluon, cannot be used; "" if it can."""
     return failure() or _gluon_missing()
 
 
 def load() -> bool:
-    """Have the operators use the kernels for tensors on GPUs, from now on.
+    """Register the kernels as the operators' implementations on GPUs, if they can be used.
 
     Returns:
-        Whether there are kernels.
+        Whether they can.
     """
     if not available():
         return False
@@ -78,7 +75,7 @@ def _missing() -> str:
         return "Triton is not installed"
     try:
         triton = importlib.import_module("triton")
-    except Exception as error:  # A broken installation may raise anything.
+    except Exception as error:  # A broken installation can raise any exception.
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
     if _numbers(triton.__version__) < MIN_VERSION:
         return f"Triton is {triton.__version__}, and {'.'.join(map(str, MIN_VERSION))} is the oldest that will do"

@@ -1,10 +1,9 @@
-"""The operators of `int8compile.ops` on GPUs, by Triton kernels."""
+"""Implementations of the operators of `int8compile.ops` on GPUs, with Triton kernels."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,37 +13,42 @@ from torch import Tensor
 from int8compile import hardware
 from int8compile.ops import portable, reference
 from int8compile.ops.declaration import Declaration
-from int8compile.ops.linear import grouped_by_definition
+from int8compile.ops.linears import grouped_by_definition
 from int8compile.ops.quantized import (
     NONE,
-    by_definition,
-    check_norm,
-    check_quantize_rows,
-    check_quantized_linear,
+    NormQuantizeRows,
+    QuantizedLinear,
+    QuantizeRows,
     empty_result,
     empty_rows,
     empty_sum,
     flattened,
-    norm_by_definition,
-    quantize,
 )
-from int8compile.triton_kernels import autotune, tables
-from int8compile.triton_kernels.grouped_gemm.launch import launch as grouped_launch
+from int8compile.triton_kernels import autotune, loading, tables
+from int8compile.triton_kernels.gemm.launch import gemm_launch
+from int8compile.triton_kernels.gemv.launch import gemv_launch
+from int8compile.triton_kernels.grouped_gemm.launch import grouped_gemm_launch
 from int8compile.triton_kernels.launch import TENSORS, Launch, Prepared
 from int8compile.triton_kernels.product import Product
-from int8compile.triton_kernels.quantize.launch import in_chunks, launch_norm
-from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
+from int8compile.triton_kernels.quantize.launch import in_chunks, norm_launch, quantize_launch
 from int8compile.triton_kernels.tables import Architecture, Config
-from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
+from int8compile.triton_kernels.weight_only.launch import weight_only_launches
+
+# Builders of products' calls by `Config.kernel`.
+_LAUNCHES: dict[str, Callable[[Product, Config], Launch]] = {"gemm": gemm_launch, "gemv": gemv_launch}
+if not loading.gluon_failure():
+    from int8compile.triton_kernels.gluon_gemm.launch import gluon_gemm_launch
+
+    _LAUNCHES["gluon_gemm"] = gluon_gemm_launch
 
 _library: torch.library.Library | None = None
 
 
 class _Products:
-    """Prepared products that differ in the number of rows, which decides on the configuration, and in values.
+    """The prepared calls of one product, for any number of rows; the number decides on the configuration.
 
     Args:
-        choose: The table's configuration for a number of rows.
+        choose: Returns the table's configuration for a number of rows.
     """
 
     MOST = 4096
@@ -55,7 +59,7 @@ class _Products:
         self._choose = choose
 
     def of(self, m: int) -> Prepared | None:
-        """Return the product of M rows; None where its configuration is not prepared, or not measured yet."""
+        """Return the call for M rows; None if its configuration is not prepared, or not measured yet."""
         prepared = self._by_rows.get(m)
         if prepared is None and not autotune.enabled():
             prepared = self.by_config.get(self._choose(m))
@@ -64,33 +68,33 @@ class _Products:
         return prepared
 
     def remember(self, m: int, prepared: Prepared) -> None:
-        """Have M rows take a product without a choice."""
+        """Store the call for M rows, so that no configuration has to be chosen again."""
         if len(self._by_rows) >= self.MOST:
             self._by_rows.clear()
         self._by_rows[m] = prepared
 
 
-# By all that calls depend on but the number of rows and values. Tensors begin at multiples of 16 bytes, as all but
-# parts of others do: kernels are compiled for that.
+# Keys hold all that calls depend on, except the number of rows and the values. Kernels are compiled for tensors that
+# begin at multiples of 16 bytes; only views of other tensors begin elsewhere.
 _prepared: dict[Any, Prepared] = {}
 _products: dict[Any, _Products] = {}
 
 
 @functools.cache
 def architecture(index: int) -> Architecture | None:
-    """Return the tables of a GPU of this machine; None where Triton has no kernels for it."""
+    """Return the tables of this machine's GPU with this index; None if there are no kernels for it."""
     family = hardware.kernel_family(hardware.of(torch.device("cuda", index)).isa)
     return tables.ARCHITECTURES.get(family)
 
 
 @functools.cache
 def multiprocessors(index: int) -> int:
-    """Return how many programs a GPU of this machine runs side by side, at least."""
+    """Return the number of multiprocessors of this machine's GPU with this index."""
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def register() -> None:
-    """Register the kernels for the dispatch key CUDA (ROCm's too), once."""
+    """Register the kernels for the dispatch key CUDA, which is ROCm's too, once."""
     global _library
     if _library is not None:
         return
@@ -100,10 +104,8 @@ def register() -> None:
 
 
 def launch_of(product: Product, config: Config) -> Launch:
-    """Return the call that computes a product with a configuration."""
-    module = importlib.import_module(f"int8compile.triton_kernels.{config.kernel}.launch")
-    made: Launch = module.launch(product, config)
-    return made
+    """Return the kernel call that computes a product with a configuration."""
+    return _LAUNCHES[config.kernel](product, config)
 
 
 def _index(x: Tensor) -> int:
@@ -111,7 +113,7 @@ def _index(x: Tensor) -> int:
 
 
 def _on(device: int) -> contextlib.AbstractContextManager[Any]:
-    """Make a device the current one, which Triton launches on."""
+    """Return a context in which a device is the current one, on which Triton launches."""
     return _HERE if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
@@ -119,7 +121,7 @@ _HERE = contextlib.nullcontext()
 
 
 def _key(*tensors: Tensor | None) -> Any:
-    """Return what kernels depend on in tensors; None where one does not begin at a multiple of 16 bytes."""
+    """Return the properties of tensors that kernels depend on; None if one does not begin at a multiple of 16 bytes."""
     places = 0
     kinds: list[Any] = []
     for tensor in tensors:
@@ -132,13 +134,13 @@ def _key(*tensors: Tensor | None) -> Any:
 
 
 def _key_of_rows(x: Tensor) -> Any:
-    """Return the same for x, whose rows are contiguous, whatever their number."""
+    """Return the same for x, whose rows are contiguous, without the number of rows."""
     k = x.shape[-1] if x.dim() else 0
     return None if x.data_ptr() % 16 else (x.device, x.dtype, k, k if x.is_contiguous() else x.stride(0))
 
 
 def _with_rows(x: Tensor) -> Tensor:
-    """Return x if it is contiguous, or as [M, K] with contiguous rows."""
+    """Return x itself if it is contiguous, otherwise as [M, K] with contiguous rows."""
     if x.is_contiguous():
         return x
     x = flattened(x)
@@ -146,7 +148,7 @@ def _with_rows(x: Tensor) -> Tensor:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """Return what `_with_rows` made as [M, K]; a single row has a stride of K, too."""
+    """Return a result of `_with_rows` as [M, K]; a single row has a stride of K too."""
     return x.view(-1).view(-1, x.shape[-1]) if x.is_contiguous() else x
 
 
@@ -160,13 +162,13 @@ def _contiguous(*tensors: Tensor | None) -> Iterator[Any]:
 
 
 def _quantizing(index: int) -> Architecture | None:
-    """Return the tables of a GPU of this machine; None where there are no kernels for quantized activations."""
+    """Return the tables of a GPU; None if it has no kernels for quantized activations."""
     arch = architecture(index)
-    return arch if arch is not None and arch.instruction else None
+    return arch if arch is not None and arch.matrix_instruction else None
 
 
 def _start(call: Launch, key: Any, op: str) -> None:
-    """Run a call, and keep it if there is a key."""
+    """Run a call, and keep it for later ones if there is a key."""
     prepared = call.prepare(TENSORS[op])
     if prepared is not None and key is not None:
         _prepared[key] = prepared
@@ -178,9 +180,9 @@ def _quantize_rows(x: Tensor, d: Tensor | None, threshold: float) -> tuple[Tenso
     key = (of_x, of_d, threshold, _in_chunks(x)) if of_x and of_d else None
     prepared = _prepared.get(key)
     if prepared is None or x.numel() == 0:
-        check_quantize_rows(x, d, threshold)
+        call = QuantizeRows(x, d, threshold)
         if x.numel() == 0 or not _quantizing(index):
-            return quantize(x, d, threshold)
+            return call.compute()
     made = empty_rows(x, threshold)
     with _on(index):
         if prepared is not None:
@@ -209,9 +211,9 @@ def _norm_quantize_rows(
     key = (of_rows, residual is None, fixed, kind, eps, threshold) if fits and fixed and all(of_rows) else None
     prepared = _prepared.get(key)
     if prepared is None or x.numel() == 0:
-        check_norm(*given[:5], kind, threshold)
+        call = NormQuantizeRows(*given)
         if x.numel() == 0 or not _quantizing(index):
-            return norm_by_definition(*given)
+            return call.compute()
     total = empty_sum(given[0], residual)
     made = empty_rows(x, threshold)
     with _on(index):
@@ -219,8 +221,8 @@ def _norm_quantize_rows(
             prepared.run(made[0].shape[1], (x, residual, weight, bias, d, total, *made))
         else:
             added = None if residual is None else _matrix(residual)
-            call = launch_norm(_matrix(x), added, weight, bias, d, kind, eps, threshold, total, *made)
-            _start(call, key, "norm_quantize_rows")
+            launch = norm_launch(_matrix(x), added, weight, bias, d, kind, eps, threshold, total, *made)
+            _start(launch, key, "norm_quantize_rows")
     return total, *made
 
 
@@ -254,14 +256,14 @@ def _quantized_linear(
 
 
 def _first_product(key: Any, *given: Any) -> Tensor:
-    """Compute `quantized_linear` where nothing is prepared, and prepare it if there is a key."""
-    check_quantized_linear(*given)
+    """Compute `quantized_linear` without a prepared call, and prepare one if there is a key."""
+    call = QuantizedLinear(*given)
     q, rows, counters, qweight, scale, bias, activation, n0, n1, dtype = given
     (_, m, k), n = q.shape, qweight.shape[0]
     index = _index(q)
     arch = _quantizing(index)
     if arch is None or 0 in (m, n, k):
-        return by_definition(*given)
+        return call.compute()
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     scale, bias, q, rows, counters = _contiguous(scale, bias, q, rows, counters)
@@ -287,7 +289,7 @@ def _first_product(key: Any, *given: Any) -> Tensor:
             prepared = launch_of(product, config).prepare(TENSORS["quantized_linear"])
     if key is not None and prepared is not None:
         products.by_config[config] = prepared
-        # What is captured cannot be measured; the first call outside of a graph is.
+        # Nothing can be measured during capture of a graph; the first call outside of one measures.
         if not (autotune.enabled() and torch.cuda.is_current_stream_capturing()):
             products.remember(m, prepared)
         _products[key] = products
@@ -312,9 +314,9 @@ def _batched_linear(
 def _grouped_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | None, ends: Tensor, threshold: float
 ) -> Tensor:
-    """Multiply rows with the weight of their expert, without reading `ends` on the host.
+    """Multiply rows with the weight of their expert.
 
-    So it cannot be checked: where it does not ascend, results are NaN and nothing is raised.
+    `ends` is not read on the host, so it is not checked: if it does not ascend, results are NaN and nothing is raised.
     """
     if not _quantizing(_index(x)) or 0 in (*x.shape, *qweight.shape):
         return grouped_by_definition(x, qweight, scale, d, ends, threshold)
@@ -331,14 +333,14 @@ def _groups(
     ends: Tensor | None,
     rows_per_group: int,
 ) -> Tensor:
-    """Multiply x [M, K] by groups of rows, which end at `ends` or have equal sizes: one launch for each step."""
+    """Multiply groups of rows of x [M, K] with their weights; groups end at `ends` or have equal sizes."""
     index, x = _index(x), _matrix(_with_rows(x))
     d, bias, ends, qweight, scale = _contiguous(d, bias, ends, qweight, scale)
     q, rows, counters = empty_rows(x, threshold)
     y = x.new_empty(x.shape[0], qweight.shape[1])
     with _on(index):
         quantize_launch(x, d, threshold, q, rows, counters, ends, rows_per_group).run()
-        grouped_launch(Product(q, rows, counters, qweight, scale, bias, y), ends, rows_per_group).run()
+        grouped_gemm_launch(Product(q, rows, counters, qweight, scale, bias, y), ends, rows_per_group).run()
     return y
 
 
@@ -347,7 +349,7 @@ def _weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, d: Tensor | N
     arch = architecture(_index(x))
     if arch is None or 0 in (*flat.shape, n):
         return reference.weight_only_linear(x, qweight, scale, d, bias)
-    if not arch.instruction:
+    if not arch.matrix_instruction:
         return portable.weight_only_linear(x, qweight, scale, d, bias)
     if flat.stride(1) != 1:
         flat = flat.contiguous()

@@ -1,8 +1,8 @@
-"""The kernels of an exported package: compiled, and which is started when, as C++ for exporting/csrc/launcher.cpp.
+"""The GPU kernels of an exported package: cubins, and a plan of their calls as C++ for exporting/csrc/launcher.cpp.
 
-A package has no Python to choose with, and its number of rows may change from call to call. So `Planner` asks for every
-number of rows what the operators would start, joins the numbers with the same answer, and compiles what occurs. It asks
-the table: what `INT8COMPILE_AUTOTUNE` measured does not count.
+A package has no Python to choose a kernel, and its number of rows may change from call to call. So `Planner` asks for
+each number of rows which kernels the operators would start, joins neighbouring numbers with the same answer, and
+compiles the kernels. It asks the table; measurements by `INT8COMPILE_AUTOTUNE` are not used.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ from triton.backends.compiler import GPUTarget
 from int8compile.errors import ExportError
 from int8compile.ops.quantized import empty_result, empty_rows, empty_sum
 from int8compile.triton_kernels import tables
-from int8compile.triton_kernels.grouped_gemm.launch import config_of
-from int8compile.triton_kernels.grouped_gemm.launch import launch as grouped_launch
+from int8compile.triton_kernels.grouped_gemm.launch import config_of, grouped_gemm_launch
 from int8compile.triton_kernels.launch import DESCRIPTORS, MATRICES, TENSORS, Launch, Programs
 from int8compile.triton_kernels.operators import launch_of
 from int8compile.triton_kernels.product import Product
-from int8compile.triton_kernels.quantize.launch import MANY_ROWS, in_chunks, launch_norm
-from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
+from int8compile.triton_kernels.quantize.launch import MANY_ROWS, in_chunks, norm_launch, quantize_launch
 from int8compile.triton_kernels.tables import Architecture, Config
-from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
-from int8compile.triton_kernels.weight_only.launch import tile_rows
+from int8compile.triton_kernels.weight_only.launch import tile_rows, weight_only_launches
 
-# Arguments that follow from the number of rows.
+# Arguments that are computed from the number of rows.
 _ROWS = ("M", "rows_per_group")
 # c10::ScalarType.
 _SCALAR_TYPES = {
@@ -45,7 +42,7 @@ _SCALAR_TYPES = {
     torch.bfloat16: 15,
     None: -1,
 }
-# Bytes of a parameter, as PTX declares it.
+# Bytes of a parameter by the bits in its PTX type.
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _MAP_BYTES = 128
 
@@ -55,9 +52,9 @@ class Gpu:
     """A GPU that kernels are compiled for.
 
     Attributes:
-        isa: "sm_90".
-        arch: Its tables.
-        multiprocessors: How many it has.
+        isa: Such as "sm_90".
+        arch: The tables of its architecture.
+        multiprocessors: Their number.
     """
 
     isa: str
@@ -66,15 +63,15 @@ class Gpu:
 
     @property
     def capability(self) -> int:
-        """Return the compute capability as Triton counts it: 90."""
+        """Return the compute capability in Triton's form, such as 90."""
         return int(self.isa.removeprefix("sm_"))
 
 
 class Planner:
-    """A collection of what the operators of a graph start, for `least` to `most` rows; any number where `most` is None.
+    """Collects the kernels that a graph's operators start, for `least` to `most` rows (None: no upper limit).
 
     Attributes:
-        cubins: The compiled kernels by the names of their files.
+        cubins: The compiled kernels by file name.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -86,7 +83,7 @@ class Planner:
     def quantize_rows(
         self, k: int, dtype: torch.dtype, rotated: bool, threshold: float, least: int, most: int | None
     ) -> None:
-        """Add what `int8compile::quantize_rows` starts for x [M, K] of a dtype."""
+        """Add the kernels of `int8compile::quantize_rows` for x [M, K] of a dtype."""
 
         def started(m: int) -> list[Launch]:
             x = _empty(m, k, dtype=dtype)
@@ -109,14 +106,14 @@ class Planner:
         least: int,
         most: int | None,
     ) -> None:
-        """Add what `int8compile::norm_quantize_rows` starts for x [M, K] of a dtype."""
+        """Add the kernels of `int8compile::norm_quantize_rows` for x [M, K] of a dtype."""
 
         def started(m: int) -> list[Launch]:
             x = _empty(m, k, dtype=dtype)
             total = x if residual else None
             weight, bias = (_empty(k, dtype=each) for each in (weight_dtype, bias_dtype))
             made = (empty_sum(x, total), *empty_rows(x, threshold))
-            return [launch_norm(x, total, weight, bias, _empty(k) if rotated else None, kind, eps, threshold, *made)]
+            return [norm_launch(x, total, weight, bias, _empty(k) if rotated else None, kind, eps, threshold, *made)]
 
         dtypes = (_SCALAR_TYPES[each] for each in (weight_dtype, bias_dtype))
         key = (k, _SCALAR_TYPES[dtype], int(residual), *dtypes, int(rotated), kind, _bits(eps), _bits(threshold))
@@ -135,7 +132,7 @@ class Planner:
         least: int,
         most: int | None,
     ) -> None:
-        """Add what `int8compile::quantized_linear` starts for a weight [N, K] and q [planes, M, K]."""
+        """Add the kernels of `int8compile::quantized_linear` for a weight [N, K] and q [planes, M, K]."""
         arch, sms = self._gpu.arch, self._gpu.multiprocessors
 
         def chosen(m: int) -> Config:
@@ -148,8 +145,8 @@ class Planner:
             product = Product(*quantized, qweight, _empty(n), _empty(n, dtype=bias_dtype), y, activation, n0, n1)
             return [launch_of(product, chosen(m))]
 
-        # From that many rows on the largest tiles are enough for all multiprocessors.
-        settled = max(*(config.bm * sms for config in arch.rows[tables.BUCKETS[-1]]), tables.BUCKETS[-1])
+        # From this number of rows on, there are enough of the largest tiles for all multiprocessors.
+        settled = max(*(config.bm * sms for config in arch.by_bucket[tables.BUCKETS[-1]]), tables.BUCKETS[-1])
         key = (n, k, planes, activation, n0, n1, _SCALAR_TYPES[dtype], _SCALAR_TYPES[bias_dtype])
         self._add("quantized_linear", key, (least, most), started, chosen, settled)
 
@@ -163,7 +160,7 @@ class Planner:
         least: int,
         most: int | None,
     ) -> None:
-        """Add what `int8compile::weight_only_linear` starts for x [M, K]."""
+        """Add the kernels of `int8compile::weight_only_linear` for x [M, K]."""
 
         def started(m: int) -> list[Launch]:
             x, y = (_empty(m, size, dtype=dtype) for size in (k, n))
@@ -187,9 +184,9 @@ class Planner:
         least: int,
         most: int | None,
     ) -> None:
-        """Add what `int8compile::grouped_linear` or `batched_linear` starts for weights [E, N, K].
+        """Add the kernels of `int8compile::grouped_linear` or `batched_linear` for weights [E, N, K].
 
-        M counts the rows of all experts. Those of batched_linear, which has no `ends`, have as many each.
+        M counts the rows of all experts. In batched_linear, which has no `ends`, all experts have equally many.
         """
 
         def started(m: int) -> list[Launch]:
@@ -200,7 +197,7 @@ class Planner:
             made = empty_rows(x, threshold)
             qweight, scale = _empty(experts, n, k, dtype=torch.int8), _empty(experts, n)
             product = Product(*made, qweight, scale, _empty(experts, n, dtype=bias_dtype), y)
-            return [quantize_launch(x, d, threshold, *made, ends, each), grouped_launch(product, ends, each)]
+            return [quantize_launch(x, d, threshold, *made, ends, each), grouped_gemm_launch(product, ends, each)]
 
         dtypes = (_SCALAR_TYPES[each] for each in (ends_dtype, bias_dtype))
         key = (experts, n, k, _SCALAR_TYPES[dtype], d_dims, *dtypes, _bits(threshold))
@@ -214,7 +211,7 @@ class Planner:
         )
 
     def source(self) -> str:
-        """Return the plan as C++: a declaration of `int8compile::Plan` and a function that returns it."""
+        """Return the plan as C++: the declaration of `int8compile::Plan` and a function that returns an instance."""
         header = (importlib.resources.files("int8compile.cpu") / "csrc" / "plan.h").read_text()
         capability = divmod(self._gpu.capability, 10)
         kernels = ",\n".join(self._kernels.values())
@@ -236,15 +233,15 @@ class Planner:
         decided: Callable[[int], Any] = lambda m: None,
         settled: int = 1,
     ) -> None:
-        """Add a call.
+        """Add a call of an operator.
 
         Args:
             op: The operator's name.
-            key: What launcher.cpp finds it by.
-            rows: The least and the largest number of them that there may be; None where there is no largest.
-            started: Returns the kernels for a number of rows.
-            decided: Returns what they depend on, besides the numbers of programs.
-            settled: From that many rows on all have the same answer.
+            key: The numbers by which launcher.cpp finds the call.
+            rows: The smallest and the largest number of rows; None for no upper limit.
+            started: Returns the kernels' calls for a number of rows.
+            decided: Returns all that the choice of kernels depends on, for a number of rows.
+            settled: The number of rows from which on the choice stays the same.
         """
         ranges = []
         for first in _changes(rows, decided, settled):
@@ -254,7 +251,7 @@ class Planner:
 
     def _launch(self, op: str, launch: Launch) -> str:
         with knobs.compilation.scope():
-            knobs.compilation.disable_line_info = True  # Two thirds of a file.
+            knobs.compilation.disable_line_info = True  # It would be two thirds of a file.
             compiled = launch.compile(GPUTarget("cuda", self._gpu.capability, 32), overlap=False)
         about = compiled.metadata
         used = (about.num_ctas, about.global_scratch_size, about.profile_scratch_size)
@@ -267,12 +264,12 @@ class Planner:
         arguments, maps = _arguments(op, launch, getattr(about, "tensordesc_meta", None) or [])
         sizes = [size for size, _, _ in arguments]
         declared = parameters(compiled.asm["ptx"])
-        # Triton has pointers of its own behind ours, to memory that none of these kernels use.
+        # Triton appends its own pointers, to scratch memory that none of these kernels use.
         extra = declared[len(sizes) :]
         if declared[: len(sizes)] != sizes or set(extra) - {8}:
             raise ExportError(
                 f"Triton's {launch.kernel.__name__} takes arguments of {declared} bytes, and {sizes} were expected: "
-                "this version of Triton hands them over in another way. form='portable' needs no kernels of ours"
+                "this version of Triton passes them in another way. form='portable' needs no Triton kernels"
             )
         arguments += [(8, "number", 0)] * len(extra)
         handed = ", ".join(f"{{Argument::{kind}, {value}}}" for _, kind, value in arguments)
@@ -285,15 +282,15 @@ class Planner:
 
 
 def parameters(ptx: str) -> list[int]:
-    """Return the bytes of each parameter of the kernel in a PTX text."""
+    """Return the size in bytes of each parameter of the kernel in a PTX text."""
     (entry,) = re.findall(r"\.entry[^(]*\(([^)]*)\)", ptx)
     found = re.findall(r"\.param (?:\.align \d+ )?\.(?:[usfb](\d+))[^,\[]*(?:\[(\d+)\])?", entry)
     return [_SIZES[bits] * int(length or 1) for bits, length in found]
 
 
 def _changes(rows: tuple[int, int | None], decided: Callable[[int], Any], settled: int) -> Iterator[int]:
-    """Yield the numbers of rows at which another answer begins."""
-    least = max(rows[0], 1)  # No row, no kernel.
+    """Yield the numbers of rows at which the value of `decided` changes, the first one included."""
+    least = max(rows[0], 1)  # Zero rows start no kernel.
     last = max(settled, least)
     most = last if rows[1] is None else min(rows[1], last)
     before = object()  # Equal to nothing.
@@ -307,7 +304,7 @@ def _changes(rows: tuple[int, int | None], decided: Callable[[int], Any], settle
 def _arguments(
     op: str, launch: Launch, described: Sequence[Mapping[str, Any]]
 ) -> tuple[list[tuple[int, str, int]], list[str]]:
-    """Return the bytes, kind and value of each argument of a kernel; and the matrices for the copy engine, as C++."""
+    """Return size, kind and value of each kernel argument, and the tensor descriptors for the copy engine as C++."""
     tensors = TENSORS[op]
     arguments: list[tuple[int, str, int]] = []
     maps: list[str] = []
@@ -338,7 +335,7 @@ def _arguments(
 
 
 def _empty(*size: int, dtype: torch.dtype | None = torch.float32) -> Any:
-    """Return a tensor without memory; None without a dtype."""
+    """Return a tensor on the meta device, or None if the dtype is None."""
     return None if dtype is None else torch.empty(size, dtype=dtype, device="meta")
 
 

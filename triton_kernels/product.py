@@ -1,4 +1,4 @@
-"""Products with quantized activations, and the arguments that all of their kernels have."""
+"""A product with quantized activations, and the kernel arguments that follow from it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from int8compile.triton_kernels.tables import Config
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product of quantized activations with a weight, or of groups of their rows with one weight each.
+    """Quantized activations times a weight, or groups of their rows times one weight per group.
 
     Attributes:
         q: [2, M, K] int8, or [1, M, K] without outliers.
-        rows: [1 + W, M] int32, the rows' scales and which blocks of theirs have second digits.
+        rows: [1 + W, M] int32, the rows' scales and the bits of their blocks with second digits.
         counters: [512] int32 zeros.
-        qweight: [N, K] int8, or [E, N, K] for groups; its rows contiguous.
+        qweight: [N, K] int8, or [E, N, K] for groups; rows are contiguous.
         scale: [N] float32, or [E, N].
         bias: [N] or [E, N], any float dtype, or None.
-        y: As `int8compile.ops.quantized.empty_result` makes it.
+        y: The result, allocated by `int8compile.ops.quantized.empty_result`.
         activation: One of `int8compile.ops.quantized.ACTIVATIONS`.
-        n0: Outputs of the first of several parts, 0 if there is one.
-        n1: Outputs of the second of three parts.
+        n0: Number of outputs in the first of several parts; 0 for a single part.
+        n1: Number of outputs in the second of three parts.
     """
 
     q: Tensor
@@ -55,14 +55,14 @@ class Product:
         args: dict[str, Any] | None = None,
         constants: dict[str, Any] | None = None,
     ) -> Launch:
-        """Return the call of a kernel, with those of a product's arguments (see `numerics`) that it has.
+        """Return a call of a kernel, with the arguments of `numerics` that the kernel has.
 
         Args:
-            kernel: As `triton.jit` made it.
-            config: Its tile.
-            programs: Programs in each direction.
-            args: Its other arguments.
-            constants: Its other compile-time constants; they replace those of the configuration.
+            kernel: The function made by `triton.jit`.
+            config: The tile.
+            programs: Number of programs in each dimension of the grid.
+            args: Further arguments.
+            constants: Further compile-time constants; they override those of the configuration.
         """
         m, n, k = self.sizes
         whole_tiles = all(begin % config.bn == 0 for begin in (self.n0, self.n0 + self.n1))
@@ -86,7 +86,6 @@ class Product:
             **(args or {}),
         }
         fixed = {
-            "HAS_BIAS": self.bias is not None,
             "ACTIVATION": self.activation,
             "PARTS": parts.value,
             "OUTLIERS": len(self.q) > 1,

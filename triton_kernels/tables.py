@@ -1,8 +1,11 @@
-"""Which kernel with which tiles, from the GPU's architecture, the rows and the weight's shape.
+"""The kernels and tiles of `quantized_linear`, by the GPU's architecture, M and the weight's shape.
 
-The launchers, the autotuner, the compile-only tests and the benchmarks all read this table. It was made from what
-others published, from the sizes of the parts and from code that was compiled without a GPU (registers, spills, shared
-memory). `python -m benchmarks.gpu_day` measures it.
+M rows of activations, K inputs, N outputs. `operators.py`, `autotune.py`, `plan.py`, the tests and the benchmarks read
+these tables; launchers are given one `Config`. `grouped_gemm`, `weight_only` and `quantize` have their sizes in their
+own `launch.py`.
+
+The tables follow published measurements, the GPUs' memory sizes, and the registers, spills and shared memory of code
+compiled without a GPU. `python -m benchmarks.gpu_day` measures them.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ import math
 from int8compile.ops.quantized import BLOCK, COUNTERS
 from int8compile.triton_kernels import loading
 
-# The lower ends of the ranges of M that have a row of the table each.
+# The lower ends of the ranges of M. Each range has its own tiles in `Architecture.by_bucket`; 65 and 129 have the same
+# ones, but the autotuner measures and stores each range on its own, and the GPU day's results name these ranges.
 BUCKETS = (1, 2, 17, 33, 65, 129, 256, 512)
 
-# What a multiprocessor could move while the sums of a tile are counted, and what a byte of them costs. Fitted to the
-# times of an H200 for 16, 64 and 128 rows of Llama-3.1-8B linears: the choice is within 9 % of the best of those tried.
+# The cost of splitting K, in bytes of traffic: once per program, and for each byte of a tile's partial sums. Fitted to
+# an H200's times for M = 16, 64 and 128 in linears of Llama-3.1-8B: the choice is within 9 % of the best one tried.
 _SPLIT, _SPLIT_BYTE = 96 * 1024, 4.5
 
 
@@ -27,15 +31,17 @@ class Config:
 
     Attributes:
         kernel: The folder's name: "gemv", "gemm" or "gluon_gemm".
-        bm: Rows of a tile.
-        bn: Outputs of a tile.
-        bk: Inputs a step of the main loop.
-        num_warps: Warps of a program.
-        num_stages: Steps of the main loop that are in flight.
-        group_m: Row tiles whose programs run together.
-        splits: Programs that share a tile, each with its part of the inputs; `choose` sets it.
-        instruction: What multiplies four int8 with four others, for "gemv": "dp4a", "v_dot4", or "" for none.
-        programs: Programs that share the tiles; one for each tile where it is 0. `choose` sets it.
+        bm: A tile's part of M.
+        bn: A tile's part of N.
+        bk: The part of K in a step of the main loop.
+        num_warps: Warps per program.
+        num_stages: Steps of the main loop in flight.
+        group_m: Number of tiles along M whose programs run together.
+        splits: Number of parts of K; each part of a tile is one program. `choose` sets it.
+        instruction: The instruction of "gemv" that multiplies four int8 with four others: "dp4a", "v_dot4", or "" for
+            none.
+        programs: Most programs per split, each of which computes several tiles (a persistent kernel, in Gluon); 0 for
+            one program per tile. `choose` sets it for Gluon.
     """
 
     kernel: str
@@ -50,7 +56,7 @@ class Config:
     programs: int = 0
 
     def tiles(self, m: int, n: int) -> int:
-        """Return how many tiles a product has."""
+        """Return the number of tiles of a product."""
         return math.ceil(m / self.bm) * math.ceil(n / self.bn)
 
     def __str__(self) -> str:
@@ -60,19 +66,19 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A family of GPUs, as far as the kernels need to know it.
+    """The properties of a family of GPUs that kernels depend on.
 
     Attributes:
-        name: Of the oldest member: "sm_80".
-        shared_memory: Bytes that one program can have.
-        instruction: The int8 matrix instruction from 64 rows on, as compiled code has it; "" where Triton has none.
-        rows: Candidates by bucket, from large to small tiles.
+        name: The oldest member's, such as "sm_80".
+        shared_memory: Bytes available to one program.
+        matrix_instruction: The int8 matrix instruction in compiled code where bm >= 64; "" if Triton has none.
+        by_bucket: Candidate configurations by bucket, from large to small tiles.
     """
 
     name: str
     shared_memory: int
-    instruction: str
-    rows: dict[int, tuple[Config, ...]]
+    matrix_instruction: str
+    by_bucket: dict[int, tuple[Config, ...]]
 
 
 def _gemv(instruction: str, *shapes: tuple[int, int, int]) -> tuple[Config, ...]:
@@ -83,11 +89,12 @@ def _tiles(kernel: str, *shapes: tuple[int, int, int, int, int]) -> tuple[Config
     return tuple(Config(kernel, *shape) for shape in shapes)
 
 
-# Programs of 8 to 16 KB of weight in flight, eight or more of which fit a multiprocessor.
+# Each program has 8 to 16 KB of weight in flight; a multiprocessor holds eight or more programs.
 _GEMV_SHAPES = ((8, 2048, 4), (4, 2048, 4), (2, 4096, 4))
 _GEMV = _gemv("dp4a", *_GEMV_SHAPES)
 
-# 163 KB of shared memory. Instructions take 16 rows; larger BK do not fit with enough stages.
+# 163 KB of shared memory. Matrix instructions take 16 rows of a tile. With BM = 128, a larger BK would not fit with
+# enough stages.
 _SM_80 = Architecture(
     "sm_80",
     163 * 1024,
@@ -102,7 +109,7 @@ _SM_80 = Architecture(
     },
 )
 
-# 99 KB.
+# 99 KB of shared memory.
 _SM_86 = Architecture(
     "sm_86",
     99 * 1024,
@@ -117,10 +124,10 @@ _SM_86 = Architecture(
     },
 )
 
-# Warps without the producer's.
+# num_warps does not count the producer's warp.
 _GLUON = _tiles("gluon_gemm", (128, 256, 128, 8, 4), (128, 128, 128, 8, 6))
 
-# 227 KB. wgmma needs 64 rows and 4 warps for each 64 of them, below that Triton takes mma.sync.
+# 227 KB of shared memory. wgmma needs BM >= 64, and 4 warps per 64; for smaller tiles Triton takes mma.sync.
 _SM_90 = Architecture(
     "sm_90",
     227 * 1024,
@@ -130,7 +137,7 @@ _SM_90 = Architecture(
         2: _tiles("gemm", (16, 128, 128, 4, 5), (16, 64, 256, 4, 5), (16, 32, 512, 4, 4)),
         17: _tiles("gemm", (32, 128, 128, 4, 5), (32, 64, 256, 4, 5), (32, 32, 512, 4, 4)),
         33: _tiles("gemm", (64, 128, 128, 4, 4), (64, 64, 256, 4, 4), (64, 32, 256, 4, 4)),
-        # Gluon's, whose matrix products stay in flight; behind it what is taken where Gluon cannot be.
+        # Gluon's first: its matrix products stay in flight. The others are taken where Gluon cannot be used.
         **dict.fromkeys(
             (65, 129), _GLUON + _tiles("gemm", (128, 128, 128, 8, 5), (128, 64, 128, 8, 5), (64, 64, 128, 4, 5))
         ),
@@ -139,7 +146,7 @@ _SM_90 = Architecture(
     },
 )
 
-# 227 KB. From 64 rows on newer versions of Triton take its own matrix instruction, older ones mma.sync.
+# 227 KB of shared memory. Where BM >= 64, newer versions of Triton take tcgen05.mma, older ones mma.sync.
 _SM_100 = Architecture(
     "sm_100",
     227 * 1024,
@@ -155,7 +162,7 @@ _SM_100 = Architecture(
     },
 )
 
-# 64 KB, warps of 64 threads.
+# 64 KB of shared memory, warps of 64 threads.
 _GFX942 = Architecture(
     "gfx942",
     64 * 1024,
@@ -170,14 +177,15 @@ _GFX942 = Architecture(
     },
 )
 
-# Triton has no matrix instructions at all for it: weights in int8, activations in 23 bits, by PyTorch.
+# Triton does not use its int8 matrix instructions, so it has no tiles, and `candidates` must not be called: PyTorch
+# multiplies activations of 23 bits with int8 weights.
 _SM_75 = Architecture("sm_75", 64 * 1024, "", {})
 
 ARCHITECTURES = {arch.name: arch for arch in (_SM_75, _SM_80, _SM_86, _SM_90, _SM_100, _GFX942)}
 
 
 def bucket_of(m: int) -> int:
-    """Return the lower end of the range that M belongs to."""
+    """Return the lower end of the range that contains M."""
     return max(bucket for bucket in BUCKETS if bucket <= m)
 
 
@@ -185,20 +193,22 @@ def candidates(arch: Architecture, m: int, k: int, *, aligned: bool = True) -> t
     """Return the configurations that can compute a product, from large to small tiles.
 
     Args:
-        arch: The GPU's.
-        m: Rows, at least 1.
-        k: Inputs.
+        arch: The GPU's tables; not those of sm_75, which are empty.
+        m: M, at least 1.
+        k: K.
         aligned: Whether q and the rows of the weight begin at multiples of 16 bytes. The copy engine, which Gluon's
-            kernel uses, wants that, and K a multiple of 16.
+            kernel uses, needs this, and K to be a multiple of 16.
     """
     gluon = aligned and k % 16 == 0 and not loading.gluon_failure()
-    return tuple(config for config in arch.rows[bucket_of(m)] if config.kernel != "gluon_gemm" or gluon)
+    return tuple(config for config in arch.by_bucket[bucket_of(m)] if config.kernel != "gluon_gemm" or gluon)
 
 
 def choose(configs: tuple[Config, ...], m: int, n: int, k: int, multiprocessors: int) -> Config:
-    """Return one of the configurations, with its splits: the one whose multiprocessors have the least to move.
+    """Return one of the configurations, with its splits set, and for Gluon its programs.
 
-    From 256 rows on it is the first, which has the largest tiles, where there is a tile for every multiprocessor.
+    - M = 1: the first with two tiles per multiprocessor, otherwise the last.
+    - M >= 256: the first, which has the largest tiles, if it has a tile for every multiprocessor.
+    - Otherwise: the one with the lowest cost, with the splits of this cost.
     """
     splits = 1
     if m == 1:
@@ -213,21 +223,25 @@ def choose(configs: tuple[Config, ...], m: int, n: int, k: int, multiprocessors:
 
 
 def _cost(config: Config, m: int, n: int, k: int, multiprocessors: int) -> tuple[float, int]:
-    """Return what a multiprocessor moves, in bytes, with the best splits, and these.
+    """Return the bytes that a multiprocessor moves with the best number of splits, and this number.
 
-    Bytes from the L2 cache count like those from memory: a multiprocessor of an H200 takes in about 58 KB/us of either.
+    Bytes from the L2 cache count like those from memory: a multiprocessor of an H200 reads about 58 KB/us of either.
+    This was fitted to products of 64 rows, where few multiprocessors wait on memory at once, so it is not the whole
+    GPU's bandwidth divided by its multiprocessors.
     """
-    tiles, rows, step = config.tiles(m, n), min(m, config.bm), max(config.bk, BLOCK)
-    steps = -(-k // step)
-    # Gluon's larger tile has no registers for others' sums beside its own.
+    tiles, tile_rows = config.tiles(m, n), min(m, config.bm)
+    # Splits get whole numbers of these steps.
+    step = max(config.bk, BLOCK)
+    total_steps = -(-k // step)
+    # Gluon's larger tile has no registers left for adding up partial sums.
     splittable = config.kernel in ("gemm", "gluon_gemm") and config.bn <= 128 and tiles <= COUNTERS
     costs = []
-    for splits in range(1, min(steps, 16) + 1 if splittable else 2):
-        inputs = -(-steps // splits) * step
-        each = float(inputs * (config.bn + rows))
+    for splits in range(1, min(total_steps, 16) + 1 if splittable else 2):
+        inputs = -(-total_steps // splits) * step
+        per_program = float(inputs * (config.bn + tile_rows))
         if splits > 1:
-            each += _SPLIT_BYTE * 4 * rows * config.bn * splits + _SPLIT
-        # Several small tiles share a multiprocessor; a large one has it alone.
+            per_program += _SPLIT_BYTE * 4 * tile_rows * config.bn * splits + _SPLIT
+        # Several small tiles share a multiprocessor; a large tile fills one.
         waves = tiles * splits / multiprocessors
-        costs.append((each * (max(waves, 1) if config.bm <= 64 else math.ceil(waves)), splits))
+        costs.append((per_program * (max(waves, 1) if config.bm <= 64 else math.ceil(waves)), splits))
     return min(costs)

@@ -1,1 +1,1 @@
-"""Many rows times a weight."""
+"""Multiply many rows with a weight."""

@@ -1,4 +1,4 @@
-"""Rows times a weight, by tiles of both."""
+"""Product of rows and a weight, in tiles of both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from int8compile.triton_kernels.numerics import add_products, finish, of_outputs
 
 @triton.jit
 def tile_of(program, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
-    """Return the numbers of row tile and column tile: programs that run together share both factors in the L2 cache."""
+    """Return the indices of the row tile and column tile; programs that run together share both in the L2 cache."""
     tiles_n = tl.cdiv(N, BN)
     group = program // (GROUP_M * tiles_n)
     first = group * GROUP_M
@@ -36,22 +36,22 @@ def sums(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Return the int32 sums [BM, BN] of a tile, of the inputs from `first` to `last`.
+    """Return the int32 sums [BM, BN] of a tile over the inputs from `first` to `last`.
 
-    Those of the first digits and of the second ones are added up apart, since Triton's mma.sync saturates: either stays
-    within 127 * 128 * K, which is less than 2**31, and only their sum may wrap on the way.
+    The sums over first digits and over second digits are computed separately, because Triton's mma.sync saturates: each
+    stays within 127 * 128 * K, which is less than 2**31. Only their sum may wrap on the way.
 
     The arguments are those of `numerics.second_digits`.
     """
     if WORDS:
-        # On their way while the first digits are multiplied.
+        # These loads run while the first digits are multiplied.
         word = first // 4096 + tl.arange(0, WORDS)
         at = M.to(tl.int64) * (1 + word)[:, None] + row[None, :]
         bits = tl.load(rows_ptr + at, mask=(word * 4096 < last)[:, None] & x_inside[None, :], other=0)
     acc = tl.zeros((BM, BN), tl.int32)
     x_ptr = q_ptr + row.to(tl.int64)[:, None] * K
     acc = add_products(acc, x_ptr, w_ptr, x_inside[:, None], w_inside, first, last, K, BK)
-    if WORDS:  # noqa: SIM102 - known when the kernel is compiled
+    if WORDS:  # noqa: SIM102 - WORDS is a compile-time constant
         if tl.reduce_or(tl.reshape(bits, (WORDS * BM,)), 0) != 0:  # type: ignore[possibly-undefined]
             acc += second_digits(q_ptr, rows_ptr, w_ptr, row, x_inside, w_inside, M, K, first, last, BM, BN)
     return acc
@@ -73,7 +73,6 @@ def gemm(
     stride_n,
     n0,
     n1,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -82,17 +81,17 @@ def gemm(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Multiply a tile of BM rows and BN outputs a program, or some of its inputs.
+    """Compute a tile of BM rows and BN outputs per program.
 
-    Several programs share a tile where `partials_ptr` is given: each stores its sums there, and the one that ends last
-    adds up all of them. They are integers, so which one that is makes no difference.
+    If `partials_ptr` is given, several programs share a tile, each with a part of the inputs. Each program stores its
+    sums there, and the last one to finish adds them all up. They are integers, so the order makes no difference.
     """
     tile = tl.program_id(0)
     tile_m, tile_n = tile_of(tile, M, N, BM, BN, GROUP_M)
     row = tile_m * BM + tl.arange(0, BM)
     column = tile_n * BN + tl.arange(0, BN)
     if BM < 128:  # Larger tiles need the registers.
-        scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
+        outputs = of_outputs(scale_ptr, bias_ptr, column, N)
         row_scale = row_scales(rows_ptr, row, row < M)
     w_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_n
     first = 0
@@ -100,7 +99,7 @@ def gemm(
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     if partials_ptr is not None:
-        # In whole steps, and in blocks of 128 inputs, which second digits come in.
+        # Whole steps, and whole blocks of 128 inputs for the second digits.
         STEP: tl.constexpr = max(BK, 128)
         steps = tl.cdiv(K, STEP)
         first = steps * part // parts * STEP
@@ -114,21 +113,21 @@ def gemm(
         inside = (row[:, None] < M) & (column[None, :] < N)
         size = M.to(tl.int64) * N
         tl.store(partials_ptr + part * size + at, acc, mask=inside)
-        # All threads have stored before one of them says so.
+        # All threads have to store before one of them counts the program as finished.
         tl.debug_barrier()
         ends = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == parts - 1
         if ends:
             tl.store(counters_ptr + tile, 0)
             acc = tl.zeros((BM, BN), tl.int32)
-            # Several loads in flight. Past the first-level cache: others have stored since.
+            # Several loads in flight. They bypass the first-level cache, which can hold old values.
             for other in tl.range(0, parts, loop_unroll_factor=4 if BM * BN <= 2048 else 2):
                 acc += tl.load(partials_ptr + other * size + at, mask=inside, other=0, cache_modifier=".cg")
     if ends:
         if BM >= 128:
-            scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
+            outputs = of_outputs(scale_ptr, bias_ptr, column, N)
             row_scale = row_scales(rows_ptr, row, row < M)
         y = acc.to(tl.float32) * row_scale[:, None]  # type: ignore[possibly-undefined]
         finish(
-            y, y_ptr, scale, bias, row, column, M, N, n0, n1,  # type: ignore[possibly-undefined]
-            HAS_BIAS, ACTIVATION, PARTS, BM, BN,
+            y, y_ptr, outputs, row, column, M, N, n0, n1,  # type: ignore[possibly-undefined]
+            ACTIVATION, PARTS, BM, BN,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Calls of `gemm`."""
+"""The call of the kernel `gemm`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import Config
 
 
-def launch(product: Product, config: Config) -> Launch:
-    """Multiply any number of rows."""
+def gemm_launch(product: Product, config: Config) -> Launch:
+    """Return the call that multiplies any number of rows with a weight."""
     tiles = Programs(math.ceil(product.sizes[1] / config.bn), config.bm)
     return product.launch(gemm, config, (tiles, Programs(config.splits)))

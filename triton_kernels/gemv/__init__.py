@@ -1,1 +1,1 @@
-"""One row times a weight."""
+"""Multiply one row with a weight."""

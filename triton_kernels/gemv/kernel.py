@@ -1,4 +1,4 @@
-"""A row times a weight, without matrix instructions: memory bandwidth limits it."""
+"""Product of a row and a weight, without matrix instructions: memory bandwidth is the limit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from int8compile.triton_kernels.numerics import finish, of_outputs, prefetch, wa
 
 @triton.jit
 def products(w, x, INSTRUCTION: tl.constexpr):
-    """Return the products of the int8 in w and x, those of each int32 added up.
+    """Return the int32 products of the int8 in w and x; the four products of packed int8 are added up.
 
     Args:
-        w: [BN, W] int8, or int32 that hold four each.
-        x: [1, W], the same.
+        w: [BN, W] int8, or int32 that pack four int8 each.
+        x: [1, W], likewise.
         INSTRUCTION: As in `Config.instruction`.
     """
-    # Triton 3.6 also reads what follows a `return` in such a condition.
+    # No early `return`: Triton 3.6 also compiles the code after one in such a condition.
     if w.dtype == tl.int8:
         y = w.to(tl.int32) * x.to(tl.int32)
     elif INSTRUCTION == "dp4a":
@@ -45,7 +45,6 @@ def gemv(
     n0,
     n1,
     OVERLAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
     OUTLIERS: tl.constexpr,
@@ -54,21 +53,21 @@ def gemv(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Multiply a row with the weights of BN outputs a program.
+    """Compute BN outputs of one row per program.
 
     Arguments besides those of `numerics`:
-        WORD: Inputs that are read as one integer: 4 where K, `stride_n` and addresses are multiples of 16, or 1.
-        INSTRUCTION: See `products`.
-        BK: Inputs it takes together, at most 4096.
+        WORD: Inputs read as one integer: 4 if K, `stride_n` and addresses are multiples of 16, otherwise 1.
+        INSTRUCTION: As in `Config.instruction`.
+        BK: Inputs per step, at most 4096.
     """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     if OVERLAP:
-        # 4096 inputs, a line of the cache each 128, while the activations are quantized.
+        # The first 4096 inputs, in cache lines of 128, while the activations are being quantized.
         line = 128 * tl.arange(0, 32)
         rows = tl.minimum(column, N - 1).to(tl.int64)[:, None] * stride_n
         prefetch(weight_ptr + (rows + tl.minimum(line, K - 1)[None, :]))
     wait_for_inputs(OVERLAP)
-    scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
+    outputs = of_outputs(scale_ptr, bias_ptr, column, N)
     row_scale = tl.load(rows_ptr).to(tl.float32, bitcast=True)
     words = K // WORD
     if WORD > 1:
@@ -78,7 +77,7 @@ def gemv(
         stride_n = tl.multiple_of(stride_n // WORD, 4)
     weight_ptr += column.to(tl.int64)[:, None] * stride_n
     W: tl.constexpr = BK // WORD
-    # Four neighbours are of one thread.
+    # Four neighbours belong to one thread.
     sums = tl.zeros((BN, W // 4), tl.int32)
     for k in range(0, words, W):
         at = k + tl.arange(0, W)
@@ -87,15 +86,15 @@ def gemv(
         if OUTLIERS:
             block = k * WORD // 128
             bits = tl.load(rows_ptr + 1 + block // 32)
-        # No other program reads it.
+        # No other program reads these weights.
         w = tl.load(weight_ptr + at[None, :], mask=mask, other=0, eviction_policy="evict_first")
-        # The assembler puts loads behind what waits for others, but not behind a barrier: all of these are on their way
-        # before the one that multiplications begin with, which nearly always hits the first-level cache.
+        # The assembler may move loads behind instructions that wait for other loads, but not behind a barrier. So all
+        # weights are being loaded before x, which the products wait for first; x is nearly always in the L1 cache.
         tl.debug_barrier()
         x = tl.load(q_ptr + at, mask=inside, other=0)
         sums += tl.sum(tl.reshape(products(w, x[None, :], INSTRUCTION), (BN, W // 4, 4)), axis=2)
         if OUTLIERS:
-            # Blocks before these are shifted out below, and those behind them above.
+            # Drop the bits of later blocks; the right shift below drops those of earlier blocks.
             bits <<= 32 - BK // 128 - block % 32  # type: ignore[possibly-undefined]
             if bits != 0:
                 counts = ((bits >> (tl.arange(0, W) * WORD // 128 + 32 - BK // 128)) & 1) != 0
@@ -103,4 +102,4 @@ def gemv(
                 sums += 256 * tl.sum(tl.reshape(products(w, x[None, :], INSTRUCTION), (BN, W // 4, 4)), axis=2)
     y = tl.sum(sums, axis=1).to(tl.float32) * row_scale
     row = tl.zeros((1,), tl.int32)
-    finish(y[None, :], y_ptr, scale, bias, row, column, 1, N, n0, n1, HAS_BIAS, ACTIVATION, PARTS, 1, BN)
+    finish(y[None, :], y_ptr, outputs, row, column, 1, N, n0, n1, ACTIVATION, PARTS, 1, BN)

@@ -1,1 +1,1 @@
-"""Many rows times a weight on sm_90, in Gluon."""
+"""Multiply many rows with a weight on sm_90, in Gluon."""

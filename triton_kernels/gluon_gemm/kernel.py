@@ -1,23 +1,28 @@
-"""Many rows times a weight on sm_90, warp-specialized, in Gluon: Triton itself keeps no integer products in flight.
+"""Product of many rows and a weight on sm_90, in Gluon: plain Triton keeps no int8 products in flight.
 
-One warp, the producer, has the copy engine (TMA) fill STAGES stages of shared memory, each with BK inputs of both
-factors; the other warps, the consumers, multiply. A program computes several tiles, one after the other, and both sides
-walk the same steps in the same order: for each tile one for each block of inputs in which any of its rows has a second
-digit, then those of the main loop. Step i of a program is in stage `stage_of(i)`.
+The kernel is warp-specialized. One warp, the producer, has the copy engine (TMA) fill STAGES stages of shared
+memory, each with BK inputs of both factors; the other warps, the consumers, multiply. A program computes several tiles,
+one after the other. Both sides take the same steps in the same order: for each tile, one step per block of inputs in
+which any of its rows has a second digit, then the steps of the main loop. Step i uses stage `stage_of(i)`.
 
-Each stage has two barriers in shared memory, with one arrival a phase:
+Each stage has two barriers in shared memory, with one arrival per phase:
 
-    ready: the producer's `expect`, and then the copied bytes. Step i waits for the phase of parity `phase_of(i)`.
-    empty: the consumers', when no product reads the stage any more. Before step i the producer waits for the phase of
-        the other parity, the one before. Before the first phase of a new barrier one counts as complete, so the first
-        STAGES steps do not wait.
+    ready: the producer arrives with `expect`, then the copied bytes complete the phase. In step i the consumers wait
+        for the phase of parity `phase_of(i)`.
+    empty: the consumers arrive when no product reads the stage any more. Before step i the producer waits for the
+        previous phase, which has the other parity. A new barrier behaves as if a phase had completed before its first,
+        so the first STAGES steps do not wait.
 
-So nothing is overwritten before it was read: step i + STAGES is copied after the arrival for step i. Nobody waits for
-ever: both sides make the same steps; the copies of step i need the consumers' arrivals up to step i - STAGES only,
-which come when the next step is multiplied or the tile ends, with two stages or more before step i; the consumers' step
-i needs the copies up to step i only. A parity tells phases apart, since neither side is ever two phases of a barrier
-ahead of the other. Fewer steps than stages, or no tile at all, are no special cases. (test_gluon_gemm.py runs this
-code, with events in any order.)
+No stage is overwritten before it is read: step i + STAGES is copied after the arrival for step i. There is no deadlock:
+
+    - Both sides take the same steps.
+    - The copies of step i need only the consumers' arrivals up to step i - STAGES. These come when the next step is
+      multiplied or the tile ends; with two stages or more that is before step i.
+    - The consumers' step i needs only the copies up to step i.
+
+A parity is enough to tell phases apart, because neither side is ever two phases of a barrier ahead of the other. Fewer
+steps than stages, or no tile at all, need no special cases. (test_gluon_gemm.py runs this code with events in any
+order.)
 """
 
 from __future__ import annotations
@@ -48,34 +53,34 @@ from int8compile.triton_kernels.numerics import (
 # Renamed after Triton 3.6.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
-# Inputs that have one bit for their second digits, and those of a word of bits.
+# Inputs per bit that marks second digits, and inputs per word of bits.
 BLOCK = gl.constexpr(128)
 WORD = gl.constexpr(4096)
-# Registers of the producer's threads; the consumers' have the rest.
+# Registers per thread of the producer; the consumers have the rest.
 PRODUCER_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
 def stage_of(step, STAGES: gl.constexpr):
-    """Return the stage of a program's step."""
+    """Return the stage that a step uses."""
     return step % STAGES
 
 
 @gluon.jit
 def phase_of(step, STAGES: gl.constexpr):
-    """Return the parity of the phase in which a step's stage is ready."""
+    """Return the parity of the phase that makes a step's stage ready."""
     return (step // STAGES) & 1
 
 
 @gluon.constexpr_function
 def _sums_layout(columns, warps):
-    """Return the layout of int32 sums: where the matrix instruction leaves them, 16 rows a warp."""
+    """Return the layout in which the matrix instruction leaves int32 sums: 16 rows per warp."""
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, min(columns, 128), 32])
 
 
 @gluon.constexpr_function
 def _result_layout(rows, columns, width, warps):
-    """Return the layout of results: the same rows in each warp, `width` columns a thread, four threads side by side."""
+    """Return the layout of results: the same rows per warp, `width` columns per thread, four threads side by side."""
     inner = width.bit_length() - 1
     column = [[0, 1 << bit] for bit in range(columns.bit_length() - 1)]
     row = [[1 << bit, 0] for bit in range(rows.bit_length() - 1)]
@@ -87,7 +92,7 @@ def _result_layout(rows, columns, width, warps):
 
 @gluon.jit
 def part_of(K, SPLIT: gl.constexpr, BK: gl.constexpr):
-    """Return the first of a program's inputs, and the end: whole steps, at least one, where programs share a tile."""
+    """Return the first of a program's inputs, and their end: at least one whole step if programs share a tile."""
     first = 0
     last = K
     if SPLIT:
@@ -100,8 +105,8 @@ def part_of(K, SPLIT: gl.constexpr, BK: gl.constexpr):
 
 @gluon.jit
 def words_of(rows_ptr, tile_m, M, first, last, BM: gl.constexpr):
-    """Return the end of a tile's words of bits for inputs from `first` to `last`; 0 where no row has a bit there."""
-    # All rows in each warp: without shared memory and barriers.
+    """Return the end of a tile's words of bits for inputs from `first` to `last`; 0 if no row has a bit set."""
+    # Each warp holds all rows, so the reduction needs no shared memory and no barriers.
     row = tile_m * BM + gl.arange(0, BM, gl.BlockedLayout([BM // 32], [32], [gl.num_warps()], [0]))
     end = gl.cdiv(last, WORD)
     found = gl.zeros_like(row)
@@ -112,13 +117,13 @@ def words_of(rows_ptr, tile_m, M, first, last, BM: gl.constexpr):
 
 @gluon.jit
 def bits_of(rows_ptr, word, row, M):
-    """Return a word of bits of each row."""
+    """Return one word of bits for each row."""
     return gl.load(rows_ptr + (1 + word) * M.to(gl.int64) + row, mask=row < M, other=0)
 
 
 @gluon.jit
 def word_of(rows_ptr, word, tile_m, M, first, last, BM: gl.constexpr):
-    """Return a word of bits of a tile: the OR of those of its rows, of the inputs from `first` to `last`."""
+    """Return the OR of one word of bits over a tile's rows, limited to the inputs from `first` to `last`."""
     row = tile_m * BM + gl.arange(0, BM, gl.BlockedLayout([BM // 32], [32], [gl.num_warps()], [0]))
     bits = gl.reduce_or(bits_of(rows_ptr, word, row, M), 0)
     begin = gl.maximum(first - word * WORD, 0) // BLOCK
@@ -190,7 +195,6 @@ def consume(
     K,
     n0,
     n1,
-    HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     PARTS: gl.constexpr,
     OUTLIERS: gl.constexpr,
@@ -201,7 +205,7 @@ def consume(
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """Multiply what `produce` had copied, and store the results."""
+    """Multiply the stages that `produce` fills, and store the results."""
     sums: gl.constexpr = _sums_layout(BN, gl.num_warps())
     tiles = gl.cdiv(M, BM) * gl.cdiv(N, BN)
     first, last = part_of(K, SPLIT, BK)
@@ -218,7 +222,7 @@ def consume(
                     bits &= bits - 1
                     stage = stage_of(step, STAGES)
                     mbarrier.wait(ready.index(stage), phase_of(step, STAGES))
-                    # The copy engine does not know which rows have second digits in memory.
+                    # Not by the copy engine, which cannot leave out rows without second digits.
                     x = second_digits_of(q_ptr, rows_ptr, tile_m, word, block, M, K, BM)
                     x_tiles.index(stage).store(x)
                     fence_async_shared()
@@ -226,17 +230,17 @@ def consume(
                     acc = warpgroup_mma_wait(0, deps=[acc])
                     mbarrier.arrive(empty.index(stage), count=1)
                     step += 1
-            # Not `acc << 8`: then the assembler finds no way to leave a product in flight in the loop below.
+            # With `acc << 8` the assembler would keep no product in flight in the loop below.
             acc = gl.inline_asm_elementwise("shl.b32 $0, $1, 8;", "=r,r", [acc], gl.int32, is_pure=False, pack=1)
         for k in range(first, last, BK):
             stage = stage_of(step, STAGES)
             mbarrier.wait(ready.index(stage), phase_of(step, STAGES))
             acc = warpgroup_mma(x_tiles.index(stage), w_tiles.index(stage).permute([1, 0]), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            if k > first:  # This step's product is in flight; the one before is complete.
+            if k > first:  # This step's product is in flight, the previous one is complete.
                 mbarrier.arrive(empty.index(stage_of(step - 1, STAGES)), count=1)
             step += 1
-        # While the last product is in flight: what comes after this tile.
+        # Look up the next tile while the last product is in flight.
         next_m, next_n = tile_of(gl.minimum(tile + gl.num_programs(0), tiles - 1), M, N, BM, BN, GROUP_M)
         if OUTLIERS:
             words = words_of(rows_ptr, next_m, M, first, last, BM)
@@ -248,14 +252,14 @@ def consume(
         if ends:
             finish(
                 acc, rows_ptr, scale_ptr, bias_ptr, y_ptr, tile_m * BM, tile_n * BN, M, N, n0, n1,
-                HAS_BIAS, ACTIVATION, PARTS, BM, BN,
+                ACTIVATION, PARTS, BM, BN,
             )  # fmt: skip
         tile_m, tile_n = next_m, next_n
 
 
 @gluon.jit
 def sums_of_all(acc, partials_ptr, counter_ptr, first_row, first_column, M, N):
-    """Store a part of a tile's sums; return all parts' sum to the program that is the last one, and whether it is."""
+    """Store a program's part of a tile's sums; return the total, if this is the last program, and whether it is."""
     layout: gl.constexpr = acc.type.layout
     row = first_row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
     column = first_column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
@@ -263,21 +267,21 @@ def sums_of_all(acc, partials_ptr, counter_ptr, first_row, first_column, M, N):
     inside = (row < M)[:, None] & (column < N)[None, :]
     size = M.to(gl.int64) * N
     gl.store(partials_ptr + gl.program_id(1) * size + at, acc, mask=inside)
-    # All threads have stored before one of them says so.
+    # All threads have to store before one of them counts the program as finished.
     tl.debug_barrier()
     ends = gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == gl.num_programs(1) - 1
     if ends:
         gl.store(counter_ptr, 0)
         acc = gl.zeros_like(acc)
         for part in range(gl.num_programs(1)):
-            # Past the first-level cache: others have stored since.
+            # Bypass the first-level cache, which can hold old values.
             acc += gl.load(partials_ptr + part * size + at, mask=inside, other=0, cache_modifier=".cg")
     return acc, ends
 
 
 @gluon.jit
 def second_digits_of(q_ptr, rows_ptr, tile_m, word, block, M, K, BM: gl.constexpr):
-    """Return second digits of a tile's rows in one block of inputs, [BM, BLOCK] int8; 0 where a row has none."""
+    """Return the second digits of a tile's rows in one block of inputs, int8 [BM, BLOCK]; 0 where a row has none."""
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     row = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
     column = word * WORD + block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
@@ -299,18 +303,17 @@ def finish(
     N,
     n0,
     n1,
-    HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     PARTS: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
 ):
-    """Store a tile's results as `numerics.finish` does, some columns at a time for lack of registers."""
+    """Store a tile's results like `numerics.finish`, 64 columns at a time to save registers."""
     parts = halves(acc)
     if BN == 256:
         parts = halves(parts[0]) + halves(parts[1])
     columns: gl.constexpr = 64
-    # Each thread stores 16 bytes, its neighbours those beside them.
+    # Each thread stores 16 bytes, and neighbouring threads neighbouring bytes.
     result: gl.constexpr = y_ptr.dtype.element_ty
     width: gl.constexpr = 128 // result.primitive_bitwidth * (2 if ACTIVATION == SILU_MUL else 1)
     layout: gl.constexpr = _result_layout(BM, columns, width, gl.num_warps())
@@ -320,8 +323,8 @@ def finish(
         first = first_column + i * columns
         column = first + gl.arange(0, columns, gl.SliceLayout(0, layout))
         y = gl.convert_layout(parts[i], layout).to(gl.float32) * row_scale
-        scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
-        y = affine(y, scale, bias, HAS_BIAS)
+        outputs = of_outputs(scale_ptr, bias_ptr, column, N)
+        y = affine(y, outputs)
         if ACTIVATION == SILU_MUL:
             gate, up = y.reshape([BM, columns // 2, 2]).split()
             store_tile(gated(gate, up), y_ptr, first_row, first // 2, M, N // 2, n0, n1, PARTS)
@@ -331,7 +334,7 @@ def finish(
 
 @gluon.jit
 def halves(tile):
-    """Return the two halves of a tile's columns, [BM, BN / 2] each: no thread has to move anything."""
+    """Return the two halves of a tile's columns, [BM, BN / 2] each; no data moves between threads."""
     return tile.reshape([tile.shape[0], 2, tile.shape[1] // 2]).permute([0, 2, 1]).split()
 
 
@@ -361,7 +364,6 @@ def gluon_gemm(
     K,
     n0,
     n1,
-    HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     PARTS: gl.constexpr,
     OUTLIERS: gl.constexpr,
@@ -371,10 +373,10 @@ def gluon_gemm(
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """Multiply tiles of BM rows and BN outputs, several a program.
+    """Compute tiles of BM rows and BN outputs, several per program.
 
     `x_desc` and `weight_desc` are tensor descriptors of q[0], in blocks [BM, BK], and of the weight, in blocks
-    [BN, BK]: rows of both begin at multiples of 16 bytes. BK is BLOCK. The other arguments are those of `numerics`.
+    [BN, BK]. Rows of both begin at multiples of 16 bytes. BK is BLOCK. The other arguments are those of `numerics`.
     """
     gl.static_assert(BK == BLOCK)
     gl.static_assert(STAGES >= 2)
@@ -390,7 +392,7 @@ def gluon_gemm(
     gl.warp_specialize(
         [
             (consume, (x_tiles, w_tiles, ready, empty, q_ptr, rows_ptr, counters_ptr, scale_ptr, bias_ptr, y_ptr,
-                       partials_ptr, M, N, K, n0, n1, HAS_BIAS, ACTIVATION, PARTS, OUTLIERS, SPLIT,
+                       partials_ptr, M, N, K, n0, n1, ACTIVATION, PARTS, OUTLIERS, SPLIT,
                        BM, BN, BK, STAGES, GROUP_M)),
             (produce, (x_desc, weight_desc, x_tiles, w_tiles, ready, empty, rows_ptr, M, N, K,
                        OUTLIERS, SPLIT, BM, BN, BK, STAGES, GROUP_M)),

@@ -1,4 +1,4 @@
-"""Calls of `gluon_gemm`."""
+"""The call of the kernel `gluon_gemm`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import Config
 
 
-def launch(product: Product, config: Config) -> Launch:
-    """Multiply many rows; K is a multiple of 16, rows of q and of the weight begin at multiples of 16 bytes.
+def gluon_gemm_launch(product: Product, config: Config) -> Launch:
+    """Return the call that multiplies many rows with a weight.
+
+    K is a multiple of 16, and rows of q and of the weight begin at multiples of 16 bytes.
 
     Raises:
         ValueError: There are more splits than steps.

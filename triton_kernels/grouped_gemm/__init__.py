@@ -1,1 +1,1 @@
-"""Rows in groups times a weight for each group, in one launch."""
+"""Multiply groups of rows with a weight per group, in one launch."""

@@ -1,4 +1,4 @@
-"""Rows in groups times a weight for each group: which rows are a group's is known on the GPU only."""
+"""Product of groups of rows with a weight per group; only the GPU knows which rows belong to a group."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ def grouped_gemm(
     stride_e,
     stride_n,
     rows_per_group,
-    HAS_BIAS: tl.constexpr,
     WORDS: tl.constexpr,
     GROUPS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Multiply tiles of at most BM rows of one group with BN outputs of its weight.
+    """Compute tiles of at most BM rows of one group and BN outputs.
 
-    Rows behind the last group become zeros; all become NaN where the ends do not ascend, or there are not as many rows.
+    Rows after the last group become zero. All rows become NaN if the ends do not ascend or exceed M.
 
-    Arguments besides those of `numerics`, of which weight, scale and bias have a first dimension E:
-        ends_ptr: [E] int32 or int64, the number of the row behind each group; None for groups of `rows_per_group`.
-        E: Groups, at least one.
-        stride_e: Elements from weight to weight.
-        rows_per_group: Rows of each group, where there are no ends.
-        GROUPS: A power of two, more than E.
+    Arguments besides those of `numerics`; weight, scale and bias have an additional first dimension E:
+        ends_ptr: [E] int32 or int64, the end of each group's rows; None for groups of `rows_per_group`.
+        E: Number of groups, at least 1.
+        stride_e: Elements from one group's weight to the next.
+        rows_per_group: Rows of each group if `ends_ptr` is None.
+        GROUPS: A power of two, larger than E.
     """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
-    # The rows behind the last group are group E.
+    # The rows after the last group form group E.
     group = tl.arange(0, GROUPS)
     if ends_ptr is None:
         begins = tl.minimum(group * rows_per_group, M)
@@ -68,9 +67,9 @@ def grouped_gemm(
             w_ptr = weight_ptr + mine.to(tl.int64) * stride_e + column.to(tl.int64)[None, :] * stride_n
             acc = sums(q_ptr, rows_ptr, w_ptr, row, row < end, column[None, :] < N, M, K, 0, K, WORDS, BM, BN, BK)
             of_group = mine * N + column
-            scale, bias = of_outputs(scale_ptr, bias_ptr, of_group, (mine + 1) * N, HAS_BIAS)
+            outputs = of_outputs(scale_ptr, bias_ptr, of_group, (mine + 1) * N)
             y = acc.to(tl.float32) * row_scales(rows_ptr, row, row < end)[:, None]
-            finish(y, y_ptr, scale, bias, row, column, end, N, 0, 0, HAS_BIAS, NONE, WHOLE, BM, BN)
+            finish(y, y_ptr, outputs, row, column, end, N, 0, 0, NONE, WHOLE, BM, BN)
         else:
             fill = tl.full((BM, BN), tl.where(wrong, float("nan"), 0.0), tl.float32).to(y_ptr.dtype.element_ty)
             inside = (row[:, None] < end) & (column[None, :] < N)

@@ -1,1 +1,1 @@
-"""Activations to int8, and their outliers to digits."""
+"""Quantize activations to int8, with second digits for outliers."""

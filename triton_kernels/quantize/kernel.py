@@ -1,16 +1,17 @@
-"""Quantization of activations: rotated fixed point, one grid for each row, two digits; after a norm. One row a program.
+"""Quantization of activations: rotated fixed point, one scale per row, two digits, optionally after a norm.
 
-A row is seen as [P, L, C], P * L = B, whose columns are rotated: any number of columns can be looked at alone. P parts
-[L, C] are loaded apart, so that the first butterflies are between registers of a thread. Then the row is taken apart
-along L, which moves it between threads, once, and the other butterflies are between registers too.
+Each program quantizes one row. It views the row as [P, L, C] with P * L = B and rotates each of the C columns, so any
+number of columns can be processed at a time. The P parts [L, C] are loaded separately, so the first butterflies run
+between a thread's own registers. Then the row is split along L, which moves data between threads once; after that the
+other butterflies run between registers too.
 
-Device functions share two tuples: `row`, pointers to what belongs to a row, of which any but x may be None; and
-`SHAPE`, constants, of which BC is how many columns are looked at together.
+Device functions share two tuples: `row`, pointers to the tensors of a row, all of which but x may be None; and the
+constants `SHAPE`, in which BC is the number of columns processed at a time.
 """
 
 from __future__ import annotations
 
-# Tuples grow, which Triton reads and mypy does not.
+# Tuples change their length, which Triton accepts and mypy does not.
 # mypy: disable-error-code="assignment"
 import triton
 import triton.language as tl
@@ -19,37 +20,38 @@ from int8compile.triton_kernels.numerics import prefetch, wait_for_inputs
 
 TINY = tl.constexpr((127 - 100) << 23)  # the bits of 2.0**-100, as reference.TINY
 INF = tl.constexpr(0x7F800000)
-# A step is a 127th of the largest magnitude, unless that would give too large integers: reference.Q_LARGEST.
+# A quantization step is at most a 127th of the largest magnitude, and at least what keeps integers within
+# reference.Q_LARGEST.
 C1 = tl.constexpr(1 / 127)
 C3 = tl.constexpr(1 / 32639)
-# 1.5 * 2**23, and its bits: float32 has no fraction there, so that adding it rounds to an integer, half to even.
+# 1.5 * 2**23, and its bits. Float32 has no fraction at this size, so adding it rounds to an integer, half to even.
 ROUND = tl.constexpr(12582912.0)
 ROUND_BITS = tl.constexpr(0x4B400000)
-# Norms; the same numbers as in int8compile.ops.quantized. None is none.
+# Norms, numbered as in int8compile.ops.quantized; None for no norm.
 RMS_ROUNDED = tl.constexpr(1)
 RMS_PLUS_ONE = tl.constexpr(2)
 LAYER = tl.constexpr(3)
-# Places in tuples.
+# Indices in the tuples.
 X_PTR, RESIDUAL_PTR, SUM_PTR, WEIGHT_PTR, BIAS_PTR, NORMED_PTR, D_PTR = (tl.constexpr(i) for i in range(7))
 C, P, L, BC = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
 def _nearest(x, factor):
-    """Return `x * factor`, which is rounded to float32 first, as an integer, half to even; for at most 2**22."""
+    """Return `x * factor`, rounded to float32 and then to an integer, half to even; at most 2**22."""
     return (x * factor + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
 
 
 @triton.jit
 def _places(chunk, SHAPE: tl.constexpr):
-    """Return places [L, BC] of a chunk's columns in the first part, and [1, BC] which there are."""
+    """Return the offsets [L, BC] of a chunk's columns in the first part, and a mask [1, BC] of existing columns."""
     column = chunk * SHAPE[BC] + tl.arange(0, SHAPE[BC])[None, :]
     return tl.arange(0, SHAPE[L])[:, None] * SHAPE[C] + column, column < SHAPE[C]
 
 
 @triton.jit
 def _rotated_places(chunk, SHAPE: tl.constexpr):
-    """Return places [P * BC] of the first of what `_rotate` returns, and which there are; the others are C apart."""
+    """Return offsets [P * BC] of the first tensor of `_rotate` and a mask; the other tensors follow C apart."""
     n = tl.arange(0, SHAPE[P] * SHAPE[BC])
     column = chunk * SHAPE[BC] + n % SHAPE[BC]
     return n // SHAPE[BC] * (SHAPE[L] * SHAPE[C]) + column, column < SHAPE[C]
@@ -57,7 +59,7 @@ def _rotated_places(chunk, SHAPE: tl.constexpr):
 
 @triton.jit
 def _load(row, chunk, SHAPE: tl.constexpr):
-    """Return P parts [L, BC] of x, or of its sum with the residual, which is rounded to x's dtype."""
+    """Return P parts [L, BC] of x, or of x + residual rounded to x's dtype, as float32."""
     at, inside = _places(chunk, SHAPE)
     h = ()
     for part in tl.static_range(SHAPE[P]):
@@ -72,7 +74,7 @@ def _load(row, chunk, SHAPE: tl.constexpr):
 
 @triton.jit
 def _store_sum(row, first, CHUNKS: tl.constexpr, SHAPE: tl.constexpr):
-    """Store x + residual; apart, since no compiler moves loads of other parts to before a store."""
+    """Store x + residual. It is separate from `_load` because no compiler moves later loads before a store."""
     for c in range(CHUNKS):
         h = first if CHUNKS == 1 else _load(row, c, SHAPE)
         at, inside = _places(c, SHAPE)
@@ -98,7 +100,7 @@ def _moment(row, first, mean, POWER: tl.constexpr, CHUNKS: tl.constexpr, SHAPE: 
 
 @triton.jit
 def _norm_of(row, first, eps, NORM: tl.constexpr, CHUNKS: tl.constexpr, SHAPE: tl.constexpr):
-    """Return what is subtracted from a row, and what it is multiplied with then."""
+    """Return the mean to subtract from a row, and the factor to multiply it with afterwards."""
     mean, factor = 0.0, 1.0
     if NORM == LAYER:
         mean = _moment(row, first, 0.0, 1, CHUNKS, SHAPE)
@@ -127,7 +129,7 @@ def _load_factors(row, chunk, SHAPE: tl.constexpr):
 
 @triton.jit
 def _scaled(row, norm, h, factors, chunk, NORM: tl.constexpr, SHAPE: tl.constexpr):
-    """Return the parts normalized, rounded to x's dtype, times d."""
+    """Return the parts, normalized and rounded to x's dtype, times d."""
     dtype: tl.constexpr = row[X_PTR].dtype.element_ty
     at, inside = _places(chunk, SHAPE)
     weight, bias, d = factors
@@ -157,7 +159,7 @@ def _values(row, norm, chunk, NORM: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def _largest_bits(row, norm, first, NORM: tl.constexpr, CHUNKS: tl.constexpr, SHAPE: tl.constexpr):
-    """Return the bits of a row's largest magnitude, NaN above all; `first` are the values of its chunk 0."""
+    """Return the bits of a row's largest magnitude, where NaN is the largest; `first` holds the values of chunk 0."""
     u = 0
     for c in range(CHUNKS):
         v = first if CHUNKS == 1 else _values(row, norm, c, NORM, SHAPE)
@@ -170,7 +172,7 @@ def _largest_bits(row, norm, first, NORM: tl.constexpr, CHUNKS: tl.constexpr, SH
 
 @triton.jit
 def _butterflies(X, SIZE: tl.constexpr):
-    """Multiply a tuple of SIZE tensors with a Hadamard matrix."""
+    """Return a tuple of SIZE tensors multiplied with a Hadamard matrix."""
     for stage in tl.static_range(4):
         if 1 << stage < SIZE:
             Y = ()
@@ -183,7 +185,7 @@ def _butterflies(X, SIZE: tl.constexpr):
 
 @triton.jit
 def _joined(X, SIZE: tl.constexpr):
-    """Return a tuple of SIZE tensors as one, with new dimensions of 2 at its end, the last of them the lowest bit."""
+    """Return a tuple of SIZE tensors as one, with new last dimensions of 2; the last is the index's lowest bit."""
     for stage in tl.static_range(3):
         if 1 << stage < SIZE:
             pairs = ()
@@ -195,7 +197,7 @@ def _joined(X, SIZE: tl.constexpr):
 
 @triton.jit
 def _apart(X):
-    """Return a tensor [N, 2, 2, 2, 2] as a tuple of 16 tensors [N], the last dimension the highest bit."""
+    """Return a tensor [N, 2, 2, 2, 2] as a tuple of 16 tensors [N]; the last dimension is the index's highest bit."""
     parts = (X,)
     for _ in tl.static_range(4):
         halves = ()
@@ -207,14 +209,14 @@ def _apart(X):
 
 @triton.jit
 def _rotate(v, u, SHAPE: tl.constexpr):
-    """Return `reference.fixed_point` of parts as L tensors [P * BC]; u are the bits of the row's largest magnitude.
+    """Return `reference.fixed_point` of parts as L tensors [P * BC]; u holds the bits of the row's largest magnitude.
 
-    Anything for NaN and Inf; 0 in rows that count as zero.
+    Rows with NaN or Inf give arbitrary integers, rows that count as zero give 0.
     """
     up = ((149 - _exponent(u)) << 23).to(tl.float32, bitcast=True)
     X = ()
     for part in tl.static_range(SHAPE[P]):
-        # Times a power of two, which is exact, so that ROUND can be added in the same instruction.
+        # A product with a power of two is exact, so ROUND can be added in the same instruction.
         X += (tl.fma(v[part], up, ROUND).to(tl.int32, bitcast=True) - ROUND_BITS,)
     X = _joined(_butterflies(X, SHAPE[P]), SHAPE[P])
     if SHAPE[L] == 1:
@@ -233,7 +235,7 @@ def _exponent(u):
 
 @triton.jit
 def _unit(u):
-    """Return what integers of a row are multiplied with; NaN for NaN and Inf."""
+    """Return the unit of a row's integers; NaN for rows with NaN or Inf."""
     return tl.where(u < INF, ((_exponent(u) + 105) << 23).to(tl.float32, bitcast=True), float("nan"))
 
 
@@ -275,30 +277,30 @@ def quantize_rows(
 ):
     """Compute `int8compile.ops.quantized.quantize` of x, of a norm of x, or of a norm of x + residual.
 
-    Second digits are written in rows that have one.
+    Second digits are written only in rows that have a nonzero one.
 
     Arguments besides those of `numerics`:
         x_ptr: [M, K], any float dtype, rows `stride_m` apart.
-        residual_ptr: [M, K] in x's dtype, rows `residual_stride_m` apart, or None.
-        sum_ptr: [M, K] in x's dtype, x + residual; None where there is no residual.
-        weight_ptr: [K], any float dtype, the norm's; or None.
-        bias_ptr: [K], any float dtype, the norm's; or None.
-        normed_ptr: [M, K] in x's dtype, to get what is quantized; or None.
-        d_ptr: [K] float32, or [EXPERTS, K], or None.
-        ends_ptr: [EXPERTS] int32 or int64, where the rows of each expert end; None for `rows_per_group` each.
+        residual_ptr: [M, K] in x's dtype, rows `residual_stride_m` apart; or None.
+        sum_ptr: [M, K] in x's dtype, for x + residual; None without a residual.
+        weight_ptr: [K], any float dtype, the norm's weight; or None.
+        bias_ptr: [K], any float dtype, the norm's bias; or None.
+        normed_ptr: [M, K] in x's dtype, for the norm's result; or None.
+        d_ptr: [K] float32, or [EXPERTS, K]; or None.
+        ends_ptr: [EXPERTS] int32 or int64, the end of each expert's rows; None for `rows_per_group` each.
         stride_m: Elements from row to row of x.
         residual_stride_m: Elements from row to row of the residual.
-        rows_per_group: Rows of an expert.
-        c2: The threshold over 127 * K.
-        eps: The norm's.
-        NORM: Its number, or None.
-        EXPERTS: How many d has rows for; 0 if it has one for all.
-        COUNTERS: How many of them are set to zero.
-        WORDS: A power of two of at least W, and at least 1.
+        rows_per_group: Rows per expert.
+        c2: The threshold divided by 127 * K.
+        eps: The norm's epsilon.
+        NORM: The number of the norm; or None.
+        EXPERTS: Number of rows of d; 0 if all rows of x share one d.
+        COUNTERS: Number of counters to set to zero.
+        WORDS: A power of two, at least W and at least 1.
         C: K / B.
         P: B / L, 1 to 8.
-        L: 16, or 1 where B is.
-        BC: Columns that are looked at together.
+        L: 16, or 1 if B is 1.
+        BC: Columns processed at a time.
         CHUNKS: ceil(C / BC).
     """
     SHAPE: tl.constexpr = (C, P, L, BC)
@@ -322,7 +324,7 @@ def quantize_rows(
     if normed_ptr is not None:
         normed_ptr += m * K
     row = (x_ptr, residual_ptr, sum_ptr, weight_ptr, bias_ptr, normed_ptr, d_ptr)
-    # All loads are under way before the first is waited for; but 1024 threads have too few registers for them.
+    # Start all loads before waiting for the first; 1024 threads have too few registers for this.
     EARLY: tl.constexpr = P * L * BC <= 8192
     factors = _load_factors(row, 0, SHAPE) if EARLY else None
     first = _load(row, 0, SHAPE)
@@ -342,14 +344,14 @@ def quantize_rows(
         sums = size
         for i in tl.static_range(1, L):
             size = tl.maximum(size, tl.abs(X[i]))
-            # At most 4 * 2**29, by Cauchy and Schwarz: a rotation keeps the sum of squares, times 128.
+            # At most 4 * 2**29, by Cauchy-Schwarz: a rotation keeps the sum of squares, times 128.
             sums += tl.abs(X[i])
         here, more = tl.reduce((size, sums.to(tl.uint32).to(tl.int64)), 0, _larger_and_sum)
         largest = tl.maximum(largest, here)
         total += more
     top = largest.to(tl.float32)
     step = tl.maximum(tl.minimum(top * C1, total.to(tl.float32) * c2), top * C3)
-    # NaN and Inf made any integers.
+    # Rows with NaN or Inf have arbitrary integers.
     inverse = tl.where(u < INF, tl.div_rn(1.0, tl.where(largest == 0, 1.0, step)), 0.0)
     tl.store(rows_ptr + m, (step * _unit(u)).to(tl.int32, bitcast=True))
     q_ptr += m * K
@@ -368,7 +370,7 @@ def quantize_rows(
                 for i in tl.static_range(L):
                     q1 = (_nearest(X[i].to(tl.float32), inverse) + 128) >> 8
                     tl.store(q_ptr + i * C + at, q1.to(tl.int8), mask=inside)
-            # What other threads of the program have stored is read again, in the order of inputs.
+            # Read back, in the order of inputs, the digits that other threads of the program have stored.
             tl.debug_barrier()
             k = tl.arange(0, WORDS * 4096)
             found = (tl.load(q_ptr + k, mask=k < K, other=0) != 0).to(tl.int32)
@@ -404,14 +406,14 @@ def fixed_point(
     BC: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Store `reference.fixed_point` in digits, X = sum of 256**i * X[i].
+    """Store `reference.fixed_point` as digits: X is the sum of 256**i * X[i].
 
     Arguments besides those of `quantize_rows`:
         x_ptr: [M, K], any float dtype, rows `stride_m` apart.
         d_ptr: [K] float32, or None.
         X_ptr: [4, M, K] int8.
         unit_ptr: [M] float32.
-        DIGITS: How many digits hold the largest integer; others are not written.
+        DIGITS: Number of digits of the largest integer; digits above are not written.
     """
     SHAPE: tl.constexpr = (C, P, L, BC)
     m = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Calls of the kernels that quantize activations."""
+"""Calls of the kernels that quantize activations: `quantize_rows` and `fixed_point`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from int8compile.ops.reference import QMAX, rotation
 from int8compile.triton_kernels.launch import Launch, Programs
 from int8compile.triton_kernels.quantize.kernel import fixed_point, quantize_rows
 
-# Elements of a row that are held in registers: those of 1024 threads, the most a program has. Longer rows are looked at
-# several times, in chunks. So are rows of more than half the length where there are many: several programs then share
-# a multiprocessor. An H200 takes 72 us instead of 88 for 2048 rows of 14336, but 9.7 instead of 5.9 for one.
+# A program of 1024 threads, the most there can be, holds MAX_ELEMENTS of a row in registers. Longer rows are read more
+# than once, in chunks. So are rows longer than CHUNK_ELEMENTS if there are MANY_ROWS: several programs can then share a
+# multiprocessor. With chunks an H200 takes 72 us instead of 88 for 2048 rows of 14336, but 9.7 instead of 5.9 for one.
 MAX_ELEMENTS, CHUNK_ELEMENTS, MANY_ROWS = 16384, 8192, 1024
-# Elements of a thread, of whole rows and of chunks.
-THREAD_ELEMENTS, THREAD_CHUNK_ELEMENTS = 16, 32
+# Elements per thread; more where there are MANY_ROWS.
+THREAD_ELEMENTS, MANY_ROWS_ELEMENTS = 16, 32
 
 
 def in_chunks(m: int, k: int) -> bool:
-    """Return whether M rows of K inputs, without a norm, are looked at in chunks because there are so many."""
+    """Return whether M rows of K inputs, without a norm, are read in chunks because there are so many."""
     return m >= MANY_ROWS and k > CHUNK_ELEMENTS
 
 
-def launch(
+def quantize_launch(
     x: Tensor,
     d: Tensor | None,
     threshold: float,
@@ -35,15 +35,16 @@ def launch(
     ends: Tensor | None = None,
     rows_per_group: int = 0,
 ) -> Launch:
-    """Quantize x [M, K], its rows contiguous, into what `int8compile.ops.quantized.empty_rows` made.
+    """Return the call that quantizes x [M, K], whose rows are contiguous.
 
-    With d [E, K] each row takes its expert's: `ends` [E] int32 or int64 are where the rows of each end, None for
-    `rows_per_group` each. Rows beyond the last expert's are quantized with its d.
+    `int8compile.ops.quantized.empty_rows` allocates q, rows and counters. If d is [E, K], each row takes the d of its
+    expert: `ends` [E], int32 or int64, are the ends of the experts' rows, or None for `rows_per_group` each. Rows after
+    the last expert's are quantized with the last d.
     """
-    return launch_norm(x, None, None, None, d, None, 0.0, threshold, None, q, rows, counters, ends, rows_per_group)
+    return norm_launch(x, None, None, None, d, None, 0.0, threshold, None, q, rows, counters, ends, rows_per_group)
 
 
-def launch_norm(
+def norm_launch(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -60,10 +61,11 @@ def launch_norm(
     rows_per_group: int = 0,
     normed: Tensor | None = None,
 ) -> Launch:
-    """Quantize a norm of x [M, K], or of x + residual, which is stored in `sum`: `norm_quantize_rows`.
+    """Return the call of `norm_quantize_rows`: quantize a norm of x [M, K], or of x + residual, stored in `sum`.
 
-    x and the residual have contiguous rows, everything else is contiguous. Without a residual `sum` is not used; `kind`
-    is None for no norm. `normed` [M, K], in x's dtype, gets what is quantized. For the rest see `launch`.
+    x and the residual have contiguous rows, the other tensors are contiguous. Without a residual `sum` is not used;
+    `kind` is None for no norm. The norm's result is also stored in `normed` [M, K], in x's dtype, unless this is None.
+    The other arguments are those of `quantize_launch`.
     """
     args = {
         "residual_ptr": residual,
@@ -90,29 +92,31 @@ def launch_norm(
         "COUNTERS": counters.shape[0],
         "WORDS": triton.next_power_of_2(max(rows.shape[0] - 1, 1)),
     }
-    return _launch(quantize_rows, x, d, args, constants)
+    return _launch_of(quantize_rows, x, d, args, constants)
 
 
-def launch_fixed_point(x: Tensor, d: Tensor | None, digits: Tensor, unit: Tensor) -> Launch:
-    """Write x [M, K], its rows contiguous, as digits [4, M, K] of rotated integers, with units [M] float32."""
+def fixed_point_launch(x: Tensor, d: Tensor | None, digits: Tensor, unit: Tensor) -> Launch:
+    """Return the call that writes x [M, K] as digits [4, M, K] of rotated integers, with units [M] float32."""
     args = {"d_ptr": d, "X_ptr": digits, "unit_ptr": unit, "stride_m": x.stride(0), "M": x.shape[0]}
-    return _launch(fixed_point, x, d, args, {"DIGITS": digits_of(d)})
+    return _launch_of(fixed_point, x, d, args, {"DIGITS": digits_of(d)})
 
 
 def digits_of(d: Tensor | None) -> int:
-    """Return how many digits hold the largest integer of fixed point: 2**22, or 2**29 where it is rotated."""
+    """Return the number of digits for the largest fixed-point integer: 2**22, or 2**29 after a rotation."""
     return 3 if rotation(d) == 1 else 4
 
 
-def _launch(kernel: Any, x: Tensor, d: Tensor | None, args: dict[str, Any], constants: dict[str, Any]) -> Launch:
+def _launch_of(kernel: Any, x: Tensor, d: Tensor | None, args: dict[str, Any], constants: dict[str, Any]) -> Launch:
     m, k = x.shape
     b = rotation(d)
     bc = triton.next_power_of_2(k // b)
     norm, elements = constants.get("NORM") is not None, THREAD_ELEMENTS
-    # A norm of float32 needs more than the 64 registers that each of 1024 threads has.
+    # A norm of float32 needs more than 64 registers per thread, which is all that 1024 threads have.
     wide = norm and x.dtype == torch.float32
-    if b * bc > (CHUNK_ELEMENTS if wide else MAX_ELEMENTS) or (in_chunks(m, k) and not norm):
-        bc, elements = CHUNK_ELEMENTS // b, THREAD_ELEMENTS if norm else THREAD_CHUNK_ELEMENTS
+    if b * bc > (CHUNK_ELEMENTS if wide else MAX_ELEMENTS):
+        bc = CHUNK_ELEMENTS // b
+    elif in_chunks(m, k) and not norm:
+        bc, elements = CHUNK_ELEMENTS // b, MANY_ROWS_ELEMENTS
     low = min(b, 16)
     shape = {"C": k // b, "P": b // low, "L": low, "BC": bc, "CHUNKS": triton.cdiv(k // b, bc)}
     warps = max(b * bc // (elements * (64 if torch.version.hip else 32)), 1)

@@ -1,1 +1,1 @@
-"""Float rows times an int8 weight."""
+"""Multiply rows, at about float32's precision, with an int8 weight."""

@@ -1,6 +1,6 @@
-"""Activations in fixed point times an int8 weight: for outputs whose activations are to keep about float32's precision.
+"""Product of activations in fixed point, at about float32's precision, with an int8 weight.
 
-Digit by digit in int8, which is exact; their sums make one of 64 bits.
+Each int8 digit is multiplied exactly; the sums of all digits combine to one of 64 bits.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ def weight_only(
     M,
     N,
     K,
-    HAS_BIAS: tl.constexpr,
     DIGITS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Multiply a tile of BM rows and BN outputs a program; those of the same outputs run together and share the weight.
+    """Compute a tile of BM rows and BN outputs per program; programs of the same outputs run together.
 
     Arguments besides those of `numerics`:
-        X_ptr: [4, M, K] int8, the digits of activations.
-        unit_ptr: [M] float32.
-        DIGITS: Digits that are not 0, 3 or 4.
+        X_ptr: [4, M, K] int8, the digits of the activations.
+        unit_ptr: [M] float32, the units of the rows' integers.
+        DIGITS: Number of digits in use, 3 or 4.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -56,5 +55,5 @@ def weight_only(
             acc3 = tl.dot(tl.load(to + 3 * plane, mask=inside, other=0), w, acc3, out_dtype=tl.int32)
     acc = ((acc3.to(tl.int64) * 256 + acc2) * 256 + acc1) * 256 + acc0
     y = acc.to(tl.float32) * tl.load(unit_ptr + row, mask=row < M, other=0.0)[:, None]
-    scale, bias = of_outputs(scale_ptr, bias_ptr, column, N, HAS_BIAS)
-    finish(y, y_ptr, scale, bias, row, column, M, N, 0, 0, HAS_BIAS, NONE, WHOLE, BM, BN)
+    outputs = of_outputs(scale_ptr, bias_ptr, column, N)
+    finish(y, y_ptr, outputs, row, column, M, N, 0, 0, NONE, WHOLE, BM, BN)

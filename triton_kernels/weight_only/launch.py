@@ -1,4 +1,4 @@
-"""Calls of `weight_only`."""
+"""Calls of the kernels for float activations: `fixed_point`, then `weight_only`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from int8compile.triton_kernels.launch import Launch, Programs
-from int8compile.triton_kernels.quantize.launch import digits_of, launch_fixed_point
+from int8compile.triton_kernels.quantize.launch import digits_of, fixed_point_launch
 from int8compile.triton_kernels.weight_only.kernel import weight_only
 
 BN, BK = 64, 128
@@ -19,10 +19,10 @@ def tile_rows(m: int) -> int:
     return 16 if m <= 16 else 32
 
 
-def launches(
+def weight_only_launches(
     x: Tensor, d: Tensor | None, qweight: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor
 ) -> list[Launch]:
-    """Multiply x [M, K], its rows contiguous, into y [M, N]."""
+    """Return the calls that multiply x [M, K], whose rows are contiguous, with a weight into y [M, N]."""
     (m, k), n = x.shape, qweight.shape[0]
     digits = x.new_empty((4, m, k), dtype=torch.int8)
     unit = x.new_empty(m, dtype=torch.float32)
@@ -42,6 +42,6 @@ def launches(
             "N": n,
             "K": k,
         },
-        {"HAS_BIAS": bias is not None, "DIGITS": digits_of(d), "BM": bm, "BN": BN, "BK": BK},
+        {"DIGITS": digits_of(d), "BM": bm, "BN": BN, "BK": BK},
     )
-    return [launch_fixed_point(x, d, digits, unit), product]
+    return [fixed_point_launch(x, d, digits, unit), product]
