@@ -1,1 +1,1 @@
-"""Benchmarks: `make bench`. They compare, in one process, on random data; absolute times are not stored."""
+"""Benchmarks. `make bench` compares variants in turns, in one process, on random data."""

@@ -1,4 +1,4 @@
-"""What the backend adds to compile time: passes and quantization, without Inductor."""
+"""Compile time that the backend adds: passes and quantization, without Inductor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from int8compile.ops import quantize_weight
 
 
 class Blocks(nn.Module):
-    """A stack of MLPs with residuals."""
+    """A stack of MLPs with residual connections."""
 
     def __init__(self, depth: int = 20, width: int = 64) -> None:
         super().__init__()
@@ -23,14 +23,14 @@ class Blocks(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x [M, width]; result [M, width]."""
+        """Compute the stack. Shapes: x and the result [M, width]."""
         for up, down in zip(self.up, self.down, strict=True):
             x = x + down(torch.relu(up(x)))
         return x
 
 
 def test_passes(benchmark: Any) -> None:
-    """Copying and rewriting a graph of 40 linears."""
+    """Time copying and rewriting a graph of 40 linears."""
     captured = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -43,7 +43,7 @@ def test_passes(benchmark: Any) -> None:
 
 
 def test_quantize_weight(benchmark: Any) -> None:
-    """Rotating and quantizing one weight of 4096 x 4096."""
+    """Time rotating and quantizing a weight of 4096 x 4096."""
     weight = torch.randn(4096, 4096)
     qweight, _ = benchmark(quantize_weight, weight, make_d([weight]))
     assert qweight.dtype == torch.int8

@@ -1,12 +1,12 @@
-"""One linear layer: int8 against `F.linear`, over the rows M that decode and prefill have.
+"""A linear layer in int8 against `F.linear`, for the numbers of rows M of decode and prefill.
 
-Quantization of the activations and their outliers are part of what is timed. The baseline of a case is the faster of
-float32 and bfloat16, whatever the activations of the int8 layer are.
+The times include the quantization of the activations and the outliers. The baseline of a case is the faster of float32
+and bfloat16, for int8 layers with float32 and with bfloat16 activations.
 
     python -m pytest benchmarks/bench_linear.py --benchmark-only -k test_linear    # the table
     python -m pytest benchmarks/bench_linear.py --benchmark-only -k test_sweep -s  # is any M slower than the baseline?
 
-The sweep takes every M up to 40 and some of the others; all up to 600 with `--every-row`.
+The sweep takes every M up to 40 and some larger ones; with `--every-row`, every M up to 600.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from benchmarks import interleaved
 from benchmarks.conftest import is_smoke
-from int8compile import cpu
+from benchmarks.gpu import inputs
+from int8compile import cpu as cpu_kernels
 from int8compile.config import default_threshold
 from int8compile.groups import make_d
 from int8compile.ops import pack_weight, quantize_weight
@@ -36,7 +37,6 @@ SWEPT = [
     *[511, 512, 513, 544, 577, 599, 600],
 ]
 SMOKE_SHAPES, SMOKE_ROWS = [(64, 48)], [1, 4]
-OUTLIERS = 0.003
 BASELINES = ("float32", "bfloat16")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,20 +44,14 @@ Calls = dict[str, Callable[[], object]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The cases of a test, by the names of its arguments; few with --smoke."""
+    """Parametrize a test by the names of its arguments; with few cases under --smoke."""
     few = is_smoke(metafunc.config)
-    # First, so that the cases of a shape, which share its layer, come one behind the other.
+    # The shape comes first: cases of a shape share its layer, so they have to follow each other.
     metafunc.parametrize("shape", SMOKE_SHAPES if few else SHAPES, ids=lambda shape: "{}x{}".format(*shape))
     if "m" in metafunc.fixturenames:
         metafunc.parametrize("m", SMOKE_ROWS if few else ROWS)
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", list(DTYPES))
-
-
-def activations(m: int, k: int) -> Tensor:
-    """Normal rows with 0.3 % of elements twenty times as large, as a language model's hidden states have."""
-    x = torch.randn(m, k)
-    return torch.where(torch.rand(m, k) < OUTLIERS, 20 * x, x)
 
 
 class Layer:
@@ -70,12 +64,13 @@ class Layer:
         self.k = k
         self.weights = {name: weight.to(dtype) for name, dtype in DTYPES.items()}
         self.packed = pack_weight(qweight)
-        # Without it the operator would run its definition in PyTorch.
-        assert cpu.available()
+        # Without the CPU kernel, the operator would run its PyTorch definition.
+        assert cpu_kernels.available()
 
     def calls(self, m: int, dtypes: tuple[str, ...]) -> Calls:
-        """The two baselines, and int8 with activations of some dtypes."""
-        xs = {name: activations(m, self.k).to(dtype) for name, dtype in DTYPES.items()}
+        """Return the calls of the two baselines, and of int8 with activations of the given dtypes."""
+        cpu = torch.device("cpu")
+        xs = {name: inputs.activations(m, self.k, cpu, torch.float32).to(dtype) for name, dtype in DTYPES.items()}
         calls: Calls = {name: self._float(xs[name], weight) for name, weight in self.weights.items()}
         return calls | {f"int8 {name}": self._int8(xs[name]) for name in dtypes}
 
@@ -91,7 +86,7 @@ _layers: dict[tuple[int, int], Layer] = {}
 
 
 def layer_of(k: int, n: int) -> Layer:
-    """The layer of a shape. Only the last one is kept: the largest takes 300 MB."""
+    """Return the layer of a shape. Only the last layer is kept: the largest takes 300 MB."""
     if (k, n) not in _layers:
         _layers.clear()
         _layers[k, n] = Layer(k, n)
@@ -99,12 +94,12 @@ def layer_of(k: int, n: int) -> Layer:
 
 
 def rounds_for(k: int, n: int, m: int) -> int:
-    """Many for short calls, which scatter most, and fewer for those of a tenth of a second."""
+    """Return how often to time a case: often for short calls, whose times scatter most."""
     return max(9, min(101, 4 * 10**10 // (m * k * n)))
 
 
 def test_linear(benchmark: Any, smoke: bool, shape: tuple[int, int], m: int, dtype: str) -> None:
-    """`group` puts the activations' dtypes of a case side by side; the baselines are in `extra_info`."""
+    """Time one shape, M and dtype. `group` shows both dtypes side by side; `extra_info` holds the baselines."""
     k, n = shape
     benchmark.group = f"linear M={m} K={k} N={n}"
     calls = layer_of(k, n).calls(m, (dtype,))
@@ -113,7 +108,7 @@ def test_linear(benchmark: Any, smoke: bool, shape: tuple[int, int], m: int, dty
 
 
 def test_sweep(benchmark: Any, smoke: bool, pytestconfig: pytest.Config, shape: tuple[int, int]) -> None:
-    """Looks for an M at which a float layer is faster. A case that seems to be one is timed again, for longer."""
+    """Look for an M at which a float layer is faster. Cases close to that are timed again, for longer."""
     k, n = shape
     rows = SMOKE_ROWS if smoke else list(range(1, 601)) if pytestconfig.getoption("every_row") else SWEPT
     layer = layer_of(k, n)
@@ -133,4 +128,4 @@ def test_sweep(benchmark: Any, smoke: bool, pytestconfig: pytest.Config, shape: 
     benchmark.extra_info.update(kind="sweep", k=k, n=n, ratios=ratios)
     for name, found in ratios.items():
         listed = ", ".join(f"M={m}: {found[m]:.2f}x" for m in sorted(found, key=found.__getitem__)[:3])
-        print(f"\n{k}x{n}, {name} activations, {len(found)} values of M: the slowest are {listed}")
+        print(f"\n{k}x{n}, {name} activations, {len(found)} values of M: smallest ratios {listed}")

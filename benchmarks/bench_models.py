@@ -1,13 +1,13 @@
-"""Language models, whole, at batch 1: reading a prompt of 512 tokens, and writing one token behind it.
+"""Whole language models at batch 1: reading a prompt of 512 tokens, and generating one token after it.
 
-Compiling a variant takes up to a minute, so `--variants` names those to compile, as a regular expression; float32 and
-bfloat16 are always among them. Without it the variants of `DEFAULT` are taken: ten minutes and more.
+Compiling a variant takes up to a minute. `--variants` selects variants by a regular expression; float32 and bfloat16
+are always included. The default variants (`DEFAULT`) take more than ten minutes.
 
     python -m pytest benchmarks/bench_models.py --benchmark-only -s
     python -m pytest benchmarks/bench_models.py --benchmark-only -s -k SmolLM2 --variants '^int8|torchao'
 
-Not installed with the rest, and left out where missing: torchao, and llama-cpp-python for llama.cpp (`--llama-cpp
-900,80` takes tokens per second that `llama-bench -p 512 -n 64` gave on this machine instead).
+torchao and llama-cpp-python are not installed by default; without them, their variants are left out. For llama.cpp,
+`--llama-cpp 900,80` takes the tokens per second that `llama-bench -p 512 -n 64` printed on this machine instead.
 """
 
 from __future__ import annotations
@@ -33,68 +33,46 @@ CPP_BASELINES = tuple(f"{name}, cpp_wrapper" for name in BASELINES)
 SMOLLM2 = "SmolLM2-135M"
 LLAMA = "Llama-3.2-1B, 4 layers"
 SMOKE = "smoke"
+_INT8, _OTHERS = [f"int8 {name}" for name in BASELINES], ["bitsandbytes bfloat16", "bitsandbytes bfloat16, compiled"]
+_OTHERS += ["torchao weight-only bfloat16", "torchao dynamic bfloat16", llamacpp.NAME]
 DEFAULT = {
-    SMOLLM2: (
-        *BASELINES,
-        *CPP_BASELINES,
-        "int8 float32",
-        "int8 bfloat16",
-        "int8 float32, lm_head, cpp_wrapper",
-        "int8 bfloat16, lm_head, cpp_wrapper",
-        "bitsandbytes bfloat16",
-        "bitsandbytes bfloat16, compiled",
-        "torchao weight-only bfloat16",
-        "torchao dynamic bfloat16",
-        llamacpp.NAME,
-    ),
-    LLAMA: (
-        *BASELINES,
-        *CPP_BASELINES,
-        "int8 float32",
-        "int8 bfloat16",
-        "int8 float32, cpp_wrapper",
-        "int8 bfloat16, cpp_wrapper",
-    ),
-    SMOKE: (*BASELINES, "int8 bfloat16, lm_head, cpp_wrapper", "bitsandbytes bfloat16"),
+    SMOLLM2: [*BASELINES, *CPP_BASELINES, *_INT8, *(f"{name}, lm_head, cpp_wrapper" for name in _INT8), *_OTHERS],
+    LLAMA: [*BASELINES, *CPP_BASELINES, *_INT8, *(f"{name}, cpp_wrapper" for name in _INT8)],
+    SMOKE: [*BASELINES, "int8 bfloat16, lm_head, cpp_wrapper", "bitsandbytes bfloat16"],
 }
 PROMPT = {SMOLLM2: 512, LLAMA: 512, SMOKE: 8}
-# Room in the cache for tokens behind the prompt, as there is when a model is used.
+# Tokens that the cache has room for after the prompt, as in real use.
 ROOM = 64
 
-# Other packages warn of what is no concern of ours while they quantize and compile, and warnings are errors here.
+# Other packages emit warnings while they quantize and compile, and pytest turns warnings into errors.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def load(name: str) -> Any:
-    """A model in float32."""
+    """Return a model in float32."""
     if name == SMOLLM2:
         return loading.load(loading.SMOLLM2)
     import transformers
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_hidden_layers": 4,
-    }
+    # A small vocabulary is enough: the embedding costs little at any size, and the output projection is left out.
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_hidden_layers": 4}
+    sizes |= {"num_key_value_heads": 8, "head_dim": 64}
     if name == SMOKE:
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 1}
-    # The embedding costs nothing at any size and the output projection is left out: a small vocabulary will do.
-    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=256))
+    config: Any = transformers.LlamaConfig
+    model: Any = transformers.LlamaForCausalLM(config(**sizes, vocab_size=256))
     return model.eval()
 
 
 class Runs:
-    """The variants of a model, compiled.
+    """The compiled variants of a model.
 
     Attributes:
-        model: Its name.
-        prompt: How many tokens the prompt has.
-        similarity: How close to float32's the last token's output is, by variant: the cosine of the angle between
-            them. What is fast and wrong is not fast.
-        notes: What was left out, and why.
+        model: Name of the model.
+        prompt: Number of tokens in the prompt.
+        similarity: By variant, the cosine between the last token's output and float32's. It shows fast but wrong
+            variants.
+        notes: Variants that were left out, and why.
     """
 
     def __init__(self, model: str, names: list[str]) -> None:
@@ -128,15 +106,15 @@ class Runs:
 
     @property
     def names(self) -> list[str]:
-        """The variants that are there."""
+        """Return the names of the variants that run."""
         return list(self._steps)
 
     def prefill(self, name: str) -> Tensor:
-        """Reads the prompt."""
+        """Read the prompt."""
         return self._steps[name](self._ids[:, :-1], self._positions[:-1])
 
     def decode(self, name: str) -> Tensor:
-        """Writes a token behind the prompt; the same one every time."""
+        """Generate the token after the prompt; the same token every time."""
         return self._steps[name](self._ids[:, -1:], self._positions[-1:])
 
     def _compare(self, name: str, output: Tensor) -> None:
@@ -148,11 +126,11 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Runs:
-    """The variants of a model that were asked for."""
+    """Return the selected variants of a model."""
     name = request.param
     pattern = request.config.getoption("variants")
     known = [*variants.COMPILERS, *([llamacpp.NAME] if name == SMOLLM2 else [])]
-    chosen = [one for one in known if re.search(pattern, one)] if pattern else list(DEFAULT[name])
+    chosen = [one for one in known if re.search(pattern, one)] if pattern else DEFAULT[name]
     torch._dynamo.reset()
     with torch.inference_mode():
         try:
@@ -162,14 +140,14 @@ def runs(request: pytest.FixtureRequest) -> Runs:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Only a toy with --smoke."""
+    """Parametrize by model; under --smoke, by a tiny model only."""
     names = [SMOKE] if is_smoke(metafunc.config) else [SMOLLM2, LLAMA]
     metafunc.parametrize("runs", names, indirect=True, ids=lambda name: name.split(",")[0])
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_model(benchmark: Any, pytestconfig: pytest.Config, smoke: bool, runs: Runs, phase: str) -> None:
-    """All variants in turns. pytest-benchmark's own table shows the last one of int8, the file all of them."""
+    """Time all variants in turns. pytest-benchmark's table shows the last int8 variant, the result file all."""
     call = getattr(runs, phase)
     candidate = [name for name in runs.names if name.startswith("int8")] or runs.names
     calls = {name: lambda name=name: call(name) for name in runs.names}
@@ -182,7 +160,7 @@ def test_model(benchmark: Any, pytestconfig: pytest.Config, smoke: bool, runs: R
     if given and runs.model == SMOLLM2 and llamacpp.NAME not in runs.names:
         prefill, decode = (float(rate) for rate in given.split(","))
         data["medians"][llamacpp.NAME] = tokens / (prefill if phase == "prefill" else decode)
-        runs.notes.append(f"{llamacpp.NAME}: not timed in turns with the others; given by whoever ran this")
+        runs.notes.append(f"{llamacpp.NAME}: not timed in turns with the others, but given by --llama-cpp")
     benchmark.extra_info.update(
         kind="model",
         model=runs.model,

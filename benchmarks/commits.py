@@ -1,4 +1,4 @@
-"""The speed of the working tree against another commit's: `python -m benchmarks.commits COMMIT [WHAT]`.
+"""Speed of the working tree against another commit: `python -m benchmarks.commits COMMIT [WHAT]`.
 
 | WHAT | what is timed | at most |
 |---|---|---|
@@ -6,8 +6,8 @@
 | `linear` | a compiled linear of real sizes, by rows and dtype; x has outliers in some channels, as in models | 1.03 |
 | `smollm2` | SmolLM2-135M compiled: a prompt of 512 tokens, and one token | 1.00 |
 
-Each commit runs in a process of its own, with one thread; they take turns, and the rounds are compared one by one. What
-memory a process was given moves a time by up to a tenth, so `--restarts` has several processes of each.
+Each commit runs in its own process with one thread. The two processes take turns, and rounds are compared one by one.
+The memory pages of a process change its times by up to a tenth, so `--restarts` uses several processes of each commit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import functools
 import importlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,19 +26,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# How many times longer than the other commit's a call may take.
+# Largest ratio of a call's time to the other commit's.
 BARS = {"dispatch": 1.02, "linear": 1.03, "smollm2": 1.0}
 LAYERS, WIDTH = 30, 64
-SIZES = ((4096, 4096), (4096, 14336), (576, 1536))  # K x N, the last of SmolLM2
+SIZES = ((4096, 4096), (4096, 14336), (576, 1536))  # K x N; the last is SmolLM2's
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 600)
-# A median is of so many calls, or of those that fit into so many seconds.
+# A median is taken over this many calls, or over as many as fit into this many seconds.
 CALLS, SECONDS = 20, 0.2
 
 
 def main() -> None:
-    """Measures, and prints a table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="what to compare the working tree with")
+    parser.add_argument("commit", help="commit to compare the working tree with")
     parser.add_argument("what", nargs="?", choices=BARS, default="dispatch")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--restarts", type=int, default=1)
@@ -48,16 +47,21 @@ def main() -> None:
 
 
 def report(commit: str, what: str, rounds: int, restarts: int) -> str:
-    """The table of a comparison."""
-    # Only here: workers know nothing of this checkout.
+    """Compare the working tree with a commit, and return a table."""
+    # Imported here, since the worker processes run this file without this checkout's packages.
     from tabulate import tabulate
     from tqdm import tqdm
+
+    from benchmarks.workers import Worker
+
+    def start(folder: Path) -> Worker:
+        return Worker([sys.executable, __file__, "--serve", str(folder), what], PYTHONPATH=str(folder))
 
     with checkout(commit) as other:
         found = []
         for _ in range(restarts):
-            workers = [Worker(ROOT, what), Worker(other, what)]
-            found += [[worker.times() for worker in workers] for _ in tqdm(range(rounds), desc="Calling")]
+            workers = [start(ROOT), start(other)]
+            found += [[worker.ask() for worker in workers] for _ in tqdm(range(rounds), desc="Calling")]
             for worker in workers:
                 worker.stop()
     rows = []
@@ -75,54 +79,24 @@ def report(commit: str, what: str, rounds: int, restarts: int) -> str:
 
 @contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """Another commit's files, in a folder that is removed afterwards."""
+    """Extract a commit's files into a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="int8compile-") as folder:
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x"], cwd=folder, input=archive, check=True)
         yield Path(folder)
 
 
-class Worker:
-    """A process that runs this file with the package of some folder."""
-
-    def __init__(self, folder: Path, what: str) -> None:
-        environment = os.environ | {"PYTHONPATH": str(folder)}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", str(folder), what],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def times(self) -> dict[str, float]:
-        """Seconds of a call, for each way of calling; the median of some."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a worker ended; what it said is above")
-        times: dict[str, float] = json.loads(line)
-        return times
-
-    def stop(self) -> None:
-        """Ends the process."""
-        self._process.terminate()
-        self._process.wait()
-
-
 def serve(folder: str, what: str) -> None:
-    """Answers each line on stdin with times."""
+    """Answer each line on stdin with the median seconds of each call."""
     import torch
 
     import int8compile
 
     if not str(int8compile.__file__).startswith(folder):
-        raise SystemExit(f"int8compile is that of {int8compile.__file__}, not that of {folder}")
+        raise SystemExit(f"int8compile was imported from {int8compile.__file__}, not from {folder}")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    # Each kind of linear is a recompile of one function.
+    # Each kind of linear recompiles the same function.
     torch._dynamo.config.recompile_limit = 100
     calls = {"dispatch": _dispatch, "linear": _linear, "smollm2": _smollm2}[what]()
     with torch.inference_mode():
@@ -164,7 +138,7 @@ def _linear() -> Calls:
         for k, n in SIZES:
             layer = nn.Linear(k, n, bias=False, dtype=dtype).requires_grad_(False)
             run = torch.compile(layer, backend="int8", dynamic=True, fullgraph=True)
-            # Channels differ by their norm's weights, and some are far larger than all others.
+            # As in models, the norm's weights scale the channels, and a few channels are far larger than the others.
             channels = torch.empty(k).log_normal_(0, 0.5)
             channels[torch.randperm(k)[: max(1, k // 200)]] *= 20
             for rows in ROWS:
@@ -195,7 +169,7 @@ def _median(call: Callable[[], object]) -> float:
         began = time.perf_counter_ns()
         call()
         seconds.append((time.perf_counter_ns() - began) / 1e9)
-    return statistics.median(seconds[1:] or seconds)  # The first finds the other's data in the caches.
+    return statistics.median(seconds[1:] or seconds)  # At the first call, caches hold the other process's data.
 
 
 if __name__ == "__main__":

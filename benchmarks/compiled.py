@@ -1,10 +1,10 @@
-"""The Triton kernels' code: registers, spills, shared memory and main loops, compiled without a GPU.
+"""Compiled code of the Triton kernels, made without a GPU: registers, spills, shared memory, main loops.
 
-    python -m benchmarks.compiled                 # the table of every kernel and configuration of every architecture
+    python -m benchmarks.compiled                 # every kernel and configuration of every architecture
     python -m benchmarks.compiled --arch sm_90
     python -m benchmarks.compiled --out benchmarks/results/triton-compiled.md
 
-It needs Triton, whose wheel brings NVIDIA's assembler and disassembler.
+It needs Triton, whose wheel contains NVIDIA's assembler and disassembler.
 """
 
 from __future__ import annotations
@@ -35,48 +35,52 @@ from int8compile.triton_kernels import tables
 from int8compile.triton_kernels.launch import Launch
 from int8compile.triton_kernels.operators import launch_of
 from int8compile.triton_kernels.product import Product
-from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
-from int8compile.triton_kernels.quantize.launch import launch_norm
+from int8compile.triton_kernels.quantize.launch import norm_launch, quantize_launch
 from int8compile.triton_kernels.tables import Architecture, Config
 
-# A matrix of Llama-3.1-8B; what is compiled depends on K and N only in whether 16 divides them.
+# A weight of Llama-3.1-8B. The compiled code depends only on whether 16 divides K and N.
 N, K = 4096, 4096
-# Inputs of what is quantized there: in front of the down projection, and everywhere else.
+# Sizes of quantized activations in that model: before all linears but the down projection, and before it.
 QUANTIZED = (4096, 14336)
 THRESHOLD, EPSILON = 12.0, 1e-5
-# Norms by what the table calls them.
+# Norms by their names in the table.
 NORMS = {
     "rms_norm": quantized.RMS,
     "rms_norm rounded": quantized.RMS_ROUNDED,
     "rms_norm plus one": quantized.RMS_PLUS_ONE,
     "layer_norm": quantized.LAYER,
 }
-# Matrix instructions by how they are called in PTX and AMD's assembly.
+# Names of matrix instructions in PTX and in AMD's assembly.
 _MATRIX = re.compile(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*|v_mfma_\w+)")
 _ABOUT = """# The Triton kernels, compiled
 
 bfloat16 activations with second digits, weight 4096 x 4096, Triton {version}; made by `python -m benchmarks.compiled`
-without a GPU. Registers are a thread's; "spilled" are the bytes of a thread that do not fit into them, "in loops" the
-instructions of innermost loops that move them; "warps" of how many a multiprocessor holds at once.
+without a GPU. "Registers" are those of a thread, "spilled" its bytes that do not fit into registers, "in loops" the
+number of instructions in innermost loops that move spilled bytes, and "warps" the number that a multiprocessor holds.
 
-What follows is of a step of the main loop (of quantize kernels, which have none, of what a warp executes for a row
-without second digits): "matrix" instructions (of gemv: dp4a), what it "waits" for (gsb0 1: until one group of matrix
-instructions is left under way, which is asynchronous; gsb0 0: until none is; SB0 n: n groups of copies; "mbarrier":
-barriers that the copy engine counts on), "barriers" of all warps, loads from memory (times bytes of a thread; TMA: the
-copy engine's), from and to shared memory, and "conversions" of types and permutations of bytes.
+The other columns count the instructions in a step of the main loop. Quantize kernels have no main loop: for them, the
+columns count the instructions that a warp executes for a row without second digits.
+
+- "matrix": matrix instructions; for gemv, dp4a.
+- "waits": gsb0 1 waits until one group of matrix instructions is left in flight (asynchronous), gsb0 0 until none is,
+  SB0 n until n groups of copies are, and mbarrier for the copy engine.
+- "barriers": barriers of all warps.
+- "loads": loads from memory as count x bytes of a thread; TMA is the copy engine.
+- "shared loads" and "stores": loads from and stores to shared memory.
+- "conversions": conversions of types, and permutations of bytes.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The resources that a multiprocessor has for the programs that are on it at once.
+    """Resources of a multiprocessor for its resident programs.
 
     Attributes:
-        warps: It holds at most.
-        registers: Of 32 bits, for all threads.
+        warps: Largest number of warps.
+        registers: Registers of 32 bits, for all threads.
         shared: Bytes of shared memory.
-        programs: It holds at most.
-        reserved: Bytes of shared memory that each program costs besides its own.
+        programs: Largest number of programs.
+        reserved: Bytes of shared memory that each program takes in addition to its own.
         warp: Threads of a warp.
     """
 
@@ -88,12 +92,12 @@ class Limits:
     warp: int = 32
 
     def resident(self, warps: int, registers: int, shared: int) -> int:
-        """Return how many programs fit.
+        """Return the number of programs that fit.
 
         Args:
-            warps: Of a program.
-            registers: Of a thread; they are given out by eights.
-            shared: Bytes of a program.
+            warps: Warps of a program.
+            registers: Registers of a thread; the hardware allocates them in units of eight.
+            shared: Bytes of shared memory of a program.
         """
         each = -(-max(registers, 1) // 8) * 8 * self.warp * warps
         memory = self.shared // (shared + self.reserved) if shared + self.reserved else self.programs
@@ -113,20 +117,20 @@ LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A kernel, compiled.
+    """A compiled kernel. The instructions of AMD's GPUs are not counted.
 
     Attributes:
-        instructions: The matrix instructions in it.
-        registers: Of a thread.
+        instructions: Names of its matrix instructions.
+        registers: Registers of a thread.
         spilled: Bytes of a thread that do not fit into registers.
-        spills_in_loops: Instructions of innermost loops that move them.
+        spills_in_loops: Number of instructions in innermost loops that move spilled bytes.
         shared: Bytes of shared memory.
         widest_load: Bytes of the widest load from global memory.
-        warps: Of a program.
-        loop: A step of its main loop; None where it has none, and on AMD's GPUs, whose code is not counted.
-        outside: Instructions in no loop but one around that; 0 on AMD's GPUs.
-        whole: All of its code; None on AMD's GPUs.
-        usual: What is executed where nothing is unusual (`sass.usual`); None on AMD's GPUs.
+        warps: Warps of a program.
+        loop: Counts of a step of the main loop; None without a main loop, and on AMD's GPUs.
+        outside: Number of instructions outside of loops (`sass.main_loop`); 0 on AMD's GPUs.
+        whole: Counts of all code; None on AMD's GPUs.
+        usual: Counts of the usual path (`sass.usual`); None on AMD's GPUs.
     """
 
     instructions: tuple[str, ...]
@@ -142,14 +146,14 @@ class Compiled:
     usual: Counts | None
 
     def resident(self, arch: str) -> int:
-        """Return how many programs a multiprocessor holds at once."""
+        """Return the number of programs that a multiprocessor holds."""
         return LIMITS[arch].resident(self.warps, self.registers, self.shared)
 
 
 def cases(arch: Architecture) -> Iterator[tuple[int, Config]]:
-    """Yield the buckets of an architecture with each of their configurations, those of earlier buckets left out."""
+    """Yield each configuration of an architecture, with the first bucket that has it."""
     seen = set()
-    for bucket in arch.rows:
+    for bucket in arch.by_bucket:
         for config in tables.candidates(arch, bucket, K):
             if config not in seen:
                 seen.add(config)
@@ -164,7 +168,7 @@ def target_of(arch: Architecture) -> GPUTarget:
 
 
 def launch(bucket: int, config: Config, activation: int = NONE) -> Launch:
-    """Return the call of a product of bfloat16 activations, with tensors that have no data."""
+    """Return the launch of a product of bfloat16 activations, with tensors without data."""
     made = empty_rows(torch.empty(bucket, K, dtype=torch.bfloat16, device="meta"), THRESHOLD)
     qweight = torch.empty(N, K, dtype=torch.int8, device="meta")
     scale = torch.empty(N, device="meta")
@@ -173,7 +177,10 @@ def launch(bucket: int, config: Config, activation: int = NONE) -> Launch:
 
 
 def quantize(k: int, norm: str | None = None) -> Launch:
-    """Return the call that quantizes rows of K bfloat16 inputs, rotated; after a residual add and a norm, if named."""
+    """Return the launch that quantizes rows of K bfloat16 inputs, rotated; after a residual add and a norm, if named.
+
+    Its tensors have no data.
+    """
     x = torch.empty(2048, k, dtype=torch.bfloat16, device="meta")
     d = torch.empty(k, device="meta")
     made = empty_rows(x, THRESHOLD)
@@ -181,27 +188,27 @@ def quantize(k: int, norm: str | None = None) -> Launch:
         return quantize_launch(x, d, THRESHOLD, *made)
     weight = torch.empty(k, dtype=torch.bfloat16, device="meta")
     bias = weight if norm == "layer_norm" else None
-    return launch_norm(x, x, weight, bias, d, NORMS[norm], EPSILON, THRESHOLD, empty_sum(x, x), *made)
+    return norm_launch(x, x, weight, bias, d, NORMS[norm], EPSILON, THRESHOLD, empty_sum(x, x), *made)
 
 
-def compiled(arch: Architecture, bucket: int, config: Config) -> Compiled:
-    """Compile a configuration.
+def compile_product(arch: Architecture, bucket: int, config: Config) -> Compiled:
+    """Compile a configuration of the product.
 
     Raises:
-        Exception: Triton's own, where it cannot.
+        Exception: An error of Triton.
     """
     return examine(launch(bucket, config).compile(target_of(arch)))
 
 
-def compiled_quantize(arch: Architecture, k: int, norm: str | None = None) -> Compiled:
-    """Compile what `quantize` calls."""
-    # Quantize asks PyTorch whether a warp has 64 threads.
+def compile_quantize(arch: Architecture, k: int, norm: str | None = None) -> Compiled:
+    """Compile the kernel that `quantize` launches."""
+    # The launcher asks PyTorch whether a warp has 64 threads.
     with unittest.mock.patch.object(torch.version, "hip", "7" if arch.name.startswith("gfx") else None):
         return examine(quantize(k, norm).compile(target_of(arch)))
 
 
 def examine(kernel: Any) -> Compiled:
-    """Take apart what Triton compiled."""
+    """Return the properties of a kernel that Triton compiled."""
     text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     instructions = tuple(sorted(set(_MATRIX.findall(text))))
     shared = int(kernel.metadata.shared)
@@ -209,7 +216,7 @@ def examine(kernel: Any) -> Compiled:
         loads = [4 * int(width or 1) for width in re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", text)]
         spills = _number(r"\.vgpr_spill_count:\s*(\d+)", text)
         registers, warps = _number(r"\.vgpr_count:\s*(\d+)", text), int(kernel.metadata.num_warps)
-        # What is not spilled at all is not spilled in a loop.
+        # The compiler reports no spills in loops: all spills count, so that 0 means none.
         return Compiled(
             instructions, registers, 4 * spills, spills, shared, max(loads, default=0), warps, None, 0, None, None
         )
@@ -228,7 +235,7 @@ def examine(kernel: Any) -> Compiled:
         spills_in_loops=sass.spills_in_loops(code),
         shared=shared,
         widest_load=max(loads, default=0),
-        # With the warps that only copy.
+        # Includes the warps that only copy.
         warps=_number(r"\.reqntid (\d+)", text) // 32,
         loop=loop,
         outside=outside,
@@ -252,11 +259,11 @@ def _number(pattern: str, text: str) -> int:
 def _compile(task: tuple[str, int | None, Any]) -> Compiled:
     name, bucket, what = task
     arch = tables.ARCHITECTURES[name]
-    return compiled_quantize(arch, *what) if bucket is None else compiled(arch, bucket, what)
+    return compile_quantize(arch, *what) if bucket is None else compile_product(arch, bucket, what)
 
 
 def _tasks(name: str) -> Iterator[tuple[str, int | None, Any]]:
-    """Yield what an architecture has: its name; the bucket and the configuration, or None, K and the norm."""
+    """Yield the kernels of an architecture: its name, and a bucket with a configuration, or None with K and a norm."""
     arch = tables.ARCHITECTURES[name]
     for bucket, config in cases(arch):
         yield name, bucket, config
@@ -266,11 +273,11 @@ def _tasks(name: str) -> Iterator[tuple[str, int | None, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.splitlines()[0])
-    known = [name for name, arch in tables.ARCHITECTURES.items() if arch.instruction]
-    parser.add_argument("--arch", action="append", choices=known, help="only this one; may be given again")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the table, instead of printing it")
+    known = [name for name, arch in tables.ARCHITECTURES.items() if arch.matrix_instruction]
+    parser.add_argument("--arch", action="append", choices=known, help="only this architecture; may be given again")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table to FILE instead of printing it")
     given = parser.parse_args(arguments)
     tasks = [task for name in given.arch or known for task in _tasks(name)]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and what their result file holds."""
+"""Options of the benchmarks, and the content of their result file."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from benchmarks import interleaved
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("int8compile")
-    group.addoption("--smoke", action="store_true", help="tiny sizes: shows in seconds that the benchmarks run")
-    group.addoption("--every-row", action="store_true", help="bench_linear's sweep takes every M from 1 to 600")
-    group.addoption("--variants", metavar="REGEX", help="what bench_models compiles besides float32 and bfloat16")
+    group.addoption("--smoke", action="store_true", help="use tiny sizes, to show in seconds that the benchmarks run")
+    group.addoption("--every-row", action="store_true", help="sweep every M from 1 to 600 in bench_linear")
+    group.addoption("--variants", metavar="REGEX", help="variants of bench_models besides float32 and bfloat16")
     group.addoption("--llama-cpp", metavar="PREFILL,DECODE", help="llama.cpp's tokens per second with SmolLM2, Q8_0")
 
 
 def is_smoke(config: pytest.Config) -> bool:
-    """Whether only to show that the benchmarks run."""
+    """Return whether the benchmarks only have to show that they run."""
     return bool(config.getoption("smoke") or config.getoption("benchmark_disable"))
 
 
 @pytest.fixture(scope="session")
 def smoke(pytestconfig: pytest.Config) -> bool:
-    """The same, as a fixture."""
+    """Return `is_smoke` of this run."""
     return is_smoke(pytestconfig)
 
 
@@ -38,7 +38,7 @@ def _inference() -> Iterator[None]:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Keeps what `benchmarks.report` reads, and nothing that names a person's machine or folders.
+    """Keep only what `benchmarks.report` reads, without the names of machines and folders.
 
     pytest-benchmark's own files hold every single time and are a thousand times as large.
     """

@@ -1,35 +1,33 @@
 """SmolLM2-135M exported, against torch.compile: `python -m benchmarks.exported --out FILE`.
 
-Both run in processes of their own, which take turns: one reads the prompt and generates, then the other. The process of
-the exported model cannot import int8compile. Their logits are compared, and the time from the start of the process to
-the first token: of torch.compile with an empty cache of compiled code, and with a full one.
+Each runs in its own process, and the two take turns to read the prompt and to generate. The process of the exported
+model cannot import int8compile. Compared are the logits and the time from the start of the process to the first token;
+torch.compile starts once with an empty cache of compiled code and once with a full one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import sysconfig
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks import tables
+from benchmarks.workers import Worker
 
 ROUNDS, PROMPT, STEPS = 9, 128, 48
-# Times that torch.compile takes of the exported model's.
+# Least ratios of torch.compile's time to the exported model's.
 PREFILL, DECODE = 0.95, 1.15
 DTYPES = ("float32", "bfloat16")
 
 
 class Exported(NamedTuple):
-    """A package and what it was made of."""
+    """A package, its float model (a folder), the dtype of its float parts, a prompt, and the seconds of the export."""
 
     path: Path
     source: Path
@@ -39,12 +37,12 @@ class Exported(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens that the cache has room for."""
+        """Return the number of tokens that fit into the cache."""
         return len(self.prompt) + STEPS + 1
 
 
 def report(folder: Path, rounds: int) -> str:
-    """Measures, and makes tables of it."""
+    """Measure, and return the tables."""
     sizes, speeds, starts = [], [], []
     for dtype in DTYPES:
         made = prepare(folder, dtype)
@@ -57,32 +55,19 @@ def report(folder: Path, rounds: int) -> str:
         for name, worker in zip(names, (cold, warm, package), strict=True):
             starts.append((dtype, name, *(f"{seconds:.1f} s" for seconds in worker.times.values())))
     parts = (
-        (sizes, ("rest in", "export takes", "file", "its int8", "its float")),
-        (speeds, ("rest in", "prompt", "step", "prompt, of compiled", "step, of compiled", "logits")),
-        (starts, ("rest in", "from the start of the process", "to imports", "to the model", "to the first token")),
+        tables.markdown(sizes, ("float parts", "export takes", "file", "int8 bytes", "float bytes")),
+        tables.markdown(speeds, ("float parts", "prompt", "step", "prompt ratio", "step ratio", "logits")),
+        tables.markdown(starts, ("float parts", "process", "imports", "model loaded", "first token"), left=2),
     )
-    return "\n\n".join([heading(rounds), *(tabulate(rows, headers=headers, **_TABLE) for rows, headers in parts)])
-
-
-_TABLE: dict[str, Any] = {"tablefmt": "github", "disable_numparse": True}
-
-
-def heading(rounds: int) -> str:
-    """What was measured, and on what."""
-    import torch
-
-    from int8compile import hardware
-
-    machine = f"{hardware.of(torch.device('cpu')).name}, {torch.get_num_threads()} threads"
-    return (
-        f"SmolLM2-135M exported by `int8compile.export`, on {machine}; torch {torch.__version__}; medians of {rounds} "
-        f'rounds of a prompt and {STEPS} steps. `x`: times faster than torch.compile(backend="int8"). '
-        "✗: not within its bar."
+    heading = (
+        f"SmolLM2-135M exported by `int8compile.export`, on {tables.machine()}; medians of {rounds} rounds of a prompt "
+        f'and {STEPS} steps. `x`: times faster than torch.compile(backend="int8"). ✗: misses its bar.'
     )
+    return "\n\n".join([heading, *parts])
 
 
 def prepare(folder: Path, dtype: str) -> Exported:
-    """Exports the model."""
+    """Export the model."""
     import torch
 
     import int8compile
@@ -101,71 +86,44 @@ def prepare(folder: Path, dtype: str) -> Exported:
 
 
 def size(made: Exported) -> tuple[str, ...]:
-    """The file against what it holds; the bar is 1.1 times the int8 bytes, and what stays float."""
+    """Return a row with the file's size; its bar is 1.1 times the int8 bytes plus the float bytes."""
     from int8compile import inspect
 
     found = inspect(made.path)
     inside = found.metadata["bytes"]
     bar = (1.1 * inside["int8"] + inside["float"]) / 1e6
-    whole = f"{found.size / 1e6:.1f} MB (bar {bar:.1f})" + ("" if found.size / 1e6 <= bar else " ✗")
+    whole = tables.judged(f"{found.size / 1e6:.1f} MB (bar {bar:.1f})", found.size / 1e6 <= bar)
     return made.dtype, f"{made.seconds:.0f} s", whole, *(f"{inside[kind] / 1e6:.1f} MB" for kind in ("int8", "float"))
 
 
-class Worker:
-    """A process that answers each line with a round.
+class Runner(Worker):
+    """A process that runs the model once for each line.
 
     Attributes:
-        times: Seconds from its start to what it has done until its first token.
+        times: Seconds from its start to each step until its first token.
     """
 
     def __init__(self, command: list[str], **environment: str) -> None:
-        self._process = subprocess.Popen(
-            [word.replace("{now}", repr(time.time())) for word in command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | environment,
-        )
-        self.times: dict[str, float] = self._answer()
-
-    def round(self, what: str = "round") -> dict[str, Any]:
-        """Has it run once more."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{what}\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def stop(self) -> None:
-        """Ends it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise RuntimeError(f"the process ended with {self._process.wait()}")
+        super().__init__([word.replace("{now}", repr(time.time())) for word in command], **environment)
+        self.times: dict[str, float] = self.answer()
 
 
-def run_package(made: Exported) -> Worker:
-    """Runs the package where int8compile cannot be imported: without site, which finds editable installations."""
+def run_package(made: Exported) -> Runner:
+    """Run the package where int8compile cannot be imported: without site, which finds editable installations."""
     script = Path(__file__).with_name("exported_worker.py")
     command = [sys.executable, "-S", str(script), "{now}", str(made.path), str(made.prompt), str(STEPS)]
-    return Worker(command, PYTHONPATH=sysconfig.get_paths()["purelib"])
+    return Runner(command, PYTHONPATH=sysconfig.get_paths()["purelib"])
 
 
-def run_compiled(made: Exported) -> Worker:
-    """Compiles the same module with torch.compile; compiled code is kept beside the model."""
+def run_compiled(made: Exported) -> Runner:
+    """Run the same module with torch.compile, with a cache of compiled code beside the model."""
     given = {"source": str(made.source), "dtype": made.dtype, "prompt": made.prompt, "length": made.length}
-    code = f"from benchmarks import exported; exported.compiled({{now}}, {json.dumps(given)!r})"
-    return Worker([sys.executable, "-c", code], TORCHINDUCTOR_CACHE_DIR=str(made.source / "compiled"))
+    code = f"from benchmarks import exported; exported.serve_compiled({{now}}, {json.dumps(given)!r})"
+    return Runner([sys.executable, "-c", code], TORCHINDUCTOR_CACHE_DIR=str(made.source / "compiled"))
 
 
-def compiled(started: float, arguments: str) -> None:
-    """The process of torch.compile."""
+def serve_compiled(started: float, arguments: str) -> None:
+    """Run the process of torch.compile."""
     given = json.loads(arguments)
     import torch
 
@@ -184,13 +142,13 @@ def compiled(started: float, arguments: str) -> None:
     )
 
 
-def compare(made: Exported, package: Worker, compiled: Worker, rounds: int) -> tuple[str, ...]:
-    """Rounds in turns; medians, and medians of the ratios of each pair."""
+def compare(made: Exported, package: Runner, compiled: Runner, rounds: int) -> tuple[str, ...]:
+    """Run both in turns, and return a row with medians and medians of the ratios of each pair."""
     import torch
 
     for worker in (package, compiled):
-        worker.round("logits")  # Compiles what is left to compile.
-    pairs = [(package.round(), compiled.round()) for _ in tqdm(range(rounds), desc=f"Generating, {made.dtype}")]
+        worker.ask("logits")  # This also compiles the rest.
+    pairs = [(package.ask(), compiled.ask()) for _ in tqdm(range(rounds), desc=f"Generating, {made.dtype}")]
     for worker in (package, compiled):
         worker.stop()
     prefill = [(ours["prefill"], theirs["prefill"]) for ours, theirs in pairs]
@@ -199,7 +157,7 @@ def compare(made: Exported, package: Worker, compiled: Worker, rounds: int) -> t
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not a.equal(b)), len(ours))
     tokens = pairs[-1][0]["tokens"] == pairs[-1][1]["tokens"]
     logits = f"equal, all {len(ours)}" if same == len(ours) else f"the first {same} of {len(ours)} equal"
-    logits += ", same tokens" if tokens else ", other tokens"
+    logits += ", same tokens" if tokens else ", different tokens"
     return (
         made.dtype,
         *(f"{1e3 * statistics.median(each[0] for each in found):.1f} ms" for found in (prefill, steps)),
@@ -211,7 +169,7 @@ def compare(made: Exported, package: Worker, compiled: Worker, rounds: int) -> t
 
 def _faster(pairs: list[tuple[float, float]], bar: float) -> str:
     ratio = statistics.median(theirs / ours for ours, theirs in pairs)
-    return f"{ratio:.2f}x (bar {bar})" + ("" if ratio >= bar else " ✗")
+    return tables.judged(f"{ratio:.2f}x (bar {bar})", ratio >= bar)
 
 
 if __name__ == "__main__":

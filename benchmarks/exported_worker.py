@@ -1,7 +1,7 @@
-"""A process that runs an exported language model and knows nothing of int8compile, for `benchmarks.exported`.
+"""A process that runs an exported language model without int8compile, for `benchmarks.exported`.
 
-`python -S exported_worker.py STARTED PACKAGE PROMPT STEPS`: loads the package and reads the prompt; then, for each line
-on stdin, reads the prompt, generates, and prints how long each took.
+`python -S exported_worker.py STARTED PACKAGE PROMPT STEPS` loads the package and reads the prompt. For each line on
+stdin, it then reads the prompt, generates tokens, and prints the time of each step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Model(NamedTuple):
 
     Attributes:
         call: Maps ids [1, S], start [] and the cache to logits [1, vocabulary].
-        new_cache: Makes a cache.
+        new_cache: Returns a new cache.
     """
 
     call: Callable[..., Any]
@@ -30,17 +30,18 @@ class Model(NamedTuple):
 
 
 def main() -> None:
+
     started, path, prompt, steps = float(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     times = {"imports": time.time() - started}
     model = load(path)
     times["model"] = time.time() - started
     if importlib.util.find_spec("int8compile") or "transformers" in sys.modules:
-        raise SystemExit("int8compile can be imported, or transformers was")
+        raise SystemExit("int8compile can be imported, or transformers was imported")
     serve(model, torch.tensor([json.loads(prompt)]), steps, times, started, f"{path}.logits")
 
 
 def load(path: str) -> Model:
-    """The exported model; the sizes of its cache are in its metadata."""
+    """Return the exported model; its metadata holds the sizes of its cache."""
     call = torch._inductor.aoti_load_package(path)
     words = iter(call.get_metadata()["int8compile.inputs"].split())
     inputs = [(getattr(torch, dtype), [int(next(words)) for _ in range(int(next(words)))]) for dtype in words]
@@ -48,7 +49,7 @@ def load(path: str) -> Model:
 
 
 def serve(model: Model, ids: Tensor, steps: int, times: dict[str, float], started: float, logits_file: str) -> None:
-    """Says when the first token was there, and answers each line on stdin with a round."""
+    """Print the time until the first token, then run and print one round for each line on stdin."""
     generate(model, ids, 0)
     times["first token"] = time.time() - started
     print(json.dumps(times), flush=True)
@@ -60,7 +61,7 @@ def serve(model: Model, ids: Tensor, steps: int, times: dict[str, float], starte
 
 
 def generate(model: Model, ids: Tensor, steps: int) -> tuple[dict[str, Any], Tensor]:
-    """Reads a prompt and generates greedily; seconds for the prompt and for each step, tokens, and logits."""
+    """Read a prompt and generate greedily; return the seconds of the prompt and of each step, tokens, and logits."""
     cache, start = model.new_cache(), 0
     seconds, tokens, logits = [], [], []
     with torch.no_grad():

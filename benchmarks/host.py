@@ -1,11 +1,11 @@
-"""Microseconds of the host in a call: Python and PyTorch up to the start of a kernel, which is left out.
+"""Host time of a call in microseconds: Python and PyTorch up to the launch of a kernel, without the launch.
 
     python -m benchmarks.host
     python -m benchmarks.host --out benchmarks/results/host.md
 
-Kernels are compiled for an sm_90 that is not there (`benchmarks.gpu.standin`): Triton is needed, and no GPU is. Outside
-of CUDA graphs a GPU waits for the host wherever its kernels take less than this. In the last line no two calls have the
-same number of rows.
+It needs Triton but no GPU: kernels are compiled for an sm_90 stand-in (`benchmarks.gpu.standin`). Without CUDA graphs,
+a GPU waits for the host wherever its kernels take less than this. In the last line of the table, every call has another
+number of rows.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from int8compile.ops import norm_quantize_rows, quantize_rows, quantized, quanti
 N, K, THRESHOLD = 4096, 4096, 12.0
 ROWS, NEW_ROWS = (1, 16, 64, 256, 2048), range(257, 2048)
 CALLS, ROUNDS = 20, 101
-# Options of the C library's allocator, by mallopt's numbers.
+# Options of the C library's allocator, as numbered by mallopt.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def report(_: Path, rounds: int) -> str:
-    """Measure, and make the table."""
+    """Measure, and return the table."""
     standin.take_over()
-    # Freed memory is kept, as PyTorch keeps that of a GPU.
+    # Keep freed memory, as PyTorch does on a GPU.
     for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
         ctypes.CDLL(None).mallopt(option, value)
     columns = _columns(max(ROWS))
@@ -48,11 +48,11 @@ def report(_: Path, rounds: int) -> str:
         each = [given(m) for m in NEW_ROWS[i :: len(columns)]]
         lines[-1].append(_microseconds(call, each, (len(each) - 1) // rounds, rounds))
     table = tabulate(lines, headers=("rows", *columns), tablefmt="github", floatfmt=".1f")
-    return f"Microseconds of a call, medians of {rounds}; weight {N} x {K}, bfloat16 activations.\n\n{table}"
+    return f"Microseconds per call, medians of {rounds}; weight {N} x {K}, bfloat16 activations.\n\n{table}"
 
 
 def _columns(most: int) -> dict[str, tuple[Callable[[Any], object], Callable[[int], Any]]]:
-    """Return what is timed, and what is given to it, for up to that many rows."""
+    """Return each call by name, with a function from the number of rows, `most` at most, to its argument."""
     x = torch.zeros(most, K, dtype=torch.bfloat16)
     d, norm_weight = torch.ones(K), torch.ones(K, dtype=torch.bfloat16)
     qweight, scale = torch.zeros(N, K, dtype=torch.int8), torch.ones(N)
@@ -69,7 +69,7 @@ def _columns(most: int) -> dict[str, tuple[Callable[[Any], object], Callable[[in
         return quantized_linear.default(*made, qweight, scale, None, quantized.NONE, 0, 0, torch.bfloat16)
 
     def digits(m: int) -> Sequence[Tensor]:
-        """Return what `quantize_rows` makes, of the same memory for all."""
+        """Return the result of `quantize_rows` for M rows, as views of one buffer."""
         words = len(rows)
         return q.view(-1)[: 2 * m * K].view(2, m, K), rows.view(-1)[: words * m].view(words, m), counters
 

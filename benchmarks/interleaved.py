@@ -1,7 +1,7 @@
-"""Times callables in turns, in one process: whatever else the machine does meets all of them.
+"""Time callables in turns, in one process, so that other load on the machine affects all of them.
 
-A number alone says little here. A virtual machine's clock rate, its neighbours and the pages that a process was given
-move every time by tens of percents, but they move the times of one round together, so ratios are compared.
+On a virtual machine, the clock rate, other guests and the memory pages of the process change times by tens of percents.
+They change the times of a round together, so benchmarks compare ratios.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from int8compile import cpu, hardware
 
-# What makes PyTorch's own kernels use less than the machine has: a baseline is worth what these leave of it.
+# Variables that can make PyTorch's own kernels, the baselines, use less than the machine has.
 RESTRICTIONS = (
     "ATEN_CPU_CAPABILITY",
     "CXX",
@@ -40,50 +40,46 @@ RESTRICTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """What callables took.
+    """Measured times of callables.
 
     Attributes:
-        seconds: Of each callable by its name, one for each round.
-        others: Share of all cores' time that other processes, or other virtual machines, had meanwhile; None where
-            the system does not tell. At more than some percents, times are no longer this machine's.
+        seconds: Seconds of each round, by name of the callable.
+        others: Share of all cores' time that other processes or virtual machines used meanwhile; None if unknown.
+            Above a few percent, the times say little about this machine.
     """
 
     seconds: Mapping[str, list[float]]
     others: float | None
 
     def median(self, name: str) -> float:
-        """Seconds a call."""
+        """Return the median seconds of a call."""
         return statistics.median(self.seconds[name])
 
     def fastest(self, names: Iterable[str]) -> str:
-        """The name with the least median."""
+        """Return the name with the smallest median."""
         return min(names, key=self.median)
 
     def ratio(self, name: str, baseline: str) -> float:
-        """How many times faster it is than a baseline: the ratio of the medians."""
+        """Return how many times faster than a baseline a callable is: the ratio of the medians."""
         return self.median(baseline) / self.median(name)
 
     def quartiles(self, name: str, baseline: str) -> tuple[float, float]:
-        """The first and third quartile of the rounds' ratios: how far `ratio` is to be trusted."""
-        ratios = [slow / fast for slow, fast in zip(self.seconds[baseline], self.seconds[name], strict=True)]
-        if len(ratios) == 1:
-            return ratios[0], ratios[0]
-        first, _, third = statistics.quantiles(ratios, method="inclusive")
-        return first, third
+        """Return the quartiles of the rounds' ratios, which show how reliable `ratio` is."""
+        return quartiles([slow / fast for slow, fast in zip(self.seconds[baseline], self.seconds[name], strict=True)])
 
     def to_dict(self, baselines: Iterable[str]) -> dict[str, Any]:
-        """As data: the medians in seconds, and how the others compare with the fastest of the baselines."""
+        """Return the medians in seconds, and the ratios of the other callables to the fastest baseline, as data."""
         baselines = [name for name in baselines if name in self.seconds]
         best = self.fastest(baselines)
         return {
             "rounds": len(self.seconds[best]),
             "others": self.others and round(self.others, 4),
-            "medians": {name: _rounded(self.median(name)) for name in self.seconds},
+            "medians": {name: rounded(self.median(name)) for name in self.seconds},
             "fastest_baseline": best,
             "ratios": {
                 name: {
-                    "ratio": _rounded(self.ratio(name, best)),
-                    "quartiles": [_rounded(ratio) for ratio in self.quartiles(name, best)],
+                    "ratio": rounded(self.ratio(name, best)),
+                    "quartiles": [rounded(ratio) for ratio in self.quartiles(name, best)],
                 }
                 for name in self.seconds
                 if name not in baselines
@@ -92,7 +88,7 @@ class Times:
 
 
 def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Times each callable once a round, after a call that is not timed: the one before has evicted its weights."""
+    """Time each callable once a round, after an untimed call: the callable before has evicted its weights."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     others = _Others()
     for _ in range(rounds):
@@ -103,13 +99,13 @@ def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> Times:
 
 
 def measure(benchmark: Any, calls: Mapping[str, Callable[[], object]], candidate: str, rounds: int) -> Times:
-    """Like `take_turns`, with one of the callables as what the fixture of pytest-benchmark measures.
+    """Time callables like `take_turns`, with one of them under pytest-benchmark.
 
     Args:
-        benchmark: The fixture.
-        calls: By name.
-        candidate: The one that pytest-benchmark's own table shows. It takes the last turn of each round.
-        rounds: How often each is timed.
+        benchmark: The fixture of pytest-benchmark.
+        calls: Callables by name.
+        candidate: Name of the callable in pytest-benchmark's table. It takes the last turn of each round.
+        rounds: How often each callable is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
 
@@ -121,13 +117,13 @@ def measure(benchmark: Any, calls: Mapping[str, Callable[[], object]], candidate
         calls[candidate]()
 
     others = _Others()
-    # Timed here once more, as pytest-benchmark times nothing when it is disabled.
+    # Timed here too, since a disabled pytest-benchmark times nothing.
     benchmark.pedantic(lambda: seconds[candidate].append(_timed(calls[candidate])), setup=rest, rounds=rounds)
     return Times(seconds, others.share())
 
 
 def machine() -> dict[str, Any]:
-    """The facts without which a time means nothing."""
+    """Return the facts about the machine that a time depends on."""
     facts = hardware.of(torch.device("cpu"))
     return {
         "cpu": facts.name + _cpu_model(),
@@ -135,23 +131,30 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernel": cpu.variant(),
         "kernels": list(cpu.variants()),
-        "torch": torch.__version__,
         "torch_isa": facts.isa,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        **software(),
         "environment": {name: os.environ[name] for name in RESTRICTIONS if name in os.environ},
     }
 
 
+def software() -> dict[str, str]:
+    """Return the versions of PyTorch, Python and the system, and the date."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+    }
+
+
 class _Others:
-    """Counts from now on what this process does not use of the machine."""
+    """A count, from now on, of CPU time that this process does not use itself."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter(), self._busy()
 
     def share(self) -> float | None:
-        """Of all cores' time since then."""
+        """Return the share of all cores' time that others used since then."""
         began, before = self._began
         busy = self._busy()
         if busy is None or before is None:
@@ -160,7 +163,7 @@ class _Others:
 
     @staticmethod
     def _busy() -> float | None:
-        """Seconds of all cores that others had."""
+        """Return the seconds that others have used, summed over all cores."""
         try:
             user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
         except (OSError, ValueError):
@@ -175,12 +178,21 @@ def _timed(call: Callable[[], object]) -> float:
     return (time.perf_counter_ns() - began) / 1e9
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, method="inclusive")
+    return first, third
+
+
+def rounded(value: float, digits: int = 5) -> float:
+    """Round to significant digits."""
+    return float(f"{value:.{digits}g}")
 
 
 def _cpu_model() -> str:
-    # The names that virtual machines give ("Intel(R) Xeon(R) Processor") do not tell one generation from the next.
+    # The CPU names of virtual machines ("Intel(R) Xeon(R) Processor") do not distinguish generations.
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

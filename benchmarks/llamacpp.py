@@ -1,4 +1,4 @@
-"""llama.cpp on the same model and weights of 8 bits, through llama-cpp-python where that is installed."""
+"""llama.cpp with the same model in 8 bits, through llama-cpp-python if it is installed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NAME = "llama.cpp Q8_0"
 
 
 def missing() -> str:
-    """Why it cannot be run; "" if it can."""
+    """Return why llama.cpp cannot run; "" if it can."""
     return "" if importlib.util.find_spec("llama_cpp") else "llama-cpp-python is not installed"
 
 
 class Step:
-    """Runs a model from a GGUF file, with its weights converted to Q8_0: 8 bits, with a scale for each 32 of them."""
+    """A model from a GGUF file, with weights converted to Q8_0: 8 bits, and one scale for each 32 weights."""
 
     def __init__(self, file: Path, length: int) -> None:
         threads = torch.get_num_threads()
@@ -43,18 +43,18 @@ class Step:
                 )
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The logits of the last token. Shapes: ids [1, T], positions [T]; result [vocabulary]."""
-        self._model.n_tokens = int(positions[0])  # It forgets what is behind.
+        """Return the logits of the last token. Shapes: ids [1, T], positions [T]; result [vocabulary]."""
+        self._model.n_tokens = int(positions[0])  # Forgets the tokens after this position.
         self._model.eval(ids[0].tolist())
         logits = self._model._ctx.get_logits_ith(-1)
         return torch.tensor(logits[: self._model.n_vocab()])
 
 
 def _without_amx(bindings: Any) -> Callable[[], Any]:
-    """Default parameters that leave llama.cpp's AMX code out.
+    """Return a function with default parameters that switch llama.cpp's AMX code off, in favour of AVX-512 VNNI.
 
-    With it, version 0.3.36 of llama-cpp-python compiled by GCC 12 dies of an illegal instruction (tileloadd without
-    configured tiles), also without PyTorch in the process. What is left is its AVX-512 VNNI code.
+    With AMX, version 0.3.36 of llama-cpp-python compiled by GCC 12 dies of an illegal instruction (tileloadd without
+    configured tiles), also without PyTorch in the process.
     """
     defaults = bindings.llama_model_default_params()
     defaults.use_extra_bufts = False
@@ -62,7 +62,7 @@ def _without_amx(bindings: Any) -> Callable[[], Any]:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Writes a GGUF file anew with every matrix in Q8_0."""
+    """Copy a GGUF file with every matrix in Q8_0."""
     import gguf
 
     reader = gguf.GGUFReader(source)

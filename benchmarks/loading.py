@@ -1,8 +1,8 @@
 """Memory and time of loading SmolLM2-135M in int8: `python -m benchmarks.loading --out FILE`.
 
-Each case loads in a process of its own. Memory is the peak of the resident set over what it was when torch,
-transformers and the kernels were loaded; pages of mapped files count. transformers maps files and reads them when they
-are used, so the time to compare is that to the first token; cases take turns, and are compared within one.
+Each case loads in its own process. Memory is the peak of the resident set minus its size after loading torch,
+transformers and the kernels; pages of mapped files count. transformers maps files and reads them at first use, so the
+time to the first token is compared. Cases take turns, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks import tables
@@ -25,12 +24,12 @@ from int8compile.config import LmHead
 SHARD = "50MB"
 ROUNDS = 7
 HEADS: tuple[LmHead, ...] = ("native", "int8_weight")
-# The bars of what they show: bytes of float32 and of bfloat16, time of loading without quantization.
+# Bars: bytes as a share of float32's and bfloat16's, and time as a multiple of loading the float model.
 LINEARS, WHOLE, TIED, TIME = (0.26, 0.51), (0.42, 0.62), 0.27, 1.5
 
 
 def report(folder: Path, rounds: int) -> str:
-    """Measures, and makes tables of it."""
+    """Measure, and return the tables."""
     cases = prepare(folder)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     with tqdm(total=2 * rounds * len(cases), desc="Loading") as bar:
@@ -42,23 +41,12 @@ def report(folder: Path, rounds: int) -> str:
             output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
             found[name].append({"cached": cached, **json.loads(output.splitlines()[-1])})
             bar.update()
-    return "\n\n".join([heading(rounds), sizes(folder), memory(cases, found), times(cases, found)])
-
-
-def heading(rounds: int) -> str:
-    """What was measured, and on what."""
-    import torch
-    import transformers
-
-    from int8compile import hardware
-
-    machine = f"{hardware.of(torch.device('cpu')).name}, {torch.get_num_threads()} threads"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"SmolLM2-135M on {machine}; {versions}; medians of {rounds} loads of each kind. ✗: not within its bar."
+    heading = f"SmolLM2-135M on {tables.machine('transformers')}; medians of {rounds} loads of each kind."
+    return "\n\n".join([f"{heading} ✗: misses its bar.", sizes(folder), memory(cases, found), times(cases, found)])
 
 
 def _forget_files(folder: Path) -> None:
-    """Has the next read of a folder's files come from the disk."""
+    """Drop a folder's files from the page cache, so that the next read comes from the disk."""
     for file in folder.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -70,9 +58,9 @@ class Case(NamedTuple):
     """A way to load the model.
 
     Attributes:
-        function: Of this module; it gets the folder.
+        function: Name of a function in this module, which takes the folder.
         source: The folder.
-        baseline: How the float model is loaded that it is compared with; "" for a baseline.
+        baseline: Function that loads the float model to compare with; "" for a baseline.
     """
 
     function: str
@@ -81,26 +69,25 @@ class Case(NamedTuple):
 
     @property
     def largest_shard(self) -> int:
-        """Bytes."""
+        """Return the size of the largest shard in bytes."""
         return max(file.stat().st_size for file in self.source.glob("*.safetensors"))
 
 
 def prepare(folder: Path) -> dict[str, Case]:
-    """Saves the model in float32 and in int8, and says how each case loads it."""
+    """Save the model in float32 and in int8, and return the cases by name."""
     import torch
 
     import int8compile
     from int8compile.app import loading
 
-    for dtype in (torch.float32, torch.bfloat16):
+    for name in ("float32", "bfloat16"):
+        dtype, source = getattr(torch, name), folder / name
         model: Any = loading.load(loading.SMOLLM2, dtype)
-        model.save_pretrained(folder / str(dtype).split(".")[1], max_shard_size=SHARD)
+        model.save_pretrained(source, max_shard_size=SHARD)
         for head in HEADS:
-            quantized: Any = loading.load(
-                str(folder / str(dtype).split(".")[1]), dtype, int8compile.Int8Config(lm_head=head)
-            )
-            quantized.save_pretrained(folder / f"int8 {head} {str(dtype).split('.')[1]}", max_shard_size=SHARD)
-            if head == "native" and dtype == torch.float32:
+            quantized: Any = loading.load(str(source), dtype, int8compile.Int8Config(lm_head=head))
+            quantized.save_pretrained(folder / f"int8 {head} {name}", max_shard_size=SHARD)
+            if head == "native" and name == "float32":
                 int8compile.save(quantized, folder / "own", max_shard_bytes=50 * 10**6, progress=False)
     return {
         "float32, from_pretrained": Case("load_float", folder / "float32"),
@@ -112,12 +99,12 @@ def prepare(folder: Path) -> dict[str, Case]:
 
 
 def load_float(source: str) -> None:
-    """Loads it as it is."""
+    """Load the float model."""
     _measure(lambda transformers: transformers.LlamaForCausalLM.from_pretrained(source))
 
 
 def load_and_quantize(source: str) -> None:
-    """Quantizes each weight as it is read."""
+    """Load the float model, and quantize each weight as it is read."""
     from int8compile.integrations.transformers import Int8CompileConfig
 
     options = {"quantization_config": Int8CompileConfig()}
@@ -125,14 +112,14 @@ def load_and_quantize(source: str) -> None:
 
 
 def load_int8(source: str) -> None:
-    """Loads what `save_pretrained` wrote."""
-    import int8compile.integrations.transformers  # noqa: F401  what its config.json names
+    """Load the int8 model that `save_pretrained` wrote."""
+    import int8compile.integrations.transformers  # noqa: F401  its config.json names this module's quantizer
 
     _measure(lambda transformers: transformers.LlamaForCausalLM.from_pretrained(source))
 
 
 def load_state_dict(source: str) -> None:
-    """Makes the float model and loads its tensors, without transformers' loader."""
+    """Make the float model and load its tensors, without transformers' loader."""
     import torch
     from safetensors.torch import load_file
 
@@ -142,14 +129,14 @@ def load_state_dict(source: str) -> None:
         state: dict[str, torch.Tensor] = {}
         for file in sorted(Path(source).glob("*.safetensors")):
             state |= load_file(file)
-        model.load_state_dict(state, strict=False)  # A tied tensor is there once.
+        model.load_state_dict(state, strict=False)  # A tied tensor is stored once.
         return model
 
     _measure(load)
 
 
 def load_own(source: str) -> None:
-    """Loads what `int8compile.save` wrote."""
+    """Load the int8 model that `int8compile.save` wrote."""
     import int8compile
 
     config = Path(source).parent / "float32" / "config.json"
@@ -172,11 +159,11 @@ def _measure(load: Any) -> None:
 
     from int8compile import cpu, memory_footprint
 
-    # Its imports are lazy.
+    # Imports of transformers are lazy; this triggers them.
     transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1, hidden_size=64, vocab_size=64))
     cpu.load()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # The peak is counted from here on.
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak.
     before = _status("VmRSS")
     began = time.perf_counter()
     model = load(transformers)
@@ -189,7 +176,7 @@ def _measure(load: Any) -> None:
 
 
 def _status(name: str) -> int:
-    """A number of /proc/self/status, in bytes."""
+    """Return a size in /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -197,7 +184,7 @@ def _status(name: str) -> int:
 
 
 def sizes(folder: Path) -> str:
-    """What int8 takes of float's bytes."""
+    """Return a table of int8 bytes as a share of the float bytes."""
     import torch
 
     from int8compile import memory_footprint
@@ -215,11 +202,11 @@ def sizes(folder: Path) -> str:
             whole = memory_footprint(model) / memory_footprint(full)
             bar = whole_bar if head == "native" else TIED if dtype == "float32" else None
             rows.append((dtype, head, _against(linears, linear_bar), _against(whole, bar)))
-    return tabulate(rows, headers=("of", "lm_head", "int8 linears", "whole model"), tablefmt="github")
+    return tables.markdown(rows, ("float parts", "lm_head", "int8 linears", "whole model"), left=2)
 
 
 def memory(cases: dict[str, Case], found: dict[str, list[dict[str, Any]]]) -> str:
-    """The peaks of memory, and what they may be: the model and the largest shard."""
+    """Return a table of memory peaks; their bar is the size of the model and of the largest shard."""
     rows = []
     for name, case in cases.items():
         footprint = found[name][0]["footprint"]
@@ -228,12 +215,11 @@ def memory(cases: dict[str, Case], found: dict[str, list[dict[str, Any]]]) -> st
         rows.append(
             (name, f"{footprint / 1e6:.0f} MB", _against(peak / 1e6, bar if case.baseline else None, "{:.0f} MB"))
         )
-    headers = ("loading", "model", "peak over baseline (bar: model and largest shard)")
-    return tabulate(rows, headers=headers, tablefmt="github")
+    return tables.markdown(rows, ("loading", "model", "peak (bar: model and largest shard)"))
 
 
 def times(cases: dict[str, Case], found: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians of the times, and of their ratios to loading the float model in the same way."""
+    """Return a table of median times, and of ratios to loading the float model in the same way."""
     rows = []
     for cached, (name, case) in itertools.product((True, False), cases.items()):
         loads = [load for load in found[name] if load["cached"] == cached]
@@ -246,15 +232,15 @@ def times(cases: dict[str, Case], found: dict[str, list[dict[str, Any]]]) -> str
             compared = _against(ratio, TIME, "{:.2f}")
         where = "the system's cache" if cached else "the disk"
         rows.append((name, where, f"{loaded:.2f} s", f"{ready:.2f} s", compared))
-    headers = ("loading", "from", "until it is loaded", "and one token", "of float32's")
-    return tabulate(rows, headers=headers, tablefmt="github")
+    headers = ("loading", "from", "loaded after", "first token after", "ratio to float32")
+    return tables.markdown(rows, headers, left=2)
 
 
 def _against(value: float, bar: float | None, form: str = "{:.3f}") -> str:
     text = form.format(value)
     if bar is None:
         return text
-    return f"{text} (bar {form.format(bar)})" + ("" if value <= bar else " ✗")
+    return tables.judged(f"{text} (bar {form.format(bar)})", value <= bar)
 
 
 if __name__ == "__main__":

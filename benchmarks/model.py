@@ -1,8 +1,7 @@
-"""A model of how long kernels take on an H100 or an H200, from what they were compiled to: of `benchmarks.predicted`.
+"""A model of kernel times on an H100 or an H200 from their compiled code, for `benchmarks.predicted`.
 
-The time of a kernel is made of its launch, the latency of memory and, for each wave of programs, the slowest of its
-parts: bytes from memory and from the L2 cache, matrix instructions, instructions that are issued, and the chain of
-waits in a program's step.
+The time of a kernel is its launch, the latency of memory and, for each wave of programs, the slowest of: bytes from
+memory, bytes from the L2 cache, matrix instructions, issued instructions, and the chain of waits in a program's step.
 """
 
 from __future__ import annotations
@@ -19,83 +18,83 @@ class Gpu:
     """A GPU of compute capability 9.0.
 
     Attributes:
-        name: As PyTorch's device name has it.
-        bandwidth: Bytes a second from memory, by its data sheet.
+        name: Part of PyTorch's device name.
+        bandwidth: Memory bandwidth in bytes per second, from the data sheet.
     """
 
     name: str
     bandwidth: float
 
 
-# Constants are marked by where they come from: [sheet], NVIDIA's data sheets of SXM modules; [day], the GPU day on an
-# H200 (benchmarks/results/gpu/h200-1); [public], with the source; [chosen], of a plausible size, so that the previous
-# kernels' measurements are described. None was changed for the sake of today's kernels.
+# Each constant is marked with its origin. [sheet]: NVIDIA's data sheets of SXM modules. [day]: the GPU day on an H200
+# (benchmarks/results/gpu/h200-1). [public]: a publication, named there. [chosen]: a plausible value that fits the
+# measurements of the previous kernels. None was changed to favour today's kernels.
 GPUS = {"H100": Gpu("H100", 3.35e12), "H200": Gpu("H200", 4.8e12)}  # [sheet]
 MULTIPROCESSORS, SCHEDULERS = 132, 4  # [sheet]
-# [day] Share of the bandwidth that a kernel reaches at most: 4.47 TB/s, where cuBLAS reads lm_head (1.05 GB, far more
-# than the L2 cache) in 235 us. An H100 is taken to reach the same share.
+# [day] Largest share of the bandwidth that a kernel reaches: 4.47 TB/s, from cuBLAS reading lm_head (1.05 GB, far more
+# than the L2 cache) in 235 us. An H100 is assumed to reach the same share.
 BANDWIDTH_SHARE = 0.93
-# Hz. [day] What ncu saw for kernels without matrix instructions; [chosen] what is left under matrix instructions, with
-# more than a few rows: ncu saw 1.78 with matrix units busy for 42 % of the time, and cuBLAS's 786e12 operations a
-# second in bfloat16 (M = N = K = 8192; [public] 700e12 to 750e12 on an H100) are 0.94 of the matrix units' rate at it.
+# Clock rates in Hz. [day] CLOCK: from ncu, for kernels without matrix instructions. [chosen] MATRIX_CLOCK: under matrix
+# instructions with more than FEW_ROWS rows. ncu showed 1.78 GHz with matrix units busy for 42 % of the time, and
+# cuBLAS's 786e12 bfloat16 operations per second (M = N = K = 8192; [public] 700e12 to 750e12 on an H100) are 0.94 of
+# the matrix units' rate at MATRIX_CLOCK.
 CLOCK, MATRIX_CLOCK, FEW_ROWS = 1.95e9, 1.55e9, 128
-# [sheet] Operations of a multiprocessor in a cycle: 1979e12 int8 and 989e12 bfloat16 operations a second at 1.83 GHz on
-# 132 of them. [public] The instructions of a single warp (mma.sync) reach about 62 % of it (arXiv 2402.13499).
+# [sheet] Operations of a multiprocessor per cycle: 1979e12 int8 and 989e12 bfloat16 operations per second at 1.83 GHz
+# on 132 multiprocessors. [public] Instructions of a single warp (mma.sync) reach about 62 % of that (arXiv 2402.13499).
 INT8, BF16 = 8192, 4096
 MMA_SHARE = 0.62
-# [day] The best that a loop which never waits is taken to reach of it: cuBLAS's share. It gives 1.56e15 int8 operations
-# a second; [public] fp8, whose rate is the same, reaches up to 1.55e15 in DeepGEMM on an H800.
+# [day] Share that a loop without waits reaches: cuBLAS's share. It gives 1.56e15 int8 operations per second; [public]
+# fp8, which has the same rate, reaches up to 1.55e15 in DeepGEMM on an H800.
 ASYNCHRONOUS = 786.27e12 / (MULTIPROCESSORS * BF16 * MATRIX_CLOCK)
-# Seconds. [chosen] Between the starts of two kernels of a CUDA graph of which one waits for the other, and neither does
-# anything; ncu gives an almost empty one 1.7 us, [day], of which the graph hides some, and adds some between them.
+# [chosen] Seconds between the starts of two dependent empty kernels of a CUDA graph. [day] ncu gives an almost empty
+# kernel 1.7 us; the graph hides a part of that and adds time between kernels.
 LAUNCH = 2.0e-6
-# [chosen] Until the first bytes from memory are there. Copies that are waited for by barriers, with others in front of
-# them, take longer than loads into registers.
+# [chosen] Seconds until the first bytes arrive from memory. Copies that barriers wait for, behind other copies, take
+# longer than loads into registers.
 LATENCY, COPY_LATENCY = 0.5e-6, 0.75e-6
-# [chosen] Split sums: a store that others must see, and their atomic addition, which are two trips to the L2 cache and
-# a fence. The previous kernels had none.
+# [chosen] Seconds for split sums: a store visible to other programs and an atomic addition, which are two round trips
+# to the L2 cache and a fence. The previous kernels had no split sums.
 ARRIVAL = 0.5e-6
-# [chosen] Which blocks of a tile's rows have second digits is read before its first step: a load that hits the L2
-# cache, and an OR over the rows. The previous kernels were measured without.
+# [chosen] Seconds before the first step of a tile, to find which blocks of its rows have second digits: a load from the
+# L2 cache, and an OR over the rows. The previous kernels did not do this.
 FLAGS = 0.3e-6
-# [chosen] Cycles: a barrier of all warps; matrix instructions of a warp group that are waited for until none is left; a
-# matrix instruction of one warp, which the next one adds to; a load from shared memory.
+# [chosen] Latencies in cycles: a barrier of all warps; waiting until no matrix instruction of a warp group is left; a
+# matrix instruction of one warp whose result the next one needs; a load from shared memory.
 BARRIER, DRAIN, MMA_LATENCY, SHARED_LATENCY = 25, 128, 35, 30
-# Bytes a second from the L2 cache: [day] to all multiprocessors, what programs that run together and read the same
-# bytes got at least (the previous tma_gemm of 128 x 128, 512 rows of qkv); [chosen] to one, of 64 bytes a cycle.
+# Bytes per second from the L2 cache. [day] To all multiprocessors: the least rate of concurrent programs that read the
+# same bytes (the previous tma_gemm of 128 x 128, 512 rows of qkv). [chosen] To one multiprocessor: 64 bytes a cycle.
 L2_BANDWIDTH, L2_PORT = 10.4e12, 100e9
-# [chosen] Cycles of a scheduler for an instruction where no matrix instruction or memory is waited for: of integer and
-# byte operations a multiprocessor starts 64 threads a cycle, half of what it can issue.
+# [chosen] Scheduler cycles for an instruction in code that waits for neither matrix instructions nor memory. A
+# multiprocessor starts integer and byte operations for 64 threads a cycle, half of its issue rate.
 ISSUE = 1.2
-# [chosen] Times of parts that overlap, but not perfectly, are combined by this norm; infinity would be the largest.
+# [chosen] Exponent of the norm that combines the times of parts which overlap imperfectly; infinity is their maximum.
 NORM = 2.5
-# [day] cuBLAS in bfloat16, from the measurements of 20 products of 1 to 2048 rows: seconds besides bytes and
-# operations, the launch included; the highest rate of any of them; and how nearly bytes and operations overlap.
-# The mean of its predicted times is below that of the measured ones, and an H100 is taken to be as fast: to bfloat16's
-# advantage.
+# [day] cuBLAS in bfloat16, fitted to 20 products of 1 to 2048 rows: fixed seconds including the launch; the highest
+# rate in operations per second; and the norm that combines bytes and operations. Predicted times are on average below
+# measured ones, and an H100 is assumed to be as fast as an H200: both favour bfloat16.
 BASELINE, BASELINE_RATE, BASELINE_NORM = 4.5e-6, 811e12, 4.0
-# [day] What a decoder's step does besides linears and norms, in bfloat16 and int8 alike: in 8 layers, attention over a
-# cache of 256, rotary embeddings and the cache took 112.6 us, in five kernels a layer.
+# [day] Seconds of a layer's decode step besides linears and norms, the same in bfloat16 and int8. In 8 layers,
+# attention over a cache of 256, rotary embeddings and the cache update took 112.6 us, in five kernels a layer.
 ATTENTION = 112.6e-6 / 8 + 5 * 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A product's kernel, as far as the model looks at it.
+    """The properties of a product's kernel that the model uses.
 
     Attributes:
         name: Its configuration.
         bm: Rows of a tile.
         bn: Outputs of a tile.
         bk: Inputs of a step.
-        stages: Steps that are in flight; 1 where a step loads what it needs itself.
-        warps: Of a program.
-        resident: Programs that a multiprocessor holds at once.
-        loop: A step.
-        outside: Instructions besides loops.
+        stages: Steps in flight; 1 if a step loads its own inputs.
+        warps: Warps of a program.
+        resident: Programs that a multiprocessor holds.
+        loop: Instructions of a step.
+        outside: Number of instructions outside of loops.
         splits: Programs that share a tile's inputs.
-        persistent: Whether a program computes one tile after the other, loading ahead.
-        multicast: Programs that share what they copy.
+        persistent: Whether a program computes several tiles in turn and loads ahead.
+        multicast: Programs that share a copy.
         flags: Whether it looks for second digits.
     """
 
@@ -119,34 +118,34 @@ class Time:
     """Predicted seconds.
 
     Attributes:
-        seconds: In all, from the end of the kernel before it.
-        limit: What takes most of them.
+        seconds: Time from the end of the kernel before.
+        limit: The part that takes most of it.
     """
 
     seconds: float
     limit: str
 
     def __add__(self, other: Time) -> Time:
-        """Return the time of one after the other; the longer one says what limits."""
+        """Return the time of both in sequence, with the limit of the longer one."""
         longer = max(self, other, key=lambda time: time.seconds)
         return Time(self.seconds + other.seconds, longer.limit)
 
 
 def product(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, written: int | None = None) -> Time:
-    """Predict a product of quantized activations in which no row has a second digit.
+    """Predict the time of a product of quantized activations without second digits.
 
     Args:
         gpu: The GPU.
-        kernel: Its kernel.
+        kernel: The kernel.
         m: Rows.
         n: Outputs.
         k: Inputs.
-        written: Bytes of the result; two for each row and output unless given.
+        written: Bytes of the result; by default two for each row and output.
     """
     loop, tiles = kernel.loop, math.ceil(m / kernel.bm) * math.ceil(n / kernel.bn)
     programs = tiles * kernel.splits
     k_program = math.ceil(k / kernel.splits)
-    clock = MATRIX_CLOCK if m > 128 else CLOCK
+    clock = MATRIX_CLOCK if m > FEW_ROWS else CLOCK
     issue = loop.instructions * kernel.warps / SCHEDULERS
     grouped = any(wait.startswith("gsb0") for wait in loop.waits)
     chain: float = BARRIER * loop.barriers + SHARED_LATENCY * bool(loop.shared_loads)
@@ -158,11 +157,11 @@ def product(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, written: int | Non
         if not grouped:
             chain += MMA_LATENCY * kernel.bk / 32 + issue
         elif "gsb0 0" in loop.waits:
-            # Copies are issued by the warps that multiply, partly while they do; the copy engine needs none of that.
+            # The warps that multiply issue the copies, partly while they multiply; the copy engine needs no warps.
             copying = any(kind.startswith("LDGSTS") for kind, _ in loop.copies)
             chain += matrix + DRAIN + (issue / 2 if copying else 0)
         else:
-            # Nothing is waited for: the next instructions are queued, and others copy.
+            # No waits: the next instructions are queued, and other warps copy.
             matrix, chain = matrix / ASYNCHRONOUS, 0.0
     else:
         nbytes = loop.loaded * 32 * kernel.warps
@@ -188,7 +187,7 @@ def product(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, written: int | Non
         total += _together(parts[step], memory)
         limit = step if parts[step] > memory else "memory"
         spent[limit] = spent.get(limit, 0.0) + max(parts[step], memory)
-    # The beginning and the end of a wave are hidden by other programs of the multiprocessor, if it has any.
+    # Other programs on the multiprocessor hide the beginning and the end of a wave.
     ends = kernel.outside * kernel.warps / SCHEDULERS / clock
     flags = FLAGS if kernel.flags and loop.matrix else 0.0
     begins = flags + (0.0 if kernel.persistent else latency)
@@ -203,16 +202,16 @@ def product(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, written: int | Non
 
 
 def rows(gpu: Gpu, instructions: float, barriers: int, warps: int, resident: int, m: int, nbytes: float) -> Time:
-    """Predict a kernel with a program for each row: a norm, or quantize.
+    """Predict the time of a kernel with a program for each row: a norm, or quantize.
 
     Args:
         gpu: The GPU.
-        instructions: That a warp executes.
-        barriers: Of all warps of a program.
-        warps: Of a program.
-        resident: Programs that a multiprocessor holds at once.
+        instructions: Number of instructions that a warp executes.
+        barriers: Number of barriers of all warps of a program.
+        warps: Warps of a program.
+        resident: Programs that a multiprocessor holds.
         m: Rows.
-        nbytes: That it reads and writes.
+        nbytes: Bytes that it reads and writes.
     """
     issue = instructions * ISSUE * warps / SCHEDULERS / CLOCK
     alone = LATENCY + issue + barriers * BARRIER / CLOCK
@@ -230,19 +229,22 @@ def rows(gpu: Gpu, instructions: float, barriers: int, warps: int, resident: int
 
 
 def baseline(gpu: Gpu, m: int, n: int, k: int) -> float:
-    """Predict seconds of the product in bfloat16, by cuBLAS: its roofline, as the H200's measurements have it."""
+    """Predict the seconds of cuBLAS's product in bfloat16: a roofline fitted to measurements on an H200."""
     memory = 2 * (n * k + m * k + m * n) / (gpu.bandwidth * BANDWIDTH_SHARE)
     operations = 2 * m * n * k / BASELINE_RATE
     return BASELINE + _together(memory, operations, BASELINE_NORM)
 
 
 def pointwise(gpu: Gpu, nbytes: int) -> float:
-    """Predict seconds of a kernel that only moves bytes: bfloat16's norms and silu-times-up, to its advantage."""
+    """Predict the seconds of a kernel that only moves bytes.
+
+    It stands for bfloat16's norms and silu-times-up, which favours bfloat16.
+    """
     return LAUNCH + nbytes / (gpu.bandwidth * BANDWIDTH_SHARE)
 
 
 def kernel_of(config: Any, found: Any, *, flags: bool = True) -> Kernel:
-    """Return what the model looks at of a configuration and what it compiled to.
+    """Return the properties of a configuration and its compiled code that the model uses.
 
     Args:
         config: `tables.Config`.
@@ -256,10 +258,10 @@ def kernel_of(config: Any, found: Any, *, flags: bool = True) -> Kernel:
         raise ValueError(f"no main loop was found in the code of {config}")
     return Kernel(
         *(str(config), config.bm, config.bn, config.bk),
-        # A kernel without matrix instructions copies nothing ahead.
+        # Kernels without matrix instructions do not copy ahead.
         stages=config.num_stages if found.loop.matrix else 1,
         splits=config.splits,
-        # Those that multiply, without the one that copies.
+        # Warps that multiply, without those that copy.
         warps=config.num_warps,
         resident=found.resident("sm_90"),
         loop=found.loop,

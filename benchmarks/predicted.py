@@ -1,11 +1,11 @@
-"""Predictions of how long the Triton kernels take on an H100 or an H200, from what they compile to.
+"""Predicted times of the Triton kernels on an H100 or an H200, from their compiled code.
 
     python -m benchmarks.predicted                  # for an H100
     python -m benchmarks.predicted --gpu H200
     python -m benchmarks.predicted --out benchmarks/results/gpu/predicted.md   # both, and the .json beside it
 
-Nothing here is measured: `benchmarks.model` makes times of what `benchmarks.compiled` counted in the compiled code. The
-same model of the previous kernels is compared with their measurements on an H200, and bfloat16 with its own.
+Nothing here is measured: `benchmarks.model` computes times from the instructions that `benchmarks.compiled` counted. To
+check the model, its predictions for the previous kernels and for bfloat16 are compared with measurements on an H200.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from benchmarks.sass import counts_of
 
 RESULTS = Path(__file__).parent / "results"
 PREDICTED = RESULTS / "gpu" / "predicted.json"
-# A GPU day of the previous kernels, and what those were compiled to.
+# A GPU day of the previous kernels, and their compiled code.
 MEASURED, COMPILED = (RESULTS / "gpu" / "h200-1" / name for name in ("gpu-day.json", "kernels.json"))
 MARK = "Prediction, not measured"
-# What the model may be off by for any kernel that was measured; a test holds it.
+# Largest error of the model for any measured kernel; a test checks it.
 ERROR = 0.15
 
 
@@ -47,10 +47,10 @@ class Shape(NamedTuple):
     """A linear of Llama-3.1-8B.
 
     Attributes:
-        n: Outputs; those that read the same activations together.
+        n: Outputs; of linears that read the same activations, all together.
         k: Inputs.
-        norm: Whether a norm with a residual add comes before it, in bfloat16 too.
-        gated: Whether silu-times-up comes after it.
+        norm: Whether a norm with a residual add comes before, in bfloat16 too.
+        gated: Whether silu-times-up comes after.
     """
 
     n: int
@@ -67,10 +67,10 @@ SHAPES = {
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 HEAD = Shape(128256, 4096, norm=True)
-# Layers of the model, and of the part of it that the GPU day decodes with.
+# Layers of the model, and of the shortened model that the GPU day decodes with.
 LAYERS, DAY_LAYERS = 32, 8
-# What is asked for: times bfloat16 in a layer, by rows. Where a single figure is asked for, it is gate_up's: for o with
-# 8192 rows, the bytes of quantize alone would keep it below that.
+# Least ratio to bfloat16 in a layer, by rows. A row with a single bar has it for gate_up: for o with 8192 rows, the
+# bytes of quantize alone keep the ratio below it.
 BARS: Mapping[int, Mapping[str, float]] = {
     1: {"gate_up": 1.6, "o": 1.3},
     16: {"gate_up": 1.5, "o": 1.2},
@@ -83,7 +83,7 @@ DECODE_BAR = 1.5
 
 
 class Kernels:
-    """The kernels of sm_90, compiled when they are needed first. It needs Triton."""
+    """The kernels of sm_90, compiled at first use. It needs Triton."""
 
     def __init__(self) -> None:
         from benchmarks import compiled
@@ -93,12 +93,12 @@ class Kernels:
         self._found: dict[tuple[object, ...], Any] = {}
 
     def product(self, m: int, n: int, k: int, gated: bool = False) -> Kernel:
-        """Return the kernel that the table chooses."""
+        """Return the kernel that the table chooses for a product."""
         configs = self._tables.candidates(self._arch, m, k)
         return self.of(m, self._tables.choose(configs, m, n, k, MULTIPROCESSORS), gated)
 
     def of(self, m: int, config: Any, gated: bool = False) -> Kernel:
-        """Return a configuration's kernel."""
+        """Return the kernel of a configuration."""
         from int8compile.ops.quantized import NONE, SILU_MUL
 
         key = (min(m, 2), config, gated)
@@ -108,12 +108,13 @@ class Kernels:
         return kernel_of(config, self._found[key])
 
     def quantize(self, gpu: Gpu, m: int, k: int, norm: bool) -> Time:
-        """Predict quantize, or the norm with a residual add that quantizes."""
+        """Predict the time of quantize, alone or fused with a residual add and a norm."""
         key = (k, norm)
         if key not in self._found:
-            self._found[key] = self._compiled.compiled_quantize(self._arch, k, "rms_norm rounded" if norm else None)
+            self._found[key] = self._compiled.compile_quantize(self._arch, k, "rms_norm rounded" if norm else None)
         found = self._found[key]
-        # x, and what it is added to and the sum; q. d, and the norm's weight, are shared by all rows.
+        # Two bytes of x, one of q and, with a norm, four of the residual and the sum. All rows share d and the norm's
+        # weight.
         nbytes = m * k * (2 + 1 + (4 if norm else 0))
         return rows(
             gpu, found.usual.instructions, found.usual.barriers, found.warps, found.resident("sm_90"), m, nbytes
@@ -122,14 +123,14 @@ class Kernels:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A predicted linear.
+    """The predicted times of a linear.
 
     Attributes:
         kernel: The product's configuration.
-        quantize: Seconds of what comes before the product.
-        product: Its seconds.
+        quantize: Seconds of the kernel before the product.
+        product: Seconds of the product.
         baseline: Seconds of the same in bfloat16.
-        limit: What takes most of the product's time.
+        limit: The part that takes most of the product's time.
     """
 
     kernel: str
@@ -140,20 +141,20 @@ class Linear:
 
     @property
     def ratio(self) -> float:
-        """Return how many times faster than bfloat16 it is."""
+        """Return how many times faster than bfloat16 the linear is."""
         return self.baseline / (self.quantize + self.product)
 
 
 def linear(gpu: Gpu, kernels: Kernels, m: int, shape: Shape, *, in_layer: bool) -> Linear:
-    """Predict a linear.
+    """Predict the times of a linear.
 
     Args:
         gpu: The GPU.
-        kernels: What the table chooses from.
+        kernels: The kernels that the table chooses from.
         m: Rows.
         shape: The weight.
-        in_layer: Whether with the norm before it and silu-times-up after it, on both sides; else it is what the GPU day
-            measures: `quantize_rows` and `quantized_linear` against `F.linear`.
+        in_layer: Whether to include the norm before and silu-times-up after the linear, on both sides. Otherwise the
+            prediction is for the GPU day's comparison: `quantize_rows` and `quantized_linear` against `F.linear`.
     """
     shape = shape if in_layer else Shape(shape.n, shape.k)
     n, k, norm, gated = shape
@@ -164,13 +165,13 @@ def linear(gpu: Gpu, kernels: Kernels, m: int, shape: Shape, *, in_layer: bool) 
 
 
 def _bfloat16(gpu: Gpu, m: int, shape: Shape) -> float:
-    """Return seconds of a linear in bfloat16, with the norm before it and silu-times-up after it."""
+    """Return the seconds of a linear in bfloat16, with the norm before and silu-times-up after it."""
     norm = pointwise(gpu, 8 * m * shape.k) if shape.norm else 0.0
     return baseline(gpu, m, shape.n, shape.k) + norm + (pointwise(gpu, 3 * m * shape.n) if shape.gated else 0.0)
 
 
 def decode(gpu: Gpu, kernels: Kernels, layers: int = LAYERS) -> tuple[float, float]:
-    """Predict a step of Llama-3.1-8B with batch 1 under CUDA graphs; attention and lm_head in 16 bit.
+    """Predict a decode step of Llama-3.1-8B with batch 1 under CUDA graphs; attention and lm_head in 16 bit.
 
     Returns:
         Seconds in int8 and in bfloat16.
@@ -188,9 +189,9 @@ class Checked:
     Attributes:
         what: "product", "quantize", "bfloat16" or "decode, bfloat16".
         case: Rows and shape.
-        kernel: Its configuration; "" for bfloat16.
+        kernel: Configuration of the kernel; "" for bfloat16.
         predicted: Seconds.
-        measured: Seconds, on the H200.
+        measured: Seconds on the H200.
     """
 
     what: str
@@ -201,7 +202,7 @@ class Checked:
 
     @property
     def error(self) -> float:
-        """Return by how much the prediction is larger, as a share."""
+        """Return the relative error of the prediction."""
         return self.predicted / self.measured - 1
 
 
@@ -209,7 +210,7 @@ def check(day: Mapping[str, Any]) -> list[Checked]:
     """Compare the model with a GPU day of the previous kernels.
 
     Args:
-        day: Its result file: products of threshold 0, quantize, bfloat16.
+        day: Content of its result file.
     """
     kernels = json.loads(COMPILED.read_text())
     gpu = next(gpu for name, gpu in GPUS.items() if name in day["machine"]["device"])
@@ -234,14 +235,14 @@ def check(day: Mapping[str, Any]) -> list[Checked]:
 
 
 def previous(kernels: Mapping[str, Any], m: int, n: int) -> Kernel:
-    """Return the kernel that the previous table chose: the first with a tile for every multiprocessor."""
+    """Return the choice of the previous table: the first kernel with at least one tile for every multiprocessor."""
     bucket = max(int(bucket) for bucket in kernels if int(bucket) <= m)
     found = [Kernel(**{**each, "loop": counts_of(each["loop"])}) for each in kernels[str(bucket)]]
     return next((k for k in found if math.ceil(m / k.bm) * math.ceil(n / k.bn) >= MULTIPROCESSORS), found[-1])
 
 
 def summarized(checked: Iterable[Checked]) -> dict[str, dict[str, float]]:
-    """Return the largest and the mean error of each kind, and how many there are."""
+    """Return the number of comparisons of each kind, with their largest and their mean error."""
     errors: dict[str, list[float]] = {}
     for each in checked:
         errors.setdefault(each.what, []).append(each.error)
@@ -252,9 +253,10 @@ def summarized(checked: Iterable[Checked]) -> dict[str, dict[str, float]]:
 
 
 def predictions(gpu: Gpu, kernels: Kernels) -> dict[str, Any]:
-    """Return all predictions for a GPU as data: "linear" as the GPU day measures it, "layer", and "decode".
+    """Return all predictions for a GPU as data.
 
-    Each case is named as the GPU day names it: "M=16 o 4096x4096".
+    "linear" has linears as the GPU day measures them, "layer" linears in a layer, and "decode" a decode step. Cases
+    have the GPU day's names, such as "M=16 o 4096x4096".
     """
 
     def cases(in_layer: bool) -> dict[str, dict[str, Any]]:
@@ -276,50 +278,55 @@ def predictions(gpu: Gpu, kernels: Kernels) -> dict[str, Any]:
 
 
 def render(found: Mapping[str, Any], gpu: str) -> str:
-    """Show the predictions for a GPU as Markdown."""
+    """Return the predictions for a GPU as Markdown."""
     from tabulate import tabulate
 
-    def table(cases: Mapping[str, Any]) -> str:
-        lines = []
-        for m in ROWS:
-            by_shape = {case["shape"]: case for case in cases.values() if case["m"] == m}
-            ours = sum(case["quantize"] + case["product"] for case in by_shape.values())
-            together = sum(case["baseline"] for case in by_shape.values()) / ours
-            lines.append([m, *(_cell(by_shape[name]) for name in SHAPES), f"{together:.2f}"])
-        return str(tabulate(lines, ["M", *SHAPES, "all four"], tablefmt="github", disable_numparse=True))
-
-    def details(cases: Mapping[str, Any]) -> str:
-        rows = [
-            (
-                *(case["m"], case["shape"], case["kernel"], _us(case["quantize"]), _us(case["product"])),
-                *(_us(case["baseline"]), f"{case['ratio']:.2f}", case["limit"]),
-            )
-            for case in cases.values()
-        ]
-        head = ("M", "linear", "kernel", "quantize us", "product us", "bfloat16 us", "times", "limited by")
-        return str(tabulate(rows, head, tablefmt="github", disable_numparse=True))
-
-    step = found["decode"][str(LAYERS)]
-    bars = [case for case in found["layer"].values() if "bar" in case] + [step]
+    rows = [
+        (
+            *(case["m"], case["shape"], case["kernel"], _us(case["quantize"]), _us(case["product"])),
+            *(_us(case["baseline"]), f"{case['ratio']:.2f}", case["limit"]),
+        )
+        for case in found["layer"].values()
+    ]
+    head = ("M", "linear", "kernel", "quantize us", "product us", "bfloat16 us", "times", "limited by")
     return f"""## {gpu}: {MARK}
 
-Times faster than bfloat16 in a layer: with the norm and the residual add before qkv and gate_up and silu-times-up
-after gate_up on both sides; before o and down, quantize is a launch that bfloat16 does not have. Behind a slash, what
-is asked for; {sum(case["ratio"] >= case["bar"] for case in bars)} of {len(bars)} are met.
+{in_layers(found)}
 
-{table(found["layer"])}
+Times faster as the GPU day measures it: quantize_rows and quantized_linear against F.linear.
 
-A decode step of Llama-3.1-8B under CUDA graphs, batch 1, attention and lm_head in 16 bit: {1e3 * step["int8"]:.2f} ms
-against {1e3 * step["bfloat16"]:.2f} ms, {_cell(step)} times.
-
-Times faster as the GPU day measures it, quantize_rows and quantized_linear against F.linear:
-
-{table(found["linear"])}
+{_ratios(found["linear"])}
 
 In a layer, in detail:
 
-{details(found["layer"])}
+{tabulate(rows, head, tablefmt="github", disable_numparse=True)}
 """
+
+
+def in_layers(found: Mapping[str, Any]) -> str:
+    """Return the predicted ratios in a layer and of a decode step as Markdown."""
+    step = found["decode"][str(LAYERS)]
+    bars = [case for case in found["layer"].values() if "bar" in case] + [step]
+    return f"""Times faster than bfloat16 in a layer. Both sides include the norm and the residual add before qkv and
+gate_up, and silu-times-up after gate_up. Before o and down, quantize is a launch that bfloat16 does not have. Behind a
+slash, the bar; {sum(case["ratio"] >= case["bar"] for case in bars)} of {len(bars)} bars are met.
+
+{_ratios(found["layer"])}
+
+A decode step of Llama-3.1-8B under CUDA graphs, batch 1, attention and lm_head in 16 bit: {1e3 * step["int8"]:.2f} ms
+against {1e3 * step["bfloat16"]:.2f} ms, {_cell(step)} times."""
+
+
+def _ratios(cases: Mapping[str, Any]) -> str:
+    from tabulate import tabulate
+
+    lines = []
+    for m in ROWS:
+        by_shape = {case["shape"]: case for case in cases.values() if case["m"] == m}
+        ours = sum(case["quantize"] + case["product"] for case in by_shape.values())
+        together = sum(case["baseline"] for case in by_shape.values()) / ours
+        lines.append([m, *(_cell(by_shape[name]) for name in SHAPES), f"{together:.2f}"])
+    return tabulate(lines, ["M", *SHAPES, "all four"], tablefmt="github", disable_numparse=True)
 
 
 def _cell(case: Mapping[str, Any]) -> str:
@@ -334,7 +341,7 @@ def _us(seconds: float) -> str:
 
 
 def rendered_check(checked: Sequence[Checked]) -> str:
-    """Show how far the model was off for the previous kernels, as Markdown."""
+    """Return the errors of the model for the previous kernels as Markdown."""
     from tabulate import tabulate
 
     found = summarized(checked)
@@ -349,39 +356,46 @@ def rendered_check(checked: Sequence[Checked]) -> str:
     )
     return f"""## The model and what was measured
 
-The previous kernels and cuBLAS on an H200 ([measured](gpu/h200-1/gpu-day.json)), predicted by the same model. Some of
-its constants are from there (see `benchmarks/model.py`), so this is how well it describes kernels of several kinds and
-sizes, not a test on unseen ones; it must be within {ERROR:.0%} everywhere. {errors}.
+The previous kernels and cuBLAS on an H200 ([measured](h200-1/gpu-day.json)), predicted by the same model. Some of its
+constants come from these measurements (see `benchmarks/model.py`). So the errors show how well the model describes
+kernels of several kinds and sizes; they are no test on unseen kernels. No error may exceed {ERROR:.0%}. {errors}.
 
 {tabulate(rows, head, tablefmt="github", disable_numparse=True)}
 """
 
 
+def document(found: Mapping[str, Any], checked: Sequence[Checked], version: str) -> str:
+    """Return the predictions by GPU and the check of the model as Markdown; `version` is that of Triton."""
+    return f"""# Int8 on Hopper: {MARK}
+
+Made without a GPU by `python -m benchmarks.predicted` from the compiled code of the kernels (Triton {version}) and a
+few constants, for activations without second digits.
+
+{"".join(f"{render(each, name)}{chr(10)}" for name, each in found.items())}{rendered_check(checked)}"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", choices=GPUS, action="append", help="which (default: H100; both with --out)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="Markdown; the numbers go to a .json file beside it")
+    parser.add_argument("--gpu", choices=GPUS, action="append", help="GPU (default: H100; both with --out)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write Markdown to FILE, and numbers to a .json file beside it"
+    )
     given = parser.parse_args(arguments)
     names = given.gpu or (list(GPUS) if given.out else ["H100"])
     kernels = Kernels()
-    found = {name: predictions(GPUS[name], kernels) for name in names}
+    found = {name: _rounded(predictions(GPUS[name], kernels)) for name in names}
     checked = check(json.loads(MEASURED.read_text()))
     import triton
 
-    text = f"""# Int8 on Hopper: {MARK}
-
-Made without a GPU by `python -m benchmarks.predicted` from the compiled code of the kernels (Triton
-{triton.__version__}) and a few constants; activations of which no row has a second digit.
-
-{"".join(f"{render(each, name)}{chr(10)}" for name, each in found.items())}{rendered_check(checked)}"""
+    text = document(found, checked, triton.__version__)
     if given.out is None:
         print(text)
     else:
         given.out.write_text(text)
-        data = {"about": MARK, "errors": summarized(checked), "gpus": found}
-        given.out.with_suffix(".json").write_text(json.dumps(_rounded(data), indent=1) + "\n")
+        data = {"about": MARK, "errors": _rounded(summarized(checked)), "gpus": found}
+        given.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     return 0
 
 

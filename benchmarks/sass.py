@@ -1,4 +1,4 @@
-"""The output of NVIDIA's disassembler: a kernel's loops, and the instructions in them by kind."""
+"""Loops of a kernel and their instructions by kind, from the output of NVIDIA's disassembler."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-# Matrix instructions: of int8 (I), of 16 bit (H) and of fp8 (Q), by a warp group (GMMA), a warp (MMA), or asynchronous
-# ones of later GPUs (UTC).
+# Matrix instructions for int8 (I), 16 bit (H) and fp8 (Q): of a warp group (GMMA), of a warp (MMA), and asynchronous
+# instructions of later GPUs (UTC).
 MATRIX = re.compile(r"(?:[IHQ]G?MMA|UTC\w*MMA)$")
 # Other instructions, by the attribute of `Counts` that counts them.
 _OPCODES = {
@@ -37,20 +37,20 @@ class Counts:
     """Numbers of instructions of each kind in some code.
 
     Attributes:
-        instructions: All.
+        instructions: All instructions.
         matrix: Matrix instructions.
         dots: Products of four int8 each (dp4a).
-        waits: For matrix instructions of warp groups or for copies, by how many of those may still be under way:
-            "gsb0 1" waits until one group of matrix instructions is left, "SB0 4" for four groups of copies.
-        barriers: Of all warps of a program.
+        waits: Waits for matrix instructions of warp groups or for copies, with the number that may still be in flight:
+            "gsb0 1" waits until one group of matrix instructions is left, "SB0 4" until four groups of copies are.
+        barriers: Barriers of all warps of a program.
         phases: Operations on barriers in shared memory (`mbarrier`), which copies by the copy engine need.
         loads: Loads into registers, by bytes of a thread.
-        copies: Copies from global to shared memory of a thread or, UTMALDG, of a whole box.
+        copies: Copies from global to shared memory, of a thread or (UTMALDG) of a whole box.
         stores: Stores to global memory.
         shared_loads: Loads from shared memory.
         shared_stores: Stores to shared memory.
         shuffles: Exchanges between the threads of a warp.
-        conversions: Between types, and permutations of bytes.
+        conversions: Conversions between types, and permutations of bytes.
         spills: Loads and stores of spilled registers.
     """
 
@@ -71,25 +71,25 @@ class Counts:
 
     @property
     def loaded(self) -> int:
-        """Return the bytes that a thread loads or copies from global memory, without the copy engine's."""
+        """Return the bytes that a thread loads or copies from global memory, without those of the copy engine."""
         copied = sum(int(name.partition(" ")[2] or 0) * count for name, count in self.copies)
         return copied + sum(width * count for width, count in self.loads)
 
 
 def counts_of(data: Mapping[str, Any]) -> Counts:
-    """Return the counts that `dataclasses.asdict` made data of, from JSON too; kinds that are missing are 0."""
+    """Return the counts from the data of `dataclasses.asdict`, also after JSON; missing kinds are 0."""
     pairs = {name: tuple((key, count) for key, count in data[name]) for name in ("loads", "copies") if name in data}
     return Counts(**{**data, **pairs, "waits": tuple(data.get("waits", ()))})
 
 
 def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
-    """Split a kernel's text.
+    """Split a kernel's text into instructions.
 
     Args:
-        sass: What `nvdisasm -c` printed.
+        sass: Output of `nvdisasm -c`.
 
     Returns:
-        The instructions in order, and by label the number of the one behind it.
+        The instructions in order, and the number of the instruction after each label.
     """
     found: list[str] = []
     labels: dict[str, int] = {}
@@ -102,10 +102,10 @@ def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
 
 
 def loops(code: Sequence[str], labels: Mapping[str, int]) -> list[tuple[int, int]]:
-    """Return the first and the last instruction of each loop, in order: jumps backwards and what they enclose.
+    """Return the first and the last instruction of each loop, in order. A loop is a backward jump and its range.
 
-    Waits that jump from behind the kernel's end back into a loop look like another one which overlaps that; of two such
-    the shorter is kept.
+    A wait placed after the kernel's end jumps back into a loop, which looks like a second loop that overlaps the first.
+    Of two overlapping loops the shorter is kept.
     """
     spans = []
     for end, instruction in enumerate(code):
@@ -120,15 +120,15 @@ def loops(code: Sequence[str], labels: Mapping[str, int]) -> list[tuple[int, int
 
 
 def main_loop(sass: str) -> tuple[Counts | None, int]:
-    """Find the loop in which a kernel spends its time, and what is executed besides.
+    """Find the loop in which a kernel spends its time, and count the instructions outside of loops.
 
-    Of innermost loops with matrix instructions it is one that copies ahead or waits for the copy engine (the loop of
-    second digits does neither), then one that converts nothing, then the one with most matrix instructions, and then
-    the last; without any, the one that loads most bytes.
+    Among innermost loops with matrix instructions, the main loop is one that copies ahead or waits for the copy engine
+    (the loop of second digits does neither). Ties are broken by: no conversions, most matrix instructions, last in the
+    code. Without matrix instructions, the main loop is the one that loads most bytes.
 
     Returns:
-        Its counts, None where a kernel has no loop that computes anything; and the instructions that are in no loop but
-        one around it. The other loops run seldom, or in other warps.
+        The loop's counts, or None if no loop computes anything; and the number of instructions in no loop except one
+        around the main loop. Other loops run seldom, or in other warps.
     """
     code, labels = instructions(sass)
     spans = loops(code, labels)
@@ -149,16 +149,16 @@ def _likely(counts: Counts) -> tuple[bool, bool, int]:
 
 
 def spills_in_loops(sass: str) -> int:
-    """Return how many instructions of innermost loops with matrix instructions or loads move spilled registers."""
+    """Return the number of spill instructions in innermost loops with matrix instructions or loads."""
     code, labels = instructions(sass)
     found = _innermost(code, loops(code, labels), lambda counts: counts.matrix > 0 or bool(counts.loads))
     return sum(counts.spills for counts in found.values())
 
 
 def usual(sass: str) -> Counts:
-    """Count what a kernel without loops executes at least: every jump forwards is made, until it exits.
+    """Count the instructions of the shortest path of a kernel without loops: every forward jump is taken.
 
-    What such jumps skip are second digits, and what is done for unusual numbers.
+    Those jumps skip the code for second digits and for unusual numbers.
     """
     code, labels = instructions(sass)
     executed: list[str] = []
@@ -185,12 +185,12 @@ def count(code: Iterable[str]) -> Counts:
     copies: collections.Counter[str] = collections.Counter()
     waits: list[str] = []
     for instruction in code:
-        # Without what it depends on, and without a prefix such as "@!P0 ".
+        # Without the predicate, such as "@!P0 ".
         text = re.sub(r"^@!?U?P\w+\s+", "", instruction)
         name, _, rest = text.partition(" ")
         opcode, *parts = name.split(".")
         if opcode == "NOP" or "@!PT" in instruction:
-            continue  # Fillers for the hardware's sake.
+            continue  # Padding.
         kinds["instructions"] += 1
         if MATRIX.match(opcode):
             kinds["matrix"] += 1
@@ -208,7 +208,7 @@ def count(code: Iterable[str]) -> Counts:
 def _innermost(
     code: Sequence[str], spans: Iterable[tuple[int, int]], wanted: Callable[[Counts], bool]
 ) -> dict[tuple[int, int], Counts]:
-    """Count the loops with something wanted that hold no other such loop."""
+    """Count the instructions of wanted loops that contain no other wanted loop."""
     counted = {span: count(code[span[0] : span[1] + 1]) for span in spans}
     found = {span: counts for span, counts in counted.items() if wanted(counts)}
     return {

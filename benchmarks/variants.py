@@ -1,4 +1,4 @@
-"""What `bench_models` compares: ways to run one decoder model, each as one compiled graph where that is possible."""
+"""Variants that `bench_models` compares: ways to run a decoder model, where possible as one compiled graph."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8compile.app.demo import layer_caches, run_layers
+from int8compile.app.decoding import layer_caches, run_layers
 
 CPP = {"cpp_wrapper": True}
-# As torchao's documentation asks for on CPUs: without it, the weights are unpacked at every call.
+# torchao's documentation asks for this on CPUs; without it, weights are unpacked at every call.
 FROZEN = {"freezing": True, "max_autotune": True}
 
-# How a variant is compiled: arguments of torch.compile, or None for eager mode.
+# Arguments of torch.compile for each variant; None for eager mode.
 COMPILERS: dict[str, dict[str, Any] | None] = {
     "float32": {},
     "bfloat16": {},
@@ -46,12 +46,12 @@ OPTIONAL = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 
 
 class Whole(nn.Module):
-    """A Llama-like transformers model with a cache of a fixed size, made so that one graph holds all of it.
+    """A Llama-like transformers model with a cache of fixed size, which one graph can hold.
 
     Args:
         model: A `LlamaForCausalLM`, or a model of the same structure.
-        length: Tokens that there is room for.
-        head: Whether to compute logits, of the last token; otherwise its hidden state.
+        length: Number of tokens that fit into the cache.
+        head: Whether to compute the last token's logits; otherwise its hidden state.
     """
 
     def __init__(self, model: Any, length: int, head: bool) -> None:
@@ -62,7 +62,7 @@ class Whole(nn.Module):
         self.slots = torch.arange(length)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Shapes: ids [1, T], positions [T]; result [1, 1, vocabulary], or [1, 1, hidden_size] without a head."""
+        """Return the last token's output. Shapes: ids [1, T]; positions [T]; result [1, 1, vocabulary or hidden]."""
         body = self.model.model
         hidden = run_layers(self.model, body.layers, self.caches, self.slots, ids, positions)
         result: Tensor = body.norm(hidden[:, -1:])
@@ -70,13 +70,13 @@ class Whole(nn.Module):
 
 
 def missing(name: str) -> str:
-    """Why a variant cannot be made here; "" if it can."""
+    """Return why a variant cannot be made here; "" if it can."""
     package = OPTIONAL.get(name.split()[0])
     return f"{package} is not installed" if package and importlib.util.find_spec(package) is None else ""
 
 
 def packages() -> dict[str, str]:
-    """The versions of the packages that are compared with or that the models come from, where they are installed."""
+    """Return the versions of the installed packages among those that are compared with or that define the models."""
     names = (*OPTIONAL.values(), "transformers", "llama_cpp_python")
     versions = {}
     for name in names:
@@ -86,23 +86,23 @@ def packages() -> dict[str, str]:
 
 
 def make(name: str, models: Mapping[str, Any], length: int, head: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Makes a variant.
+    """Return a variant as a function of ids and positions.
 
     Args:
         name: A key of `COMPILERS`.
         models: The model, by the dtype of its weights.
-        length: Tokens that there is room for.
-        head: Whether to compute logits.
+        length: See `Whole`.
+        head: See `Whole`.
     """
     model = models["bfloat16" if "bfloat16" in name else "float32"]
     with warnings.catch_warnings():
-        # Other packages warn of what is no concern of ours, and under pytest warnings are errors.
+        # Other packages emit warnings, and pytest turns warnings into errors.
         warnings.simplefilter("ignore")
         if name.startswith("bitsandbytes"):
             model = _with_bitsandbytes(copy.deepcopy(model))
         elif name.startswith("torchao"):
             model = _with_torchao(copy.deepcopy(model), dynamic="dynamic" in name)
-    # All variants run the code of one `forward`, and each has a graph for the prompt and one for a token.
+    # All variants share the code of one `forward`, and each has a graph for the prompt and one for a token.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(COMPILERS))
     whole: Any = Whole(model, length, head).eval().requires_grad_(False)
     compiler = COMPILERS[name]
@@ -113,9 +113,9 @@ def make(name: str, models: Mapping[str, Any], length: int, head: bool) -> Calla
 
 
 def _with_bitsandbytes(model: Any) -> Any:
-    """Replaces the linears of the layers, the same ones that int8compile rewrites, by LLM.int8()."""
+    """Replace the linears that int8compile rewrites, those of the layers, by LLM.int8()."""
     bnb = importlib.import_module("bitsandbytes")
-    # It logs at every call of every layer that inputs are cast to float16.
+    # Otherwise it logs at every call of every layer that inputs are cast to float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
@@ -126,7 +126,7 @@ def _with_bitsandbytes(model: Any) -> Any:
                 )
                 layer.weight = bnb.nn.Int8Params(child.weight.detach(), requires_grad=False, has_fp16_weights=False)
                 layer.bias = child.bias
-                # It quantizes when it is moved to a device.
+                # The move to a device quantizes it.
                 setattr(module, name, layer.to("cpu").eval())
     return model
 
@@ -134,6 +134,6 @@ def _with_bitsandbytes(model: Any) -> Any:
 def _with_torchao(model: Any, dynamic: bool) -> Any:
     quantization = importlib.import_module("torchao.quantization")
     config = quantization.Int8DynamicActivationInt8WeightConfig if dynamic else quantization.Int8WeightOnlyConfig
-    # Its settings of Inductor are global, and would change how everything else here is compiled.
+    # torchao's settings of Inductor are global and would affect the other variants.
     quantization.quantize_(model.model.layers, config(set_inductor_config=False))
     return model

@@ -1,19 +1,20 @@
-"""What `python -m benchmarks.gpu_day` is made of.
+"""The parts of `python -m benchmarks.gpu_day`.
 
-| module | holds |
+| module | content |
 |---|---|
-| `sizes` | what is measured: shapes, rows, rounds; for a GPU and for a dry run |
-| `clock` | how a call is timed: CUDA graphs in turns, or a stand-in on the CPU |
+| `sizes` | shapes, rows and rounds, for a GPU and for a dry run |
+| `clock` | timing of calls: CUDA graphs in turns, or a stand-in on the CPU |
+| `bench` | the device, its clock and the sizes, which all measurements share |
 | `inputs` | activations with outliers, and copies of weights that do not fit into the L2 cache |
-| `bars` | how fast is fast enough |
+| `bars` | bars for the speed |
 | `day` | stages and cases, the result file, time limits |
-| `supervisor` | a process that restarts the measuring one when a kernel hangs or breaks the GPU, and copies results |
+| `supervisor` | restarts the measuring process when a kernel hangs or breaks the GPU, and copies results |
 | `facts` | the machine, the commit, and texts without paths |
 | `standin` | a GPU that compiles and runs nothing, for `bundle` and tests |
 | `bundle`, `kernels` | kernels compiled beforehand: made, and unpacked on the day |
-| `checks` | tier 4, the correctness gates, and what failed again under compute-sanitizer |
+| `checks` | GPU tests, correctness gates, and failed cases again under compute-sanitizer |
 | `ceilings`, `linear`, `decode`, `parts`, `candidates`, `profile`, `exported`, `peers` | the measurements |
-| `predictions` | what `benchmarks.predicted` says, beside what was measured |
+| `predictions` | predictions of `benchmarks.predicted` beside measurements |
 | `llama` | the model that `decode` runs |
-| `summary` | the table at the end, and the plots |
+| `summary` | the final table and the plots |
 """

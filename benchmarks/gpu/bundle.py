@@ -1,11 +1,11 @@
-"""The kernels of the GPU day, compiled beforehand without a GPU: minutes of the day are not spent on compilers.
+"""Kernels of the GPU day, compiled beforehand without a GPU, to save time on the day.
 
-    python -m benchmarks.gpu.bundle build/gpu-bundle.tar.xz            # compile, pack, and show that nothing is missing
-    python -m benchmarks.gpu.bundle build/gpu-bundle.tar.xz --verify   # the last step alone
+    python -m benchmarks.gpu.bundle build/gpu-bundle.tar.xz            # compile, pack, check that nothing is missing
+    python -m benchmarks.gpu.bundle build/gpu-bundle.tar.xz --verify   # only check
 
-It needs the Triton of the GPU machine; `make gpu-bundle` makes an environment with that. Triton finds a kernel in its
-cache by a hash of its own files, among them a library that differs between the wheels for Python 3.11 and 3.12, and
-groups files by absolute paths. So a bundle holds everything else that goes into the hash, and `unpack` finishes it.
+It needs the GPU machine's version of Triton; `make gpu-bundle` makes an environment with it. Triton's cache has
+absolute paths, and its keys include a hash of Triton's own files, which differs between the wheels for Python 3.11 and
+3.12. So a bundle holds the other parts of the keys, and `unpack` adds the rest.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ import pytest
 from benchmarks.gpu.facts import ROOT
 
 MANIFEST = "manifest.json"
-# Of each kernel. Exported packages look at the PTX.
+# Files of each kernel. Exported packages read the PTX.
 KEPT = (".json", ".cubin", ".ptx")
-# Holds what follows Triton's own part in the key of a kernel.
+# File with the part of a kernel's key after Triton's own.
 REST = "key"
-# The variable that names the file which `watch` writes to.
+# Environment variable with the file that `watch` writes to.
 WATCH = "INT8COMPILE_GPU_DAY_KERNELS"
 OURS = "int8compile.triton_kernels."
 TESTS = ("tests/triton_kernels/test_triton_contract.py",)
@@ -44,16 +44,16 @@ EXPORT_TESTS = ("tests/exporting/test_export_gpu.py",)
 
 
 class BundleError(Exception):
-    """A bundle cannot be made, or not be used here."""
+    """A bundle cannot be made, or cannot be used here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Where kernels came from.
+    """The origin of kernels.
 
     Attributes:
-        hits: How many came from the cache.
-        compiled: The names of the others.
+        hits: Number of kernels from the cache.
+        compiled: Names of the others.
     """
 
     hits: int
@@ -61,17 +61,17 @@ class Counts:
 
 
 def unpack(bundle: Path, cache: Path) -> int:
-    """Fill a cache of Triton's with the kernels of a bundle.
+    """Fill a cache of Triton with the kernels of a bundle.
 
     Args:
-        bundle: What `pack` made.
-        cache: The folder that `TRITON_CACHE_DIR` names.
+        bundle: A file that `pack` made.
+        cache: Folder of the cache, as in `TRITON_CACHE_DIR`.
 
     Returns:
-        How many kernels the bundle holds.
+        The number of kernels in the bundle.
 
     Raises:
-        BundleError: It is damaged, or made by another Triton than the one that is installed.
+        BundleError: The bundle is damaged, or made by another version of Triton.
     """
     import triton
 
@@ -81,9 +81,9 @@ def unpack(bundle: Path, cache: Path) -> int:
         manifest = json.loads(files.pop(MANIFEST))
         version, keys = manifest["triton"], manifest["keys"]
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{bundle.name} is no bundle of kernels ({type(error).__name__}: {error})") from error
+        raise BundleError(f"{bundle.name} is not a bundle of kernels ({type(error).__name__}: {error})") from error
     if version != triton.__version__:
-        raise BundleError(f"{bundle.name} was made by Triton {version}, and here is {triton.__version__}")
+        raise BundleError(f"{bundle.name} was made by Triton {version}, but {triton.__version__} is installed")
     for number, rest in enumerate(keys):
         names = [name for name in files if name.startswith(f"{number}/")]
         _place(cache, rest, {Path(name).name: files[name] for name in names})
@@ -91,15 +91,11 @@ def unpack(bundle: Path, cache: Path) -> int:
 
 
 def pack(cache: Path, bundle: Path) -> int:
-    """Pack the kernels in a cache that `recorded_keys` was active for.
-
-    Returns:
-        How many there are.
-    """
+    """Pack the kernels of a cache that was filled under `record_keys`, and return their number."""
     import triton
 
     folders = sorted(path.parent for path in cache.glob(f"*/{REST}"))
-    # A compiler that was ended has left no binary.
+    # An interrupted compiler leaves no binary.
     folders = [folder for folder in folders if any(folder.glob("*.cubin"))]
     keys = [(folder / REST).read_text() for folder in folders]
     bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +111,7 @@ def pack(cache: Path, bundle: Path) -> int:
 
 
 def record_keys() -> None:
-    """Have Triton leave, beside every kernel that it looks for, what `unpack` needs to know of its key."""
+    """Make Triton write, beside every kernel that it looks for, the part of the key that `unpack` needs."""
     import triton.compiler.compiler as compiler
     from triton import knobs
     from triton.runtime.cache import triton_key
@@ -136,7 +132,7 @@ def record_keys() -> None:
 
 
 def watch(file: Path) -> None:
-    """Note in a file, for each of our kernels that this process asks Triton for, whether it came from the cache."""
+    """Record in a file, for each int8compile kernel that this process requests, whether it came from the cache."""
     from triton import knobs
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +140,7 @@ def watch(file: Path) -> None:
     def note(*, src: Any, cache_hit: bool, **_: Any) -> None:
         function: Any = getattr(src, "fn", None)
         if str(getattr(function, "__module__", "")).startswith(OURS):
-            # A line is written in one piece, also beside other processes.
+            # One write per line, since other processes write to the same file.
             with file.open("a") as opened:
                 opened.write(f"{'hit' if cache_hit else 'compiled'} {function.__name__}\n")
 
@@ -152,13 +148,13 @@ def watch(file: Path) -> None:
 
 
 def counted(file: Path) -> Counts:
-    """Read the notes that `watch` made."""
+    """Read the record that `watch` made."""
     found = [line.split(" ", 1) for line in file.read_text().splitlines()] if file.exists() else []
     return Counts(sum(kind == "hit" for kind, _ in found), tuple(name for kind, name in found if kind == "compiled"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """As a plugin of pytest: `watch`, and `record_keys` where kernels are compiled for a bundle."""
+    """Call `watch` in a pytest process, and `record_keys` if it compiles kernels for a bundle."""
     if WATCH in os.environ:
         watch(Path(os.environ[WATCH]))
         if "benchmarks.gpu.standin" in sys.modules:
@@ -166,17 +162,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def build(bundle: Path, jobs: int) -> int:
-    """Compile what the day needs, and pack it.
-
-    Args:
-        bundle: The file to make.
-        jobs: How many processes run tests.
-
-    Returns:
-        How many kernels it holds.
+    """Compile and pack the kernels of the day with a number of processes, and return the number of kernels.
 
     Raises:
-        BundleError: A test or a measurement did not get as far as its kernels.
+        BundleError: A test or a measurement failed before it started all of its kernels.
     """
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
@@ -185,10 +174,10 @@ def build(bundle: Path, jobs: int) -> int:
 
 
 def verify(bundle: Path, jobs: int) -> Counts:
-    """Run everything with the bundle in a fresh cache.
+    """Run everything with the bundle in a fresh cache, and return the origin of the kernels.
 
     Raises:
-        BundleError: As `build` and `unpack`.
+        BundleError: As in `build` and `unpack`.
     """
     with tempfile.TemporaryDirectory() as folder:
         cache, log = Path(folder) / "cache", Path(folder) / "log"
@@ -198,15 +187,15 @@ def verify(bundle: Path, jobs: int) -> Counts:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.bundle",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", type=Path, help="the file")
-    parser.add_argument("--verify", action="store_true", help="make nothing, only show that nothing is missing")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
+    parser.add_argument("bundle", type=Path, help="file of the bundle")
+    parser.add_argument("--verify", action="store_true", help="only check that the bundle has all kernels")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     chosen = parser.parse_args(arguments)
     try:
         if not chosen.verify:
@@ -223,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def start_measured() -> None:
-    """Start, on the stand-in, every kernel that the measurements start on a GPU."""
+    """Start every kernel of the measurements, on the stand-in."""
     from tqdm import tqdm
 
     from benchmarks.gpu import standin
@@ -242,15 +231,15 @@ def _measured_calls() -> Iterator[Any]:
     from benchmarks.gpu import exported as exports
     from benchmarks.gpu.linear import THRESHOLD, int8_call
     from benchmarks.gpu.parts import EPSILON
-    from benchmarks.gpu.sizes import Shape, gpu
+    from benchmarks.gpu.sizes import Shape, for_gpu
     from int8compile.ops import rotation_size
     from int8compile.ops.quantized import NONE, RMS, SILU_MUL
     from int8compile.triton_kernels import operators, plan, tables
 
-    sizes, arch = gpu(decode.LAYERS), tables.ARCHITECTURES["sm_90"]
+    sizes, arch = for_gpu(decode.LAYERS), tables.ARCHITECTURES["sm_90"]
 
     def tensors(m: int, k: int, n: int) -> tuple[Any, Any, Any, Any]:
-        # What they hold does not matter, only their sizes: memory that nobody touches costs nothing.
+        # Only sizes matter. Memory that is never touched takes no space.
         x = torch.empty(m, k, dtype=torch.bfloat16)
         return x, torch.empty(n, k, dtype=torch.int8), torch.empty(n), torch.empty(k)
 
@@ -299,7 +288,7 @@ def _measured_calls() -> Iterator[Any]:
         yield lambda each=each: gate(each.m, each.k, each.n, each.threshold)
     for shape in sizes.shapes:
         yield lambda shape=shape: norm(1, shape.k, True)
-    # The first layer's has nothing to add.
+    # The norm of the first layer, without a residual.
     yield lambda: norm(1, sizes.llama.hidden, False)
     yield exported
     llama = sizes.llama
@@ -312,12 +301,12 @@ def _measured_calls() -> Iterator[Any]:
 
 def _run_all(cache: Path, log: Path, jobs: int) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), WATCH: str(log)}
-    environment["PYTHONOPTIMIZE"] = "1"  # No asserts: they are about results, and there are none.
+    environment["PYTHONOPTIMIZE"] = "1"  # No asserts, since there are no results.
     plugins = ["-p", "benchmarks.gpu.standin", "-p", "benchmarks.gpu.bundle", "-p", "no:cacheprovider"]
     pytest_command = ["-m", "pytest", "-m", "gpu", *plugins, "--assert=plain", "-W", "ignore", "-q", "-n", str(jobs)]
     for command, ends in (
         ([*pytest_command, *TESTS], (0,)),
-        # Loading the packages fails without a GPU, after their kernels were compiled.
+        # Without a GPU, loading a package fails after its kernels were compiled.
         ([*pytest_command, *EXPORT_TESTS, "-k", "package"], (0, 1)),
         (["-c", "from benchmarks.gpu import bundle; bundle.start_measured()"], (0,)),
     ):
@@ -326,12 +315,12 @@ def _run_all(cache: Path, log: Path, jobs: int) -> None:
 
 
 def _name(key: str) -> str:
-    """The folder of a kernel in a cache, as Triton calls it."""
+    """Return the name of a kernel's folder in Triton's cache."""
     return base64.b32encode(hashlib.sha256(key.encode()).digest()).decode().rstrip("=")
 
 
 def _place(cache: Path, rest: str, files: dict[str, bytes]) -> None:
-    """Put a kernel where Triton looks for it."""
+    """Write a kernel's files where Triton looks for them."""
     from triton.runtime.cache import triton_key
 
     key = triton_key() + rest
@@ -348,7 +337,7 @@ def _place(cache: Path, rest: str, files: dict[str, bytes]) -> None:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    # Without times and owners: the same kernels make the same file.
+    # Without times and owners, so that the same kernels make the same file.
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))

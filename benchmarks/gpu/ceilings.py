@@ -1,4 +1,4 @@
-"""What the device can do at most: the roofline that times are compared with."""
+"""The roofline of the device, which times are compared with."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.clock import Call, Clock, described_times
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.clock import Call, described_times
 from benchmarks.gpu.day import CaseResult, Stage
-from benchmarks.gpu.sizes import Sizes
+from benchmarks.interleaved import rounded
 
 NAME = "ceilings"
 
 
-def stage(sizes: Sizes, clock: Clock, device: torch.device) -> Stage:
-    """A large copy, and large square products by the library that PyTorch takes."""
+def stage(bench: Bench) -> Stage:
+    """Return the stage: a large copy, and large square products by the library that PyTorch chooses."""
+    sizes, device = bench.sizes, bench.device
 
     def copy() -> CaseResult:
         source = torch.randint(-128, 128, (sizes.copied // 4,), dtype=torch.int32, device=device)
         target = torch.empty_like(source)
-        # Bytes read and bytes written. A kernel: in a graph, `copy_` is a node of the copy engines', which on an H200
-        # gave 2.7 TB/s where the kernels of a decoded token read 2.9.
-        return _rate(sizes, clock, lambda: torch.neg(source, out=target), 2 * sizes.copied, "bytes_per_second")
+        # A kernel instead of `copy_`: in a graph, the copy engine does `copy_`. On an H200 it reached 2.7 TB/s, while
+        # the kernels of a decoded token read 2.9. Both reads and writes count.
+        return _rate(bench, lambda: torch.neg(source, out=target), 2 * sizes.copied, "bytes_per_second")
 
     def product(dtype: torch.dtype) -> CaseResult:
         size = (sizes.square, sizes.square)
@@ -32,7 +34,7 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device) -> Stage:
         else:
             a, b = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
             call = lambda: a @ b.mT  # noqa: E731
-        return _rate(sizes, clock, call, 2 * sizes.square**3, "operations_per_second")
+        return _rate(bench, call, 2 * sizes.square**3, "operations_per_second")
 
     return Stage(
         NAME,
@@ -49,13 +51,13 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device) -> Stage:
 
 
 def floor(cases: Mapping[str, Any], nbytes: int, operations: int, kind: str) -> float | None:
-    """The least seconds of something by the roofline; None where the ceilings were not measured.
+    """Return the least seconds by the roofline; None if the ceilings were not measured.
 
     Args:
         cases: Results of the stage.
-        nbytes: That it has to move.
+        nbytes: Bytes to move.
         operations: Multiplications and additions.
-        kind: Of the matrix product that does them: "bf16" or "int8".
+        kind: Matrix product that does them: "bf16" or "int8".
     """
     bandwidth = cases.get("copy", {}).get("bytes_per_second")
     peak = cases.get(f"{kind} matmul", {}).get("operations_per_second")
@@ -64,7 +66,7 @@ def floor(cases: Mapping[str, Any], nbytes: int, operations: int, kind: str) -> 
     return float(max(nbytes / bandwidth, operations / peak))
 
 
-def _rate(sizes: Sizes, clock: Clock, call: Call, amount: int, unit: str) -> CaseResult:
-    measured = clock.times({"it": [call]}, sizes.rounds)
+def _rate(bench: Bench, call: Call, amount: int, unit: str) -> CaseResult:
+    measured = bench.clock.times({"it": [call]}, bench.sizes.rounds)
     seconds = measured.needed("it").median("it")
-    return {unit: float(f"{amount / seconds:.5g}"), **described_times(measured, ["it"])}
+    return {unit: rounded(amount / seconds), **described_times(measured, ["it"])}

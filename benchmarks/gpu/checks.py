@@ -1,4 +1,4 @@
-"""Tier 4, the tests that need a GPU; and the gates: results on the device are those of the reference on the CPU."""
+"""Tests that need a GPU (tier 4), and correctness gates: results on the device must equal the CPU reference."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from benchmarks.gpu import bundle, inputs
 from benchmarks.gpu.day import GATES, CaseResult, Result, Stage
-from benchmarks.gpu.sizes import Gate, Sizes, gpu
+from benchmarks.gpu.sizes import Gate, Sizes, for_gpu
 from benchmarks.gpu.supervisor import run_logged
+from benchmarks.interleaved import rounded
 from int8compile import triton_kernels
 from int8compile.ops import reference
 
@@ -26,12 +27,12 @@ TESTS, LOG = "tier4", "tests.txt"
 EXPORT_TESTS, EXPORT_LOG = "tier4_export", "tests-export.txt"
 FAILED, FAILED_LOG = "failed", "sanitizer.txt"
 SANITIZER = "compute-sanitizer"
-# No test compiles for longer; after it, pytest says where it stands.
+# Seconds after which pytest prints the stack of a test. No test compiles for longer.
 STUCK = 60
 NO_TESTS = 5  # pytest's exit status where nothing was selected.
-# How many of the tests that failed run again.
+# Number of failed tests that run again.
 RERUN = 3
-# Warnings are errors where the tested set is installed. A GPU machine has plugins and versions of its own.
+# Warnings are not errors here, unlike in other test runs: a GPU machine has its own plugins and versions.
 PYTEST = (sys.executable, "-u", "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "-W", "default")
 UNWELL = ("FAILED", "ERROR")
 _OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
@@ -43,13 +44,13 @@ _BEGUN = re.compile(r"^(\S+\.py::.*?)\s*$")
 
 
 def tests_stage(sizes: Sizes, result: Result, *, export: bool, say: Callable[[str], object]) -> Stage:
-    """`pytest -m gpu` in processes of its own; its output goes to a file beside the results.
+    """Return the stage that runs `pytest -m gpu` in its own processes, with its output in a file beside the results.
 
     Args:
-        sizes: With the files and the number of processes.
-        result: Beside whose file the output goes.
-        export: Whether it is the files that export models.
-        say: Takes the name of a test as it fails.
+        sizes: Has the test files and the number of processes.
+        result: Results, whose folder gets the output.
+        export: Whether to run the files that export models.
+        say: Called with the name of each test that fails.
     """
     files = sizes.export_tests if export else sizes.tests
     seconds = 45 if export else 90
@@ -73,19 +74,19 @@ def tests_stage(sizes: Sizes, result: Result, *, export: bool, say: Callable[[st
 def run_tests(
     files: Sequence[str], log: Path, seconds: float, *, workers: int, none_is_fine: bool, say: Callable[[str], object]
 ) -> CaseResult:
-    """Run pytest, for a time at most.
+    """Run pytest with a time limit.
 
     Args:
-        files: With the tests.
-        log: Takes pytest's output, line by line.
-        seconds: After so many it is ended.
-        workers: Processes that run tests, where pytest-xdist is installed.
-        none_is_fine: Whether it may find no test.
-        say: Takes the name of a test as it fails.
+        files: Files with tests.
+        log: File for pytest's output, line by line.
+        seconds: Time limit.
+        workers: Number of processes that run tests, if pytest-xdist is installed.
+        none_is_fine: Whether finding no test counts as passed.
+        say: Called with the name of each test that fails.
 
     Returns:
-        "passed", pytest's exit status or None where the time was over, its last line, and the names of tests that
-        failed and of those that had begun and not ended.
+        Whether the tests passed; pytest's exit status, or None if the time was over; its last line; and the names of
+        failed tests and of unfinished ones.
     """
     command = [*PYTEST, *files, "-m", "gpu", "-v", "-o", f"faulthandler_timeout={STUCK}"]
     if importlib.util.find_spec("xdist") is not None and workers > 1:
@@ -104,7 +105,7 @@ def run_tests(
         elif found := _BEGUN.match(line):
             begun[found[1]] = None
 
-    # Each process would take all cores for what it compares with.
+    # Otherwise each process would use all cores for the reference.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     status, text = run_logged(command, log, seconds, each=read, env=environment)
     unfinished = [name for name in begun if name not in ended]
@@ -120,7 +121,7 @@ def run_tests(
 
 
 def failed_stage(result: Result) -> Stage:
-    """Tests and gates that failed in the call before, or did not end, under compute-sanitizer."""
+    """Return the stage that runs failed or unfinished tests and gates again, under compute-sanitizer."""
     cases = result.stage(TESTS)["cases"].values()
     tests = [name for kind in ("failed", "unfinished") for case in cases for name in case.get(kind, [])]
     gates = result.failed_gates
@@ -133,7 +134,7 @@ def failed_stage(result: Result) -> Stage:
         again, notes = {}, [f"{SANITIZER} is not installed"]
     return Stage(
         FAILED,
-        f"what failed, again under {SANITIZER}; the whole text is in {FAILED_LOG}",
+        f"failed tests and gates again, under {SANITIZER}; its output is in {FAILED_LOG}",
         seconds=30,
         cases={name: functools.partial(sanitized, command, result) for name, command in again.items()},
         expected=12,
@@ -143,20 +144,20 @@ def failed_stage(result: Result) -> Stage:
 
 
 def sanitized(command: Sequence[str], result: Result) -> CaseResult:
-    """Run a command under compute-sanitizer, with its text in a file beside the results.
+    """Run a command under compute-sanitizer, with its output in a file beside the results.
 
     Returns:
-        Its exit status, None if the time was over, and what was found.
+        Its exit status, or None if the time was over; and the errors found.
     """
     tool = [SANITIZER, "--tool", "memcheck", "--target-processes", "all", "--print-limit", "5"]
     status, text = run_logged([*tool, *command], result.path.parent / FAILED_LOG, result.left)
-    # pytest draws lines of the same kind, which are longer.
+    # Exactly nine: pytest prints longer lines of "=".
     found = re.findall(r"^={9} (?!COMPUTE-SANITIZER)(\S.*)$", text, re.MULTILINE)
     return {"status": status, "found": found[:20], "summary": found[-1] if found else text.strip()[-200:]}
 
 
 def gates_stage(sizes: Sizes, device: torch.device) -> Stage:
-    """A handful of products."""
+    """Return the stage of the correctness gates."""
     return Stage(
         GATES,
         "int8compile::linear on the device against int8compile.ops.reference.linear on the CPU",
@@ -167,11 +168,11 @@ def gates_stage(sizes: Sizes, device: torch.device) -> Stage:
 
 
 def check(gate: Gate, device: torch.device) -> CaseResult:
-    """Compares one product, with a bias and outliers in every third row: bit for bit."""
+    """Compare a product, with a bias and with outliers in every third row, bit for bit."""
     x = inputs.activations(gate.m, gate.k, torch.device("cpu"))
     x[::3, gate.k // 2] = 1000
     if gate.special:
-        # Rows of each kind: +Inf, both, and NaN; the others as they were.
+        # One row with +Inf, one with +Inf and -Inf, and one with NaN.
         x[0, 0] = torch.inf
         x[1, 1], x[1, 2] = torch.inf, -torch.inf
         x[-1, 3] = torch.nan
@@ -185,12 +186,12 @@ def check(gate: Gate, device: torch.device) -> CaseResult:
     return {
         "passed": bool((distance == 0).all()),
         "max_ulp": int(distance.max()),
-        "differing": float(f"{(distance > 0).double().mean().item():.3g}"),
+        "differing": rounded((distance > 0).double().mean().item(), 3),
     }
 
 
 def ulps(a: Tensor, b: Tensor) -> Tensor:
-    """How many bfloat16 values lie between two; NaN is 0 from NaN, and 65536 from everything else."""
+    """Return the distances of bfloat16 values in ulps. NaN is 0 from NaN, and 65536 from all other values."""
 
     def ordered(t: Tensor) -> Tensor:
         bits = t.view(torch.int16).to(torch.int32)
@@ -202,7 +203,7 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Tensors that nobody has written hold NaN, and integers their largest value: what reads them shows."""
+    """Fill new tensors with NaN, or with the largest integer, so that reading unwritten memory shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -211,11 +212,11 @@ def _poisoned() -> Iterator[None]:
 
 
 def main() -> int:
-    """Check the gates that are named, as `sizes.Gate` is written."""
+    """Check the gates named on the command line, by the text of `sizes.Gate`."""
     assert triton_kernels.load()
     with torch.no_grad():
         results = {
-            str(gate): check(gate, torch.device("cuda", 0)) for gate in gpu(1).gates if str(gate) in sys.argv[1:]
+            str(gate): check(gate, torch.device("cuda", 0)) for gate in for_gpu(1).gates if str(gate) in sys.argv[1:]
         }
     for name, found in results.items():
         print(f"{name}: {found}")

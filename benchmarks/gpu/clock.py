@@ -1,11 +1,10 @@
-"""How long calls take: on a GPU each candidate is a CUDA graph, and all are replayed in turns.
+"""Timing of calls. On a GPU each candidate is a CUDA graph, and all graphs are replayed in turns.
 
-Without graphs, short kernels would wait for their launches, and what is timed would be the host.
+Without graphs, short kernels would wait for their launches, and the times would be those of the host.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,28 +17,28 @@ from benchmarks.gpu.facts import described
 from benchmarks.interleaved import Times
 
 Call = Callable[[], object]
-# A graph runs at least this long: events are exact to about half a microsecond, and graphs take some to start.
+# Least time of a graph: events are exact to about half a microsecond, and a graph takes some time to start.
 LEAST_SECONDS = 1e-3
 MOST_PASSES = 64
 WARM_UPS = 3
 
 
 class Measured(NamedTuple):
-    """What calls took.
+    """Measured times of calls.
 
     Attributes:
-        times: Seconds a call, of those that ran.
-        errors: Why the others did not, by name.
+        times: Seconds of a call, for the candidates that ran.
+        errors: Errors of the other candidates, by name.
     """
 
     times: Times
     errors: dict[str, str]
 
     def needed(self, *names: str) -> Times:
-        """The times, if all of some names are among them.
+        """Return the times, which must include some names.
 
         Raises:
-            RuntimeError: One is not; with its error.
+            RuntimeError: A name failed; with its error.
         """
         for name in names:
             if name in self.errors:
@@ -48,45 +47,44 @@ class Measured(NamedTuple):
 
 
 class Clock(Protocol):
-    """Times calls."""
+    """A clock for calls."""
 
     def times(self, calls: Mapping[str, Sequence[Call]], rounds: int, *, eager: Collection[str] = ()) -> Measured:
-        """Times candidates in turns.
+        """Time candidates in turns.
 
         Args:
-            calls: By name; those of a name do the same with different copies of a weight, and their mean is taken.
+            calls: Calls by name of the candidate. The calls of a candidate do the same with different copies of a
+                weight; the result is their mean.
             rounds: How often each candidate is timed.
-            eager: Names whose calls are timed as they are, the host's part included: they have graphs of their own, or
-                wait for the device in between.
+            eager: Candidates that are timed without a graph, including the host: they have their own graphs, or wait
+                for the device.
         """
         ...
 
     def synchronize(self) -> None:
-        """Waits until the device has done everything."""
+        """Wait until the device is idle."""
         ...
 
 
 class HostClock:
-    """The stand-in of a dry run, and good for nothing else on a GPU: it does not wait for it."""
+    """The clock of a dry run. It is wrong for a GPU, since it does not wait for the device."""
 
     def times(self, calls: Mapping[str, Sequence[Call]], rounds: int, *, eager: Collection[str] = ()) -> Measured:
-        """See `Clock`."""
         ready, errors = _prepared(calls, lambda name: _together(calls[name]))
         times = interleaved.take_turns(ready, rounds) if ready else Times({}, None)
         seconds = {name: [value / len(calls[name]) for value in found] for name, found in times.seconds.items()}
         return Measured(Times(seconds, times.others), errors)
 
     def synchronize(self) -> None:
-        """Nothing is ever under way."""
+        """Return at once: calls on the CPU have ended when they return."""
 
 
 class GraphClock:
-    """Replays CUDA graphs between events."""
+    """The clock of a GPU, which replays CUDA graphs between events."""
 
     def times(self, calls: Mapping[str, Sequence[Call]], rounds: int, *, eager: Collection[str] = ()) -> Measured:
-        """See `Clock`."""
         ready, errors = _prepared(calls, lambda name: _Eager(calls[name]) if name in eager else _Graph(calls[name]))
-        # Replays are queued faster than they run, so that only the first ones find an idle device: these are not timed.
+        # Replays are queued faster than they run. Only the first ones find an idle device, so they are not timed.
         for each in ready.values():
             each.run()
         spans: dict[str, list[Any]] = {name: [] for name in ready}
@@ -98,12 +96,11 @@ class GraphClock:
         return Measured(Times(seconds, None), errors)
 
     def synchronize(self) -> None:
-        """Waits for the GPU."""
         torch.cuda.synchronize()
 
 
 def host_seconds(call: Call, clock: Clock, count: int, rounds: int) -> list[float]:
-    """Seconds of the host for a call that only queues work; of each round, the mean of `count` calls."""
+    """Return the host's seconds for a call that only queues work: for each round, the mean of `count` calls."""
     call()
     found = []
     for _ in range(rounds):
@@ -116,28 +113,18 @@ def host_seconds(call: Call, clock: Clock, count: int, rounds: int) -> list[floa
     return found
 
 
-def spread(seconds: Sequence[float]) -> list[float]:
-    """The first and third quartile."""
-    if len(seconds) == 1:
-        return [seconds[0], seconds[0]]
-    first, _, third = statistics.quantiles(seconds, method="inclusive")
-    return [float(f"{first:.5g}"), float(f"{third:.5g}")]
-
-
 def described_times(measured: Measured, baselines: Collection[str]) -> dict[str, Any]:
-    """As data: `Times.to_dict`, the quartiles of the seconds, and what failed."""
-    return {
-        **measured.times.to_dict(baselines),
-        "spreads": {name: spread(found) for name, found in measured.times.seconds.items()},
-        "errors": measured.errors,
-    }
+    """Return times as data: `Times.to_dict`, the quartiles of the seconds, and errors."""
+    seconds = measured.times.seconds
+    spreads = {name: [interleaved.rounded(q) for q in interleaved.quartiles(found)] for name, found in seconds.items()}
+    return {**measured.times.to_dict(baselines), "spreads": spreads, "errors": measured.errors}
 
 
 class _Graph:
-    """Calls captured as one graph, several times over if they are short."""
+    """Calls captured as one graph, repeated if they are short."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        # Libraries and compilers make what they need at a first call, which a graph must not hold.
+        # At a first call, libraries and compilers do work that must not be in a graph.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -161,7 +148,7 @@ class _Graph:
         self._graph.replay()
 
     def timed(self) -> Callable[[], float]:
-        """Queues a replay; the result tells, after waiting for it, how many seconds it took."""
+        """Queue a replay, and return a function that waits for it and returns its seconds."""
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         began.record()
         self._graph.replay()
@@ -175,7 +162,7 @@ class _Graph:
 
 
 class _Eager:
-    """Calls as they are, from an idle device to an idle device: nothing hides the host's part."""
+    """Calls without a graph, timed from an idle device to an idle device, so that the host's part is not hidden."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         for _ in range(WARM_UPS):
@@ -201,12 +188,12 @@ class _Eager:
 
 
 def passes_for(seconds: float) -> int:
-    """How often something that takes some seconds is repeated to be timed well."""
+    """Return how often to repeat calls of some seconds, to time them well."""
     return max(1, min(MOST_PASSES, round(LEAST_SECONDS / max(seconds, 1e-9) + 0.5)))
 
 
 def _prepared(calls: Mapping[str, Sequence[Call]], make: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Makes what is timed of each candidate; one that fails does not keep the others from being timed."""
+    """Prepare each candidate for timing; a candidate that fails does not stop the others."""
     ready, errors = {}, {}
     for name in calls:
         try:

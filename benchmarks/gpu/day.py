@@ -1,7 +1,7 @@
-"""Stages of cases, most important first, and the file that holds what was measured whenever the day ends.
+"""Stages of cases, most important first, and the result file, which is complete whenever the day ends.
 
-The file is written before and after every case. All cases of all stages stand in it as left out from the beginning and
-leave that list when they have run, so it is right also if the process is killed.
+The file is written before and after every case. It lists all cases of all stages as left out from the beginning, and
+removes a case from that list when it has run. So the file is also right if the process is killed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from benchmarks.gpu.facts import described
 
 FILE = "gpu-day.json"
-# The exit status of a process that has to be started again to go on.
+# Exit status of a process that has to be restarted to continue.
 BROKEN = 75
 GATES = "gates"
-# A case that takes so many times what was expected of it hangs, and so many seconds at least.
+# A case hangs if it takes this many times its expected time, and at least this many seconds.
 HANGS, HANGS_SECONDS = 4.0, 20.0
-# Seconds between the end of a process that a case runs and that of the case.
+# Seconds between the end of a case's own process and the end of the case.
 MARGIN = 4.0
 
 CaseResult = dict[str, Any]
@@ -38,15 +38,16 @@ class Stage:
     """Cases of one kind.
 
     Attributes:
-        name: Its key in the result file.
-        about: What is measured.
-        seconds: Its limit. What a stage does not use goes to those behind it.
-        cases: By name, in order. Each returns its result.
-        expected: Seconds that a case may need: with fewer left none begins. One that takes several times as long hangs.
-        always: Whether its cases run even without time left: later stages need them.
-        measures: Whether its results are only worth something if the kernels are right.
-        notes: What a reader has to know, such as what is missing on this machine.
-        close: Gives memory back.
+        name: Key of the stage in the result file.
+        about: Description of the measurement.
+        seconds: Time limit. Later stages get the time that a stage does not use.
+        cases: Functions that return the result of a case, by name and in order.
+        expected: Seconds that a case may need; no case begins with less time left. A case that takes several times as
+            long hangs.
+        always: Whether cases run even without time left, because later stages need them.
+        measures: Whether results are only valid if the kernels are correct.
+        notes: Notes for the reader, such as packages that are missing on this machine.
+        close: Frees memory.
     """
 
     name: str
@@ -61,15 +62,15 @@ class Stage:
 
 
 class ResultError(Exception):
-    """A result file is there that must not be overwritten, or cannot be gone on with."""
+    """A result file exists that must not be overwritten or cannot be continued."""
 
 
 class Result:
     """The result file.
 
     Attributes:
-        data: What it holds.
-        path: Where it is.
+        data: Its content.
+        path: Its path.
     """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
@@ -78,22 +79,22 @@ class Result:
 
     @staticmethod
     def begun(folder: Path, header: Mapping[str, Any], *, resume: bool) -> Result:
-        """A new file, or the one that is there.
+        """Return a new result file, or the existing one to continue.
 
         Args:
-            folder: Made if it is not there.
-            header: What stands above the stages.
-            resume: Whether to go on with the file.
+            folder: Folder of the file, made if it does not exist.
+            header: Content above the stages.
+            resume: Whether to continue the existing file.
 
         Raises:
-            ResultError: There is one already and it is not to be resumed, or it comes from something else.
+            ResultError: A file exists that is not to be continued, or it is from another machine or commit.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
         if not path.exists():
             if resume:
                 raise ResultError(
-                    f"there is no {FILE} in --out to go on with; measure first, without --resume or --second"
+                    f"there is no {FILE} in --out to continue; measure first, without --resume or --second"
                 )
             return Result(path, {**header, "stages": {}})
         if not resume:
@@ -105,23 +106,23 @@ class Result:
                 before, now = ([facts.get(name) for name in ("device", "torch", "triton")] for facts in (before, now))
             if before != now:
                 raise ResultError(f"{FILE} in --out has {key} {before}, and now it is {now}; give another folder")
-        # If the process ended at a case, that one is still left out.
+        # If the process ended in a case, that case is still listed as left out.
         data.pop("running", None)
         return Result(path, {**data, **header})
 
     def write(self) -> None:
-        """Replaces the file in one step."""
+        """Replace the file atomically."""
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n")
         os.replace(part, self.path)
 
     def stage(self, name: str) -> dict[str, Any]:
-        """A stage's part of it; of one that is not there, an empty one."""
+        """Return a stage's results; empty results for a stage that is not in the file."""
         found: dict[str, Any] = self.data["stages"].get(name, {"cases": {}, "left_out": [], "notes": []})
         return found
 
     def plan(self, stages: Sequence[Stage]) -> None:
-        """Enters all cases that it does not have yet as left out."""
+        """Enter all cases that have not run as left out."""
         for stage in stages:
             known = self.stage(stage.name)
             self.data["stages"][stage.name] = {
@@ -133,17 +134,17 @@ class Result:
             }
 
     def begin(self, stage: Stage, case: str, until: float) -> None:
-        """Enters what this process is at, and until when, for the one that watches it."""
+        """Enter the case that this process runs and its time limit, for the supervisor."""
         self.data["running"] = {"stage": stage.name, "case": case, "pid": os.getpid(), "until": until}
         self.write()
 
     @property
     def left(self) -> float:
-        """Seconds that the case which runs has for a process of its own, and to read what that printed."""
+        """Return the seconds that the running case has for its own process, including reading the output."""
         return float(self.data["running"]["until"]) - time.time() - MARGIN
 
     def record(self, stage: str, case: str, result: CaseResult) -> None:
-        """Enters a case's result, and writes the file."""
+        """Enter a case's result, and write the file."""
         found = self.data["stages"][stage]
         found["cases"][case] = _plain(result)
         if case in found["left_out"]:
@@ -153,15 +154,15 @@ class Result:
 
     @property
     def failed_gates(self) -> list[str]:
-        """The correctness gates that did not pass."""
+        """Return the names of the correctness gates that did not pass."""
         return [name for name, result in self.stage(GATES)["cases"].items() if not result.get("passed")]
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Reads a folder's result file.
+    """Read a folder's result file.
 
     Raises:
-        ResultError: There is none, or it is no JSON.
+        ResultError: The file does not exist or is not JSON.
     """
     try:
         data: dict[str, Any] = json.loads((folder / FILE).read_text())
@@ -173,10 +174,10 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def load_whole(folder: Path) -> dict[str, Any]:
-    """Reads a folder's result file, which another process may have left.
+    """Read a folder's result file, and check that it is from a GPU day.
 
     Raises:
-        ResultError: There is none, or it is not one of a GPU day.
+        ResultError: The file does not exist, or is not from a GPU day.
     """
     data = load(folder)
     if missing := [key for key in ("dry_run", "machine", "commit", "stages") if key not in data]:
@@ -184,60 +185,52 @@ def load_whole(folder: Path) -> dict[str, Any]:
     return data
 
 
+@dataclasses.dataclass(frozen=True)
 class Day:
-    """Runs stages.
+    """A day that runs stages.
 
-    Args:
-        result: Where results go.
-        until: When the last stage ends, as `time.time` tells it.
-        healthy: Raises if nothing can be run on the device any more.
-        say: Takes a line about what was done.
-        shown: A result in a few words.
+    Attributes:
+        result: Takes the results.
+        until: End of the last stage, in seconds of `time.time`.
+        healthy: Raises if the device can run nothing any more.
+        say: Takes a line about each case.
+        shown: Returns a result in a few words.
     """
 
-    def __init__(
-        self,
-        result: Result,
-        until: float,
-        *,
-        healthy: Callable[[], object],
-        say: Callable[[str], object],
-        shown: Callable[[CaseResult], str],
-    ) -> None:
-        self._result = result
-        self._until = until
-        self._healthy = healthy
-        self._say = say
-        self._shown = shown
+    result: Result
+    until: float
+    healthy: Callable[[], object]
+    say: Callable[[str], object]
+    shown: Callable[[CaseResult], str]
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """Runs all of them; each ends when those behind it need the time that is left."""
-        self._result.plan(stages)
-        self._result.write()
+        """Run all stages. A stage ends when the later stages need the time that is left."""
+        self.result.plan(stages)
+        self.result.write()
         for index, stage in enumerate(stages):
-            self._run(stage, self._until - sum(behind.seconds for behind in stages[index + 1 :]))
+            self._run(stage, self.until - sum(later.seconds for later in stages[index + 1 :]))
 
     def _run(self, stage: Stage, until: float) -> None:
-        found = self._result.data["stages"][stage.name]
-        if stage.measures and self._result.failed_gates:
-            found["marked"] = f"correctness gates failed: {'; '.join(self._result.failed_gates)}"
+        found = self.result.data["stages"][stage.name]
+        if stage.measures and self.result.failed_gates:
+            found["marked"] = f"correctness gates failed: {'; '.join(self.result.failed_gates)}"
         before, began = found["seconds"], time.time()
         for name in list(found["left_out"]):
             case_began = time.time()
             hangs = case_began + max(HANGS * stage.expected, HANGS_SECONDS)
             if not stage.always and case_began + stage.expected > until:
                 break
-            self._result.begin(stage, name, hangs if stage.always else min(until, hangs))
+            self.result.begin(stage, name, hangs if stage.always else min(until, hangs))
             outcome = self._outcome(stage.cases[name])
             now = time.time()
             found["seconds"] = round(before + now - began, 1)
-            self._result.record(stage.name, name, {**outcome, "took": round(now - case_began, 1)})
-            self._say(f"{stage.name}: {name}: {self._shown(outcome)} [{now - case_began:.1f} s]")
+            self.result.record(stage.name, name, {**outcome, "took": round(now - case_began, 1)})
+            self.say(f"{stage.name}: {name}: {self.shown(outcome)} [{now - case_began:.1f} s]")
         stage.close()
         self._free()
-        self._result.write()
+        self.result.write()
         if found["left_out"]:
-            self._say(f"{stage.name}: no time for {len(found['left_out'])} cases: {', '.join(found['left_out'])}")
+            self.say(f"{stage.name}: no time for {len(found['left_out'])} cases: {', '.join(found['left_out'])}")
 
     def _outcome(self, case: Callable[[], CaseResult]) -> CaseResult:
         try:
@@ -245,14 +238,15 @@ class Day:
         except Exception as error:
             traceback.print_exc()
             outcome = {"error": described(error)}
-        # Behind the handler: while an error is handled, its frames keep their tensors.
+        # After the handler: while an error is handled, its frames keep their tensors.
         self._free()
         try:
-            self._healthy()
+            self.healthy()
         except Exception as error:
-            # After an illegal access every call fails until the process ends; the supervisor enters this as the case's.
-            self._result.data["running"]["error"] = outcome.get("error") or described(error)
-            self._result.write()
+            # After an illegal access every call fails until the process ends. The supervisor enters this error as the
+            # case's result.
+            self.result.data["running"]["error"] = outcome.get("error") or described(error)
+            self.result.write()
             os._exit(BROKEN)
         return outcome
 
@@ -263,11 +257,11 @@ class Day:
             try:
                 torch.cuda.empty_cache()
             except RuntimeError:
-                traceback.print_exc()  # Whether the device is lost is asked next.
+                traceback.print_exc()  # The caller checks next whether the device is lost.
 
 
 def _plain(value: Any) -> Any:
-    """A result as JSON has it: it knows no NaN and no infinity, which a wrong kernel makes."""
+    """Return a result as JSON allows it: NaN and infinity, which wrong kernels make, become text."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

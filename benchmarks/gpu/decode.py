@@ -1,4 +1,4 @@
-"""A language model that writes a token at a time, compiled in bfloat16 and in int8."""
+"""A language model that generates a token at a time, compiled in bfloat16 and in int8."""
 
 from __future__ import annotations
 
@@ -11,45 +11,36 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from benchmarks.gpu import bars, ceilings
-from benchmarks.gpu.clock import Call, Clock, described_times
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.clock import Call, described_times
 from benchmarks.gpu.day import CaseResult, Stage
 from benchmarks.gpu.linear import Ceilings
 from benchmarks.gpu.llama import Llama
-from benchmarks.gpu.sizes import Sizes
+from benchmarks.interleaved import rounded
 
 NAME = "decode"
-# Of the model: as many as compile twice in a minute. The step is the same kernels at any number.
+# Layers of the model: as many as compile twice in a minute. A layer runs the same kernels in any model.
 LAYERS = 8
 OURS = "int8"
 SKIPPED, SIMILAR = "skipped CUDA graphs", "cosine to bfloat16"
-# Steps that are looked at kernel by kernel, and how many kernels are kept.
+# Number of profiled steps, and of kernels in the result.
 PROFILED, MOST_KERNELS = 10, 16
-# An output with a smaller cosine to bfloat16's is another model's.
+# With a smaller cosine to bfloat16's, the output is wrong.
 SAME = 0.9
 
 
 class Decoders:
-    """The model and its compiled variants, made when they are needed first.
+    """The model and its compiled variants, made at first use; `measured` returns the results of `ceilings`."""
 
-    Args:
-        sizes: Of the model.
-        clock: Times it.
-        device: Where it runs.
-        measured: The ceilings, when they are known.
-    """
-
-    def __init__(self, sizes: Sizes, clock: Clock, device: torch.device, measured: Ceilings) -> None:
-        self._sizes, self._clock, self._device, self._measured = sizes, clock, device, measured
+    def __init__(self, bench: Bench, measured: Ceilings) -> None:
+        self._sizes, self._clock, self._device, _ = bench
+        self._measured = measured
         self._variants: dict[str, Any] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._model: Llama | None = None
 
     def case(self, names: tuple[str, ...]) -> CaseResult:
-        """Compares int8 with some of the baselines, in turns.
-
-        Args:
-            names: Of the baselines.
-        """
+        """Compare int8 with baselines, in turns."""
         calls: dict[str, list[Call]] = {name: self._steps(name) for name in (*names, OURS)}
         measured = self._clock.times(calls, self._sizes.rounds, eager=tuple(calls))
         times = measured.needed(*calls)
@@ -65,7 +56,7 @@ class Decoders:
             "similarity": round(similarity, 5),
             "kernels": {name: self._kernels(name) for name in calls},
             "bars": {
-                # Without graphs the time is the host's, and says nothing of the kernels.
+                # Without graphs, the time is that of the host and not of the kernels.
                 SKIPPED: bars.at_most(self._facts[OURS]["skipped_cuda_graphs"], 0),
                 "times faster": bars.at_least(times.ratio(OURS, best), bars.DECODE),
                 SIMILAR: bars.at_least(similarity, SAME),
@@ -73,7 +64,7 @@ class Decoders:
         }
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Free the memory."""
         self._variants.clear()
         self._model = None
         torch._dynamo.reset()
@@ -84,7 +75,7 @@ class Decoders:
         return [lambda: self._step(name)] * self._sizes.steps
 
     def _step(self, name: str) -> Tensor:
-        # Tells CUDA graphs that what the step before returned may be overwritten.
+        # CUDA graphs may now overwrite the output of the step before.
         torch.compiler.cudagraph_mark_step_begin()
         output: Tensor = self._variants[name](self._ids, self._positions)
         return output
@@ -97,7 +88,7 @@ class Decoders:
         how = self._sizes.int8_decoder if name == OURS else self._sizes.decoders[name]
         skipped, began = _skipped_graphs(), time.perf_counter()
         self._variants[name] = torch.compile(self._model, fullgraph=True, dynamic=False, **how)
-        for _ in range(4):  # CUDA graphs are recorded at the second call, and replayed from the third on.
+        for _ in range(4):  # The second call records CUDA graphs, later calls replay them.
             self._step(name)
         self._clock.synchronize()
         self._facts[name] = {
@@ -106,7 +97,7 @@ class Decoders:
         }
 
     def _kernels(self, name: str) -> dict[str, float]:
-        """Microseconds of a step by kernel, of those that take most; none on a CPU."""
+        """Return the microseconds of a step by kernel, of the slowest kernels; nothing on a CPU."""
         if self._device.type != "cuda":
             return {}
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -118,7 +109,7 @@ class Decoders:
         return {key: round(found[key], 2) for key in most}
 
     def _roofline(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """The share that reading the weights once would have of a token's time."""
+        """Return the share of a token's time that the roofline needs to read the weights once."""
         assert self._model is not None
         head = self._model.lm_head.weight.numel()
         layers = sum(each.numel() for each in self._model.layers.parameters())
@@ -128,17 +119,17 @@ class Decoders:
             nbytes, operations = itemsize * layers + 2 * head, 2 * (layers + head)
             least = ceilings.floor(self._measured(), nbytes, operations, kind)
             if least is not None:
-                shares[name] = float(f"{least / taken:.3g}")
+                shares[name] = rounded(least / taken, 3)
         return shares
 
 
-def stage(sizes: Sizes, clock: Clock, device: torch.device, measured: Ceilings) -> Stage:
-    """Batch 1, one token."""
-    decoders = Decoders(sizes, clock, device, measured)
-    names = tuple(sizes.decoders)
+def stage(bench: Bench, measured: Ceilings) -> Stage:
+    """Return the stage: one token at batch 1."""
+    decoders = Decoders(bench, measured)
+    names = tuple(bench.sizes.decoders)
     return Stage(
         NAME,
-        f"Llama of {sizes.llama.layers} layers with random weights, batch 1, one token",
+        f"Llama of {bench.sizes.llama.layers} layers with random weights, batch 1, one token",
         seconds=90,
         cases={", ".join(names): lambda: decoders.case(names)},
         expected=60,

@@ -1,4 +1,4 @@
-"""A model exported to a package, against the same model under torch.compile: the same kernels, so the same bits."""
+"""A model exported to a package, against the same model under torch.compile. Both have the same kernels and outputs."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import bars, inputs
-from benchmarks.gpu.clock import Call, Clock, described_times
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.clock import Call, described_times
 from benchmarks.gpu.day import CaseResult, Stage
 from benchmarks.gpu.llama import MLP
-from benchmarks.gpu.sizes import Sizes
 
 NAME = "export"
 PACKAGE, COMPILED = "package", "torch.compile"
 MOST_ROWS = 4096
 
 
-def stage(sizes: Sizes, clock: Clock, device: torch.device) -> Stage:
-    """A gated MLP: nothing but our kernels, which leaves Inductor nothing to round in another place."""
+def stage(bench: Bench) -> Stage:
+    """Return the stage: a gated MLP. It runs only int8compile's kernels, so Inductor cannot round differently."""
     return Stage(
         NAME,
-        "a Llama's MLP as a package and under torch.compile, by rows: outputs, and times with the host's part",
+        "a Llama's MLP as a package and under torch.compile, by rows: outputs, and times including the host",
         seconds=45,
-        cases={"MLP": functools.partial(case, sizes, clock, device)},
+        cases={"MLP": functools.partial(case, bench)},
         expected=40,
     )
 
 
-def case(sizes: Sizes, clock: Clock, device: torch.device) -> CaseResult:
-    """Export it, load the package, and compare.
+def case(bench: Bench) -> CaseResult:
+    """Export the MLP, load the package, and compare.
 
     Raises:
         RuntimeError: An output differs.
@@ -43,12 +43,11 @@ def case(sizes: Sizes, clock: Clock, device: torch.device) -> CaseResult:
 
     import int8compile
 
-    dtype = torch.bfloat16
-    model: nn.Module = MLP(sizes.llama, device, dtype).eval()
-    k = sizes.llama.hidden
+    sizes = bench.sizes
+    model: nn.Module = MLP(sizes.llama, bench.device, torch.bfloat16).eval()
 
     def rows(m: int) -> Tensor:
-        return inputs.activations(m, k, device)[None]
+        return inputs.activations(m, sizes.llama.hidden, bench.device)[None]
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
@@ -75,10 +74,10 @@ def case(sizes: Sizes, clock: Clock, device: torch.device) -> CaseResult:
             PACKAGE: [functools.partial(package, x)],
             COMPILED: [functools.partial(compiled, x)],
         }
-        measured = clock.times(calls, sizes.rounds, eager=(PACKAGE, COMPILED))
+        measured = bench.clock.times(calls, sizes.rounds, eager=(PACKAGE, COMPILED))
         measured.needed(PACKAGE, COMPILED)
         result["rows"][str(m)] = described_times(measured, [COMPILED])
     if differing:
-        raise RuntimeError(f"the package's outputs are others than torch.compile's at M = {differing}: {result}")
+        raise RuntimeError(f"the package's outputs differ from torch.compile's at M = {differing}: {result}")
     few = result["rows"][str(sizes.exported_rows[0])]["ratios"][PACKAGE]["ratio"]
     return result | {"bars": {f"times faster, M={sizes.exported_rows[0]}": bars.at_least(few, 1.0)}}

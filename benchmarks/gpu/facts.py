@@ -1,9 +1,8 @@
-"""The facts without which a time means nothing, and nothing that names a person's machine or folders."""
+"""Facts that a time depends on, without names of machines and folders."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import importlib.metadata
 import os
 import platform
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.interleaved import RESTRICTIONS
+from benchmarks.interleaved import RESTRICTIONS, software
 from int8compile import hardware
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("bitsandbytes", "torchao", "transformers")
-# What changes the kernels that run, of either side.
+# Variables that change the kernels of either side.
 SETTINGS = (
     *RESTRICTIONS,
     "CUDA_LAUNCH_BLOCKING",
@@ -36,17 +35,14 @@ _FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:'\"<>()]+/)+")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device and the versions."""
+    """Return the device and the versions of packages."""
     facts: dict[str, Any] = {
         "device": hardware.of(device).name,
         "capability": None,
         "driver": None,
-        "torch": torch.__version__,
+        **software(),
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "environment": {name: scrubbed(os.environ[name]) for name in SETTINGS if name in os.environ},
     }
@@ -63,25 +59,25 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-changed" behind it if files differ; None where there is no history."""
+    """Return the checkout's commit, with "-changed" appended if files differ; None without a git history."""
     head = _output("git", "log", "-1", "--format=%H")
     if not head:
         return None
-    # Without its locks: whoever works in the checkout meanwhile would find the index locked.
+    # Without locks, so that git commands of others do not find the index locked.
     changed = _output("git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     return head + ("-changed" if changed else "")
 
 
 def described(error: BaseException) -> str:
-    """An error in a few lines: compilers say at the end what is wrong, and others at the beginning."""
+    """Return the beginning and the end of an error's text; compilers state the cause at the end."""
     text = scrubbed(f"{type(error).__name__}: {error}".strip())
     return text if len(text) <= 1500 else f"{text[:500]}\n...\n{text[-1000:]}"
 
 
 def scrubbed(text: str) -> str:
-    """A text without folders and without the machine's name."""
+    """Return a text without folders and without the machine's name."""
     names = {str(ROOT): ".", str(Path.home()): "~", sys.prefix: "python"}
-    for folder in sorted(names, key=len, reverse=True):  # One may be inside another.
+    for folder in sorted(names, key=len, reverse=True):  # The longest first: a folder may be inside another.
         text = text.replace(folder, names[folder])
     text = _FOLDERS.sub("", text)
     name = platform.node()

@@ -1,4 +1,4 @@
-"""Other packages' int8 linears, where they are installed."""
+"""int8 linears of other packages, if they are installed."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import bars, inputs
-from benchmarks.gpu.clock import Call, Clock, described_times
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.clock import Call, described_times
 from benchmarks.gpu.day import CaseResult, Stage
-from benchmarks.gpu.linear import compiled, each, int8_call
-from benchmarks.gpu.sizes import Shape, Sizes
+from benchmarks.gpu.linear import compiled_linear, each, int8_call
+from benchmarks.gpu.sizes import Shape
 
 NAME = "peers"
 OURS, OURS_EAGER = "int8", "int8, eager"
-# bitsandbytes looks at the outliers on the host, which no CUDA graph can: both sides are timed without.
+# bitsandbytes reads the outliers on the host, so no CUDA graph can capture it. Both sides are timed without graphs.
 EAGER = "bitsandbytes"
 
 
-def stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> Stage:
-    """Outliers lie in columns, as a language model's do: in bitsandbytes' policy one makes its column float."""
+def stage(bench: Bench) -> Stage:
+    """Return the stage. As in language models, outliers lie in columns; bitsandbytes computes those in float."""
+    sizes = bench.sizes
     makers: dict[str, Callable[..., list[Call]]] = {
         "bitsandbytes": _bitsandbytes,
         "torchao": functools.partial(_torchao, sizes.peer_compiler),
     }
     missing = [name for name in makers if importlib.util.find_spec(name) is None]
     cases = {
-        f"{name} M={m} {shape}": functools.partial(case, sizes, clock, device, l2_bytes, name, makers[name], shape, m)
+        f"{name} M={m} {shape}": functools.partial(case, bench, name, makers[name], shape, m)
         for m in sizes.peer_rows
         for shape in sizes.shapes
         for name in makers
@@ -42,7 +44,7 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> St
     return Stage(
         NAME,
         f"int8 linears of other packages; activations with {sizes.outlier_columns} outlier columns. bitsandbytes (its "
-        "float16, threshold 6) waits for the device at every call, so it is compared with ours outside of CUDA graphs",
+        "float16, threshold 6) waits for the device at every call, so both sides are timed without CUDA graphs",
         seconds=10,
         cases=cases,
         expected=8,
@@ -50,37 +52,25 @@ def stage(sizes: Sizes, clock: Clock, device: torch.device, l2_bytes: int) -> St
     )
 
 
-def case(
-    sizes: Sizes,
-    clock: Clock,
-    device: torch.device,
-    l2_bytes: int,
-    name: str,
-    make: Callable[..., list[Call]],
-    shape: Shape,
-    m: int,
-) -> CaseResult:
-    """One package, one shape, one number of rows."""
-    x = inputs.with_outlier_columns(m, shape.k, sizes.outlier_columns, device)
-    weight = inputs.weight(shape.k, shape.n, device)
+def case(bench: Bench, name: str, make: Callable[..., list[Call]], shape: Shape, m: int) -> CaseResult:
+    """Measure a package with a shape and a number of rows."""
+    x = inputs.with_outlier_columns(m, shape.k, bench.sizes.outlier_columns, bench.device)
+    weight = inputs.weight(shape.k, shape.n, bench.device)
     qweight, scale, d = inputs.quantized(weight)
-    qweights = inputs.copies(qweight, l2_bytes)
+    qweights = inputs.copies(qweight, bench.l2_bytes)
     with warnings.catch_warnings():
-        # What they warn of is no concern of ours.
+        # The packages emit warnings that do not matter here.
         warnings.simplefilter("ignore")
         calls = {name: make(x, weight, len(qweights))}
         calls |= {ours: [int8_call(x, one, scale, d) for one in qweights] for ours in (OURS, OURS_EAGER)}
-        measured = clock.times(calls, sizes.rounds, eager=[OURS_EAGER, EAGER])
+        measured = bench.clock.times(calls, bench.sizes.rounds, eager=[OURS_EAGER, EAGER])
     torch._dynamo.reset()
     ours = OURS_EAGER if name == EAGER else OURS
     times = measured.needed(name, ours)
     bar = bars.peer(name, m)
     return {
         "peer": name,
-        "shape": shape.name,
-        "k": shape.k,
-        "n": shape.n,
-        "m": m,
+        **shape.facts(m),
         "compared": ours,
         **described_times(measured, [name]),
         "bars": {} if bar is None else {"times faster": bars.at_least(times.ratio(ours, name), bar)},
@@ -89,7 +79,7 @@ def case(
 
 def _bitsandbytes(x: Tensor, weight: Tensor, count: int) -> list[Call]:
     bnb: Any = importlib.import_module("bitsandbytes")
-    # It logs at every call that inputs are cast to float16; they are given so.
+    # It logs at every call that inputs are cast to float16, also if they are float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     x = x.to(torch.float16)
     (n, k), half = weight.shape, weight.to("cpu", torch.float16)
@@ -97,14 +87,14 @@ def _bitsandbytes(x: Tensor, weight: Tensor, count: int) -> list[Call]:
     for _ in range(count):
         layer = bnb.nn.Linear8bitLt(k, n, bias=False, threshold=6.0, has_fp16_weights=False, device="meta")
         layer.weight = bnb.nn.Int8Params(half, requires_grad=False, has_fp16_weights=False)
-        # It quantizes when it is moved to a device.
+        # The move to a device quantizes it.
         layers.append(layer.to(weight.device).eval())
     return [lambda layer=layer: layer(x) for layer in layers]  # type: ignore[misc]
 
 
 def _torchao(how: Mapping[str, Any], x: Tensor, weight: Tensor, count: int) -> list[Call]:
     quantization: Any = importlib.import_module("torchao.quantization")
-    # Its settings of Inductor are global, and would change how everything else here is compiled.
+    # torchao's settings of Inductor are global and would affect the other measurements.
     config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     (n, k), quantized = weight.shape, []
     for _ in range(count):
@@ -112,4 +102,4 @@ def _torchao(how: Mapping[str, Any], x: Tensor, weight: Tensor, count: int) -> l
         layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
         quantization.quantize_(nn.Sequential(layer), config)
         quantized.append(layer.weight)
-    return each(compiled(how), x, quantized)
+    return each(compiled_linear(how), x, quantized)

@@ -1,4 +1,4 @@
-"""Read the hardware's counters for three kernels: `ncu` runs this module, which starts each of them once.
+"""Hardware counters of three kernels. `ncu` runs this module, which starts each kernel once:
 
 ncu ... python -m benchmarks.gpu.profile
 """
@@ -30,7 +30,7 @@ SECTIONS = (
 )
 # The rows and the weight [N, K] of each kernel.
 KERNELS = {"quantize": (2048, 4096, 4096), "many rows": (2048, 4096, 4096), "one row": (1, 4096, 4096)}
-# What is kept of a kernel's page, by the names that ncu gives it.
+# Counters that are kept, by ncu's names.
 KEPT = (
     *("Duration", "Registers Per Thread", "Achieved Occupancy", "Theoretical Occupancy", "Memory Throughput"),
     *("DRAM Throughput", "L2 Cache Throughput", "Compute (SM) Throughput", "Issue Slots Busy", "Waves Per SM"),
@@ -38,14 +38,12 @@ KEPT = (
 
 
 def stage(result: Result, dry_run: bool) -> Stage:
-    """Make the stage: a single run of ncu."""
+    """Return the stage: a single run of ncu."""
     missing = not dry_run and shutil.which("ncu") is None
-    run: Callable[[], CaseResult] = (
-        functools.partial(dict, counters={}) if dry_run else functools.partial(profile, result)
-    )
+    run: Callable[[], CaseResult] = functools.partial(dict, counters={}) if dry_run else lambda: run_ncu(result)
     return Stage(
         NAME,
-        f"hardware counters of {', '.join(KERNELS)}, by ncu; the whole text is in {LOG}",
+        f"hardware counters of {', '.join(KERNELS)}, by ncu; its output is in {LOG}",
         seconds=40,
         cases={} if missing else {"ncu": run},
         expected=30,
@@ -53,19 +51,11 @@ def stage(result: Result, dry_run: bool) -> Stage:
     )
 
 
-def profile(result: Result) -> CaseResult:
-    """Run ncu, keep its text beside the result file, and pick numbers from it."""
-    command = [
-        "ncu",
-        "--clock-control",
-        "none",
-        "--profile-from-start",
-        "off",
-        "--target-processes",
-        "application-only",
-    ]
-    for section in SECTIONS:
-        command += ["--section", section]
+def run_ncu(result: Result) -> CaseResult:
+    """Run ncu, keep its output beside the result file, and return the counters."""
+    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
+    command += ["--target-processes", "application-only"]
+    command += [word for section in SECTIONS for word in ("--section", section)]
     command += [sys.executable, "-m", "benchmarks.gpu.profile"]
     status, text = run_logged(command, result.path.parent / LOG, result.left)
     kernels = parsed(text)
@@ -76,7 +66,7 @@ def profile(result: Result) -> CaseResult:
 
 
 def parsed(text: str) -> dict[str, dict[str, str]]:
-    """The numbers in ncu's pages, by kernel: `{"gemm": {"Duration": "27.5 us"}}`."""
+    """Return the counters in ncu's output by kernel: `{"gemm": {"Duration": "27.5 us"}}`."""
     found: dict[str, dict[str, str]] = {}
     page: dict[str, str] = {}
     row = re.compile(rf"\s+({'|'.join(map(re.escape, KEPT))})\s+(?:(\S+)\s+)?([\d.,]+)\s*$")
@@ -89,7 +79,7 @@ def parsed(text: str) -> dict[str, dict[str, str]]:
 
 
 def calls() -> Iterator[Callable[[], Any]]:
-    """The kernels' calls, as `KERNELS` names them."""
+    """Yield a call of each kernel in `KERNELS`."""
     from int8compile.ops import quantize_rows
 
     device = torch.device("cuda", 0)
@@ -103,7 +93,7 @@ def calls() -> Iterator[Callable[[], Any]]:
 
 
 def main() -> None:
-    """Run each call once with the profiler on, after one without."""
+    """Run each call once without and once with the profiler."""
     from int8compile import triton_kernels
 
     assert triton_kernels.load()

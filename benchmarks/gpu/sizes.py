@@ -1,4 +1,4 @@
-"""What is measured. A dry run goes through the same with sizes that a CPU does at once."""
+"""Sizes of all measurements. A dry run has the same measurements, small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Shape(NamedTuple):
     """A weight.
 
     Attributes:
-        name: Which linear of a Llama it is; those that read the same activations together.
+        name: Name of the linear in a Llama; linears that read the same activations are one.
         k: Inputs.
         n: Outputs.
     """
@@ -22,19 +22,23 @@ class Shape(NamedTuple):
     k: int
     n: int
 
+    def facts(self, m: int) -> dict[str, str | int]:
+        """Return the shape and a number of rows as a part of a case's result."""
+        return {"shape": self.name, "k": self.k, "n": self.n, "m": m}
+
     def __str__(self) -> str:
         return f"{self.name} {self.k}x{self.n}"
 
 
 class Gate(NamedTuple):
-    """A product whose result must be the reference's.
+    """A product whose result must equal the reference.
 
     Attributes:
         m: Rows.
         k: Inputs.
         n: Outputs.
-        threshold: Of outliers; 0 for none.
-        special: Whether some rows hold Inf and NaN.
+        threshold: Threshold of outliers; 0 for none.
+        special: Whether some rows contain Inf and NaN.
     """
 
     m: int
@@ -53,31 +57,31 @@ class Sizes:
     """The sizes of all stages.
 
     Attributes:
-        dry_run: Whether this is only to show that everything runs.
-        tests: The files with tests that need a GPU.
-        export_tests: Such files that export models, which takes longer.
-        workers: Processes that run tests.
+        dry_run: Whether the run only shows that everything works.
+        tests: Files with tests that need a GPU.
+        export_tests: Files with such tests that export models, which takes longer.
+        workers: Number of processes that run tests.
         gates: The correctness gates.
         shapes: Weights of the linear layers.
-        rows: All M.
-        first_rows: Those that come first.
+        rows: All M of the linear layers.
+        first_rows: The most important of them.
         outlier_rows: M of the stage on the parts of a product.
-        outlier_columns: How many columns of activations have outliers, in the comparison with other packages.
-        candidate_rows: An M of each row of the kernels' table.
+        outlier_columns: Number of activation columns with outliers, in the comparison with other packages.
+        candidate_rows: An M for each row of the kernels' table.
         peer_rows: M of the comparison with other packages.
         exported_rows: M of the comparison with an exported model.
         rounds: How often everything is timed.
-        steps: Tokens that a round of decoding makes.
-        copied: Bytes that the bandwidth is measured with.
-        square: M, K and N of the product that the peak is measured with.
-        launches: How many calls in a row the cost of a launch is taken from.
-        llama: The model.
+        steps: Tokens in a round of decoding.
+        copied: Bytes of the copy that measures the bandwidth.
+        square: M, K and N of the product that measures the peak rate.
+        launches: Number of calls in a row whose mean is the host's time of a call.
+        llama: Sizes of the model.
         compilers: Arguments of `torch.compile` for the baselines of a linear layer, by name.
-        autotune: The same for a baseline that takes long to compile.
-        autotuned_shapes: The names of the weights that it is compiled for.
+        autotune: The same for a baseline that is slow to compile.
+        autotuned_shapes: Names of the weights for that baseline.
         decoders: The same for the model in bfloat16.
         int8_decoder: The same for the model in int8.
-        peer_compiler: The same for packages that want to be compiled.
+        peer_compiler: The same for packages that need to be compiled.
     """
 
     dry_run: bool
@@ -107,12 +111,12 @@ class Sizes:
     peer_compiler: Mapping[str, Any]
 
 
-# Not "max-autotune": it would put graphs of its own into those that are captured here. The kernels are the same.
+# Not "max-autotune": its CUDA graphs would be inside the graphs that are captured here. The kernels are the same.
 _MAX_AUTOTUNE = {"mode": "max-autotune-no-cudagraphs"}
 
 
-def gpu(layers: int) -> Sizes:
-    """Llama-3.1-8B, or as many of its layers as asked for."""
+def for_gpu(layers: int) -> Sizes:
+    """Return the sizes of Llama-3.1-8B, with a decoder of some layers."""
     return Sizes(
         dry_run=False,
         # Collecting all of tests/ would compile the CPU kernel.
@@ -126,7 +130,7 @@ def gpu(layers: int) -> Sizes:
         gates=(
             Gate(1, 4096, 4096),
             Gate(16, 4096, 6144),
-            # Gluon's larger tile, its smaller one with sums that are split, and those without Gluon.
+            # Gluon's larger tile; its smaller tile with split sums; the other kernels.
             Gate(1024, 4096, 4096),
             Gate(300, 4096, 1024),
             Gate(48, 14336, 512),
@@ -167,14 +171,14 @@ def gpu(layers: int) -> Sizes:
 
 
 def with_rows(sizes: Sizes, rows: tuple[int, ...]) -> Sizes:
-    """The same with other numbers of rows, but for the exported model."""
+    """Return the sizes with other numbers of rows, except for the exported model."""
     return dataclasses.replace(
         sizes, rows=rows, first_rows=rows, outlier_rows=rows, candidate_rows=rows, peer_rows=rows
     )
 
 
 def dry_run() -> Sizes:
-    """The same stages within seconds; nothing is compiled but the int8 model, which is what this project does."""
+    """Return sizes that take seconds on a CPU. Only the int8 model is compiled."""
     # Dynamo without a compiler.
     eager = {"backend": "eager"}
     return Sizes(

@@ -1,7 +1,7 @@
-r"""A GPU of compute capability 9.0 that compiles what it is given and runs nothing: the CPU is taken for one.
+r"""A stand-in for a GPU of compute capability 9.0: it compiles kernels and runs nothing. The CPU takes its place.
 
-As a plugin of pytest it has the tests that need a GPU start their kernels without one, which compiles them. What such
-a kernel should have written is never there, so asserts must be switched off:
+As a pytest plugin, it makes the tests that need a GPU compile their kernels without a GPU. The kernels write no
+results, so asserts must be switched off:
 
     PYTHONOPTIMIZE=1 python -m pytest tests/triton_kernels/test_triton_contract.py -m gpu -p benchmarks.gpu.standin \
         --assert=plain -W ignore
@@ -19,56 +19,49 @@ import torch
 from torch import Tensor
 
 CAPABILITY, MULTIPROCESSORS, SHARED_BYTES = (9, 0), 132, 227 * 1024
-# What makes tensors, and may be asked to make them on a GPU.
+# Functions that make tensors, also on a GPU.
 FACTORIES = ("arange", "empty", "full", "ones", "rand", "randint", "randn", "tensor", "zeros")
 
 
 class Launcher:
-    """Starts nothing."""
+    """A launcher that starts nothing."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        """Takes a compiled kernel, as Triton gives it to a launcher."""
+        """Take a compiled kernel, as Triton passes it to a launcher."""
 
     def __call__(self, *given: Any) -> None:
-        """See the class."""
+        """Do nothing."""
 
 
 class Driver:
-    """Triton's driver of that GPU.
-
-    Args:
-        launcher: Takes the place of `Launcher`.
-    """
+    """Triton's driver of the stand-in, with a class of launchers."""
 
     def __init__(self, launcher: Callable[[Any, Any], Any] = Launcher) -> None:
         self.launcher_cls = launcher
         self.utils = self
 
     def get_current_target(self) -> Any:
-        """The target that Triton compiles for."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
 
     def get_current_device(self) -> int:
-        """Its only device."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """Its only stream."""
         return 0
 
     def load_binary(self, *_: Any) -> tuple[str, int, int, int, int]:
-        """Module, function, registers, spills, threads: nothing is loaded."""
+        """Return a module, a function, registers, spills and threads, without loading anything."""
         return "module", 0, 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """The limits that Triton compares a kernel's needs with."""
+
         return {"max_shared_mem": SHARED_BYTES}
 
 
 def take_over() -> None:
-    """Have this process take the CPU for the GPU, until it ends."""
+    """Make this process treat the CPU as the GPU until it ends."""
     import triton
 
     from int8compile import backend
@@ -85,7 +78,7 @@ def take_over() -> None:
     for name, function in operators._OPERATORS.items():
         library.impl(name, function, "CPU", allow_override=True)
     _KEPT.append(library)
-    # Graphs are lowered for it, and so are packages.
+    # Graphs and packages are lowered for it, too.
     backend._any_on = lambda kind, parameters: kind == "cuda"
     gpu = plan.Gpu("sm_90", tables.ARCHITECTURES["sm_90"], MULTIPROCESSORS)
     exports: Any = exporter
@@ -96,7 +89,7 @@ def take_over() -> None:
     tensors.to = _on_cpu(Tensor.to)
     tensors.cuda = lambda self, *_, **__: self
     testing: Any = torch.testing
-    testing.assert_close = lambda *_, **__: None  # There are no results. (Asserts are switched off.)
+    testing.assert_close = lambda *_, **__: None  # There are no results to compare.
     cuda: Any = torch.cuda
     cuda.get_device_capability = lambda device=None: CAPABILITY
     cuda.is_current_stream_capturing = lambda: False
@@ -112,7 +105,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems() -> Iterator[None]:
-    """Have `tests/conftest.py` keep the tests that need a GPU; later, PyTorch itself must not look for one."""
+    """Pretend that there is a GPU while `tests/conftest.py` selects tests, but not later, when PyTorch would use it."""
     found, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     try:
         return (yield)
@@ -125,7 +118,7 @@ _KEPT: list[Any] = []
 
 class _Graph:
     def replay(self) -> None:
-        """Runs nothing."""
+        """Do nothing."""
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:

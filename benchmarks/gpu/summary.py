@@ -1,4 +1,4 @@
-"""The table at the end of a day, and its plots."""
+"""Summary of a GPU day: text, Markdown and plots."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables
 from benchmarks.gpu import bars, candidates, checks, decode, exported, linear, predictions
 from benchmarks.gpu.day import GATES, CaseResult
 from benchmarks.gpu.facts import described
 
 SPEED_UPS, DECODING = "speedup.png", "decode.png"
-MISSED = " ✗"
-# The keys of names of tests that did not pass.
+# Keys with names of tests that did not pass.
 _UNWELL = ("failed", "unfinished")
 
 
 def in_words(result: CaseResult) -> str:
-    """A case's result."""
+    """Return a case's result in words."""
     if "error" in result:
         return str(result["error"]).strip().splitlines()[-1][:200]
     if "passed" in result:
@@ -38,14 +38,14 @@ def in_words(result: CaseResult) -> str:
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """All results, shortly."""
+    """Return a summary of all results as text."""
     facts = data["machine"]
     marks = ["DRY RUN, these times mean nothing"] if data["dry_run"] else []
     marks += [f"CORRECTNESS GATES FAILED: {'; '.join(failed)}"] if (failed := _failed_gates(data)) else []
     lines = [f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {data['commit']}", *marks]
     if found := data.get("kernels"):
         others = ", ".join(f"{count} {name}" for name, count in found["compiled"].items())
-        lines.append(f"our kernels: {found['hits']} from the cache; compiled here: {others or 'none'}")
+        lines.append(f"kernels: {found['hits']} from the cache; compiled here: {others or 'none'}")
     for name, stage in data["stages"].items():
         cases = stage["cases"]
         lines += ["", f"{name}: {stage['about']} ({len(cases)} cases, {stage['seconds']:.0f} s)"]
@@ -65,17 +65,46 @@ def render(data: Mapping[str, Any]) -> str:
         if stage["left_out"]:
             lines.append(f"  left out: {', '.join(stage['left_out'])}")
     lines += predictions.lines(data)
-    met = [bar["met"] for stage in data["stages"].values() for bar in _bars(stage)]
-    lines += ["", f"{sum(met)} of {len(met)} bars are met"]
+    lines += ["", _met(data)]
     return "\n".join(lines)
 
 
-def plot(data: Mapping[str, Any], folder: Path) -> str:
-    """Draws what there is to be drawn.
+def markdown(data: Mapping[str, Any]) -> str:
+    """Return the main results of a day as Markdown: linear layers, and a decoded token."""
+    facts = data["machine"]
+    versions = f"torch {facts['torch']}, Triton {facts['triton']}, driver {facts['driver']}, {facts['date']}"
+    parts = [f"**{facts['device']}**, commit {data['commit']}. {versions}; {_met(data)}."]
+    predicted = data.get("predicted", {"linear": {}, "decode": {}})
+    cells, bars_of = {}, list[str]()
+    for name, case in predictions.cases_of(data, linear.FIRST, linear.REST):
+        bars_of = max(bars_of, list(case["bars"]), key=len)
+        expected = predicted["linear"].get(name)
+        cells[case["m"], case["shape"]] = _linear_cell(case) + (f" ({expected['ratio']:.2f})" if expected else "")
+    if cells:
+        note = "in brackets, the prediction; " if predicted["linear"] else ""
+        parts.append(
+            f"One linear layer against the fastest bfloat16 `F.linear`: {' / '.join(bars_of)} ({note}✗: below the bar)."
+        )
+        header, *rows = _rows(cells)
+        parts.append(tables.markdown(rows, header, left=0))
+    for case in _measured(data, decode.NAME):
+        layers = case["sizes"]["layers"]
+        rates = [
+            [name, f"{rate:.1f}", f"{1e3 * case['medians'][name]:.2f}"]
+            for name, rate in case["tokens_per_second"].items()
+        ]
+        expected = predicted["decode"].get(str(layers))
+        note = f" (predicted: {expected['ratio']:.2f})" if expected else ""
+        ratio = case["ratios"][decode.OURS]["ratio"]
+        parts.append(
+            f"A Llama of {layers} layers, one token, batch 1: int8 is {ratio:.2f} times as fast as bfloat16{note}."
+        )
+        parts.append(tables.markdown(rates, ["", "tokens per second", "ms per token"]))
+    return "\n\n".join(parts)
 
-    Returns:
-        Why nothing was drawn; "" if it was.
-    """
+
+def plot(data: Mapping[str, Any], folder: Path) -> str:
+    """Draw the plots of a day into a folder. Return why none were drawn; "" if they were."""
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed: no plots were drawn"
     try:
@@ -86,7 +115,7 @@ def plot(data: Mapping[str, Any], folder: Path) -> str:
             if draw(data, figure.add_subplot()):
                 figure.savefig(folder / file, dpi=110)
     except Exception as error:
-        # What is measured next matters more, and --report draws them at any time.
+        # Measurements matter more, and --report can draw the plots later.
         return f"the plots could not be drawn: {described(error)}"
     return ""
 
@@ -97,22 +126,27 @@ def _speed_ups(data: Mapping[str, Any], axes: Any) -> bool:
         chosen = sorted((case for case in cases if case["shape"] == shape), key=lambda case: case["m"])
         label = "{shape} {k}x{n}".format(**chosen[0])
         _line(axes, chosen, linear.OURS, marker=".", label=label)
-    ms = sorted({case["m"] for case in cases})
-    axes.plot(ms, [bars.linear(m) for m in ms], "k_", markersize=12, label="bar")
-    axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("rows M")
-    axes.set_ylabel("times faster than the fastest bf16 F.linear")
-    axes.set_title(_title("int8 linear", data), fontsize=10)
+    least = {m: bars.linear(m) for m in sorted({case["m"] for case in cases})}
+    finish_speed_ups(axes, least, "times faster than the fastest bf16 F.linear", _title("int8 linear", data))
     axes.legend(fontsize=6, ncols=2)
     return bool(cases)
 
 
+def finish_speed_ups(axes: Any, least: Mapping[int, float], ylabel: str, title: str) -> None:
+    """Add bars by M, labels and a logarithmic axis to a plot of speed-ups over M."""
+    axes.plot(list(least), list(least.values()), "k_", markersize=12, label="bar")
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rows M")
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+
+
 def _line(axes: Any, cases: Sequence[CaseResult], name: str, **style: Any) -> Any:
-    """Ratios over M, with the quartiles of the rounds'."""
+    """Draw ratios over M, with quartiles of the rounds' ratios as error bars."""
     points = [(case["m"], case["ratios"][name]) for case in cases if name in case["ratios"]]
     ratios = [found["ratio"] for _, found in points]
-    # A quartile of the rounds' ratios may lie on the other side of the ratio of the medians.
+    # Both quartiles of the rounds' ratios may lie on one side of the ratio of the medians.
     below = [max(0.0, found["ratio"] - found["quartiles"][0]) for _, found in points]
     above = [max(0.0, found["quartiles"][1] - found["ratio"]) for _, found in points]
     return axes.errorbar([m for m, _ in points], ratios, [below, above], capsize=2, **style).lines[0]
@@ -137,26 +171,33 @@ def _title(what: str, data: Mapping[str, Any]) -> str:
     return f"{'DRY RUN: ' if data['dry_run'] else ''}{what}, {data['machine']['device']}"
 
 
+def _met(data: Mapping[str, Any]) -> str:
+    met = [bar["met"] for stage in data["stages"].values() for bar in _bars(stage)]
+    return f"{sum(met)} of {len(met)} bars are met"
+
+
 def _measured(data: Mapping[str, Any], *stages: str) -> list[CaseResult]:
-    """The results of stages, without those that are errors."""
-    found = [data["stages"].get(stage, {"cases": {}})["cases"].values() for stage in stages]
-    return [case for cases in found for case in cases if "error" not in case]
+    return [case for _, case in predictions.cases_of(data, *stages)]
 
 
 def _grid(cases: Sequence[CaseResult], cell: Callable[[CaseResult], str]) -> list[str]:
-    """A table of M by shape."""
+    """Return lines of a table of cases, by M and shape."""
     if not cases:
         return []
-    shapes = list(dict.fromkeys(case["shape"] for case in cases))
-    cells = {(case["m"], case["shape"]): cell(case) for case in cases}
-    ms = sorted({case["m"] for case in cases})
-    rows = [["M", *shapes], *([str(m), *(cells.get((m, shape), "") for shape in shapes)] for m in ms)]
+    rows = _rows({(case["m"], case["shape"]): cell(case) for case in cases})
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  " + "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
 
 
+def _rows(cells: Mapping[tuple[int, str], str]) -> list[list[str]]:
+    """Arrange cells by M and shape, with a header."""
+    shapes = list(dict.fromkeys(shape for _, shape in cells))
+    ms = sorted({m for m, _ in cells})
+    return [["M", *shapes], *([str(m), *(cells.get((m, shape), "") for shape in shapes)] for m in ms)]
+
+
 def _linear_cell(case: CaseResult) -> str:
-    return " / ".join(f"{bar['value']:.2f}{'' if bar['met'] else MISSED}" for bar in case["bars"].values())
+    return " / ".join(tables.judged(f"{bar['value']:.2f}", bar["met"]) for bar in case["bars"].values())
 
 
 def _candidate_cell(case: CaseResult) -> str:
@@ -173,7 +214,7 @@ def _failed_gates(data: Mapping[str, Any]) -> list[str]:
 
 
 def passed(data: Mapping[str, Any]) -> bool:
-    """Tell whether all planned tests and gates passed, and models gave the right outputs, with CUDA graphs."""
+    """Return whether all planned tests and gates passed, and models gave correct outputs with CUDA graphs."""
     for name in (GATES, checks.TESTS, checks.EXPORT_TESTS):
         stage = data["stages"].get(name, {"cases": {}, "left_out": []})
         if stage["left_out"] or not all(result.get("passed") for result in stage["cases"].values()):

@@ -1,8 +1,8 @@
-"""Run the measurements in a child process, and start it again behind the case that hung or crashed.
+"""Run the measurements in a child process, and restart it after the case that hung or crashed.
 
-A kernel that reads where it must not leaves a CUDA context in which nothing runs any more; one that waits for ever
-cannot be interrupted from Python; and a compiler may crash. None of these may end a day whose minutes are counted. Nor
-may the end of this process lose what was measured: results are copied all the time to where they are fetched from.
+After an illegal access of a kernel, nothing runs in its CUDA context any more; a kernel that hangs cannot be
+interrupted from Python; and a compiler may crash. None of these may end the day, whose minutes are limited. Nor may the
+end of this process lose measurements, so results are continuously copied to the folder that they are fetched from.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from typing import Any
 from benchmarks.gpu.day import BROKEN, FILE, Result, ResultError, load
 from benchmarks.gpu.facts import ROOT, scrubbed
 
-# What the measuring process prints, of all calls.
+# Output of the measuring process, of all calls.
 LOG = "day.txt"
-# Seconds that a process that is asked to end has for that.
+# Seconds that a process has to end after SIGTERM.
 GRACE = 2.0
 POLL = 0.25
 # Seconds between two copies.
 EVERY = 3.0
-# Times that a process which ended between two cases is started again.
+# Number of restarts of a process that ends between two cases.
 RESTARTS = 2
 
 
 class Stopped(BaseException):
-    """The process was asked to end. Not an `Exception`: a case may end with any of these, and the day goes on."""
+    """The process was asked to end. Not an `Exception`: after those, the day continues with the next case."""
 
 
 def stop_on_signals() -> None:
-    """Has SIGTERM and SIGINT raise `Stopped`."""
+    """Make SIGTERM and SIGINT raise `Stopped`."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(signal.Signals(number).name)
@@ -47,20 +47,16 @@ def stop_on_signals() -> None:
     signal.signal(signal.SIGINT, stop)
 
 
-# Loaded before it is needed: between fork and exec nothing should be.
+# Loaded here, since nothing should be loaded between fork and exec.
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """Start a process that leads a session, and that the system kills when this process ends, however that ends.
+    """Start a process that leads a session. The system kills it when this process ends for any reason.
 
-    A command that runs past its limit may be killed without those it started; what they leave on a GPU would disturb
-    the next call.
-
-    Args:
-        command: The program and its arguments.
-        options: Others of `subprocess.Popen`.
+    A command that exceeds its time limit may be killed without its children, whose work on the GPU would disturb the
+    next call.
     """
 
     def end_with_parent() -> None:
@@ -73,7 +69,7 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that could wait for another thread
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - it never waits for another thread
         **options,
     )
 
@@ -86,17 +82,17 @@ def run_logged(
     each: Callable[[str], object] = lambda line: None,
     **options: Any,
 ) -> tuple[int | None, str]:
-    """Run a process for a time at most, with what it prints in a file line by line, without folders.
+    """Run a process with a time limit, and append its output to a file line by line, without folders.
 
     Args:
         command: The program and its arguments.
-        log: The file; the text is appended.
-        seconds: After so many it is killed, with those it started.
+        log: The file.
+        seconds: Time limit, after which the process and its children are killed.
         each: Takes each line.
-        options: Others of `subprocess.Popen`.
+        options: Other options of `subprocess.Popen`.
 
     Returns:
-        Its exit status, None if it was killed for the time, and what it printed.
+        Its exit status, or None if it exceeded the limit; and its output.
     """
     lines: list[str] = []
     process = start(command, cwd=ROOT, **options)
@@ -125,17 +121,17 @@ def run_logged(
 def supervise(
     command: Sequence[str], folder: Path, until: float, *, environment: Mapping[str, str], copy: Path | None = None
 ) -> int:
-    """Runs a process that measures, as often as it takes.
+    """Run a measuring process, and restart it as often as necessary.
 
     Args:
-        command: Starts it. It must go on with the result file where `--resume` is added.
-        folder: Of the result file.
-        until: When the day ends, as `time.time` tells it; the process is ended then if it has not.
-        environment: Variables of that process, besides this one's.
-        copy: Where the files of the folder are copied to, every few seconds.
+        command: Starts the process. With `--resume` appended, it must continue the result file.
+        folder: Folder of the result file.
+        until: End of the day, in seconds of `time.time`; a running process is ended then.
+        environment: Variables of the process, in addition to this one's.
+        copy: Folder that gets a copy of the files every few seconds.
 
     Returns:
-        The exit status of the last one.
+        The exit status of the last process.
     """
     for each in (folder, *([copy] if copy else [])):
         try:
@@ -165,24 +161,24 @@ def _supervise(command: Sequence[str], folder: Path, until: float, environment: 
             if ended or restarts == RESTARTS or time.time() >= until:
                 return status if ended else 1
             restarts += 1
-            print(f"the process ended with status {status} between two cases; starting again", flush=True)
+            print(f"the process ended with status {status} between two cases; restarting", flush=True)
             resume = ["--resume"] if (folder / FILE).exists() else []
             continue
         result = Result(folder / FILE, load(folder))
         if time.time() >= until:
-            # The case it was at counts as left out.
+            # The case that was running counts as left out.
             del result.data["running"]
             result.write()
             return 1
         error = running.get("error") or why or f"the process ended with status {status}"
         result.record(running["stage"], running["case"], {"error": error})
-        print(f"{running['stage']}: {running['case']}: {error}; starting again", flush=True)
+        print(f"{running['stage']}: {running['case']}: {error}; restarting", flush=True)
         resume = ["--resume"]
 
 
 @contextlib.contextmanager
 def copied(folder: Path, to: Path | None, every: float) -> Iterator[None]:
-    """Copies the files of a folder to another meanwhile, again and again, and once at the end."""
+    """Copy the files of a folder to another at intervals meanwhile, and once at the end."""
     if to is None:
         yield
         return
@@ -203,36 +199,36 @@ def copied(folder: Path, to: Path | None, every: float) -> Iterator[None]:
 
 
 def kill_group(process: subprocess.Popen[Any]) -> None:
-    """Kills a process that leads a session, and those it started."""
+    """Kill a process that leads a session, and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _copy(folder: Path, to: Path) -> None:
-    """Copies files that have changed, each in one step."""
+    """Copy files that have changed, each atomically."""
     for path in folder.iterdir():
         if path.is_dir() or path.suffix == PART:
             continue
         target, part = to / path.name, to / f"{path.name}{PART}"
         try:
-            # Before it is read: what is written meanwhile is copied the next time.
+            # Taken before reading, so that a write meanwhile is copied the next time.
             written = path.stat().st_mtime_ns
             if target.exists() and target.stat().st_mtime_ns == written:
                 continue
             shutil.copyfile(path, part)
             os.utime(part, ns=(written, written))
             os.replace(part, target)
-        except OSError as error:  # The next copy may go through.
+        except OSError as error:  # The next copy may succeed.
             print(f"{path.name} could not be copied: {error.strerror or error}", flush=True)
 
 
-# Ends the name of a file that is being written.
+# Suffix of files that are being written.
 PART = ".part"
 
 
 def _relay(process: subprocess.Popen[str], log: Path) -> None:
-    """Prints what a process prints, and keeps it."""
+    """Print a process's output, and append it to a file."""
     assert process.stdout is not None
     with log.open("a") as file:
         for line in process.stdout:
@@ -242,22 +238,22 @@ def _relay(process: subprocess.Popen[str], log: Path) -> None:
 
 
 def _wait(process: subprocess.Popen[str], folder: Path, until: float) -> str:
-    """Waits until the process ends or has to be ended.
+    """Wait until the process ends, or kill it if it hangs.
 
     Returns:
-        Why it has to be ended, if it hangs.
+        Why it was killed; "" if it was not.
     """
     while process.poll() is None and time.time() <= until:
         running = _running(folder, process.pid)
         if running is not None and time.time() > running["until"]:
             kill_group(process)
-            return "it ran past its time limit and was ended"
+            return "it exceeded its time limit and was ended"
         time.sleep(POLL)
     return ""
 
 
 def _running(folder: Path, pid: int) -> dict[str, Any] | None:
-    """What a measuring process is at, or was at when it ended."""
+    """Return the case that a measuring process runs, or ran when it ended; None between cases."""
     if not (folder / FILE).exists():
         return None
     running: dict[str, Any] | None = load(folder).get("running")
