@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="int8"): found by name, one graph, right numbers, under every mode of use."""
+"""torch.compile(model, backend="int8"): found by name, one graph, right numbers, in every mode of use."""
 
 from __future__ import annotations
 
@@ -24,45 +24,18 @@ from tests.helpers.models import (
     INT8_ERROR,
     CountingBackend,
     Stack,
-    by_column,
     by_operator,
+    reference,
     relative_error,
     rotation_from,
-    rotations,
 )
 
-# The d of each linear of a model.
-Rotations = dict[nn.Module, Tensor | None]
-
-
-def reference(
-    model: Stack, x: Tensor, threshold: float | None = None, *, rotated: Rotations | None = None, columns: bool = False
-) -> Tensor:
-    """The stack through the operators, in eager mode: what the compiled model must equal.
-
-    Args:
-        model: The stack.
-        x: Its input.
-        threshold: That of the options.
-        rotated: The d of each linear, where it was made of other weights.
-        columns: Whether in the column policy.
-    """
-    d = rotations(model) if rotated is None else rotated
-
-    def product(part: nn.Linear, x: Tensor) -> Tensor:
-        return by_column(part, x, threshold or 6.0) if columns else by_operator(part, x, d[part], threshold)
-
-    for layer in model.layers:
-        x = x + product(layer.down, torch.relu(product(layer.up, x)))
-    return x
-
-
-# What runs a linear in a compiled graph that needs no gradients, and how it takes an [N, K] weight.
+# The operator that runs a linear in a compiled graph without gradients, and its form of an [N, K] weight.
 OPERATOR = "int8compile.packed_linear_no_grad" if cpu.available() else "int8compile.linear"
 
 
 def weight_argument(n: int, k: int) -> tuple[str, str]:
-    """The sizes and the dtype of an int8 weight in the generated code."""
+    """Return the sizes and dtype of an int8 weight in the generated code."""
     return (str(packed_shape(n, k)), "uint8") if cpu.available() else (f"({n}, {k})", "int8")
 
 
@@ -100,14 +73,14 @@ int8compile.backend.register()
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize("threshold", [None, 0.0, 2.0, 12.0])
 def test_equals_the_operators_bit_by_bit(threshold: float | None, rotate: bool) -> None:
-    """Options reach the operators, and what Inductor generates around them changes nothing."""
+    """Options reach the operators, and Inductor's code around them changes nothing."""
     model, x = Stack(), torch.randn(6, 32)
     x[2, 3] = 90.0
     options = {"threshold": threshold, "rotate": rotate}
     actual = torch.compile(model, backend="int8", fullgraph=True, options=options)(x)
     rotated = None if rotate else dict.fromkeys(model.modules())
     assert torch.equal(actual, reference(model, x, threshold, rotated=rotated))
-    # Where nothing is rotated and all has 8 bits, the outlier takes the other elements' precision.
+    # Without rotation and second digits, the outlier takes precision from the other elements.
     assert 0 < relative_error(actual[:2], model(x)[:2]) < INT8_ERROR
     if threshold == 2.0:
         assert not torch.equal(actual, reference(model, x, rotated=rotated))
@@ -115,7 +88,7 @@ def test_equals_the_operators_bit_by_bit(threshold: float | None, rotate: bool) 
 
 @pytest.mark.parametrize("threshold", [None, 2.0])
 def test_columns_are_those_of_the_operator(threshold: float | None) -> None:
-    """Bit for bit; nothing is rotated."""
+    """Results have the operator's bits; nothing is rotated."""
     model, x = Stack(), torch.randn(6, 32)
     x[2, 3] = 9.0
     options = {"outliers": "column", "threshold": threshold}
@@ -135,7 +108,7 @@ def test_dtypes_stay(dtype: torch.dtype) -> None:
 
 
 def test_row_policy_results_do_not_depend_on_the_batch() -> None:
-    """Changing one row leaves every other output row bitwise the same; a row alone gives what it gives in the batch."""
+    """Changing a row leaves the bits of all other rows; a row alone gives its bits from the batch."""
     model, x = Stack(), torch.randn(8, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     before = compiled(x)
@@ -180,7 +153,7 @@ def test_grad_modes(context: Callable) -> None:
 
 
 def test_parameters_made_in_inference_mode() -> None:
-    """They have no version counter."""
+    """Such parameters have no version counter."""
     with torch.inference_mode():
         model = Stack()
         x = torch.randn(4, 32)
@@ -239,7 +212,7 @@ def test_autocast(inside: bool) -> None:
 
 
 def test_autocast_with_an_addend() -> None:
-    """The addend takes the product's dtype, as addmm does under autocast."""
+    """The addend takes the product's dtype, as in addmm under autocast."""
     weight, addend, x = nn.Parameter(torch.randn(32, 48), requires_grad=False), torch.randn(4, 48), torch.randn(4, 32)
     with torch.autocast("cpu", torch.bfloat16):
         actual = torch.compile(lambda x: torch.addmm(addend, x, weight, beta=0.5), backend="int8")(x)
@@ -249,7 +222,7 @@ def test_autocast_with_an_addend() -> None:
 
 
 def test_a_convolution_can_be_viewed_as_before() -> None:
-    """1x1 convolutions are computed with the channels last; what reads the result expects them where they were."""
+    """1x1 convolutions are computed channels-last, but readers expect the original layout."""
     model, x = nn.Conv2d(8, 16, 1).requires_grad_(False), torch.randn(2, 8, 3, 5)
 
     def inside(x: Tensor) -> Tensor:
@@ -266,7 +239,7 @@ def test_a_convolution_can_be_viewed_as_before() -> None:
 
 
 def test_sizes_that_depend_on_data() -> None:
-    """Rows chosen by a mask, as experts get them: nobody knows how many while the graph is rewritten."""
+    """A mask chooses the rows, as for experts: their number is unknown while the graph is rewritten."""
     model, x = nn.Linear(32, 48).requires_grad_(False), torch.randn(8, 32)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         call = torch.compile(lambda x: model(x[x[:, 0] > 0]), backend="int8", fullgraph=True)
@@ -296,7 +269,7 @@ def test_several_graphs_after_a_graph_break() -> None:
     reason="torch 2.11 crashes when it compiles again after several threads have compiled, with backend='eager' too",
 )
 def test_threads() -> None:
-    """Eight threads, at once from the first call on: weights are quantized once, results are right."""
+    """Eight threads start with the first call at once: weights are quantized once, and results are right."""
     model, quantized = Stack(4), STORE.quantized
     compiled = torch.compile(model, backend="int8", fullgraph=True, dynamic=True)
     inputs = [torch.randn(2 + i, 32) for i in range(8)]
@@ -312,7 +285,7 @@ def test_modes_reach_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> Non
     original = torch._inductor.compile_fx.compile_fx
 
     def record(*args: object, config_patches: dict | None = None, **kwargs: object) -> object:
-        if config_patches is not None:  # It calls itself without, once the patches are applied.
+        if config_patches is not None:  # compile_fx calls itself without patches once they are applied.
             seen.append(config_patches)
         return original(*args, config_patches=config_patches, **kwargs)
 
@@ -336,7 +309,7 @@ def test_inductor_options_reach_inductor() -> None:
 
 
 def test_the_compiled_code_has_no_float_weight_and_no_symbolic_weight() -> None:
-    """The int8 weight has fixed sizes in the generated code, and the float one is no argument of it."""
+    """In the generated code the int8 weight has fixed sizes, and the float weight is not an argument."""
     from torch._inductor.utils import run_and_get_code
 
     compiled = torch.compile(Stack(1), backend="int8", dynamic=True, options={"inductor": {"fx_graph_cache": False}})
@@ -344,10 +317,10 @@ def test_the_compiled_code_has_no_float_weight_and_no_symbolic_weight() -> None:
     arguments = re.findall(r"arg\d+_1 = rand_strided\((\(.*?\)), .*dtype=torch\.(\w+)\)", code)
     assert sorted(arguments) == sorted(
         [
-            ("(4, 32)", "float32"),  # x
-            # up: int8, scale, d, bias
+            ("(4, 32)", "float32"),  # x.
+            # up: int8, scale, d, bias.
             *(weight_argument(64, 32), ("(64, )", "float32"), ("(32, )", "float32"), ("(64, )", "float32")),
-            # down
+            # down.
             *(weight_argument(32, 64), ("(32, )", "float32"), ("(64, )", "float32"), ("(32, )", "float32")),
         ]
     )
@@ -436,7 +409,7 @@ INSIDE_VMAP: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
 @pytest.mark.parametrize("call", INSIDE_VMAP.values(), ids=INSIDE_VMAP.keys())
 def test_a_linear_inside_vmap_stays_in_float(call: Callable[[nn.Linear, Tensor], Tensor]) -> None:
     linear, x = nn.Linear(32, 32).requires_grad_(False), torch.randn(6, 32)
-    with pytest.warns(int8compile.Int8Warning, match="no ordinary dense tensor"):
+    with pytest.warns(int8compile.Int8Warning, match="not an ordinary dense tensor"):
         actual = torch.compile(lambda x: call(linear, x), backend="int8", fullgraph=True)(x)
     torch.testing.assert_close(actual, call(linear, x))
 
@@ -461,7 +434,7 @@ def jagged(*lengths: int) -> Tensor:
     return torch.nested.nested_tensor([torch.randn(length, 32) for length in lengths], layout=torch.jagged)
 
 
-@pytest.mark.filterwarnings("ignore:NestedTensor does not implement")  # AOTAutograd, for its cache
+@pytest.mark.filterwarnings("ignore:NestedTensor does not implement")  # AOTAutograd copies them for its cache.
 def test_a_linear_of_a_nested_tensor_stays_in_float() -> None:
     model, x = nn.Sequential(nn.Linear(32, 16)).requires_grad_(False), jagged(3, 5)
     with pytest.warns(int8compile.Int8Warning, match="it is a nested tensor"):

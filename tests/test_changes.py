@@ -1,4 +1,4 @@
-"""Noticing that a tensor has changed: by a few words at every call, by all bytes when there is time."""
+"""Detecting changes of a tensor: by a few words at every call, by all bytes when there is time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_fingerprint_depends_on_the_order() -> None:
 def test_the_fingerprint_of_views(take: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     tensor = values(16, 24, dtype=dtype)
     before, found = take(tensor).clone(), fingerprint(take(tensor))
-    tensor[0, 20] += 1  # Only some of the views hold it.
+    tensor[0, 20] += 1  # Only some of the views contain this element.
     assert (fingerprint(take(tensor)) == found) == torch.equal(take(tensor), before)
 
 
@@ -58,13 +58,13 @@ def test_an_update_of_all_elements_is_seen_at_every_call(dtype: torch.dtype) -> 
     tensor = values(40, 30, dtype=dtype)
     state = Snapshot(tensor)
     assert state.holds(tensor)
-    tensor.data.add_(1)  # Not counted.
+    tensor.data.add_(1)  # Does not increase the version counter.
     assert not state.holds(tensor)
     assert Snapshot(tensor).holds(tensor)
 
 
 def test_the_words_are_spread_over_all_of_the_memory() -> None:
-    """So that an update of a part is seen where that is larger than an eighth of it."""
+    """The words are so dense that an update of more than an eighth of the memory is seen."""
     tensor = values(64, 64)
     for begin in range(0, 56, 4):
         state = Snapshot(tensor)
@@ -77,7 +77,7 @@ def test_states_of_tensors_that_may_not_be_read() -> None:
         state = Snapshot(tensor)
         assert state.holds(tensor)
         if tensor.numel() > 1:
-            tensor[0].add_(1)  # Counted.
+            tensor[0].add_(1)  # Increases the version counter.
             assert not state.holds(tensor)
 
 
@@ -106,7 +106,7 @@ def test_the_same_memory() -> None:
     assert first.same_memory(Snapshot(tensor))
     assert not first.same_memory(Snapshot(tensor[1:]))
     assert not first.same_memory(Snapshot(tensor.clone()))
-    # An int8 weight on a GPU that has to be made anew is made in place, whoever found that out.
+    # An outdated int8 weight on a GPU is remade in place, whatever found it outdated.
     first.outdate()
     assert first.same_memory(Snapshot(tensor))
     del tensor

@@ -1,4 +1,4 @@
-"""Int8Config: what it takes, what it refuses, and what the message says."""
+"""Int8Config: its accepted values, its refusals, and their messages."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_columns_are_those_of_x_itself() -> None:
     assert Int8Config().rotates
     assert not Int8Config(rotate=False).rotates
     assert not Int8Config(outliers="column").rotates
-    assert Int8Config(outliers="column", threshold=0.5).threshold == 0.5  # Absolute there.
+    assert Int8Config(outliers="column", threshold=0.5).threshold == 0.5  # The column policy's threshold is absolute.
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,10 @@ def test_config_is_frozen_and_keeps_patterns_as_a_tuple() -> None:
     assert config.skip_modules == ("mlp",)
     with pytest.raises(AttributeError):
         config.threshold = 1.0  # type: ignore[misc]
+
+
+def test_a_config_is_taken_as_options() -> None:
+    config = Int8Config(threshold=3.0, skip_modules=("mlp",))
+    assert Int8Config.from_options(config) == config
+    with pytest.raises(ConfigError, match="mode is given twice"):
+        Int8Config.from_options(config, mode="max-autotune")

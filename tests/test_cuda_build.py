@@ -1,8 +1,8 @@
-"""The whole backend on a CUDA build of PyTorch, without a GPU: up to the code that Inductor would run on one.
+"""The whole backend on a CUDA build of PyTorch without a GPU, up to the code that Inductor would run on one.
 
-`make test-cuda-build` installs such a build and runs this file; elsewhere it is skipped. Dynamo captures the model on
-the CPU; then every input of the lowered graph is taken for one on a GPU, so that AOTAutograd and Inductor do what they
-do for CUDA: what is fused, what is copied, what is started, in which order.
+`make test-cuda-build` installs such a build and runs this file; otherwise the file is skipped. Dynamo captures the
+model on the CPU. Then every input of the lowered graph is declared to be on a GPU, so that AOTAutograd and Inductor
+fuse, copy and launch as they do for CUDA.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch._inductor import compile_fx, graph, scheduler
 
 from benchmarks.gpu.standin import CAPABILITY, MULTIPROCESSORS, Driver
 from int8compile import backend, triton_kernels
-from int8compile.passes import lower_for_gpu
+from int8compile.passes import lower_gpu
 
-# Inductor's, of reductions.
+# Inductor warns about reductions.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled:UserWarning")
 
 H100 = types.SimpleNamespace(
@@ -50,12 +50,12 @@ def _moved(value: Any) -> Any:
 
 
 class GeneratedError(Exception):
-    """Raised where the code would be loaded."""
+    """Raised instead of loading the code."""
 
 
 @pytest.fixture
 def codes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The code of each graph; compiling ends there."""
+    """Collect the code of each graph; compiling ends there."""
     codes: list[str] = []
 
     def to_module(self: Any) -> None:
@@ -75,16 +75,16 @@ def codes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
                 else each
                 for each in inputs
             ]
-        for node in module.graph.nodes:  # What makes tensors makes them there, too.
+        for node in module.graph.nodes:  # Tensors created inside the graph move as well.
             node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), _moved)
         module.recompile()
         return compile_on_cpu(module, moved, **given)
 
     monkeypatch.setattr(compile_fx, "compile_fx", compile_for_gpu)
     monkeypatch.setattr(graph.GraphLowering, "compile_to_module", to_module)
-    # What the backend and PyTorch ask of a GPU.
+    # Answers of a GPU to the backend and to PyTorch.
     monkeypatch.setattr(backend, "_any_on", lambda kind, parameters: kind == "cuda")
-    monkeypatch.setattr(backend, "lower_for_gpu", lambda *given: lower_for_gpu(*given, lambda device: True))
+    monkeypatch.setattr(lower_gpu, "has_int8_kernels", lambda device: True)
     monkeypatch.setattr(triton_kernels, "load", lambda: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(scheduler, "has_triton", lambda: True)
@@ -111,7 +111,7 @@ def code_of(codes: list[str], call: Callable[..., Any], *args: Any, **kwargs: An
 
 
 def launches(code: str) -> list[str]:
-    """List what is started, in order: our operators, and Inductor's kernels as `triton`."""
+    """Return the launches in order: our operators by name, Inductor's kernels as `triton`."""
     body = code.split("def call(")[1]
     started = r"torch\.ops\.(\w+\.\w+)[.\w]*|(extern_kernels\.\w+)|(triton)_\w+\.run"
     found = re.findall(rf"^ +(?:\w+ = )?(?:{started})\(", body, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""explain(): a row for every linear site, data and table, and nothing left behind."""
+"""explain(): a row for every linear site, as data and as a table, and no traces left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from int8compile import Int8Config, SkipReason, cpu, hardware, roofline, triton_
 from int8compile.explaining import kernel_of
 from int8compile.groups import make_d
 from int8compile.ops import reference
-from int8compile.passes import rules
+from int8compile.passes import linear_site
 from int8compile.weights import STORE
 from tests.helpers.models import Block, CountingBackend, Stack
 
@@ -50,18 +50,18 @@ def test_a_row_for_every_site() -> None:
         ("stack.layers.1.up", "linear", ("5", "32", "64"), None),
         ("stack.layers.1.down", "linear", ("5", "64", "32"), None),
         ("router", "linear", ("5", "32", "4"), SkipReason.SMALL),
-        ("lm_head", "linear", ("5", "32", "64"), SkipReason.LM_HEAD),
+        ("lm_head", "linear", ("5", "32", "64"), SkipReason.TIED),
     ]
     assert report.sites[0].source == f"models.py:{Block.forward.__code__.co_firstlineno + 1}"
     assert report.totals() == {
         "sites": 6,
         "rewritten": 4,
         "skipped": 2,
-        "reasons": {"small": 1, "lm_head": 1},
+        "reasons": {"small": 1, "tied": 1},
         "activation_matmuls": 2,
         "graphs": 1,
         "bytes_before": 4 * (4 * 64 * 32 + 4 * 32 + 64 * 32),
-        # Of each block, scales for 64 + 32 outputs and d for 32 + 64 inputs.
+        # In each block, scales for 64 + 32 outputs and d for 32 + 64 inputs.
         "bytes_after": 4 * 64 * 32 + 4 * 2 * 2 * (64 + 32) + 4 * (4 * 32 + 64 * 32),
     }
 
@@ -98,7 +98,7 @@ def test_what_the_lm_head_runs_in(lm_head: str, runs_in: str) -> None:
     (line,) = [line for line in str(report).splitlines() if line.startswith("lm_head ")]
     assert f"  {runs_in}  " in line
     assert report.to_dict()["sites"][-1]["runs_in"] == runs_in
-    # A tied table stays where it is, so the head's int8 weight is one more.
+    # A tied table stays, so the head's int8 weight comes on top.
     assert site.bytes_before == 4 * 64 * 32
     assert site.bytes_after == (4 * 64 * 32 if lm_head == "native" else 64 * 32 + 4 * 64)
 
@@ -126,20 +126,20 @@ def test_a_compiled_model_is_explained_as_what_it_was_made_from() -> None:
     compiled = torch.compile(model, backend=backend)
     compiled(x)
     assert len(int8compile.explain(compiled, x).rewritten) == 4
-    # And its own compiled code is still there.
+    # The compiled code of the model is kept.
     compiled(x)
     assert backend.graphs == 1
 
 
 @pytest.mark.slow
 def test_as_often_as_one_likes() -> None:
-    """Dynamo gives up on code that was compiled 256 times; then nothing would be captured."""
+    """Dynamo stops compiling code after 256 compilations; nothing would be captured then."""
     model, x = nn.Linear(32, 32), torch.randn(2, 32)
     assert [len(int8compile.explain(model, x).rewritten) for _ in range(260)] == [1] * 260
 
 
 def test_parametrized_linears() -> None:
-    """Their `weight` is no parameter but computed at every access."""
+    """Their `weight` is not a parameter but computed at every access."""
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), nn.Linear(32, 32))
     report = int8compile.explain(model, torch.randn(4, 32))
     assert [site.reason for site in report.sites] == [SkipReason.COMPUTED, None]
@@ -195,7 +195,7 @@ def test_functions_keyword_arguments_and_configs() -> None:
 
 
 def share(x: Tensor, weight: Tensor, threshold: float, *, rotate: bool) -> float:
-    """The share of outliers among the activations of a linear alone."""
+    """Return the share of outliers among the activations of a single linear."""
     d = make_d([weight.detach()]) if rotate else None
     return float(reference.digits(reference.quantize_rows(x, d, threshold).Q)[1].ne(0).float().mean())
 
@@ -253,7 +253,7 @@ def test_a_module_that_is_int8_runs_as_it_is() -> None:
 
 
 class Breaking(nn.Module):
-    """Breaks the graph inside a submodule inside a loop, after which Dynamo leaves the outer function to Python."""
+    """A graph break in a submodule inside a loop, after which Dynamo leaves the outer function to Python."""
 
     class Part(Block):
         def forward(self, x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class Breaking(nn.Module):
 
 
 def test_patterns_count_as_used_where_the_backend_uses_them() -> None:
-    """After a graph break in a submodule its paths begin there, so this pattern skips nothing."""
+    """After a graph break in a submodule, its paths begin there, so this pattern skips nothing."""
     report = int8compile.explain(Breaking(), torch.randn(3, 32), config={"skip_modules": ["parts.0", "down"]})
     assert [site.path for site in report.rewritten] == ["parts.0.up", "parts.1.up"]
     assert report.unused_patterns == ("parts.0",)
@@ -295,7 +295,7 @@ def test_after_graph_breaks_paths_are_whole_and_lost_linears_are_named() -> None
 
 
 def test_a_model_on_the_meta_device() -> None:
-    """What a model that does not fit in memory would take."""
+    """The report shows the sizes of a model that does not fit in memory."""
     report = int8compile.explain(Stack().to("meta"), torch.randn(4, 32, device="meta"))
     assert len(report.rewritten) == 4
     assert report.totals()["bytes_after"] == 4 * 64 * 32 + 4 * 2 * 2 * (64 + 32)
@@ -318,7 +318,7 @@ H100 = hardware.gpu("NVIDIA H100 80GB HBM3", "sm_90")
     [
         (4096, 14336, "8", "M >= 1"),
         (4096, 14336, "4*s0", "4*s0 >= 1"),
-        # A narrow output: quantizing x costs as much as the weight's bytes save, from some M on.
+        # A narrow output: from some M on, quantizing x costs as much as the smaller weight saves.
         (4096, 128, "s0", "s0 <= 63"),
         (4096, 2, "s0", "never"),
     ],
@@ -329,7 +329,7 @@ def test_roofline_in_symbols(k: int, n: int, rows: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("k", "n"), [(4096, 14336), (4096, 128), (576, 192), (4096, 64), (64, 4096), (4096, 2)])
 def test_roofline_agrees_with_trying_every_m(k: int, n: int) -> None:
-    """Against the two floors of the roofline, evaluated number by number."""
+    """The result agrees with both floors of the roofline, evaluated for each M."""
     assert H100.bandwidth
     assert H100.float_peak
     assert H100.int8_peak
@@ -381,8 +381,8 @@ def test_what_multiplies_on_a_gpu(isa: str, expected: str, monkeypatch: pytest.M
 
 
 def test_a_gpu_without_int8_instructions_gets_int8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the report says so, line by line: the CPU plays an sm_75."""
-    monkeypatch.setattr(rules, "_on_gpu_without_int8", lambda parameter: True)
+    """The report says so in each line; the CPU stands in for an sm_75."""
+    monkeypatch.setattr(linear_site, "_on_gpu_without_int8", lambda parameter: True)
     report = int8compile.explain(nn.Sequential(nn.Linear(32, 32), nn.ReLU()), torch.randn(2, 32))
     assert [site.weight_only for site in report.sites] == [True]
     assert "int8 weight" in str(report)

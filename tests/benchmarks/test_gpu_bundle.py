@@ -1,4 +1,4 @@
-"""Kernels compiled beforehand: found again in a fresh cache, by any wheel of the same Triton."""
+"""Kernels compiled beforehand are found in a fresh cache, by any wheel of the same Triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.gpu import bundle, kernels
 from benchmarks.gpu.bundle import BundleError, Counts
 from benchmarks.gpu.facts import ROOT
 
-# One linear on the stand-in, with what a bundle says of kernels before and after.
+# Runs one linear on the stand-in, and prints the bundle's report on kernels before and after.
 PROGRAM = """
 import os, sys
 from pathlib import Path
@@ -44,10 +44,10 @@ if not file.exists():
 
 
 def start(folder: Path, file: Path, wheel: str) -> tuple[int, Counts]:
-    """Runs the program with a cache of its own.
+    """Run the program with its own cache.
 
     Returns:
-        How many kernels were packed or unpacked, and what was asked of Triton.
+        The number of packed or unpacked kernels, and the requests to Triton.
     """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), bundle.WATCH: str(folder / "log")}
     environment.pop("TRITON_INTERPRET", None)
@@ -59,7 +59,7 @@ def start(folder: Path, file: Path, wheel: str) -> tuple[int, Counts]:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the kernels of one linear."""
+    """Return a bundle of the kernels of one linear."""
     folder = tmp_path_factory.mktemp("bundle")
     file = folder / "bundle.tar.xz"
     count, counts = start(folder, file, "of Python 3.11")
@@ -69,7 +69,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("wheel", ["of Python 3.11", "of Python 3.12"])
 def test_a_fresh_cache_has_every_kernel(wheel: str, packed: Path, tmp_path: Path) -> None:
-    """Triton's own files are part of its keys, and differ between the wheels for two versions of Python."""
+    """Triton's own files are part of its cache keys and differ between the wheels for two versions of Python."""
     assert start(tmp_path, packed, wheel) == (2, Counts(2, ()))
 
 
@@ -103,11 +103,11 @@ def test_bundles_that_cannot_be_used(packed: Path, tmp_path: Path) -> None:
     flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
     for damaged in (b"", b"no archive", content[:middle], flipped):
         bad.write_bytes(damaged)
-        with pytest.raises(BundleError, match=r"bad.tar.xz is no bundle of kernels"):
+        with pytest.raises(BundleError, match=r"bad.tar.xz is not a bundle of kernels"):
             bundle.unpack(bad, tmp_path / "cache")
     with tarfile.open(bad, "w:xz") as archive:
         bundle._add(archive, bundle.MANIFEST, json.dumps({"triton": "2.1.0", "keys": []}).encode())
-    with pytest.raises(BundleError, match=r"bad.tar.xz was made by Triton 2.1.0, and here is"):
+    with pytest.raises(BundleError, match=r"bad.tar.xz was made by Triton 2.1.0, but"):
         bundle.unpack(bad, tmp_path / "cache")
     assert bundle.main([str(tmp_path / "missing"), "--verify"]) == 2
 

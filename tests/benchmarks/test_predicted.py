@@ -1,4 +1,4 @@
-"""The model of kernels' times: what it says of kernels that were measured, and that it is marked as a prediction."""
+"""The model of kernel times against measured kernels, and its mark as a prediction."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TILES = Kernel("gemm", 128, 128, 128, stages=5, warps=8, resident=1, loop=COPYIN
 
 
 class Stored(Kernels):
-    """Kernels of which everything is known, without Triton."""
+    """Kernels with known figures, without Triton."""
 
     def __init__(self) -> None:
         self.made: list[tuple[int, bool]] = []
@@ -51,13 +51,13 @@ def test_the_model_describes_what_was_measured() -> None:
         "decode, bfloat16": 1,
     }
     assert all(abs(each.error) <= ERROR for each in checked)
-    assert abs(found["product"]["mean"]) < 0.02  # it errs to both sides
-    assert found["bfloat16"]["mean"] < 0  # to bfloat16's advantage
+    assert abs(found["product"]["mean"]) < 0.02  # Errors on both sides.
+    assert found["bfloat16"]["mean"] < 0  # In bfloat16's favour.
     assert found["decode, bfloat16"]["mean"] < 0
 
 
 def test_bfloat16_has_its_known_rate() -> None:
-    """cuBLAS with 8192 rows, inputs and outputs: 700 to 750 Tera operations a second are published, an H200 did 786."""
+    """cuBLAS with 8192 rows, inputs and outputs: 700 to 750 TFLOP/s are published, an H200 reached 786."""
     rate = 2 * 8192**3 / baseline(H100, 8192, 8192, 8192)
     assert 700e12 < rate < 811e12
 
@@ -81,7 +81,7 @@ def test_splits_fill_multiprocessors_and_cost_their_sums() -> None:
             H100, Kernel(*("gemm", 128, 128, 128, 5, 8, 1, COPYING, 1000), splits=splits), m, 4096, 14336
         ).seconds
 
-    assert seconds(128, 4) < seconds(128, 1)  # 32 tiles of 132
+    assert seconds(128, 4) < seconds(128, 1)  # 32 tiles for 132 multiprocessors.
     assert seconds(2048, 4) > seconds(2048, 1)
 
 
@@ -97,7 +97,7 @@ def test_a_linear_counts_the_launches_of_both_sides() -> None:
     inside = predicted.linear(H100, kernels, 16, SHAPES["gate_up"], in_layer=True)
     assert kernels.made == [(16, False), (16, True)]
     assert alone.baseline == baseline(H100, 16, 28672, 4096) > BASELINE
-    assert inside.baseline > alone.baseline + 2 * LAUNCH  # the norm, silu-times-up
+    assert inside.baseline > alone.baseline + 2 * LAUNCH  # The norm, and silu times up.
     assert Linear("", 1.0, 2.0, 6.0, "").ratio == 2
 
 
@@ -115,7 +115,7 @@ def test_everything_shown_is_marked_as_a_prediction() -> None:
 
 
 def test_the_committed_predictions_are_of_the_tables_kernels() -> None:
-    """If not: python -m benchmarks.predicted --out benchmarks/results/gpu/predicted.md."""
+    """On failure: python -m benchmarks.predicted --out benchmarks/results/gpu/predicted.md."""
     pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
     from int8compile.triton_kernels import tables
 
@@ -136,6 +136,6 @@ def test_kernels_are_compiled() -> None:
     found = predicted.linear(H100, kernels, 1, SHAPES["o"], in_layer=True)
     assert found.kernel.startswith("gemv ")
     assert found.limit == "memory"
-    # Not faster than the bytes.
+    # Never faster than reading the bytes.
     assert found.product > 4096 * 4096 / H100.bandwidth + LAUNCH
     assert found.quantize > LAUNCH

@@ -1,4 +1,4 @@
-"""Compiling, caching and loading the CPU kernel's library, mostly with small sources that stand for the real ones."""
+"""Compile, cache and load the CPU kernel's library, mostly from small sources that stand for the real ones."""
 
 from __future__ import annotations
 
@@ -22,105 +22,16 @@ import pytest
 import torch
 
 from int8compile import ConfigError, Int8Warning, KernelBuildError, cpu
-from int8compile.app import cli
 from int8compile.cache import cache_folder
 from int8compile.cpu import build
+from int8compile.cpu import compiler as compiler_module
 from int8compile.exporting import stub
+from tests.helpers.cpu_build import FAST, UNITS, Compiler
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-# The functions that `Library` calls, for variants listed as in the real sources.
-OP = """
-#include <cstring>
-#include <string>
-extern const char* const variants[];
-static std::string used = variants[0];
-extern "C" {
-__attribute__((visibility("default"))) const char* int8compile_variants() {
-  static std::string names;
-  names = "";
-  for (const char* const* each = variants; *each; ++each) names += std::string(names.empty() ? "" : " ") + *each;
-  return names.c_str();
-}
-__attribute__((visibility("default"))) const char* int8compile_variant() { return used.c_str(); }
-__attribute__((visibility("default"))) const char* int8compile_features() { return ""; }
-__attribute__((visibility("default"))) int int8compile_use_variant(const char* name) {
-  for (const char* const* each = variants; *each; ++each) {
-    if (!std::strcmp(*each, name)) return used = name, 1;
-  }
-  return 0;
-}
-}
-"""
-VARIANTS = """
-extern const char* const variants[] = {
-#ifndef INT8COMPILE_NO_FAST
-    "fast",
-#endif
-    "portable", nullptr};
-"""
-FAST = build.Unit("fast.cpp", variant="fast", needs="int f() { return 0; }")
-# The library, and the object file for exported models.
+# Two links: the library, and the object file for exported models.
 LINKS = 2
-UNITS = (build.Unit("op.cpp"), FAST, build.Unit("portable.cpp", variant="portable"), build.Unit("variants.cpp"))
-
-
-class Compiler:
-    """A script that stands for g++ and counts how often it compiles or links."""
-
-    def __init__(self, folder: Path, version: str = "stub 1.0") -> None:
-        self.path = folder / "compiler"
-        self.calls = folder / "calls"
-        self.calls.touch()
-        # While this is there, linking hangs.
-        self.hang = folder / "hang"
-        self.process = folder / "process"
-        self.path.write_text(
-            f"""#!/bin/sh
-if [ "$1" = --version ]; then echo '{version}'; exit; fi
-echo "$@" >> {self.calls}
-case " $* " in *" -shared "*) if [ -e {self.hang} ]; then echo $$ > {self.process}; exec sleep 60; fi;; esac
-exec g++ "$@"
-"""
-        )
-        self.path.chmod(0o755)
-
-    @property
-    def count(self) -> int:
-        return len(self.calls.read_text().splitlines())
-
-
-@pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small sources instead of the real ones, an empty cache, and nothing loaded."""
-    folder = tmp_path / "csrc"
-    folder.mkdir()
-    for name, text in {"op": OP, "fast": "", "portable": '#include "some.h"\n', "variants": VARIANTS}.items():
-        (folder / f"{name}.cpp").write_text(text)
-    (folder / "some.h").touch()
-    monkeypatch.setattr(build, "SOURCES", folder)
-    monkeypatch.setattr(build, "UNITS", UNITS)
-    monkeypatch.setattr(build, "FLAGS", ("-fPIC", "-fvisibility=hidden"))
-    monkeypatch.setattr(build, "LINK_FLAGS", ("-shared",))
-    monkeypatch.setenv("INT8COMPILE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
-    forget(monkeypatch)
-    return folder
-
-
-@pytest.fixture
-def compiler(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    made = Compiler(tmp_path)
-    monkeypatch.setenv("CXX", str(made.path))
-    return made
-
-
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has loaded nothing."""
-    for name, value in (("_library", None), ("_failure", ""), ("_isa_read", False)):
-        monkeypatch.setattr(cpu, name, value)
-    for name in ("INT8COMPILE_ISA", "INT8COMPILE_CPU_KERNEL"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -128,7 +39,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def in_processes(count: int, function: Callable[..., None], *arguments: object) -> list[multiprocessing.Process]:
-    """Forked, so that they see what a test has patched."""
+    """Start forked processes, which see the test's patches."""
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=function, args=arguments) for _ in range(count)]
     for process in processes:
@@ -165,7 +76,7 @@ def test_whatever_changes_makes_a_library_of_its_own(
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")
     elif change == "compiler":
-        build._identified.cache_clear()
+        compiler_module._identified.cache_clear()
         Compiler(tmp_path, "stub 2.0")
     else:
         monkeypatch.setenv("CXX", f"{compiler.path} -DX")
@@ -189,7 +100,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_a_user_without_a_home_has_a_cache_of_his_own() -> None:
-    """As in a container that runs as a user who is in no table: asked in a process that is one."""
+    """Containers may run as a user that no table lists; a process of such a user is asked."""
     hidden = ("HOME", "XDG_CACHE_HOME", "INT8COMPILE_CACHE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     if os.getuid() != 0:
@@ -198,7 +109,7 @@ def test_a_user_without_a_home_has_a_cache_of_his_own() -> None:
     program = (
         f"import os, runpy; found = runpy.run_path({str(module)!r}); os.setuid(54321); print(found['cache_folder']())"
     )
-    environment["TMPDIR"] = "/tmp"  # That user may not look into this test's.
+    environment["TMPDIR"] = "/tmp"  # That user cannot read this test's folder.
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "/tmp/int8compile-54321"
@@ -296,7 +207,7 @@ def test_a_cache_that_can_only_be_read_is_used(compiler: Compiler, monkeypatch: 
 
 
 def planted(folder: Path) -> Path:
-    """A library that somebody put there, with what would vouch for it."""
+    """Plant a library, with the files that would vouch for it."""
     compiled = build.library()
     target = folder / compiled.path.parent.name
     shutil.copytree(compiled.path.parent, target)
@@ -304,6 +215,7 @@ def planted(folder: Path) -> Path:
 
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+
 SOMEBODY = 65534
 
 
@@ -316,7 +228,7 @@ def given_away(path: Path) -> None:
 def test_another_users_cache_is_not_used(
     compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The kernel is compiled in a folder of this user's instead."""
+    """The kernel is compiled in this user's own folder instead."""
     other = tmp_path / "other"
     target = planted(other)
     given_away(other)
@@ -386,7 +298,7 @@ def test_a_compiler_that_hangs_is_ended(sources: Path, tmp_path: Path, monkeypat
     hangs.write_text("#!/bin/sh\ncase $* in *--version) echo 1.0;; *) exec sleep 600;; esac\n")
     hangs.chmod(0o755)
     monkeypatch.setenv("CXX", str(hangs))
-    monkeypatch.setattr(build, "COMPILES", 0.5)
+    monkeypatch.setattr(compiler_module, "COMPILES", 0.5)
     with pytest.raises(KernelBuildError, match=r"hangs had not ended after 0.5 seconds"):
         build.library()
 
@@ -395,7 +307,7 @@ def test_a_lock_that_is_never_released_is_named(compiler: Compiler, monkeypatch:
     built = build.library()
     lock = built.path.parent / "lock"
     monkeypatch.setattr(build, "LOCKED", 0.3)
-    # flock is between open files, so one of this process will do.
+    # flock works between open files, so a second lock in this process blocks as well.
     with (
         filelock.FileLock(lock, is_singleton=False),
         pytest.raises(KernelBuildError, match=r"lock for 0.3 seconds; end"),
@@ -406,7 +318,7 @@ def test_a_lock_that_is_never_released_is_named(compiler: Compiler, monkeypatch:
 
 def test_missing_compilers_are_named(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -x")
-    with pytest.raises(KernelBuildError, match="CXX names 'no-such-compiler', which is no program"):
+    with pytest.raises(KernelBuildError, match="CXX names 'no-such-compiler', which is not a program"):
         build.library()
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(KernelBuildError, match="`false --version` fails"):
@@ -423,7 +335,7 @@ def test_compilers_that_are_looked_for(
 ) -> None:
     Compiler(tmp_path).path.rename(tmp_path / name)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert build.find_compiler() == build.Compiler((name,), "stub 1.0")
+    assert compiler_module.find_compiler() == compiler_module.Compiler((name,), "stub 1.0")
 
 
 def test_sources_that_do_not_compile_are_named(compiler: Compiler, sources: Path) -> None:
@@ -516,7 +428,7 @@ def test_one_warning_where_there_is_no_kernel(sources: Path, monkeypatch: pytest
         cpu.use_variant("portable")
 
 
-# Without the kernel, the operators that it implements run their definition, and a model compiled to int8 runs too.
+# Without the kernel, its operators run their definition, and compiled int8 models still run.
 FALLBACK = """
 import warnings
 import torch
@@ -574,7 +486,7 @@ def test_the_environment_names_the_variant(compiler: Compiler, monkeypatch: pyte
             cpu.load()
     monkeypatch.setenv("INT8COMPILE_ISA", "portable")
     assert cpu.variant() == "portable"
-    # Read once: what use_variant says counts from then on.
+    # The variable is read once; afterwards use_variant decides.
     cpu.use_variant("fast")
     assert cpu.variant() == "fast"
 
@@ -587,62 +499,3 @@ def test_the_real_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(library.variants) <= set(library.built.variants)
     assert library.variants[-1] == "portable"
     assert library.variant in library.variants
-
-
-def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert cli.main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert text.endswith("The CPU kernel works.\n")
-    assert "every variant equals the reference, bit for bit" in text
-    assert cli.main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    library = cpu.load()
-    assert library is not None
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["machine"]["torch_threads"] == torch.get_num_threads()
-    assert found["kernel"]["problem"] == ""
-    assert found["kernel"]["library"] == str(library.path)
-    assert found["kernel"]["variants_that_run_here"] == list(library.variants)
-    assert found["kernel"]["variant_used"] == library.variant
-    assert found["cache"]["folder"] == str(cache_folder())
-    assert found["cache"]["libraries"] >= 1
-    assert found["environment"]["OMP_NUM_THREADS"] == "3"
-    for section, values in found.items():
-        assert f"\n{section}\n" in f"\n{text}"
-        for value in values.values():
-            if isinstance(value, str) and value and section != "kernel":
-                assert value in text
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "problem"),
-    [
-        ("CXX", "no-such-compiler", "CXX names 'no-such-compiler', which is no program"),
-        ("INT8COMPILE_CPU_KERNEL", "0", "INT8COMPILE_CPU_KERNEL=0 turns it off"),
-        ("INT8COMPILE_ISA", "sse9", "INT8COMPILE_ISA: kernel variant 'sse9' cannot be used"),
-    ],
-)
-def test_doctor_says_why_there_is_no_kernel(
-    compiler: Compiler,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    variable: str,
-    value: str,
-    problem: str,
-) -> None:
-    monkeypatch.setenv(variable, value)
-    assert cli.main(["doctor"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"The CPU kernel cannot be used: {problem}")
-    assert cli.main(["doctor", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["kernel"]["problem"].startswith(problem)
-
-
-def test_doctor_finds_wrong_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from int8compile.ops import reference
-
-    monkeypatch.setattr(reference, "linear", lambda x, qweight, *rest: torch.zeros(x.shape[0], qweight.shape[0]))
-    assert cli.main(["doctor"]) == 1
-    library = cpu.load()
-    assert library is not None
-    assert f"these variants differ from the reference: {', '.join(library.variants)}" in capsys.readouterr().out

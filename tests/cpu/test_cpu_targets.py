@@ -1,7 +1,7 @@
-"""The CPU kernel with clang and for other machines, by zig's clang, which compiles for every target.
+"""The CPU kernel compiled by clang and for other machines, by zig's clang, which has every target.
 
-The check program (int8compile/cpu/csrc/check) compares a machine's variants with each other, and prints a digest of the
-results, which must be the same on all of them.
+The check program (int8compile/cpu/csrc/check) compares a machine's variants with each other and prints a digest of the
+results. The digest must be the same on all machines.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import pytest
 
 from int8compile.cpu import build
 
-# Compiles every variant with two compilers: about a minute.
+# Every variant is compiled by two compilers: about a minute.
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
 CHECK = build.Unit("check/check.cpp")
-# zig wants names of CPUs where others take architectures.
+# zig takes names of CPUs where other compilers take architectures.
 ZIG_FLAGS = {"-march=armv8.2-a+dotprod": "-mcpu=generic+v8_2a+dotprod"}
 
 
@@ -34,7 +34,7 @@ def zig(*arguments: str) -> list[str]:
 
 
 def compiled(command: Sequence[str], units: Sequence[build.Unit], folder: Path) -> list[str]:
-    """Object files of all units. Nothing may be left out, and no warning given."""
+    """Compile all units and return their object files; require that none is left out and no warning is given."""
     written: list[str] = []
     made = build.compile_units(command, units, folder, written.append)
     assert made.left_out == {}
@@ -47,7 +47,7 @@ def for_zig(units: Sequence[build.Unit]) -> list[build.Unit]:
 
 
 def run_check(*command: str) -> tuple[list[str], str]:
-    """The variants that the check program has checked, and its digest."""
+    """Run the check program, and return the variants it checked and its digest."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.fullmatch(r"check: ([\w ]+): \d+ integer .* (\d+) results .* digest (\w{16})\n", done.stdout)
@@ -59,7 +59,7 @@ def run_check(*command: str) -> tuple[list[str], str]:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str]:
-    """What the check program says, compiled by g++ for this machine."""
+    """Return the result of the check program, compiled by g++ for this machine."""
     folder = tmp_path_factory.mktemp("native")
     units = [*build.units(build.architecture(), torch=False), CHECK]
     objects = build.compile_units(["g++"], units, folder).of("library")
@@ -72,7 +72,7 @@ def test_every_variant_of_this_machine_agrees(native: tuple[list[str], str]) -> 
 
 
 def test_no_behaviour_is_undefined(native: tuple[list[str], str], tmp_path: Path) -> None:
-    # Without alignment: vectors are read from anywhere, by types that allow it on every CPU here.
+    # Alignment is not checked: vectors are read from any address, with types that every CPU here allows it for.
     command = ["g++", "-fsanitize=undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=all"]
     if subprocess.run(
         [*command, "-x", "c++", "-", "-o", os.devnull],
@@ -89,7 +89,7 @@ def test_no_behaviour_is_undefined(native: tuple[list[str], str], tmp_path: Path
 
 @pytest.mark.skipif(platform.system() != "Linux" or platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
 def test_clang_agrees_with_gcc(native: tuple[list[str], str], tmp_path: Path) -> None:
-    # With the C++ library of g++: to compile zig's own takes minutes.
+    # Uses the C++ library of g++, because compiling zig's own takes minutes.
     shown = subprocess.run(["g++", "-E", "-x", "c++", os.devnull, "-v"], capture_output=True, text=True, check=True)
     headers = [line.strip() for line in shown.stderr.splitlines() if line.startswith(" /") and "c++" in line]
     target = f"{build.architecture()}-linux-gnu.{platform.libc_ver()[1]}"
@@ -104,7 +104,7 @@ def test_clang_compiles_everything(architecture: str, tmp_path: Path) -> None:
     compiled(zig("c++", "-target", f"{architecture}-linux-gnu"), for_zig(build.units(architecture)), tmp_path)
 
 
-@pytest.mark.slow  # zig compiles the C and C++ libraries of the target at its first use: two minutes
+@pytest.mark.slow  # zig compiles the target's C and C++ libraries at first use: two minutes
 def test_arm_agrees(native: tuple[list[str], str], tmp_path: Path) -> None:
     command = zig("c++", "-target", "aarch64-linux-musl")
     objects = compiled(command, for_zig([*build.units("aarch64", torch=False), CHECK]), tmp_path)

@@ -1,4 +1,4 @@
-"""`export` and `inspect`: what is in a package, that it runs without us, and what is refused."""
+"""`export` and `inspect`: a package's contents, running it without int8compile, and refusals."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from int8compile import BadWeightError, ConfigError, ExportError, Int8Config, cp
 from int8compile.app import cli
 from int8compile.app.cli import main
 from int8compile.exporting import aot, exporter, package
+from tests.helpers.int8_modules import int8_experts
 from tests.helpers.models import by_column
-from tests.stored.test_modules import int8_experts
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs the CPU kernel")
 
 
 class Block(nn.Module):
-    """Linears that are joined (q, k and v; gate and up), and linears that are not."""
+    """Joined linears (q, k and v; gate and up) and separate ones."""
 
     def __init__(self, size: int = 512) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Several(nn.Module):
-    """A batched weight, a weight-only head, and a buffer that changes from call to call."""
+    """A batched weight, a weight-only head, and a buffer that changes at every call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Several(nn.Module):
 
 
 class Partly(nn.Module):
-    """A linear, and a matmul whose weight is made anew at every call."""
+    """A linear, and a matmul whose weight is computed anew at every call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def block(folder: Path) -> tuple[Block, Path, int8compile.Report]:
 
 
 def generated(path: Path) -> str:
-    """The C++ that calls the kernels."""
+    """Return the generated C++ that calls the kernels."""
     with zipfile.ZipFile(path) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
         return archive.read(name).decode()
@@ -120,12 +120,12 @@ def test_generated_code_calls_the_kernels_and_stores_no_float_weight(block: Any)
     source = generated(path)
     for function in ("packed_linear_triple_no_grad", "packed_linear_pair_no_grad", "packed_linear_no_grad"):
         assert f"ERROR_CODE_CHECK(aoti_torch_cpu_{function}(" in source
-    assert "proxy_executor->" not in source  # nothing goes through the dispatcher
+    assert "proxy_executor->" not in source  # Nothing goes through the dispatcher.
     assert "gate_weight" not in source
     stored = int8compile.inspect(path).metadata["bytes"]
-    # Biases: three of q, k and v and one of down.
+    # Biases of q, k, v and down.
     assert stored["float"] == 4 * 512 * 4
-    # Scales; and one d for q, k and v with gate and up, which have as many inputs, and one for down.
+    # Scales; one d for q, k, v, gate and up, which have equally many inputs, and one d for down.
     weights, outputs = 3 * 512 * 512 + 3 * 512 * 1024, 4 * 512 + 2 * 1024
     assert stored["int8"] == weights + 4 * (outputs + 512 + 1024)
     code = 4 * 2**20
@@ -143,7 +143,7 @@ def test_runs_where_int8compile_cannot_be_imported(block: Any, tmp_path: Path) -
         "torch.save(torch._inductor.aoti_load_package(sys.argv[2])(x), 'y')\n"
         "assert sum(name.partition('.')[0] == 'int8compile' for name in sys.modules) == 1\n"
     )
-    # -S: without site, which finds editable installations.
+    # -S leaves out site, which finds editable installations.
     command = [sys.executable, "-S", "-c", code, sysconfig.get_paths()["purelib"], str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -181,7 +181,7 @@ def test_inspect_tells_what_is_inside(block: Any, capsys: pytest.CaptureFixture[
     assert (given["dtype"], size) == ("float32", 512)
     assert (about["sizes"][batch], about["sizes"][sequence]) == ([1, 8], [1, 64])
     assert set(about["variants"]) >= set(cpu.variants())
-    # What C++ reads without a parser for JSON.
+    # Read by C++, which has no JSON parser.
     assert aoti_load_package(str(path)).get_metadata()[package.INPUTS] == "float32 3 -1 -1 512"
 
     assert main(["inspect", str(path)]) == 0
@@ -190,11 +190,11 @@ def test_inspect_tells_what_is_inside(block: Any, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))
 
 
-# --- what is refused at loading ---
+# Refusals at loading
 
 
 def native_target() -> Any:
-    """What `export` compiles for by default."""
+    """Return the target that `export` compiles for by default."""
     return aot.Target.of("native", torch.device("cpu"), "fast", Int8Config(), cpu.load(), None)
 
 
@@ -215,7 +215,7 @@ def test_a_cpu_that_lacks_what_the_code_uses_is_told_at_loading(
     assert told in capfd.readouterr().err
 
 
-# --- other models and options ---
+# Other models and options
 
 
 def test_a_quantized_model_makes_the_same_package(block: Any, folder: Path) -> None:
@@ -242,14 +242,14 @@ def test_batched_and_weight_only_linears_and_buffers_that_change(folder: Path) -
     report = int8compile.export(model, (x,), path, config=config)
     assert {site.op: site.weight_only for site in report.sites} == {"bmm": False, "linear": True}
     loaded = aoti_load_package(str(path))
-    # Inductor took a buffer of zeros for a constant: then the second call counts 1 again.
+    # If Inductor took a buffer of zeros for a constant, the second call would count 1 again.
     for call in (1, 2, 3):
         assert loaded(x).equal(compiled(model, x, **config))
-        assert model.calls.item() == call  # by `compiled`: the package has its own
+        assert model.calls.item() == call  # Counted by `compiled`; the package has its own buffer.
 
 
 def test_columns_are_compiled_from_their_definition(folder: Path) -> None:
-    """A package has no kernel for them, and does not need any."""
+    """A package has no kernel for outlier columns and needs none."""
     model, path = Block(64).eval(), folder / "columns.pt2"
     x = outlying(2, 5, 64)
     shapes = ({0: Dim("batch", min=1, max=8), 1: Dim("sequence", min=1, max=64)},)
@@ -263,14 +263,14 @@ def test_columns_are_compiled_from_their_definition(folder: Path) -> None:
     loaded = aoti_load_package(str(path))
     for size in ((2, 5), (1, 1), (8, 64)):
         x = outlying(*size, 64)
-        # The outlier column is multiplied in float, by code that is compiled for other sizes.
+        # The outlier column is multiplied in float, by code compiled for other sizes.
         torch.testing.assert_close(loaded(x), compiled(model, x, **config), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(loaded(x), in_columns(model, x), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def in_columns(model: Block, x: Tensor) -> Tensor:
-    """The block through the operators, in eager mode."""
+    """Return the block's result by the operators in eager mode."""
     mixed = torch.softmax(by_column(model.q, x) * by_column(model.k, x), dim=-1) * by_column(model.v, x)
     return by_column(model.down, torch.relu(by_column(model.gate, mixed)) * by_column(model.up, mixed))
 
@@ -288,7 +288,7 @@ def test_bfloat16_and_another_isa(folder: Path) -> None:
     assert "__AVX2__" in about["needs"]
     assert not [macro for macro in about["needs"] if "AVX512" in macro]
     expected = compiled(model, x)
-    # Inductor keeps float32 between operators that it fuses, and fuses others for other registers.
+    # Inductor keeps float32 between fused operators, and what it fuses depends on the registers.
     torch.testing.assert_close(aoti_load_package(str(path))(x), expected, rtol=2**-6, atol=2**-6)
 
 
@@ -307,7 +307,7 @@ def test_the_portable_form_computes_the_same(config: dict[str, Any], folder: Pat
     int8compile.export(model, (x,), path, config=config, form="portable")
     assert "ERROR_CODE_CHECK(aoti_torch_cpu_packed" not in generated(path)
     expected = compiled(model, x, **config)
-    # Softmax and the like are in other kernels of Inductor's, and a last bit of an activation may move an integer.
+    # Inductor may put softmax and similar operations into other kernels; one bit of an activation can move an integer.
     torch.testing.assert_close(aoti_load_package(str(path))(x), expected, rtol=0, atol=1e-3)
     assert int8compile.inspect(path).metadata["form"] == "portable"
 
@@ -330,7 +330,7 @@ def test_a_model_on_a_gpu_is_exported_in_the_portable_form(dtype: torch.dtype, f
 
 
 class Particular(nn.Module):
-    """Its sizes must be multiples of 4, or else; and it squeezes one of them."""
+    """A model that requires sizes that are multiples of 4, and squeezes one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ def test_what_the_model_asks_of_sizes_is_checked_at_every_call(tmp_path: Path) -
     x, y = outlying(12, 32), torch.zeros(11, 1)
     with torch.no_grad():
         assert loaded(x, y).equal(torch.compile(model, backend="int8")(x, y))
-    # 10 rows are no multiple of 4; 12 are fewer than 13, which another branch is for; 4 rows are squeezed away.
+    # 10 rows are no multiple of 4; 12 is less than 13, which takes another branch; 4 rows are squeezed away.
     for rows, others in ((10, 3), (12, 13), (4, 3)):
         with pytest.raises(RuntimeError, match="the model was exported for sizes of inputs with"):
             loaded(torch.zeros(rows, 32), torch.zeros(others, 1))
@@ -363,7 +363,7 @@ def test_a_dimension_of_size_1_may_have_any_stride(block: Any) -> None:
     assert aoti_load_package(str(path))(x).equal(compiled(model, x))
 
 
-# --- refusals; none of these compiles ---
+# Refusals that compile nothing
 
 
 def test_a_part_that_would_stay_float_is_named(folder: Path) -> None:
@@ -410,7 +410,7 @@ def test_what_torch_export_cannot_capture_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
 class Speller(nn.Module):
-    """An embedding whose table is the output projection's weight too."""
+    """An embedding whose table is also the output projection's weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -435,7 +435,7 @@ def test_a_tied_table_in_int8_is_stored_once(lm_head: str, folder: Path) -> None
 
 
 class Mixture(nn.Module):
-    """Experts that `quantize_` made, and nothing else."""
+    """Only experts made by `quantize_`."""
 
     def __init__(self, rotated: str = "together") -> None:
         super().__init__()
@@ -451,7 +451,7 @@ class Mixture(nn.Module):
     [("together", torch.float32, 48), ("each", torch.bfloat16, 3 * 48), ("not", torch.bfloat16, 0)],
 )
 def test_experts_in_int8(rotated: str, dtype: torch.dtype, d: int, folder: Path) -> None:
-    """Each row by its expert: none for some, and rows of no expert, which give zeros."""
+    """Each row goes through its expert; experts may have no rows, and rows without an expert give zeros."""
     model, x = Mixture(rotated).eval(), outlying(9, 48, dtype=dtype)
     path = folder / "mixture.pt2"
     shapes = ({0: Dim("rows", min=1, max=64)}, {})
@@ -471,7 +471,9 @@ def test_experts_in_int8(rotated: str, dtype: torch.dtype, d: int, folder: Path)
 
 def test_an_operator_without_a_kernel_is_named(tmp_path: Path) -> None:
     inputs = torch.randn(9, 48), torch.tensor([2, 5, 9], dtype=torch.int32)
-    with pytest.raises(ExportError, match=r"^experts calls int8compile::grouped_linear, for which there is no kernel"):
+    with pytest.raises(
+        ExportError, match=r"^experts calls int8compile::grouped_linear, for which packages have no kernel"
+    ):
         int8compile.export(Mixture().eval(), inputs, tmp_path / "m.pt2", form="portable")
 
 
@@ -488,7 +490,7 @@ def test_bad_arguments_are_told_before_anything_is_done(tmp_path: Path) -> None:
     refuses("must end in .pt2", path=tmp_path / "m.pt")
     refuses("isa='sse'; allowed are 'native', 'avx512', 'avx2'", isa="sse")
     refuses("form='fastest'; allowed are 'fast', 'portable'", form="fastest")
-    with pytest.raises(ExportError, match="the inputs 3, True are no tensors, and would be what every call computes"):
+    with pytest.raises(ExportError, match="the inputs 3, True are not tensors, and every call would use these values"):
         int8compile.export(model, (*x, 3), path, {"flag": True})
     refuses("is on cpu, meta", model=nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, device="meta")).eval())
     (tmp_path / "folder.pt2").mkdir()
@@ -521,7 +523,7 @@ def test_a_buffer_with_a_name_of_ours_is_refused(tmp_path: Path) -> None:
     model.register_buffer("int8_0_scale", torch.ones(32))
     module = torch.export.export(Uses(model).eval(), (torch.zeros(2, 32),), strict=False).module(check_guards=False)
     module.register_buffer("int8_0_scale", torch.ones(32))
-    with pytest.raises(ExportError, match=r"buffers int8_0_scale have names of ours"):
+    with pytest.raises(ExportError, match=r"buffers int8_0_scale have names that int8compile uses"):
         exporter.rewrite(module, Int8Config())
 
 
@@ -567,7 +569,7 @@ def test_foreign_operators_are_noted(tmp_path: Path) -> None:
 
         program = torch.export.export(Twice().eval(), (torch.zeros(2, 32),))
         (note,) = exporter._check_operators(program.module(), native_target())
-        assert "test_export.twice.default; what loads it must register" in note
+        assert "test_export.twice.default; programs that load it must register" in note
 
 
 def test_export_on_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""An exported language model in the two example programs, which have PyTorch and not this package: examples/."""
+"""An exported language model in the two programs of examples/, which use PyTorch but not int8compile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from int8compile.integrations.decoder import StaticCacheDecoder  # noqa: E402 - 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-# That of the system, or the one that is installed beside this Python.
+# The system's program, or the one installed beside this Python.
 CMAKE = shutil.which("cmake", path=os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)]))
 
 pytestmark = [
@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 LENGTH = 32
-# All ten tokens that follow differ, and each is ahead of the next likeliest by more than int8 changes a logit.
+# The ten following tokens differ, and each leads its runner-up by more than int8 changes a logit.
 PROMPT = list(range(226, 238))
 COUNT = 10
 
@@ -77,7 +77,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a folder that is not the repository's; what torch unpacks and leaves there goes with it."""
+    """Run a program in a folder outside the repository; files that torch unpacks there are removed with it."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"TMPDIR": str(folder)}
     return subprocess.run(
         [str(word) for word in command], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300
@@ -86,7 +86,7 @@ def run(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
 
 @torch.no_grad()
 def one_by_one(model: Callable[..., Tensor], cache: list[Tensor]) -> list[int]:
-    """Generates with calls of a single token each, for the prompt too."""
+    """Generate with calls of one token each, for the prompt too."""
     tokens = list(PROMPT)
     for position in range(len(PROMPT) + COUNT - 1):
         logits = model(torch.tensor([[tokens[position]]]), torch.tensor(position), cache)
@@ -113,10 +113,10 @@ def test_both_programs_generate_what_torch_compile_does(
 
 
 def changed(package: bytes, path: Path) -> bytes:
-    """A package with one bit changed in the middle of its library."""
+    """Flip a bit in the middle of a package's library, and return the new package."""
     with zipfile.ZipFile(path) as archive:
         (library,) = [info for info in archive.infolist() if info.filename.endswith(".so")]
-    # The header there has lengths of its own: zipfile tells of the directory at the end of the file.
+    # The local header's lengths differ from those in the directory at the end, which zipfile reports.
     name, extra = struct.unpack_from("<HH", package, library.header_offset + 26)
     start = library.header_offset + 30 + name + extra
     assert package[start : start + 4] == b"\x7fELF"
@@ -132,7 +132,7 @@ def test_program_says_in_a_line_why_a_package_cannot_be_loaded(exported: Path, p
     for name, why in {
         "missing.pt2": "no such file",
         "truncated.pt2": "Failed to initialize zip archive: .+",
-        "changed.pt2": r"int8compile: the package is damaged or was edited: \w+\.wrapper\.so is not as .+",
+        "changed.pt2": r"int8compile: the package is damaged or was edited: \w+\.wrapper\.so has changed .+",
     }.items():
         done = run(tmp_path, program, name, COUNT, *PROMPT)
         assert (done.returncode, done.stdout) == (1, "")
@@ -149,7 +149,7 @@ def test_program_refuses_more_tokens_than_the_cache_holds(exported: Path, progra
 
 
 def test_a_token_that_does_not_exist_is_refused(exported: Path, program: Path, tmp_path: Path) -> None:
-    # Inductor's own check of it ends the process.
+    # Inductor's own check ends the process.
     done = run(tmp_path, program, exported, 1, 3, 256)
     assert (done.returncode, done.stderr) == (1, f"generate: {exported}: there is no token 256, only 256\n")
     done = run(tmp_path, sys.executable, EXAMPLES / "generate.py", exported, 1, 3, 256)

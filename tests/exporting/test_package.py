@@ -1,4 +1,4 @@
-"""The file that `export` writes: what `inspect` and `load_exported` refuse, and what PyTorch's own loader does."""
+"""The file that `export` writes: refusals of `inspect`, `load_exported`, and PyTorch's own loader."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from int8compile.exporting import package, stub
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs the CPU kernel")
 
-DAMAGED = "is damaged or was edited: it is not as it was exported; copy or export it again"
-FOREIGN = r"has no checksum of int8compile at its end: it was not made by int8compile\.export, or was edited or damaged"
-NO_ZIP = "is no .pt2 file, or is truncated"
+DAMAGED = "is damaged or was edited: it has changed since its export; copy or export it again"
+FOREIGN = r"has no int8compile checksum at its end: it was not made by int8compile\.export, or was edited or damaged"
+NO_ZIP = "is not a .pt2 file, or is truncated"
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _unpacked_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyTorch's loader leaves what it has unpacked of a package that is refused.
+    # PyTorch's loader does not remove the unpacked files of a package that it refuses.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that PyTorch's loader is given."""
+    """Record the files that PyTorch's loader receives."""
     given: list[str] = []
 
     def load(path: str, *rest: object) -> object:
@@ -57,7 +57,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def refused(path: Path, told: str) -> None:
-    """Neither reader takes a file."""
+    """Require that both readers refuse a file."""
     for read in (int8compile.inspect, int8compile.load_exported):
         with pytest.raises(PackageError, match=told):
             read(path)
@@ -70,7 +70,7 @@ def member(path: Path, suffix: str) -> zipfile.ZipInfo:
 
 
 def place(path: Path, suffix: str) -> tuple[int, int]:
-    """Where the contents of a member begin and end in the file."""
+    """Return the first and last byte of a member's contents in the file."""
     info = member(path, suffix)
     with zipfile.ZipFile(path) as archive, archive.open(info) as opened:
         begin: int = opened._orig_compress_start  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ def flipped(whole: bytes, at: int, bit: int) -> bytes:
 
 
 def edited(path: Path, to: Path, change: Callable[[str, bytes], bytes | None], *, sealed: bool = True) -> Path:
-    """Write a package anew, with checksums that fit: of the zip format, and where `sealed` int8compile's."""
+    """Write a package anew with valid zip checksums, and with int8compile's checksums where `sealed`."""
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(to, "w") as other:
         for info in archive.infolist():
             content = change(info.filename, archive.read(info))
@@ -108,10 +108,10 @@ def test_the_loader_opens_the_stub_and_not_the_model(exported: Path) -> None:
         assert not [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
     model = member(exported, stub.SUFFIX)
     assert len(libraries) == 1
-    # Nothing checks the stub before it is opened: it is to be a small part of what can be damaged.
+    # Nothing checks the stub before it is opened, so it must be small beside the rest.
     assert len(content) < 48 * 1024
     assert model.file_size > 10 * len(content)
-    # It knows the checksums of the others, and its own follows it.
+    # The stub holds the checksums of the other members; its own follows it.
     assert zlib.crc32(content[:-4]) == int.from_bytes(content[-4:], "little")
 
 
@@ -121,7 +121,7 @@ def test_every_flip_is_refused_before_the_loader(exported: Path, tmp_path: Path,
     begin, end = place(exported, stub.SUFFIX)
     places = [draw.randrange(begin, begin + (end - begin) // 3) for _ in range(40)]
     places += [draw.randrange(*place(exported, ".so")) for _ in range(40)]
-    # All over the file: contents, the padding between them, and the directory.
+    # Anywhere in the file: contents, padding, and the directory.
     places += [draw.randrange(len(whole)) for _ in range(40)]
     places += [draw.randrange(len(whole) - 2000, len(whole)) for _ in range(40)]
     path = tmp_path / "flipped.pt2"
@@ -163,9 +163,9 @@ def test_an_edited_package_is_refused(exported: Path, tmp_path: Path, loads: lis
 
 def test_what_is_no_package_of_ours_is_told_apart(exported: Path, tmp_path: Path, loads: list[str]) -> None:
     refused(tmp_path / "none.pt2", "does not exist; name a .pt2 file")
-    refused(tmp_path, "is no file; name a .pt2 file")
+    refused(tmp_path, "is not a file; name a .pt2 file")
     os.mkfifo(tmp_path / "pipe.pt2")
-    refused(tmp_path / "pipe.pt2", "is no file; name a .pt2 file")
+    refused(tmp_path / "pipe.pt2", "is not a file; name a .pt2 file")
     plain = tmp_path / "plain.pt2"
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), plain)
     refused(plain, rf"{FOREIGN}.*torch\.export\.load")
@@ -176,7 +176,7 @@ def test_what_is_no_package_of_ours_is_told_apart(exported: Path, tmp_path: Path
     def newer(name: str, content: bytes) -> bytes:
         return content.replace(rb"{\"format\": 1,", rb"{\"format\": 9,")
 
-    refused(edited(exported, tmp_path / "newer.pt2", newer), r"is of format 9.*Update int8compile")
+    refused(edited(exported, tmp_path / "newer.pt2", newer), r"has format 9.*Update int8compile")
     assert loads == []
 
 
@@ -193,13 +193,13 @@ def test_a_file_that_cannot_be_read_is_told(exported: Path, tmp_path: Path) -> N
 )
 def test_metadata_of_any_kind_is_no_traceback(exported: Path, tmp_path: Path, metadata: str) -> None:
     odd = edited(exported, tmp_path / "odd.pt2", lambda name, old: metadata.encode() if name.endswith(".json") else old)
-    refused(odd, r"was not made by int8compile\.export: it has no metadata of it")
+    refused(odd, r"was not made by int8compile\.export: it has no such metadata")
 
 
 def test_a_zip_file_with_a_comment_is_not_sealed(exported: Path, tmp_path: Path) -> None:
     path = tmp_path / "sealed.pt2"
     path.write_bytes(exported.read_bytes())
-    with pytest.raises(ValueError, match="is no zip file without a comment"):
+    with pytest.raises(ValueError, match="is not a zip file without a comment"):
         package.seal(path)
     assert path.read_bytes() == exported.read_bytes()
 
@@ -209,15 +209,17 @@ def test_why_a_whole_package_is_not_loaded_is_told(exported: Path, monkeypatch: 
         raise RuntimeError("Unsupported device found: cuda")
 
     monkeypatch.setattr(torch._inductor, "aoti_load_package", fail)
-    with pytest.raises(PackageError, match="is whole, and PyTorch cannot load it here: Unsupported device found: cuda"):
+    with pytest.raises(
+        PackageError, match="is intact, but PyTorch cannot load it here: Unsupported device found: cuda"
+    ):
         int8compile.load_exported(exported)
 
 
-# --- PyTorch's own loader, which knows no checksum of int8compile ---
+# PyTorch's own loader, which does not know int8compile's checksums
 
 
 def test_the_stub_refuses_damage_anywhere_in_the_model(exported: Path, tmp_path: Path) -> None:
-    # Each flip in a process of its own: before there was a stub, one in ten ended it.
+    # Each flip runs in its own process: without the stub, one flip in ten ended the process.
     code = """
 import os, random, signal, sys, torch
 torch.set_num_threads(1)
@@ -253,7 +255,7 @@ def test_the_stub_refuses_other_missing_and_shortened_files(
     exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], suffix: str
 ) -> None:
     name = Path(member(exported, suffix).filename).name
-    damaged = f"{name} is not as it was exported; copy or export it again"
+    damaged = f"{name} has changed since its export; copy or export it again"
     path = tmp_path / "edited.pt2"
 
     def refuses(told: str, change: Callable[[bytes], bytes | None]) -> None:
@@ -262,10 +264,10 @@ def test_the_stub_refuses_other_missing_and_shortened_files(
             aoti_load_package(str(path))
         assert told in capfd.readouterr().err
 
-    # As JSON a space more is the same.
+    # One more space is the same JSON.
     refuses(damaged, lambda content: content + b" ")
     refuses(damaged, lambda content: content[:-1] + b" ")
-    if suffix != ".wrapper_metadata.json":  # The loader itself reads that first.
+    if suffix != ".wrapper_metadata.json":  # The loader itself reads this file first.
         refuses(damaged, lambda content: content[:-1])
         refuses(damaged, lambda content: b"")
         refuses(f"the package lacks {name}; copy or export it again", lambda content: None)
@@ -277,7 +279,7 @@ def test_the_stub_checks_itself(exported: Path, tmp_path: Path, capfd: pytest.Ca
         edited(exported, path, lambda each, content, by=change: by(content) if each.endswith(".so") else content)  # type: ignore[misc]
         with pytest.raises(RuntimeError):
             aoti_load_package(str(path))
-        assert ".wrapper.so is not as it was exported" in capfd.readouterr().err
+        assert ".wrapper.so has changed since its export" in capfd.readouterr().err
 
 
 def test_several_threads_load_and_run_at_a_time(exported: Path) -> None:
@@ -298,12 +300,12 @@ def test_several_threads_load_and_run_at_a_time(exported: Path) -> None:
     assert results == [True] * 160
 
 
-# --- the stub's sources ---
+# The stub's sources
 
 
 @pytest.fixture
 def library(exported: Path, tmp_path: Path) -> Path:
-    """A model's library as AOTInductor makes it."""
+    """Return a model's library as AOTInductor makes it."""
     path = tmp_path / "model.wrapper.so"
     with zipfile.ZipFile(exported) as archive:
         path.write_bytes(archive.read(member(exported, stub.SUFFIX)))

@@ -1,8 +1,8 @@
-"""Run by test_checkpoint.py: forks children that save two versions of a model in turns, to be killed.
+"""Fork children that save two versions of a model in turns, to be killed; test_checkpoint_folders.py runs this.
 
-Importing torch takes seconds, forking milliseconds. A line on standard input starts a child: the number of the step
-(opening, renaming or deleting a file) before which it kills itself, or 0 for none, and the folder to save to; the
-answer is the child's process ID. The next line waits for the child to end.
+Importing torch takes seconds, forking takes milliseconds. A line on standard input starts a child. The line holds a
+step number and the folder to save to; the child kills itself before that step (opening, renaming or deleting a file),
+or never for 0. The answer is the child's process ID. The next line waits for the child to end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import tqdm
 import int8compile
 from tests.helpers.models import Stack
 
-# Two versions with different numbers of shards.
+# The two versions have different numbers of shards.
 SHARD_BYTES = (2**12, 2**13)
 STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -42,13 +42,13 @@ def die_before(step: int) -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # A forked process has no threads but the one that forked it.
+    torch.set_num_threads(1)  # A forked process has only the thread that forked it.
     versions = [version(0), version(1)]
     for line in sys.stdin:
         step, folder = line.rstrip("\n").split(" ", 1)
         child = os.fork()
         if child == 0:
-            # tqdm's lock is one for all processes that fork; a killed one would keep it.
+            # tqdm's lock is shared by forked processes; a killed process would keep it.
             tqdm.set_lock(threading.RLock())
             if int(step):
                 die_before(int(step))

@@ -1,8 +1,8 @@
-"""Runs the kernel in Gluon in Python: its own code, with tensors of NumPy, and threads for the producer and consumers.
+"""Run the Gluon kernel in Python, with NumPy tensors and a thread each for the producer and the consumers.
 
-Triton's interpreter knows no Gluon. Here each function of a kernel gets another `gl`, whose operations compute at once.
-The copy engine and the matrix unit take any time: a copy is made some time after it was asked for, a product reads its
-factors when it is waited for, and which of the threads goes on is drawn by chance.
+Triton's interpreter does not support Gluon. Each function of a kernel gets a stand-in for `gl`, whose operations
+compute at once. Copies and products are delayed at random: a copy happens some time after it was requested, a product
+reads its factors when it is waited for, and chance decides which thread runs next.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Type:
 
 
 class Value:
-    """A tensor, or a number, which is one without dimensions."""
+    """A tensor; a number is a tensor without dimensions."""
 
     type = types.SimpleNamespace(layout=None)
 
@@ -76,7 +76,7 @@ for _name in ["lt", "le", "gt", "ge", "eq", "ne", "neg"]:
 
 
 class Pointer:
-    """Places in a tensor's memory."""
+    """Addresses in a tensor's memory."""
 
     def __init__(self, memory: Any, at: Any = 0) -> None:
         self.memory, self.at = memory, at
@@ -93,10 +93,10 @@ class Pointer:
 
 
 class Barrier:
-    """A barrier in shared memory that takes one arrival a phase, and bytes that were announced."""
+    """A barrier in shared memory that takes one arrival and the announced bytes in each phase."""
 
     def __init__(self) -> None:
-        self.phases = 0  # complete
+        self.phases = 0  # complete phases
         self.missing, self.bytes = 1, 0
 
     def arrive(self, announced: int = 0) -> None:
@@ -111,7 +111,7 @@ class Barrier:
             self.missing = 1
 
     def passes(self, parity: int) -> bool:
-        """Return whether the phase of this parity is complete, as far as a parity can tell."""
+        """Return whether the phase with this parity is complete, as far as one bit can tell."""
         return self.phases & 1 != parity
 
 
@@ -133,14 +133,14 @@ class Memory:
 
 
 class Sums:
-    """Sums that products are still to be added to."""
+    """An accumulator whose products have not all been added yet."""
 
     def __init__(self, value: Value, products: list[tuple[Memory, Memory, Any, Any]]) -> None:
         self.value, self.products = value, products
 
 
 class Program:
-    """A program of a kernel: what `gl` and the modules beside it are to it."""
+    """A program of a kernel: the stand-in for `gl` and the modules beside it."""
 
     def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], seed: int) -> None:
         self.place, self.grid, self.random = place, grid, random.Random(seed)
@@ -148,7 +148,7 @@ class Program:
         self.turns: dict[int, threading.Semaphore] = {}
         self.errors: list[BaseException] = []
 
-    # Which thread goes on.
+    # Chooses the thread that runs next.
 
     def warp_specialize(self, parts: Any, warps: Any, registers: Any) -> None:
         done = threading.Semaphore(0)
@@ -184,7 +184,7 @@ class Program:
         assert not self.copies
 
     def turn(self) -> None:
-        """Let the copy engine and the other thread go on, or not."""
+        """Let the copy engine and the other thread run, or not."""
         while self.copies and self.random.random() < 0.5:
             self.copies.pop(self.random.randrange(len(self.copies)))()
         mine, other = threading.get_ident(), self.random.choice(list(self.turns))
@@ -216,7 +216,7 @@ class Program:
 
     def copy(self, matrix: Any, corner: list[Any], barrier: Barrier, to: Memory) -> None:
         self.turn()
-        to.array[...] = 77  # Half copied.
+        to.array[...] = 77  # Half of the bytes have been copied.
         row, column = (int(each) for each in corner)
         block = np.zeros_like(to.array)
         inside = matrix[row : row + block.shape[0], column : column + block.shape[1]]
@@ -241,11 +241,11 @@ class Program:
             x, w, x_then, w_then = products.pop(0)
             assert (x.array == x_then).all(), "overwritten while it is read"
             assert (w.array == w_then).all(), "overwritten while it is read"
-            # Exact in float64, as fast as it gets.
+            # float64 holds the sums exactly and is the fastest way to compute them.
             total = total + (x_then.astype(np.float64) @ w_then.astype(np.float64)).astype(np.int64).astype(np.int32)
         return Sums(Value(total), products) if left else Value(total)
 
-    # What is left of `gl`.
+    # The rest of `gl`.
 
     def load(self, pointer: Pointer, mask: Any = None, other: Any = 0, **how: Any) -> Value:
         at, inside = pointer.places(mask)
@@ -269,10 +269,10 @@ class Program:
         return Memory(np.full(shape, 55, np.int8))
 
     def language(self) -> types.SimpleNamespace:
-        """Names of `gl` and `tl`, with what stands in for them."""
+        """Return the names in `gl` and `tl` with their stand-ins."""
 
         def of(function: Any) -> Any:
-            # Numbers of Python are int32.
+            # Python's numbers stand for int32.
             return lambda *given: Value(
                 function(*(each.array if isinstance(each, Value) else np.int32(each) for each in given))
             )
@@ -311,7 +311,7 @@ class Program:
         )
 
     def function(self, of: Any, made: dict[int, Any]) -> Any:
-        """A function of the kernel, and what it calls, with this program's operations."""
+        """Return a function of the kernel, and the functions it calls, bound to this program's operations."""
         if id(of) in made:
             return made[id(of)]
         names = of.fn.__globals__
@@ -342,7 +342,7 @@ def _sigmoid(y: Any) -> Any:
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
-    # A number has the other's type.
+    # A number takes the type of the other operand.
     dtype = next((each.dtype for each in (a, b) if isinstance(each, np.ndarray)), np.dtype(np.int32))
     return np.where(condition, np.asarray(a, dtype), np.asarray(b, dtype))
 
@@ -367,7 +367,7 @@ def _argument(value: Any) -> Any:
 
 
 class Described(np.ndarray):
-    """A matrix that the copy engine knows."""
+    """A matrix described to the copy engine."""
 
     layout = None
 

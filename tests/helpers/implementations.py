@@ -1,4 +1,4 @@
-"""What can run an operator here: its definition in PyTorch, and each variant of the CPU kernel."""
+"""Implementations of the operators: the definition in PyTorch, and each variant of the CPU kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from int8compile import cpu
 
 def _variants() -> tuple[str, ...]:
     with warnings.catch_warnings():
-        # Where it cannot be compiled, tests are skipped for that; a warning here would stop pytest from collecting.
+        # Tests are skipped where the kernel cannot be compiled; a warning here would stop pytest from collecting.
         warnings.simplefilter("ignore")
         return cpu.variants()
 
@@ -29,13 +29,13 @@ needs_kernel = pytest.mark.skipif(not VARIANTS, reason=f"no CPU kernel: {cpu.fai
 every_implementation = pytest.mark.parametrize("by", IMPLEMENTATIONS)
 every_variant = pytest.mark.parametrize("by", VARIANTS or [pytest.param("", marks=needs_kernel)])
 
-# A backend that has no kernels of ours: what runs there is the definition, whatever device the tensors are on.
+# A dispatch key without our kernels: the definition runs there, whatever device the tensors are on.
 _NO_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 
 @contextlib.contextmanager
 def using(variant: str) -> Iterator[None]:
-    """Has a kernel variant run meanwhile."""
+    """Run a variant of the kernel inside the context."""
     before = cpu.variant()
     cpu.use_variant(variant)
     try:
@@ -45,7 +45,7 @@ def using(variant: str) -> Iterator[None]:
 
 
 def operator(name: str, by: str) -> Callable[..., Any]:
-    """An operator of the library `int8compile`, run by one of `IMPLEMENTATIONS`."""
+    """Return an operator of the library `int8compile`, run by one of `IMPLEMENTATIONS`."""
     op = getattr(torch.ops.int8compile, name).default
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +58,7 @@ def operator(name: str, by: str) -> Callable[..., Any]:
 
 
 def profiled(call: Callable[[], object]) -> collections.Counter[str]:
-    """How often each operator is called."""
+    """Count the calls of each operator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     return collections.Counter(event.name for event in profile.events())

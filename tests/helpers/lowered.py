@@ -1,4 +1,4 @@
-"""Graphs as they are lowered for GPUs, on the CPU: there the same operators compute their definition."""
+"""Graphs lowered for GPUs, run on the CPU, where the same operators compute their definition."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.fx import GraphModule, Node
 
 from int8compile import backend, ops, triton_kernels
 from int8compile.ops import quantize_weight, reference
-from int8compile.passes import lower_gpu
+from int8compile.passes import lower_gpu, lowering
 from int8compile.passes.lower_gpu import Lowered
 from int8compile.weights import STORE
 
 
 class Seen:
-    """Last graph, as it was lowered."""
+    """The last graph after lowering."""
 
     lowered = Lowered()
     graph: GraphModule
@@ -35,16 +35,18 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    """Have the backend take the CPU for a GPU."""
+    """Make the backend take the CPU for a GPU."""
     seen = Seen()
 
-    def lower(module: GraphModule, binder: object, parameters: object) -> Lowered:
+    def lower(module: GraphModule, binder: object, parameters: object, is_gpu: object) -> Lowered:
+        if is_gpu is not None:  # An export.
+            return lower_gpu.lower_for_gpu(module, binder, parameters, is_gpu)  # type: ignore[arg-type]
         seen.lowered = lower_gpu.lower_for_gpu(module, binder, parameters, lambda device: True)  # type: ignore[arg-type]
         seen.graph = module
         seen.graphs += 1
         return seen.lowered
 
-    monkeypatch.setattr(backend, "lower_for_gpu", lower)
+    monkeypatch.setattr(lowering, "lower_for_gpu", lower)
     monkeypatch.setattr(backend, "_any_on", lambda kind, parameters: kind == "cuda")
     monkeypatch.setattr(triton_kernels, "load", lambda: True)
     return seen
@@ -55,12 +57,12 @@ def compiled(call: Callable[..., object], **options: object) -> Callable[..., ob
 
 
 def by_operator(layer: nn.Linear, x: Tensor, threshold: float = 12.0) -> Tensor:
-    """By the reference, rotated as the store has it rotated."""
+    """Return the linear by the reference, rotated as the store rotates it."""
     (weight,) = STORE.weights(layer.weight).values()
     assert weight.d is not None
     return reference.linear(x, *quantize_weight(layer.weight.detach(), weight.d), weight.d, layer.bias, threshold)
 
 
 def near(actual: Tensor, expected: Tensor) -> bool:
-    """Equal but for the last bits of activation functions."""
+    """Compare, allowing for the last bits of activation functions."""
     return bool(((actual - expected).abs() <= 1e-6 * expected.abs().max()).all())

@@ -1,9 +1,10 @@
-"""Small models that several tests share."""
+"""Small models that several tests use, and their results by the operators."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,22 @@ class Stack(nn.Module):
         return x
 
 
+class Uses(nn.Module):
+    """A frozen model that holds some modules and tensors, used by `call`."""
+
+    def __init__(self, call: Callable[..., Any], **held: Any) -> None:
+        super().__init__()
+        self.call = call
+        for name, value in held.items():
+            setattr(self, name, value)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self, x)
+
+
 class CountingBackend:
-    """The int8 backend, with a count of the graphs it was given."""
+    """The int8 backend, counting the graphs it receives."""
 
     def __init__(self, **options: object) -> None:
         self.graphs = 0
@@ -49,23 +64,23 @@ class CountingBackend:
         self.graphs += 1
         return int8(gm, example_inputs, options=self.options)
 
-    # FreedWeight asks who compiles: a wrapper names what it wraps, as Dynamo's own do.
+    # FreedWeight looks for the compiler: a wrapper names the function it wraps, as Dynamo's own wrappers do.
     @property
     def compiler_fn(self) -> Callable[..., object]:
         return int8
 
 
 def rotation_from(*weights: Tensor) -> Tensor | None:
-    """The d of weights that share one, without calibration; None where K has few factors of two."""
+    """Return the d of weights that share one, without calibration; None where K has few factors of two."""
     return rotation_of(input_scales(weights)) if rotation_size(weights[0].shape[-1]) > 1 else None
 
 
-# Linears that stand alone: they read what no other linear of their parent reads.
+# Names of linears that share their input with no other linear of their parent.
 _ALONE = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "to_out")
 
 
 def rotations(model: nn.Module) -> dict[nn.Module, Tensor | None]:
-    """The d of each linear of a model: one for linears of a parent that have as many inputs."""
+    """Return the d of each linear of a model: one d for the linears of a parent with equally many inputs."""
     groups: dict[tuple[str, int], list[nn.Linear]] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -76,20 +91,20 @@ def rotations(model: nn.Module) -> dict[nn.Module, Tensor | None]:
 
 
 def by_operator(part: nn.Linear, x: Tensor, d: Tensor | None, threshold: float | None = None) -> Tensor:
-    """A linear through the operator, in eager mode: what a compiled one must equal."""
+    """Return a linear's result by the operator in eager mode; a compiled linear must equal it."""
     if threshold is None:
         threshold = 6.0 if d is None else 12.0
     return linear(x, *quantize_weight(part.weight, d), d, part.bias, threshold)
 
 
 def by_column(part: nn.Linear, x: Tensor, threshold: float = 6.0) -> Tensor:
-    """The same in the column policy."""
+    """Return a linear's result in the column policy."""
     return column_linear(x, *quantize_weight(part.weight, None), part.bias, threshold)
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Has torch use that many threads meanwhile."""
+    """Limit torch to that many threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -99,7 +114,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of the expected."""
+    """Return the Frobenius norm of the difference over that of the expected tensor."""
     return ((actual - expected).norm() / expected.norm()).item()
 
 
@@ -108,3 +123,42 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 # product is about 0.8 % off; 3 % leaves room for two layers and residuals, and is far below what a wrong scale,
 # a transposed weight or a missing bias gives.
 INT8_ERROR = 0.03
+
+
+# The d of each linear of a model.
+Rotations = dict[nn.Module, Tensor | None]
+
+
+def reference(
+    model: Stack, x: Tensor, threshold: float | None = None, *, rotated: Rotations | None = None, columns: bool = False
+) -> Tensor:
+    """Return the stack's result by the operators in eager mode; the compiled model must equal it.
+
+    Args:
+        model: The stack.
+        x: Its input.
+        threshold: The threshold of the options.
+        rotated: The d of each linear, where it was made from other weights.
+        columns: Whether to use the column policy.
+    """
+    d = rotations(model) if rotated is None else rotated
+
+    def product(part: nn.Linear, x: Tensor) -> Tensor:
+        return by_column(part, x, threshold or 6.0) if columns else by_operator(part, x, d[part], threshold)
+
+    for layer in model.layers:
+        x = x + product(layer.down, torch.relu(product(layer.up, x)))
+    return x
+
+
+class Attention(nn.Module):
+    """Linears of one input."""
+
+    def __init__(self, names: str = "qkv") -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(32, 48))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [part(x) for part in self.children()]

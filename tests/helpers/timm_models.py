@@ -1,4 +1,7 @@
-"""timm without torchvision, which PyPI builds for CUDA only; timm needs it for images, and its models do not."""
+"""Import timm without torchvision.
+
+PyPI builds torchvision for CUDA only. timm uses it for images; its models do not need it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import nn
 
 
 class _Name(type(nn.Module)):
-    """A class of which every attribute is there: a member of an enumeration, or a function."""
+    """A class that has every attribute: a member of an enumeration, or a function."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):
@@ -30,7 +33,7 @@ class _Module(types.ModuleType):
 
 
 class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds empty modules for torchvision, whose classes nothing is an instance of."""
+    """Finds empty modules for torchvision; no object is an instance of their classes."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if name.split(".")[0] != "torchvision":
@@ -44,7 +47,7 @@ class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def timm() -> Any:
-    """timm, imported with what there is of torchvision; skips the test where there is no timm."""
+    """Return timm, imported beside a stand-in for torchvision; skip the test where timm is not installed."""
     if importlib.util.find_spec("torchvision") is not None or "timm" in sys.modules:
         return pytest.importorskip("timm")
     finder = _Torchvision()
@@ -52,7 +55,7 @@ def timm() -> Any:
     try:
         return pytest.importorskip("timm")
     finally:
-        # Others ask whether torchvision is there.
+        # Other libraries ask whether torchvision is installed.
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Problems for the Triton kernels, and their definition."""
+"""Problems for the Triton kernels, and their results by the definition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from int8compile.triton_kernels.tables import Config
 
 @dataclasses.dataclass
 class Problem:
-    """One linear: x [M, K], weight [N, K] in int8, d [K] or None, bias [N] or None, and a threshold."""
+    """One linear: x [M, K], int8 weight [N, K], d [K] or None, bias [N] or None, and a threshold."""
 
     x: Tensor
     qweight: Tensor
@@ -29,7 +29,7 @@ class Problem:
     def random(
         m: int, n: int, k: int, dtype: torch.dtype, *, bias: bool = True, device: str = "cpu", **policy: Any
     ) -> Problem:
-        """Normal activations, some of them so large in every third row that rotating leaves outliers."""
+        """Return normal activations; every third row has elements so large that rotation leaves outliers."""
         x = torch.randn(m, k)
         x[::3] = torch.where(torch.rand(x[::3].shape) < 0.01, 1000 * x[::3], x[::3])
         x[::3, k // 2] = 1000
@@ -47,22 +47,22 @@ class Problem:
         return dataclasses.replace(self, **moved)
 
     def quantize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """By the kernel."""
-        from int8compile.triton_kernels.quantize.launch import launch
+        """Return the kernel's result."""
+        from int8compile.triton_kernels.quantize.launch import quantize_launch
 
         made = empty_rows(self.x, self.threshold)
-        for tensor in made:  # What is not written must not be read.
+        for tensor in made:  # The kernel must not read memory that nobody wrote.
             tensor.view(torch.int8).fill_(85)
-        launch(self.x, self.d, self.threshold, *made).run()
+        quantize_launch(self.x, self.d, self.threshold, *made).run()
         return made
 
     def quantize_by_definition(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In PyTorch, on the CPU."""
+        """Return the definition's result, computed in PyTorch on the CPU."""
         here = self.to("cpu")
         return quantized.quantize(here.x, here.d, here.threshold)
 
     def digits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """By the definition, and where q[1] does not count, it holds anything."""
+        """Return the definition's result; q[1] holds arbitrary values where it is not used."""
         q, rows, counters = self.quantize_by_definition()
         if len(q) == 2:
             counts = quantized.counted(torch.ones_like(q), rows)
@@ -78,7 +78,7 @@ class Problem:
         parts: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """By the kernel: the result in float32, before the last rounding, unless another dtype is asked for."""
+        """Return the kernel's result, in float32 before the last rounding unless another dtype is given."""
         from int8compile.triton_kernels.operators import launch_of
 
         q, rows, counters = self.digits() if x is None else x
@@ -90,12 +90,12 @@ class Problem:
         return y
 
     def expected(self, activation: int = quantized.NONE) -> Tensor:
-        """By the definition, on the CPU, in float32."""
+        """Return the definition's result in float32, computed on the CPU."""
         here = self.to("cpu")
         y = quantized.product(*self.quantize_by_definition(), here.qweight, here.scale, here.bias)
         return quantized.ACTIVATIONS[activation](y)
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """Equal bit for bit, NaN to any NaN."""
+    """Compare bit by bit; any NaN equals any NaN."""
     torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=0, equal_nan=True)

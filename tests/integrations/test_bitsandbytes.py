@@ -13,22 +13,22 @@ from int8compile.ops import column_linear, quantize_weight
 
 bnb = pytest.importorskip("bitsandbytes")
 
-# One rounding of float32, relative.
+# Relative error of one rounding in float32.
 U = 2.0**-24
-# bitsandbytes 0.50 multiplies its integer product by 6.200124e-05. 1/127**2 is 6.2000124e-05: a zero is missing, and
-# its int8 part is 1.8e-5 too large.
+# bitsandbytes 0.50 multiplies its integer product by 6.200124e-05. 1/127**2 is 6.2000124e-05: a zero is missing, so its
+# int8 part is 1.8e-5 too large.
 CONSTANT_ERROR = 6.200124e-05 * 127**2 - 1
 SHAPES = [(64, 32, 8), (256, 128, 32), (768, 96, 17), (1024, 128, 24), (300, 64, 1)]  # K, N, M
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 def representable(x: Tensor) -> Tensor:
-    """bitsandbytes casts weights and activations to float16 before quantizing them. These it does not change."""
+    """Return values that float16 holds: bitsandbytes casts weights and activations to float16 before quantizing."""
     return x.half().float()
 
 
 def case(seed: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """x with outliers planted in three columns, a weight that keeps its variance, and a bias."""
+    """Return x with outliers in three columns, a weight that keeps its variance, and a bias."""
     torch.manual_seed(seed)
     K, N, M = shape
     x = torch.randn(M, K)
@@ -38,7 +38,10 @@ def case(seed: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor
 
 
 def bitsandbytes_layer(weight: Tensor, bias: Tensor, threshold: float = 6.0) -> Any:
-    """Quantized by the move to a device. `eval`, because in training mode it keeps activations in float on a CPU."""
+    """Return bitsandbytes' layer, which quantizes on moving to a device.
+
+    `eval`, because in training mode it keeps activations in float on a CPU.
+    """
     N, K = weight.shape
     layer = bnb.nn.Linear8bitLt(K, N, threshold=threshold, has_fp16_weights=False)
     layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
@@ -47,10 +50,10 @@ def bitsandbytes_layer(weight: Tensor, bias: Tensor, threshold: float = 6.0) -> 
 
 
 def exact_llm_int8(x: Tensor, qweight: Tensor, weight_absmax: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LLM.int8() in float64, but for q, which the specification computes in float32.
+    """Compute LLM.int8() in float64, except for q, which the specification computes in float32.
 
     Returns:
-        The product, its int8 part without the bias, and the sum of all magnitudes that are added up.
+        The product, its int8 part without the bias, and the sum of the magnitudes of all addends.
     """
     stands_out = x.abs() >= 6.0
     columns = stands_out.any(dim=0)
@@ -75,7 +78,7 @@ def test_weights_are_quantized_the_same(shape: tuple[int, int, int]) -> None:
 
 
 def test_row_statistic_is_the_same() -> None:
-    """Row 0 has 5.5 in a column that row 1 makes an outlier column: it still counts, there and here."""
+    """Row 1 makes row 0's 5.5 part of an outlier column; both implementations still count it in row 0's scale."""
     x = torch.tensor([[2.0, -1.0, 5.5], [0.5, 1.0, 7.0]])
     q, statistic, columns = bnb.functional.int8_vectorwise_quant(x.half(), threshold=6.0)
     assert q.tolist() == [[46, -23, 0], [64, 127, 0]]
@@ -90,7 +93,7 @@ def test_row_statistic_is_the_same() -> None:
 @every_shape
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_up_to_rounding_when_float16_holds_the_input(shape: tuple[int, int, int], seed: int) -> None:
-    """Nothing is left between the two but float32 rounding, and the missing zero in its constant."""
+    """The two differ only by float32 rounding and by the zero missing from bitsandbytes' constant."""
     x, weight, bias = case(seed, shape)
     x = representable(x)
     qweight, scale = quantize_weight(weight, None)
@@ -104,7 +107,7 @@ def test_equal_up_to_rounding_when_float16_holds_the_input(shape: tuple[int, int
     theirs_off = 10 * U * size + CONSTANT_ERROR * in_int8.abs()
     assert ((y - expected).abs() <= ours_off).all()
     assert ((theirs - expected).abs() <= theirs_off).all()
-    # Their int8 part has the error of the constant, and without that they are as close as we are.
+    # Their int8 part has the error of the constant; without it they are as close as we are.
     assert ((theirs - CONSTANT_ERROR * in_int8 - expected).abs() <= 10 * U * size).all()
 
 
@@ -124,11 +127,11 @@ def test_close_for_any_input(shape: tuple[int, int, int], seed: int) -> None:
 
 
 def test_not_farther_from_the_float_product() -> None:
-    """On the average of 60 layers: one layer alone proves nothing.
+    """The average over 60 layers counts; a single layer proves nothing.
 
-    Both are 0.7 % off from float, by rounding to int8. Their float16 moves about one q in a hundred to the other side
-    of a tie, which changes the error of a layer by up to 2 %, up or down. So the mean excess of our squared error over
-    theirs must not lie above 0 by more than 3 times its standard error.
+    Rounding to int8 makes both 0.7 % wrong. Their float16 moves about one q in a hundred to the other side of a tie,
+    which changes a layer's error by up to 2 %, up or down. So the mean excess of our squared error over theirs must not
+    be above 0 by more than 3 times its standard error.
     """
     excess = []
     for seed in range(20):
@@ -156,14 +159,14 @@ def test_nearer_to_float_where_float16_runs_out(seed: int) -> None:
     y = column_linear(x, *quantized, None, 6.0)
     product = x.double() @ weight.double().T
     assert y.isfinite().all()
-    # Columns with an outlier only have the weight's half step, 1/254 of its absmax at most.
+    # Outlier columns have only the weight's half step, at most 1/254 of its absmax.
     half_step = weight.double().abs().amax(1) / 254
     assert ((y - product)[0].abs() <= half_step * x[0].double().abs().sum() * 2).all()
 
 
 @every_shape
 def test_one_value_changes_the_same_rows(shape: tuple[int, int, int]) -> None:
-    """The batch dependence of the column policy is theirs, not a mistake of ours."""
+    """The column policy depends on the batch as bitsandbytes does."""
     K, N, _ = shape
     x = representable(torch.randn(4, K).clamp(-3, 3))
     weight = representable(torch.randn(N, K) / math.sqrt(K))
@@ -189,7 +192,7 @@ def test_gradient_is_the_same(seed: int) -> None:
 
 
 def test_no_split() -> None:
-    """Threshold 0 in both: plain vector-wise int8."""
+    """With threshold 0, both are plain vector-wise int8."""
     x, weight, bias = case(0, SHAPES[1])
     x = representable(x)
     y = column_linear(x, *quantize_weight(weight, None), bias, 0.0)

@@ -1,4 +1,4 @@
-"""diffusers with int8 weights: what comes back from disk is what was saved."""
+"""diffusers with int8 weights: a loaded model equals the saved one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from int8compile.stored.modules import Int8Module
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
 from int8compile.integrations.diffusers import Int8CompileConfig, Int8CompileDiffusersQuantizer  # noqa: E402
+from tests.helpers.configs import saved_config  # noqa: E402
 
 
 def flux() -> Any:
@@ -62,10 +63,10 @@ def run(model: Any) -> Tensor:
 
 
 def load(folder: Path, kind: Any = None, **options: Any) -> Any:
-    """Load a model, with a copy of what it has in float.
+    """Load a model with its own copy of the float tensors.
 
-    diffusers leaves tensors in the mapped file, where they are not aligned, and PyTorch's float operators round
-    otherwise then: also those of a model without int8.
+    diffusers leaves tensors in the mapped file, where they are not aligned. PyTorch's float operators round differently
+    there, also in models without int8.
     """
     model = (kind or diffusers.FluxTransformer2DModel).from_pretrained(folder, **options)
     for parameter in model.parameters():
@@ -75,10 +76,6 @@ def load(folder: Path, kind: Any = None, **options: Any) -> Any:
 
 def int8_modules(model: nn.Module) -> int:
     return sum(isinstance(module, Int8Module) for module in model.modules())
-
-
-def saved_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 MODELS = {"flux": (flux, 26), "unet": (unet, 50), "vae": (vae, 8), "dit": (dit, 11)}
@@ -98,7 +95,7 @@ def test_what_is_saved_comes_back(name: str, tmp_path: Path) -> None:
     again = load(tmp_path / "int8", type(model))
     assert int8_modules(again) == count
     assert torch.equal(run(again), expected)
-    # And once more, what was loaded, in shards.
+    # The loaded model is saved again, in shards.
     again.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     assert torch.equal(run(load(tmp_path / "again", type(model))), expected)
@@ -117,7 +114,7 @@ def test_a_model_in_a_wrapper_and_a_part_alone(tmp_path: Path) -> None:
 
 
 def test_pipeline(tmp_path: Path) -> None:
-    """It saves each of its models by itself."""
+    """A pipeline saves each of its models separately."""
     pipeline = diffusers.DiTPipeline(dit(), vae(), diffusers.DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.transformer, pipeline.vae):
@@ -149,7 +146,7 @@ print(type(model.transformer_blocks[0].attn.to_q).__name__)
 
 
 def test_a_new_process(tmp_path: Path) -> None:
-    """Where the integration is not imported, diffusers raises an error and loads nothing."""
+    """Without the integration, diffusers raises an error and loads nothing."""
     model = flux()
     quantize_(model, progress=False)
     model.save_pretrained(tmp_path)
@@ -160,7 +157,7 @@ def test_a_new_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    """diffusers casts what it loads; scales stay float32. int8 models can be cast afterwards, too."""
+    """diffusers casts loaded weights but not scales. int8 models can be cast afterwards, too."""
     model = flux()
     quantize_(model, progress=False)
     model.save_pretrained(tmp_path / "int8")
@@ -186,7 +183,7 @@ def assert_same_bits(actual: nn.Module, expected: nn.Module) -> None:
 def test_float_weights_are_quantized_while_they_are_loaded(
     files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights of one group wait for each other, in several files, too."""
+    """The weights of a group wait for each other, also across files."""
     model = flux()
     model.save_pretrained(tmp_path / "float", max_shard_size="100GB" if files == "one" else "4KB")
     shards = len(list((tmp_path / "float").glob("*.safetensors")))
@@ -207,7 +204,7 @@ def test_float_weights_are_quantized_while_they_are_loaded(
 
 
 def test_a_group_that_is_never_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What diffusers has left out is waited for to the end only."""
+    """A weight that diffusers leaves out is waited for only until the end."""
     model = flux()
     model.save_pretrained(tmp_path)
     file, name = tmp_path / "diffusion_pytorch_model.safetensors", "transformer_blocks.0.attn.to_k.weight"
@@ -228,7 +225,7 @@ def test_a_group_that_is_never_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_folder_of_the_version_before(tmp_path: Path) -> None:
-    """Without rotations: its integers are those of today's weights that are not rotated, and run as these."""
+    """Version 1 had no rotations: its integers are those of current unrotated weights, and run like them."""
     model = flux()
     quantize_(model, {"rotate": False}, progress=False)
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Models that hold models of transformers, or are held by them: what comes back from disk is what was saved."""
+"""Models of transformers inside other models: a loaded model equals the saved one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 import int8compile
 from int8compile import Int8Embedding, Int8Linear, SkipReason, dequantize_, quantize_
 from int8compile.stored.modules import Int8Module
-from tests.integrations.test_transformers import CASES, DECODER, IDS, TEXT, VISION
+from tests.helpers.architectures import CASES, DECODER, IDS, TEXT, VISION
+from tests.helpers.configs import saved_config
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 
 class Wrapper(nn.Module):
-    """Holds a model in a way that is not transformers'."""
+    """A parent that is not a model of transformers."""
 
     def __init__(self, *models: nn.Module) -> None:
         super().__init__()
@@ -54,10 +55,6 @@ def int8_modules(model: nn.Module) -> int:
 @torch.no_grad()
 def run(model: Any) -> Tensor:
     return model(IDS)[0]
-
-
-def saved_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def assert_comes_back(model: Any, folder: Path, count: int) -> Any:
@@ -100,7 +97,7 @@ def test_patterns_of_modules_to_skip_are_those_of_the_whole(tmp_path: Path) -> N
 
 
 def test_the_whole_after_a_part(tmp_path: Path) -> None:
-    """In transformers' own models: the inner model was quantized, then what it is in."""
+    """The inner model of a transformers model is quantized first, then the whole."""
     model = llama()
     quantize_(model.model.layers[0].mlp, progress=False)
     quantize_(model, progress=False)
@@ -111,7 +108,7 @@ def test_the_whole_after_a_part(tmp_path: Path) -> None:
     ("part", "count"), [("model", 7), ("model.layers", 7), ("model.layers.0", 7), ("model.layers.0.mlp", 3)]
 )
 def test_a_part_alone(part: str, count: int, tmp_path: Path) -> None:
-    """A part does not know what it is in; saving the whole finds it."""
+    """A part does not know its parent; saving the whole finds the part."""
     model = llama()
     quantize_(model.get_submodule(part), progress=False)
     again = assert_comes_back(model, tmp_path / "int8", count)
@@ -128,7 +125,7 @@ def test_an_inner_model_of_a_loaded_one(lm_head: str, tmp_path: Path) -> None:
     for number, source in enumerate((model, again)):
         inner = assert_comes_back(source.model, tmp_path / f"inner {number}", 7 + (lm_head != "native"))
         assert isinstance(inner.embed_tokens, Int8Embedding if lm_head != "native" else nn.Embedding)
-        # What the inner model said of itself does not stay with the outer one, of the same config.
+        # The inner model's entry in the shared config must not stay with the outer model.
         assert_comes_back(source, tmp_path / f"outer {number}", 7 + 2 * (lm_head != "native"))
 
 
@@ -157,7 +154,7 @@ def test_dequantizing_a_part(tmp_path: Path) -> None:
 
 
 def llava() -> Any:
-    """A language model and an image encoder, each with a config of its own inside."""
+    """Return a language model and an image encoder, each with its own config inside."""
     torch.manual_seed(0)
     text = transformers.LlamaConfig(**DECODER)
     vision = transformers.CLIPVisionConfig(**VISION, projection_dim=64)
@@ -173,7 +170,7 @@ def llava() -> Any:
     [*((name, "native") for name in ("t5", "clip", "whisper", "llava", "mixtral")), ("t5", "int8"), ("gpt2", "int8")],
 )
 def test_composite_models(name: str, lm_head: str, tmp_path: Path) -> None:
-    """Models whose config has the configs of models inside."""
+    """Models whose config contains other configs."""
     build, inputs = (llava, {"input_ids": IDS}) if name == "llava" else (CASES[name].build, CASES[name].inputs)
     model = build().eval()
     quantize_(model, {"lm_head": lm_head}, progress=False)
@@ -195,7 +192,7 @@ def test_composite_models(name: str, lm_head: str, tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_composite_model(tmp_path: Path) -> None:
-    """Its config would say that it is int8, inside the config of a model that is saved as float."""
+    """The part's config would declare int8 inside the config of a model that is saved as float."""
     model = llava().eval()
     quantize_(model.model.language_model, progress=False)
     again = assert_comes_back(model, tmp_path / "int8", 7)
@@ -204,7 +201,7 @@ def test_a_part_of_a_composite_model(tmp_path: Path) -> None:
 
 
 def test_a_float_model_of_the_same_config(tmp_path: Path) -> None:
-    """The config says that another model is int8, which this one is not."""
+    """The shared config says that another model is int8; this one is float."""
     model = llama()
     quantize_(model, progress=False)
     floats = type(model)(model.config).eval()
@@ -216,7 +213,7 @@ def test_a_float_model_of_the_same_config(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_an_encoder_and_a_decoder_that_were_saved_alone(tmp_path: Path) -> None:
-    """Each brings a config that says it is int8; the whole has one."""
+    """Each part brings a config that declares int8; the whole keeps one declaration."""
     decoder = transformers.BertLMHeadModel(
         transformers.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
     ).eval()
@@ -235,7 +232,7 @@ def test_an_encoder_and_a_decoder_that_were_saved_alone(tmp_path: Path) -> None:
 
 
 def test_int8compile_load_of_a_wrapper(tmp_path: Path) -> None:
-    """What our own format loads can be saved in transformers'."""
+    """A model loaded from int8compile's format can be saved in transformers' format."""
     wrapper = Wrapper(bert())
     quantize_(wrapper, progress=False)
     int8compile.save(wrapper, tmp_path / "ours", progress=False)
@@ -257,7 +254,7 @@ torch.save(model.encode(["a small cat", "sat"], convert_to_tensor=True), sys.arg
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_sentence_transformer(dense: bool, tmp_path: Path) -> None:
-    """What it saves beside its transformers model stays in float, because it loads it so."""
+    """Modules beside the transformers model stay in float, because the library loads them as float."""
     library = pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer import modules
 
@@ -283,10 +280,10 @@ def test_sentence_transformer(dense: bool, tmp_path: Path) -> None:
         assert torch.equal(torch.load(tmp_path / "result.pt"), expected)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it.
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
 def test_adapters(way: str, tmp_path: Path) -> None:
-    """The layers around an adapter become int8, the adapter and trained copies of layers do not."""
+    """Layers around an adapter become int8; the adapter and trained copies of layers do not."""
     peft = pytest.importorskip("peft")
     options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     config = peft.LoraConfig(r=16, modules_to_save=["down_proj"] if way == "get_peft_model" else None, **options)

@@ -1,4 +1,4 @@
-"""Models of timm in int8: they run, and come back from int8compile.load as they were saved."""
+"""Models of timm in int8: they run, and int8compile.load gives back the saved model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import int8compile
 from int8compile.stored.modules import Int8Module
 from tests.helpers.timm_models import timm
 
-# Each small; the number is that of its linears in int8.
+# Small models, each with the number of its linears in int8.
 PLAIN: dict[str, Any] = {"img_size": 32, "num_classes": 10}
 BLOCKS: dict[str, Any] = {**PLAIN, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
@@ -44,14 +44,14 @@ def test_what_is_saved_comes_back(name: str, tmp_path: Path) -> None:
 
     model = build()
     for parameter in model.parameters():
-        if not parameter.any():  # timm begins with heads of zeros, of which the output would be zeros.
+        if not parameter.any():  # timm initializes heads with zeros, so outputs would be zeros.
             parameter.normal_(std=0.02)
     size = options.get("img_size") or model.default_cfg["input_size"][1]
     image = torch.randn(2, 3, size, size)
     floats = model(image)
     int8compile.quantize_(model, progress=False)
     int8compile.save(model, tmp_path / "int8", progress=False)
-    # With other random weights, so that what is not loaded shows.
+    # Other random weights reveal tensors that are not loaded.
     again = int8compile.load(tmp_path / "int8", lambda: build(1), progress=False).eval()
     assert [sum(isinstance(module, Int8Module) for module in each.modules()) for each in (model, again)] == [count] * 2
     saved, loaded = model.state_dict(), again.state_dict()

@@ -1,4 +1,4 @@
-"""`quantize_rows` and `quantized_linear`, the definition of what the Triton kernels compute (tier 1)."""
+"""`quantize_rows` and `quantized_linear`, which define the results of the Triton kernels (tier 1)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def in_two_steps(
 @given(st.integers(1, 9), st.integers(1, 20), st.sampled_from([1, 3, 16, 32, 128]), DTYPES,
        st.sampled_from([0.0, 1.0, 6.0, 12.0]), st.integers(0, 2**31))  # fmt: skip
 def test_two_steps_are_linear(m: int, c: int, b: int, dtype: torch.dtype, threshold: float, seed: int) -> None:
-    """Bit for bit, and so are operators of PyTorch alone."""
+    """The two steps give the bits of `linear`, and so does their decomposition into PyTorch operators."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, b * c, generator=generator)
     x = torch.where(torch.rand(x.shape, generator=generator) < 0.05, 300 * x, x).to(dtype)
@@ -64,7 +64,7 @@ def test_weight_only_products_of_digits(m: int, c: int, b: int, dtype: torch.dty
 
 
 def test_second_digits_count_in_blocks_that_say_so() -> None:
-    """A kernel need not write the others."""
+    """A kernel need not write second digits in other blocks."""
     x = torch.randn(6, 4600)
     x[2, 5] = x[2, 4500] = 1000
     x[3, 31 * 128] = 1000
@@ -83,7 +83,7 @@ def test_second_digits_count_in_blocks_that_say_so() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_norms(dtype: torch.dtype) -> None:
-    """As PyTorch and transformers compute them, then quantized as their result is."""
+    """Norms agree with PyTorch and transformers; their result is then quantized as usual."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -98,7 +98,7 @@ def test_norms(dtype: torch.dtype) -> None:
         quantized.RMS_PLUS_ONE: gemma(h),
         quantized.LAYER: torch.nn.functional.layer_norm(exact, (96,), weight.float(), bias.float(), 1e-5).to(dtype),
     }
-    # Sums in another order: some units of float32, of values of up to about 10; then one rounding more.
+    # Different summation orders differ by a few float32 ulps of values up to about 10; one more rounding follows.
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(torch.float32).eps}
     d = rotation_of(torch.ones(96))
     for kind, normalized in expected.items():
@@ -115,7 +115,7 @@ def test_norms(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"residual": torch.ones(3, 9)}, r"residual is torch.float32 \[3, 9\]; give what x is, torch.float32 \[3, 8\]"),
+    ({"residual": torch.ones(3, 9)}, r"residual is torch.float32 \[3, 9\]; give what x has, torch.float32 \[3, 8\]"),
     ({"weight": torch.ones(9)}, r"weight is torch.float32 \[9\]; give \[8\]"),
     ({"bias": torch.ones(8, dtype=torch.int8)}, r"bias is torch.int8 \[8\]"),
     ({"kind": 4}, "kind is 4"),
@@ -172,8 +172,8 @@ def test_activations_come_before_the_rounding(activation: int) -> None:
     ({"qweight": torch.ones(5, 8)}, "qweight is torch.float32"),
     ({"scale": torch.ones(4)}, r"scale is torch.float32 \[4\]; give float32 \[5\]"),
     ({"bias": torch.ones(4)}, r"bias is torch.float32 \[4\]; give \[5\]"),
-    ({"rows": torch.zeros(3)}, r"rows are torch.float32 \[3\] and counters torch.int32 \[512\]; give what"),
-    ({"counters": torch.zeros(8, dtype=torch.int32)}, r"counters torch.int32 \[8\]; give what quantize_rows made"),
+    ({"rows": torch.zeros(3)}, r"rows are torch.float32 \[3\] and counters torch.int32 \[512\]; give the results"),
+    ({"counters": torch.zeros(8, dtype=torch.int32)}, r"counters torch.int32 \[8\]; give the results of quantize_rows"),
     ({"q": torch.zeros(3, 3, 8, dtype=torch.int8)}, r"q is torch.int8 \[3, 3, 8\]"),
     ({"q": torch.zeros(2, 3, 8)}, "q is torch.float32"),
     ({"scale": torch.ones(5, device="meta")}, "tensors are on cpu and meta"),
@@ -208,7 +208,7 @@ def test_what_cannot_be_quantized(x: Tensor, d: Tensor | None, threshold: float,
 
 
 def test_schemas() -> None:
-    """Without strings and lists, so that C++ can call them."""
+    """Schemas have no strings or lists, so that C++ can call the operators."""
     assert str(ops.quantize_rows.default._schema) == (
         "int8compile::quantize_rows(Tensor x, Tensor? d, float threshold) -> (Tensor q, Tensor rows, Tensor counters)"
     )
@@ -231,7 +231,7 @@ def test_operators_are_registered_properly(threshold: float) -> None:
 @pytest.mark.parametrize("k", [40, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inductor_compiles_the_same(k: int, dtype: torch.dtype) -> None:
-    """What packages in the portable form hold: no float step is contracted, approximated or flushed."""
+    """Portable packages contain this code: no float step may be contracted, approximated or flushed."""
     x = torch.randn(20, k)
     x[::2, 5] *= 60
     x[3] *= 1e30

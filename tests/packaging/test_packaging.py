@@ -1,4 +1,4 @@
-"""What gets installed, under which names, and what importing it may touch."""
+"""The installed files and their names, and the side effects of importing them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ packaging_requirements = pytest.importorskip("packaging.requirements")
 packaging_utils = pytest.importorskip("packaging.utils")
 
 ROOT = Path(__file__).resolve().parents[2]
-# Top-level folder in the repository -> the folder of the installed package that it becomes.
+# Top-level folder in the repository -> folder of the installed package.
 SOURCES = {
     "int8compile": "int8compile",
     "passes": "int8compile/passes",
@@ -28,7 +28,7 @@ MAPPED = ["passes", "triton_kernels"]
 
 
 def run_python(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter. `cwd` stands for the folder a user happens to be in, and comes first on sys.path."""
+    """Run a fresh interpreter. `cwd` stands for a user's current folder, the first entry of sys.path."""
     command = [sys.executable, *arguments]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == expect, result.stdout + result.stderr
@@ -36,17 +36,17 @@ def run_python(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.Comple
 
 
 def build(tree: Path, out: Path, *what: str) -> None:
-    # Without isolation: no network, and the setuptools of the tested set.
+    # Without isolation, no network is needed, and the tested setuptools builds.
     run_python("-m", "build", "--no-isolation", *what, "--outdir", str(out), str(tree), cwd=out.parent)
 
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An sdist, the wheel built from it, and a wheel built from the tree, which unlike the sdist has the links."""
+    """Build an sdist, a wheel from it, and a wheel from the tree, which unlike the sdist has the links."""
     pytest.importorskip("build")
     base = tmp_path_factory.mktemp("packaging")
     tree = base / "tree"
-    # A copy, because setuptools leaves build/ and *.egg-info behind and packs what it finds there the next time.
+    # In a copy, because setuptools leaves build/ and *.egg-info behind and packs them the next time.
     tree.mkdir()
     for entry in ROOT.iterdir():
         if entry.name in {*SOURCES, "tests"}:
@@ -67,12 +67,12 @@ def wheel_names(wheel: Path) -> list[str]:
 
 
 def expected_names() -> set[str]:
-    """Every file under the source folders, at the place where it must be installed."""
+    """Return every file under the source folders, by its installed path."""
     names = set()
     for folder, target in SOURCES.items():
         # os.walk does not follow the links int8compile/passes and int8compile/triton_kernels.
         for parent, _, files in os.walk(ROOT / folder):
-            # csrc/check: a program of the tests, in the sdist only.
+            # csrc/check is a program for the tests, in the sdist only.
             if Path(parent).name not in {"__pycache__", "check"}:
                 names |= {f"{target}/{(Path(parent) / name).relative_to(ROOT / folder).as_posix()}" for name in files}
     return names
@@ -102,7 +102,7 @@ def test_sdist_holds_the_folders_once_and_no_links(dist: dict[str, Path]) -> Non
     names = [member.name.partition("/")[2] for member in members]
     assert names.count("passes/__init__.py") == 1
     assert names.count("triton_kernels/__init__.py") == 1
-    # Enough to run `make test` in it.
+    # These suffice to run `make test` in it.
     assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"} <= set(names)
     assert {"tests/packaging/test_packaging.py", "int8compile/cpu/csrc/check/check.cpp"} <= set(names)
     assert not [name for name in names if name.startswith(("int8compile/passes", "int8compile/triton_kernels"))]
@@ -157,13 +157,13 @@ def test_entry_points() -> None:
 
 def test_torch_finds_the_backend_by_name(tmp_path: Path) -> None:
     skip_unless_installed()
-    # From elsewhere and without importing int8compile: only the entry point can answer.
+    # From another folder and without importing int8compile, only the entry point can answer.
     code = "import torch._dynamo as d; print(d.lookup_backend('int8').__module__)"
     assert run_python("-c", code, cwd=tmp_path).stdout.strip() == "int8compile.backend"
 
 
-# Records which file asks for triton, and answers that there is none, so that the test means the same with and
-# without triton installed. torch may ask; no file of ours may. The import at the end shows that the spy sees.
+# Records the files that import triton, and reports it as missing, so that the test means the same with and without
+# triton installed. torch may import it, our files may not. The import at the end shows that the spy works.
 SPY = """
 import importlib, os, pkgutil, sys, traceback
 
@@ -196,7 +196,7 @@ def test_importing_passes_never_asks_for_triton() -> None:
 
 
 def pins() -> dict[str, str]:
-    """Canonical name -> version, of every line of constraints.txt."""
+    """Return canonical name -> version for every line of constraints.txt."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     requirements = [packaging_requirements.Requirement(line) for line in lines if line]
     found = {}
@@ -216,7 +216,7 @@ def test_constraints_pin_every_declared_dependency() -> None:
     pinned = pins()
     for requirement in requirements:
         name = packaging_utils.canonicalize_name(requirement.name)
-        # Our own extras, and the build tool, which the environment brings.
+        # Our own extras, and the build tool, which the environment provides.
         if name not in {"int8compile", "setuptools"}:
             assert name in pinned, f"{name} is declared in pyproject.toml and not pinned in constraints.txt"
             assert requirement.specifier.contains(pinned[name]), f"{requirement} excludes the pinned {pinned[name]}"

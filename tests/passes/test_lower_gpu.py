@@ -1,4 +1,4 @@
-"""The graph side of the GPU kernels, run on the CPU: there the same operators compute their definition."""
+"""The graph side of the GPU kernels, run on the CPU, where the same operators compute their definition."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from int8compile.passes import lower_gpu
 from int8compile.passes.lower_gpu import Lowered
 from int8compile.weights import STORE
 from tests.helpers.lowered import Seen, by_operator, compiled, near
-from tests.passes.test_passes import SPELLINGS, Weights
+from tests.helpers.spellings import SPELLINGS, Weights
 
-ERROR = 0.03  # of int8, far above what any of the models here has
+ERROR = 0.03  # int8's error, far above that of any model here.
 
 
 class Parts(nn.Module):
-    """Linears of one input, beside each other."""
+    """Linears that read one input."""
 
     def __init__(self, *outputs: int, bias: bool = True) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Parts(nn.Module):
 
 @torch.no_grad()
 def test_what_runs_on_another_stream_is_left_whole(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It shares nothing with what runs on this one, such as counters of split sums, and stays on its stream."""
+    """Work on another stream shares nothing with this one, such as counters of split sums, and stays on its stream."""
     # Inductor has no streams on the CPU.
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, fakes, **options: module.forward)
     parts, x = Parts(32, 17, 40), torch.randn(2, 64)
@@ -169,7 +169,7 @@ def test_a_linear_that_others_read_keeps_its_value(seen: Seen) -> None:
 
 @torch.no_grad()
 def test_a_write_between_readers(seen: Seen) -> None:
-    """What is quantized before a write is not used after it."""
+    """A quantized activation is not used after a write to the activation."""
     first, second = nn.Linear(64, 48), nn.Linear(64, 48)
 
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def test_a_write_between_readers(seen: Seen) -> None:
 
 @torch.no_grad()
 def test_readers_that_are_not_one_product_share_the_quantization(seen: Seen) -> None:
-    """A weight that is used twice stays alone, and a linear without bias is not joined to one with it."""
+    """A weight that is used twice stays alone; linears with and without bias are not joined."""
     first, second, third = nn.Linear(64, 48), nn.Linear(64, 48, bias=False), nn.Linear(64, 48)
     x = torch.randn(5, 64)
     compiled(lambda x: (first(x), second(x), third(x), third(x * 2)))(x)
@@ -206,7 +206,7 @@ EARLIER: dict[str, Callable[[Gated, nn.Linear, Tensor], list[Tensor]]] = {
 def test_what_shares_an_activation_with_a_gated_pair(
     call: Callable[[Gated, nn.Linear, Tensor], list[Tensor]], seen: Seen
 ) -> None:
-    """It is quantized before the first of them; for each d, where they do not stand beside each other."""
+    """The activation is quantized before its first reader, and once per d where linears of several parents read it."""
     model, other, x = Gated(), nn.Linear(64, 32), torch.randn(5, 64)
     compiled(lambda x: call(model, other, x))(x)
     assert seen.lowered == Lowered(products=2, quantized=2)
@@ -242,7 +242,7 @@ def add_one(x: Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("written_as", ["packet", "overload"])
 def test_an_operator_that_writes_is_a_barrier(written_as: str, seen: Seen) -> None:
-    """Dynamo leaves a packet of overloads, whose schema says that it writes and whose name does not."""
+    """Dynamo's graph holds a packet of overloads: its schema says that it writes, its name does not."""
     with torch.library._scoped_library("int8compile_test", "FRAGMENT") as library:
         library.define("bump(Tensor(a!) x) -> ()")
         library.impl("bump", add_one, "CompositeExplicitAutograd")
@@ -337,7 +337,7 @@ def test_what_autograd_records_stays_one_operator(seen: Seen) -> None:
 
 @torch.no_grad()
 def test_weights_are_held_once_and_refreshed(seen: Seen) -> None:
-    """Also where their rows take turns, and where another graph takes one of them alone."""
+    """Weights are held once, even if their rows are interleaved and another graph takes one of them alone."""
     model, x = Gated(), torch.randn(5, 64)
     both, alone = compiled(model), torch.compile(model.gate, backend="int8", fullgraph=True)
     both(x)
@@ -351,10 +351,10 @@ def test_weights_are_held_once_and_refreshed(seen: Seen) -> None:
     assert near(alone(x), by_operator(model.gate, x))
     hidden = F.silu(by_operator(model.gate, x)) * by_operator(model.up, x)
     assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
-    # What was compiled for a weight alone still finds it as it was, whichever graph came between.
+    # A graph compiled for a single weight still finds its layout, whichever graph ran in between.
     assert near(alone(x), by_operator(model.gate, x))
     assert near(both(x), by_operator(model.down, hidden))  # type: ignore[arg-type]
-    # In turns for one graph, one behind the other for the next, and back.
+    # Interleaved for one graph, consecutive for the next, and back.
     other = torch.compile(lambda x: (model.gate(x), model.up(x)), backend="int8", fullgraph=True)
     for _ in range(2):
         assert near(other(x)[1], by_operator(model.up, x))
@@ -364,7 +364,7 @@ def test_weights_are_held_once_and_refreshed(seen: Seen) -> None:
 
 @torch.no_grad()
 def test_a_weight_taken_alone_before_it_is_interleaved(seen: Seen) -> None:
-    """The first graph was compiled for rows one behind the other, and gets them so."""
+    """The first graph was compiled for consecutive rows, and gets them."""
     model, x = Gated(), torch.randn(5, 64)
     alone = torch.compile(model.gate, backend="int8", fullgraph=True)
     both = compiled(model)
@@ -376,7 +376,7 @@ def test_a_weight_taken_alone_before_it_is_interleaved(seen: Seen) -> None:
 
 
 def test_with_and_without_gradients_in_turns(seen: Seen) -> None:
-    """Training adapters on a frozen base: its own graph takes gate and up apart."""
+    """Training adapters on a frozen base: the training graph takes gate and up separately."""
     model, x = Gated().requires_grad_(False), torch.randn(5, 64)
     call = compiled(model)
     call(x)
@@ -427,14 +427,14 @@ def test_a_gpu_without_kernels_is_warned_of(
 
 @torch.no_grad()
 def test_weights_of_int8_modules_are_not_joined(seen: Seen) -> None:
-    """Memory would hold them twice. The activation is quantized once, all the same."""
+    """Joining would hold them twice in memory. The activation is quantized once all the same."""
     everything, x = nn.ModuleList([Parts(32, 17, 40), Gated(bias=True)]), torch.randn(2, 5, 64)
     quantize_(everything, progress=False)
     parts, model = everything
     expected = [*parts(x), model.gate(x), model.up(x), model(x)]
     held, before = dict(everything.named_buffers()), STORE.quantized
     results = compiled(lambda x: [*parts(x), model.gate(x), model.up(x), model(x)])(x)
-    # Those of each parent share a d.
+    # The linears of each parent share a d.
     assert seen.lowered == Lowered(products=8, quantized=3)
     assert seen.parts() == [(0, 0)] * 8
     assert STORE.quantized == before
@@ -456,7 +456,7 @@ def test_weights_that_int8_modules_give_up_are_joined(seen: Seen) -> None:
 
 
 def lowered_calls(graph: GraphModule) -> list[tuple[str, tuple[object, ...]]]:
-    """What is quantized and multiplied, with all arguments that are no tensors."""
+    """Return the quantizations and products of a graph, with their arguments that are not tensors."""
     ours = (ops.norm_quantize_rows.default, ops.quantize_rows.default, ops.quantized_linear.default)
     return [
         (str(node.target), tuple(each for each in node.args if not isinstance(each, Node)))
@@ -480,7 +480,7 @@ EXPORTED: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 @pytest.mark.parametrize("name", EXPORTED)
 def test_exported_graphs_are_lowered_alike(name: str, threshold: float, seen: Seen) -> None:
-    """torch.export spells in ATen what Dynamo spells as the model does."""
+    """torch.export writes ATen operators where Dynamo keeps the model's own calls."""
     model = EXPORTED[name]().eval()
     args = (torch.randn(2, 5, 64),) * (2 if name == "attention" else 1)
     with torch.no_grad():
@@ -493,7 +493,7 @@ def test_exported_graphs_are_lowered_alike(name: str, threshold: float, seen: Se
 
 
 class Spelled(nn.Module):
-    """A linear in every way that an operation can be one."""
+    """A linear in every spelling that one operation has."""
 
     def __init__(self, op: str) -> None:
         super().__init__()

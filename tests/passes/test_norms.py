@@ -1,4 +1,4 @@
-"""Norms that become part of the quantization of their results: in every spelling, as what, and which do not."""
+"""Norms fused into the quantization of their results: every spelling and its kind, and norms that are not fused."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from int8compile.exporting.exporter import rewrite
 from int8compile.ops import quantized
 from int8compile.passes.lower_gpu import Lowered
 from int8compile.report import Report
+from int8compile.sites import FusionReason, NotFused
 from tests.helpers.lowered import Seen, by_operator, compiled, near
 from tests.helpers.models import INT8_ERROR
 
 K = 64
 DTYPES = [torch.float32, torch.bfloat16]
 
-# What is left of a norm that is computed by itself.
+# Operators that remain of a norm that is computed separately.
 OF_NORMS = {"rms_norm", "layer_norm", "native_layer_norm", "rsqrt", "pow", "square", "mean"}
 
 
 class Norm(nn.Module):
-    """A norm with a weight, and a bias, in the form that a function gives it."""
+    """A norm with a weight and a bias, computed by a function."""
 
     def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Norm(nn.Module):
 
 
 def llama(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    """transformers' Llama, Mistral, Qwen2, Phi-3 and more."""
+    """The norm of transformers' Llama, Mistral, Qwen2, Phi-3 and others."""
     dtype = x.dtype
     x = x.to(torch.float32)
     variance = x.pow(2).mean(-1, keepdim=True)
@@ -50,7 +51,7 @@ def llama(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
 
 
 def gemma(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    """transformers' Gemma and Qwen3-Next."""
+    """The norm of transformers' Gemma and Qwen3-Next."""
     v = x.float()
     y = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + 1e-6)
     y = y * (1.0 + weight.float())
@@ -70,7 +71,7 @@ def olmo_2(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
 
 
 def t5(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    """x is widened by its product with a number in float32."""
+    """x is promoted to float32 by a product with a float32 number."""
     variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
     y = x * torch.rsqrt(variance + 1e-6)
     return weight * (y.to(weight.dtype) if weight.dtype == torch.bfloat16 else y)
@@ -97,7 +98,7 @@ def by_methods(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
 
 
 def centered_weight(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    """1 + weight is rounded to x's dtype, so it is a weight as any other."""
+    """1 + weight is rounded to x's dtype, so it is an ordinary weight."""
     v = x.float()
     return (v * torch.rsqrt(v.square().mean(-1, True) + 1e-6) * (1.0 + weight).float()).type_as(x)
 
@@ -108,7 +109,7 @@ def in_float32(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 RMS, ROUNDED, PLUS_ONE, LAYER = quantized.RMS, quantized.RMS_ROUNDED, quantized.RMS_PLUS_ONE, quantized.LAYER
 
-# What a model writes; what that is: the kind, eps, and whether there are a weight (or one plus that) and a bias.
+# A model's spelling, and the norm it is: the kind, eps, its weight (or one plus it) and bias.
 SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int, float, str]] = {
     "rms_norm": (lambda x, w, b: F.rms_norm(x, (K,), w, 1e-5), RMS, 1e-5, "w"),
     "rms_norm without eps": (lambda x, w, b: F.rms_norm(x, [K], w), RMS, 2.0**-23, "w"),
@@ -141,7 +142,7 @@ SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Normed(nn.Module):
-    """A sum that others read, its norm, and two linears that read that."""
+    """A sum that others read, its norm, and two linears that read the norm."""
 
     def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Tensor], sum_: str = "x + residual") -> None:
         super().__init__()
@@ -159,7 +160,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def exported(model: nn.Module, *args: Tensor, **options: Any) -> tuple[GraphModule, Report]:
-    """A model as int8compile.export has it for a GPU."""
+    """Return a model as int8compile.export rewrites it for a GPU."""
     module: Any = torch.export.export(model, args, strict=False, **options).module(check_guards=False)
     return module, rewrite(module, Int8Config(), for_gpu=True)
 
@@ -176,7 +177,7 @@ def names(graph: GraphModule) -> set[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_spelling_is_fused(name: str, dtype: torch.dtype, seen: Seen) -> None:
-    """As the kind of norm that it is, which is as near to what is spelled as float32 and x's dtype have it."""
+    """Each spelling becomes its kind of norm, as close to it as float32 and x's dtype allow."""
     form, kind, eps, parts = SPELLINGS[name]
     model = Normed(form).to(dtype)
     x, residual = inputs(dtype)
@@ -188,7 +189,7 @@ def test_every_spelling_is_fused(name: str, dtype: torch.dtype, seen: Seen) -> N
         (call,) = calls(graph)
         assert call.args[1] is not None
         assert call.args[6] == eps
-        if dtype != torch.float32:  # There, kinds that differ in where they round are the same.
+        if dtype != torch.float32:  # In float32, kinds that differ only in where they round are the same.
             assert call.args[5] == kind
         assert names(graph).isdisjoint(OF_NORMS)
         assert all(map(near, results, (by_operator(model.first, y), by_operator(model.second, y), h * 2)))
@@ -199,7 +200,7 @@ def test_every_spelling_is_fused(name: str, dtype: torch.dtype, seen: Seen) -> N
     module, report = exported(model, x, residual)
     check(module, module(x, residual))
     assert (report.fused_norms, report.unfused_norms) == (1, [])
-    # Sums of K elements in float32 and a few products; then one rounding to x's dtype, or one more in between.
+    # Sums of K elements in float32 and a few products; then one rounding to x's dtype, or two.
     deviation = (
         (h.float() - (h.float().mean(-1, keepdim=True) if kind == LAYER else 0)).square().mean(-1, keepdim=True).sqrt()
     )
@@ -209,7 +210,7 @@ def test_every_spelling_is_fused(name: str, dtype: torch.dtype, seen: Seen) -> N
 
 
 def computed(model: Normed, h: Tensor) -> list[Tensor]:
-    """The results of one whose norm is `llama`, by the definitions."""
+    """Return the results by the definitions, for a model whose norm is `llama`."""
     y = quantized.norm(h, model.norm.weight, None, RMS, 1e-6)
     return [by_operator(model.first, y), by_operator(model.second, y), h * 2]
 
@@ -267,7 +268,7 @@ def test_a_norm_is_fused_without_a_sum_that_is_none(name: str, seen: Seen, monke
 
 @torch.no_grad()
 def test_a_sum_is_computed_before_all_that_read_it(seen: Seen) -> None:
-    """Also where a weight is computed after the sum: then either all of them follow, or it is summed by itself."""
+    """If a weight is computed after the sum, either all readers follow it, or the sum stays separate."""
     model, (x, residual) = Normed(llama), inputs()
 
     def call(x: Tensor, residual: Tensor, early: bool) -> tuple[Tensor, ...]:
@@ -287,7 +288,7 @@ def test_a_sum_is_computed_before_all_that_read_it(seen: Seen) -> None:
 
 @torch.no_grad()
 def test_a_sum_that_what_stays_is_made_from_is_not_moved(seen: Seen) -> None:
-    """Of two steps between the sum and the norm another call reads the second, before the weight is computed."""
+    """Another call reads the second of two steps between sum and norm, before the weight is computed."""
     model, (x, residual) = Normed(llama), inputs()
 
     def call(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +306,7 @@ def test_a_sum_that_what_stays_is_made_from_is_not_moved(seen: Seen) -> None:
 
 @torch.no_grad()
 def test_two_norms_of_one_sum(seen: Seen) -> None:
-    """As in Falcon's and GPT-NeoX's layers: the first computes the sum for the second."""
+    """As in Falcon's and GPT-NeoX's layers, the first norm computes the sum for the second."""
     one, two, (x, residual) = Normed(llama), Normed(gemma), inputs()
 
     def call(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,7 +324,7 @@ def test_two_norms_of_one_sum(seen: Seen) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("rows", ["as they are", "flattened"])
 def test_any_number_of_rows(rows: str, seen: Seen) -> None:
-    """GPT-2's layers flatten the rows of what they multiply."""
+    """GPT-2's layers flatten the rows before they multiply."""
 
     class Model(Normed):
         def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
@@ -350,7 +351,7 @@ def test_any_number_of_rows(rows: str, seen: Seen) -> None:
 
 
 class Apart(nn.Module):
-    """Two linears that share no d, as of attention and MLP."""
+    """Two linears that share no d, like those of attention and MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,16 +368,20 @@ class Apart(nn.Module):
 
 @torch.no_grad()
 def test_a_norm_that_is_quantized_in_two_ways(seen: Seen) -> None:
-    """As in GPT-J's, Phi's and Cohere's layers."""
+    """GPT-J's, Phi's and Cohere's layers are built in this way."""
     model, (x, _) = Apart(), inputs()
     one, other = compiled(model)(x)  # type: ignore[misc]
-    why = "linears that read it are rotated by different d, so it is quantized for each"
-    assert seen.lowered == Lowered(products=2, quantized=2, unfused=[("norm", why)])
+    assert seen.lowered == Lowered(products=2, quantized=2)
+    assert seen.lowered.unfused == [
+        NotFused("siblings", "other.0", FusionReason.ROTATED_APART),
+        NotFused("norm", "norm", FusionReason.ROTATED_APART),
+    ]
     y = model.norm(x)
     assert near(one, by_operator(model.one[0], y))
     assert near(other, by_operator(model.other[0], y))
     compiled(model, rotate=False)(x)
     assert seen.lowered == Lowered(products=1, quantized=1, norms=1)
+    assert not seen.lowered.unfused
 
 
 def written_between(m: Normed, x: Tensor) -> Tensor:
@@ -430,44 +435,45 @@ def of_bfloat16(m: Normed, x: Tensor) -> Tensor:
     return m.first(m.norm(x.bfloat16()).float())
 
 
-WRITTEN = "something is written, or autocast switched, between"
-UNKNOWN = "its form is not known, or its result is changed before it is quantized"
+Why = tuple[FusionReason, str]
+WRITTEN: Why = (FusionReason.SWITCHED, "")
+UNKNOWN: Why = (FusionReason.FORM, "")
 
-# A norm, what is made with it, and why it is not fused.
-UNFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[Normed, Tensor], object], str]] = {
-    "returned": (llama, lambda m, x: (m.first(y := m.norm(x)), y), "its result is also read by output"),
+# (norm, its readers, the reason why it is not fused)
+UNFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[Normed, Tensor], object], Why]] = {
+    "returned": (llama, lambda m, x: (m.first(y := m.norm(x)), y), (FusionReason.READ_ELSEWHERE, "by output")),
     "read by a float linear": (
         llama,
         lambda m, x: (m.first(y := m.norm(x)), F.linear(y, x)),
-        "its result is also read by linear",
+        (FusionReason.READ_ELSEWHERE, "by linear"),
     ),
-    "a step is read": (llama, a_step_is_read, "its result is also read by output"),
-    "written between": (llama, written_between, f"{WRITTEN} it and the linear"),
-    "written between readers": (llama, written_between_readers, f"{WRITTEN} linears that read it"),
-    "autocast between": (llama, autocast_between, f"{WRITTEN} it and the linear"),
-    "rounded by autocast": (llama, autocast_around, "autocast rounds its result before it is quantized"),
+    "a step is read": (llama, a_step_is_read, (FusionReason.READ_ELSEWHERE, "by output")),
+    "written between": (llama, written_between, WRITTEN),
+    "written between readers": (llama, written_between_readers, WRITTEN),
+    "autocast between": (llama, autocast_between, WRITTEN),
+    "rounded by autocast": (llama, autocast_around, (FusionReason.ROUNDED, "")),
     "over two dimensions": (
         lambda x, w, b: F.layer_norm(x, x.shape),
         alone,
-        "it normalizes more than the last dimension",
+        (FusionReason.DIMENSIONS, ""),
     ),
     "a matrix of weights": (
         lambda x, w, b: llama(x, w.expand(5, K), b),
         alone,
-        "its weight is no vector of its inputs",
+        (FusionReason.NO_VECTOR, "weight"),
     ),
     "a number for a weight": (lambda x, w, b: llama(x, 2.0, b), alone, UNKNOWN),  # type: ignore[arg-type]
     "another form": (deberta, alone, UNKNOWN),
     "modulated": (llama, modulated, UNKNOWN),
-    "reshaped": (llama, lambda m, x: m.first(m.norm(x).view(5, 1, K)), "its result is reshaped before it is quantized"),
-    "a weight of another dtype": (llama, of_bfloat16, "its weight is float32 and x bfloat16"),
-    "widened by its weight": (t5, of_bfloat16, "its weight is float32 and x bfloat16"),
+    "reshaped": (llama, lambda m, x: m.first(m.norm(x).view(5, 1, K)), (FusionReason.RESHAPED, "")),
+    "a weight of another dtype": (llama, of_bfloat16, (FusionReason.DTYPES, "its weight is float32 and x bfloat16")),
+    "widened by its weight": (t5, of_bfloat16, (FusionReason.DTYPES, "its weight is float32 and x bfloat16")),
     "widened": (
         lambda x, w, b: x * torch.rsqrt(x.float().square().mean(-1, True) + 1e-6),
         of_bfloat16,
-        "it makes float32 of bfloat16, as under autocast",
+        (FusionReason.DTYPES, "it makes float32 of bfloat16"),
     ),
-    "not in float32": (in_own_dtype, of_bfloat16, "it is computed in bfloat16"),
+    "not in float32": (in_own_dtype, of_bfloat16, (FusionReason.PRECISION, "bfloat16")),
     "the mean of all": (lambda x, w, b: x * torch.rsqrt(x.square().mean(0, True) + 1e-6), alone, UNKNOWN),
     "the mean of cubes": (lambda x, w, b: x * torch.rsqrt(x.pow(4).mean(-1, True) + 1e-6), alone, UNKNOWN),
     "of another tensor": (lambda x, w, b: x * torch.rsqrt((x + 1).pow(2).mean(-1, True) + 1e-6), alone, UNKNOWN),
@@ -481,11 +487,11 @@ def test_what_is_not_fused_has_a_reason(name: str, seen: Seen, caplog: pytest.Lo
     model, x = Normed(form), torch.randn(5, K)
     caplog.set_level(logging.DEBUG, "int8compile.backend")
     results = compiled(lambda x: call(model, x))(x)
-    ((_, why),) = seen.lowered.unfused
-    assert why.startswith(reason)
+    (fusion,) = [fusion for fusion in seen.lowered.unfused if fusion.kind == "norm"]
+    assert (fusion.reason, fusion.detail) == reason
     assert seen.lowered.norms == 0
     assert not calls(seen.graph)
-    assert f"- norm not fused: {seen.lowered.unfused[0][0]}: {why}" in caplog.text
+    assert f"- norm not fused: {fusion.path}: {fusion.why()}" in caplog.text
     assert "0 of 1 norms fused with quantization" in caplog.text
     for actual, expected in zip(tensors(results), tensors(call(model, x)), strict=True):
         assert (actual - expected).norm() <= INT8_ERROR * expected.norm()
@@ -504,7 +510,7 @@ def test_what_autograd_records_is_not_fused(seen: Seen) -> None:
         return model.first(model.norm(h).detach()), h * 2
 
     first, doubled = compiled(call)(x, residual)  # type: ignore[misc]
-    assert [why for _, why in seen.lowered.unfused] == ["autograd records it"]
+    assert [(fusion.kind, fusion.reason) for fusion in seen.lowered.unfused] == [("norm", FusionReason.RECORDED)]
     assert not first.requires_grad
     doubled.sum().backward()
     assert x.grad is not None
@@ -514,7 +520,7 @@ def test_what_autograd_records_is_not_fused(seen: Seen) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["rms_norm", "layer_norm"])
 def test_the_first_rows_of_a_norm_are_not_the_norm(form: str, seen: Seen) -> None:
-    """A call that returns the norm alone has rows where `native_layer_norm` has results."""
+    """An operator that returns only the norm is indexed by row, `native_layer_norm` by result."""
     model, x = Normed(SPELLINGS[form][0]), torch.randn(3, 5, K)
     y = compiled(lambda x: model.first(model.norm(x)[0]))(x)
     expected = model.first(model.norm(x)[0])
@@ -552,7 +558,7 @@ GPT_2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_position
     [
         ("LlamaForCausalLM", "LlamaConfig", TEXT, ROUNDED, 1),
         ("GemmaForCausalLM", "GemmaConfig", {**TEXT, "head_dim": 16}, PLUS_ONE, 1),
-        # Of each layer, those of q and k and of what attention and MLP give.
+        # In each layer, the norms of q and k, and of the outputs of attention and MLP.
         ("Gemma3ForCausalLM", "Gemma3TextConfig", {**TEXT, "head_dim": 16}, PLUS_ONE, 9),
         ("GPT2LMHeadModel", "GPT2Config", GPT_2, LAYER, 1),
     ],
@@ -560,7 +566,7 @@ GPT_2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_position
 def test_decoders(
     model: str, config: str, options: dict[str, int], kind: int, left: int, dtype: torch.dtype, seen: Seen
 ) -> None:
-    """Two norms of a layer, all but the first with the sum before it; what reads the last is in float."""
+    """Each layer has two norms, all but the first with the sum before them; the last is read in float."""
     transformers = pytest.importorskip("transformers")
     built = getattr(transformers, model)(getattr(transformers, config)(**options)).to(dtype).eval()
     given = {"input_ids": torch.arange(14).view(2, 7), "use_cache": False}

@@ -1,9 +1,11 @@
-"""`quantize_` and `dequantize_`: what becomes int8 and what does not, what memory it takes, and back again."""
+"""`quantize_` and `dequantize_`: the modules that become int8, the memory they take, and the way back."""
 
 from __future__ import annotations
 
+import collections
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,7 +68,7 @@ def int8_parts(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)]
 
 
-# What becomes int8
+# Modules that become int8
 
 
 @torch.no_grad()
@@ -77,7 +79,7 @@ def test_linears_become_int8() -> None:
     assert int8_parts(model) == [site.path for site in report.rewritten] == [site.path for site in report.sites]
     assert len(report.rewritten) == 4
     assert relative_error(model(x), expected) < INT8_ERROR
-    # 4096 weights of 4 bytes become 1, and 4 for each of 192 outputs, and of 192 inputs that are rotated.
+    # 4096 weights shrink from 4 bytes to 1; 4 bytes are added for each of 192 outputs and each of 192 rotated inputs.
     assert before - memory_footprint(model) == 2 * (3 * 2 * 32 * 64 - 4 * 96 - 4 * 96)
     totals = report.totals()
     assert (totals["bytes_before"], totals["bytes_after"]) == (4 * 4 * 32 * 64, 4 * 32 * 64 + 4 * 192 + 4 * 192)
@@ -93,7 +95,7 @@ def test_they_are_what_compiling_makes() -> None:
 
 
 class Attention(nn.Module):
-    """Three projections of one x and one of another, then a container."""
+    """Three projections of one x, one of another x, then a container."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +187,7 @@ def test_twice_changes_nothing() -> None:
     assert {site.path: site.runs_in for site in first.rewritten if site.path != "embed"} == {
         site.path: site.runs_in for site in second.rewritten
     }
-    # Nor does another config.
+    # Another config changes nothing either.
     quantize_(model, {"threshold": 0.0}, progress=False)
     assert dict(model.named_modules()) == modules
     assert model.block.layers[0].up.threshold == 5.0
@@ -296,7 +298,7 @@ def test_a_tie_is_kept(lm_head: str) -> None:
     quantize_(model, {"lm_head": lm_head}, progress=False)
     assert model.embed.qweight is model.lm_head.qweight
     assert model.embed.scale is model.lm_head.scale
-    # A table is read by rows.
+    # An embedding table is read by rows, so it is not rotated.
     assert model.embed.d is model.lm_head.d is None
     assert model.lm_head.threshold == 6.0
     assert model.lm_head.weight_only == (lm_head == "int8_weight")
@@ -373,7 +375,7 @@ def test_memory_footprint() -> None:
     assert memory_footprint(nn.Linear(32, 64)) == 4 * (32 * 64 + 64)
     assert memory_footprint(LanguageModel()) == memory_footprint(LanguageModel().block) + 4 * 96 * 32
     assert memory_footprint(nn.Linear(32, 64, device="meta")) == 4 * (32 * 64 + 64)
-    # Slices of one tensor count for what they show.
+    # A slice counts with its own size, not with that of the whole tensor.
     model, data = nn.Module(), torch.zeros(100)
     model.register_buffer("a", data[:10])
     model.register_buffer("b", data[10:30])
@@ -389,13 +391,13 @@ def test_memory_footprint_of_a_compiled_model() -> None:
     before = memory_footprint(model)
     biases = 4 * sum(p.numel() for name, p in model.named_parameters() if "bias" in name)
     torch.compile(model, backend="int8", options={"free_weights": True})(torch.randn(5, 32))
-    # Packed, K is padded to 64 where a kernel takes it so.
+    # Where a kernel packs the weight, K is padded to 64.
     assert biases + 4 * 32 * 64 <= memory_footprint(model) <= biases + 4 * 64 * 64 + 4 * 192
     assert memory_footprint(model) < 0.6 * before
 
 
 def test_a_skeleton() -> None:
-    """On the meta device there is nothing to quantize; what comes out has a place for it."""
+    """On the meta device nothing is quantized; the result has the shapes of the int8 model."""
     with torch.device("meta"):
         model = LanguageModel()
     quantize_(model, {"lm_head": "int8_weight"}, progress=False)
@@ -410,7 +412,7 @@ def test_a_skeleton() -> None:
     assert torch.equal(model(ids), real(ids))
 
 
-# Described
+# Descriptions
 
 
 def described() -> dict[str, dict[str, Any]]:
@@ -439,7 +441,7 @@ def test_a_description_makes_the_modules_again() -> None:
 
 @pytest.mark.parametrize("rotation", [{}, {"rotation": 0}, {"rotation": 1}])
 def test_a_description_of_what_is_not_rotated(rotation: dict[str, int]) -> None:
-    """Such as one of an older version."""
+    """An older version wrote such descriptions."""
     said, model = described(), LanguageModel()
     for options in said.values():
         del options["rotation"]
@@ -461,7 +463,7 @@ def test_a_rotation_that_cannot_be_is_refused(path: str, rotation: Any, allowed:
         put_described(LanguageModel(), said, "Look")
 
 
-# And back
+# The way back
 
 
 @torch.no_grad()
@@ -505,7 +507,7 @@ def test_dequantize_of_a_float_model_changes_nothing() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("square", [True, False])
 def test_conv1d(square: bool) -> None:
-    """Its weight is [K, N]; a square one that comes back the wrong way round would raise nothing."""
+    """Conv1D's weight is [K, N]; a square weight transposed by mistake would raise no error."""
     pytest.importorskip("transformers")
     from transformers.pytorch_utils import Conv1D
 
@@ -521,7 +523,7 @@ def test_conv1d(square: bool) -> None:
 
 def test_experts_become_int8_together() -> None:
     pytest.importorskip("transformers")
-    from tests.integrations.test_transformers import CASES
+    from tests.helpers.architectures import CASES
 
     case = CASES["mixtral"]
     model = case.build().eval()
@@ -536,7 +538,7 @@ def test_experts_become_int8_together() -> None:
 @torch.no_grad()
 def test_experts_keep_their_models_config() -> None:
     pytest.importorskip("transformers")
-    from tests.integrations.test_transformers import CASES
+    from tests.helpers.architectures import CASES
 
     case = CASES["mixtral"]
     model = case.build().eval()
@@ -545,7 +547,7 @@ def test_experts_keep_their_models_config() -> None:
     kept = copy.deepcopy(model)
     quantize_(model, progress=False)
     experts = model.model.layers[0].mlp.experts
-    # All experts read the same rows, and each what it has made itself.
+    # All experts read the same rows in the first product; in the second, each reads its own results.
     assert experts.gate_up_proj.d.shape == experts.gate_up_proj.qweight.shape[2:]
     assert experts.down_proj.d.shape == experts.down_proj.qweight.shape[::2]
     with torch.device("meta"):
@@ -562,7 +564,7 @@ def test_experts_keep_their_models_config() -> None:
     assert experts.config._experts_implementation == "int8"
     assert model.config._experts_implementation == implementation
     assert relative_error(model(**case.inputs).logits, expected) < INT8_ERROR
-    # A row does not depend on which others go to its expert.
+    # A row does not depend on the other rows of its expert.
     alone = {**case.inputs, "input_ids": case.inputs["input_ids"][1:]}
     torch.testing.assert_close(model(**alone).logits[0], model(**case.inputs).logits[1])
     dequantize_(model)
@@ -581,3 +583,43 @@ def test_linears_without_weights_yet_have_a_row() -> None:
 
 def memory_of(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def test_the_report_has_no_empty_columns() -> None:
+    header = str(quantize_(nn.Sequential(nn.Linear(64, 64)))).splitlines()[0]
+    assert "runs in" in header
+    assert "outliers" not in header
+    assert "source" not in header
+
+
+class Head(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.embed = name, nn.Embedding(64, 32)
+        self.add_module(name, nn.Linear(32, 64, bias=False))
+        self.get_submodule(name).weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.name)(x + self.embed(torch.arange(3)))
+
+
+ALIKE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "by name": (lambda: nn.Sequential(nn.Linear(32, 32)), {"skip_modules": ["0"]}),
+    "head": (lambda: nn.Sequential(collections.OrderedDict(lm_head=nn.Linear(32, 32))), {}),
+    "tied head": (lambda: Head("lm_head"), {}),
+    "tied": (lambda: Head("other"), {}),
+    "small": (lambda: nn.Sequential(nn.Linear(32, 8)), {}),
+    "allowed to be small": (lambda: nn.Sequential(nn.Linear(32, 8)), {"min_features": 8}),
+    "int8": (lambda: nn.Sequential(nn.Linear(32, 32)), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
+@pytest.mark.parametrize("name", ALIKE)
+def test_compile_and_quantize_judge_a_linear_alike(name: str) -> None:
+    make, options = ALIKE[name]
+    model = make().requires_grad_(False)
+    (by_graph,) = int8compile.explain(model, torch.randn(3, 32), config=options).sites
+    by_module = quantize_(model, options, progress=False).sites[0]
+    for field in ("path", "reason", "detail", "runs_in", "rotation"):
+        assert getattr(by_graph, field) == getattr(by_module, field)

@@ -1,4 +1,4 @@
-"""Code that reads the weight of an int8 module itself: matmuls in int8, other reads in float, most writes refused."""
+"""Code that reads the weight of an int8 module: matmuls run in int8, other reads in float, most writes are refused."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from int8compile.stored import module_weight
 from int8compile.stored.module_weight import Int8Weight
 from int8compile.weights import STORE, view_of_int8
 from tests.helpers.implementations import profiled
+from tests.helpers.int8_modules import int8_experts
 from tests.helpers.models import INT8_ERROR, relative_error
-from tests.stored.test_modules import int8_experts
 
 Call = Callable[[Tensor, nn.Module], Tensor]
 
@@ -43,7 +43,7 @@ class Reader(nn.Module):
 
 
 def quantized(call: Call, **options: Any) -> tuple[Reader, Reader]:
-    """A model in float, and the same one in int8."""
+    """Return a float model and the same model in int8."""
     model = Reader(call).eval()
     other = copy.deepcopy(model)
     report = int8compile.quantize_(other, options, progress=False)
@@ -60,7 +60,7 @@ X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
 H = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
 X3 = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(3))
 
-# The calls, their inputs, and the linears that each is.
+# (call, input, number of linears it is).
 MATMULS: dict[str, tuple[Call, Tensor, int]] = {
     "F.linear": (lambda x, m: F.linear(x, m.weight, m.bias), X3, 1),
     "keywords": (lambda x, m: F.linear(input=x, weight=m.weight, bias=m.bias), X, 1),
@@ -103,7 +103,7 @@ MATMULS: dict[str, tuple[Call, Tensor, int]] = {
 def test_matmuls_run_in_int8(name: str) -> None:
     call, x, linears = MATMULS[name]
     model, other = quantized(call)
-    other(x)  # The first call finds out, on tensors without data, what a float product would look like.
+    other(x)  # The first call computes the shapes of the float product, on tensors without data.
     operators = profiled(lambda: other(x))
     assert operators["int8compile::linear"] + operators["int8compile::batched_linear"] == linears
     assert not [op for op in operators if op.startswith("aten::") and op.endswith(("mm", "matmul", "linear"))]
@@ -111,7 +111,7 @@ def test_matmuls_run_in_int8(name: str) -> None:
     report = int8compile.explain(other, x)
     assert [site.path for site in report.sites] == ["inner"] * linears
     assert len(report.rewritten) == linears
-    assert not report.notes[:-1]  # The last names the CPU.
+    assert not report.notes[:-1]  # The last note names the CPU.
 
 
 @pytest.mark.parametrize("name", ["F.linear", "x @ w", "heads", "heads, back", "chunk", "baddbmm", "conv1d", "columns"])
@@ -120,10 +120,11 @@ def test_compiled_as_in_eager_mode(name: str) -> None:
     _, other = quantized(call)
     compiled = torch.compile(other, backend="int8", fullgraph=True)
     assert torch.equal(compiled(x), other(x))
-    assert not torch.equal(other(x), torch.compile(other, backend="aot_eager", fullgraph=True)(x))  # That is in float.
+    # aot_eager computes it in float.
+    assert not torch.equal(other(x), torch.compile(other, backend="aot_eager", fullgraph=True)(x))
 
 
-# Of [3, 24, 48], whose x has as many rows for each of three experts.
+# Experts [3, 24, 48]; x has the same number of rows for each of the three.
 EXPERTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "one": lambda x, m: F.linear(x[0], m.weight[1]),
     "bmm": lambda x, m: torch.bmm(x, m.weight.mT),
@@ -137,7 +138,7 @@ EXPERTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 @pytest.mark.parametrize("rotated", ["not", "together", "each"])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_the_weights_of_experts(name: str, rotated: str) -> None:
-    """Each matrix may be rotated by a d of its own."""
+    """Each matrix may have a d of its own."""
     module, call, x = int8_experts(rotated), EXPERTS[name], torch.randn(3, 5, 48)
     expected = call(x, types.SimpleNamespace(weight=module.dequantize()))
     call(x, module)
@@ -161,7 +162,7 @@ def test_the_weight_as_it_is_takes_no_more_memory() -> None:
     _, other = quantized(MATMULS["chunk"][0])
     before = int8compile.memory_footprint(other)
     other(X)
-    assert int8compile.memory_footprint(other) - before <= 4 * 96  # Its scales; the rows are views, rotated by its d.
+    assert int8compile.memory_footprint(other) - before <= 4 * 96  # Scales of views; their rows keep the module's d.
     weights = list(STORE.weights(other.inner.qweight).values())
     assert len(weights) == 3
     assert all(weight.d is other.inner.d for weight in weights)
@@ -232,7 +233,7 @@ def test_other_reads_get_it_in_float_with_a_warning(name: str) -> None:
     with torch.no_grad():
         assert torch.equal(y, expected(X))
         assert len(caught) == 1
-        other(X)  # Once only: another warning would be an error.
+        other(X)  # The warning comes once: a second one would be an error.
 
 
 def test_a_read_in_a_compiled_graph_is_named() -> None:
@@ -264,7 +265,7 @@ def test_metadata_needs_no_values() -> None:
 
 
 def in_place(call: Callable[[nn.Module], Any]) -> Call:
-    """Runs a call before the first use, as a model does that scales its weights when it first runs."""
+    """Run a call before the first use, as models do that scale their weights when they first run."""
 
     def run(x: Tensor, module: nn.Module) -> Tensor:
         if not hasattr(module, "done"):
@@ -293,7 +294,7 @@ def test_multiplying_by_a_number_multiplies_the_scales(name: str, how: str) -> N
     values = other.inner.qweight.clone()
     expected = model(X)
     run = torch.compile(other, backend="int8") if how == "compiled" else other
-    for _ in range(2):  # It is scaled once; and what comes later sees it.
+    for _ in range(2):  # The first run scales the weight; the second must see the scaled weight.
         assert relative_error(run(X), expected) < INT8_ERROR
     assert torch.equal(other.inner.qweight, -values if name == "negative" else values)
     assert (other.inner.scale >= 0).all()
@@ -346,7 +347,7 @@ def test_the_weight_is_not_replaced() -> None:
         other.inner.weight = torch.zeros(96, 64)
     with pytest.raises(Int8WeightError, match=r"inner: assigning another tensor would write to its weight"):
         other.inner.weight.data = torch.zeros(96, 64)
-    with pytest.raises(Int8WeightError, match=r"would write"):  # As PEFT merges.
+    with pytest.raises(Int8WeightError, match=r"would write"):  # PEFT merges in this way.
         other.inner.weight.data += torch.ones(96, 64)
 
 
@@ -385,7 +386,7 @@ def test_copies_do_not_follow_the_module(name: str) -> None:
     )
     if isinstance(kept, Int8Weight):
         weight.mul_(-1)
-        with pytest.raises(Int8WeightError, match="has changed since this copy of it was made"):
+        with pytest.raises(Int8WeightError, match="has changed since this copy was made"):
             kept * 1
 
 
@@ -427,7 +428,7 @@ def test_a_graph_that_scales_at_every_call(call: Call, options: dict[str, Any], 
     ids=["view", "clone", "cast", "the weight", "of a view"],
 )
 def test_what_was_taken_before_a_write(call: Call) -> None:
-    """Views follow it, copies do not; in eager mode and compiled."""
+    """Views follow the write, copies do not, in eager mode and compiled."""
     model, other = quantized(lambda x, m: x @ call(x, m))
     same = copy.deepcopy(other)
     with torch.no_grad():
@@ -446,7 +447,7 @@ def test_a_write_inside_a_nested_graph_is_refused() -> None:
 
 
 def test_scaling_while_gradients_are_recorded_is_refused() -> None:
-    """PyTorch's gradient of a graph that changes a buffer uses the values of afterwards."""
+    """PyTorch's gradient of a graph that changes a buffer uses the values after the change."""
     _, other = quantized(lambda x, m: (m.weight.mul_(2), F.linear(x, m.weight))[1])
     with pytest.raises(
         Int8WeightError, match=r"inner\.weight is multiplied by a number in a forward pass that records"
@@ -456,7 +457,7 @@ def test_scaling_while_gradients_are_recorded_is_refused() -> None:
 
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_dynamic_sizes_and_options_of_each_module(dynamic: bool | None) -> None:
-    """One compiled function for modules with different thresholds."""
+    """One compiled function serves modules with different thresholds."""
     _, other = quantized(lambda x, m: F.linear(x, m.weight))
     compiled = torch.compile(other, backend="int8", dynamic=dynamic)
     held = other.inner
@@ -502,7 +503,7 @@ def test_what_modules_ask_of_a_parameter() -> None:
     assert weight.new_zeros(3).dtype == torch.float32
     assert torch.zeros_like(weight).shape == (96, 64)
     assert X.double().to(weight).dtype == torch.float32
-    with pytest.raises(Int8WeightError, match=r"can be no nn\.Parameter"):
+    with pytest.raises(Int8WeightError, match=r"cannot be an nn\.Parameter"):
         nn.Parameter(weight)
     with pytest.raises(TypeError, match="cannot assign"):
         nn.Linear(64, 96).weight = weight
@@ -527,7 +528,7 @@ def test_refresh_is_for_int8_modules_too() -> None:
     expected = H @ other.inner.dequantize()
     assert relative_error(other(H), expected) > 0.5
     int8compile.refresh(other)
-    # One output dwarfs the others of every row of the transpose.
+    # One output dominates every row of the transposed weight.
     assert relative_error(other(H), expected) < 2 * INT8_ERROR
 
 
@@ -607,7 +608,7 @@ def test_embeddings_are_multiplied_with_their_activations_in_float() -> None:
     [("relu", False, False), ("gelu", True, False), ("gelu", False, True), ("relu", True, True)],
 )
 def test_encoder_layers_of_pytorch(activation: str, norm_first: bool, padded: bool) -> None:
-    """PyTorch's fused operator for them reads every weight, and would compute in float."""
+    """PyTorch's fused operator reads every weight and would compute in float."""
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation=activation, norm_first=norm_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().requires_grad_(False)
     x, mask = torch.randn(3, 7, 64), torch.zeros(3, 7, dtype=torch.bool)

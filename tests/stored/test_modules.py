@@ -1,4 +1,4 @@
-"""Modules that hold int8: what they compute, eagerly and compiled, and that nothing loads or casts them wrong."""
+"""Modules that hold int8: their results in eager mode and compiled, and their derivatives."""
 
 from __future__ import annotations
 
@@ -13,46 +13,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import int8compile
-from int8compile import FreedWeightError, Int8Embedding, Int8Experts, Int8Linear, backend, ops
-from int8compile.errors import CheckpointError, ConfigError, InputError, Int8WeightError
+from int8compile import FreedWeightError, Int8Experts, Int8Linear, backend, ops
+from int8compile.errors import ConfigError, InputError
 from int8compile.ops import column, reference
-from int8compile.stored.modules import share_rotations
 from tests.helpers.implementations import VARIANTS, needs_kernel, profiled
+from tests.helpers.int8_modules import int8_embedding, int8_experts, int8_linear
 from tests.helpers.models import INT8_ERROR, relative_error
-
-
-def int8_linear(
-    k: int = 48, n: int = 24, *, bias: bool = True, rotated: bool = True, d: Tensor | None = None, **options: Any
-) -> Int8Linear:
-    weight = torch.randn(n, k)
-    if d is None and rotated:
-        d = ops.rotation_of(ops.input_scales([weight]))
-    qweight, scale = ops.quantize_weight(weight, d)
-    return Int8Linear(qweight, scale, nn.Parameter(torch.randn(n)) if bias else None, d=d, **options)
-
-
-def int8_experts(rotated: str = "together", **options: Any) -> Int8Experts:
-    weight = torch.randn(3, 24, 48)
-    d = {
-        "not": None,
-        "together": ops.rotation_of(ops.input_scales(list(weight))),
-        "each": torch.stack([ops.rotation_of(ops.input_scales([each])) for each in weight]),
-    }[rotated]
-    return Int8Experts(*ops.quantize_weight(weight, d), d=d, **options)
-
-
-def int8_embedding(**options: Any) -> Int8Embedding:
-    return Int8Embedding(*ops.quantize_weight(torch.randn(50, 16), None), **options)
-
-
-MODULES: dict[str, Callable[[], nn.Module]] = {
-    "linear": int8_linear,
-    "linear, not rotated": lambda: int8_linear(rotated=False),
-    "experts": int8_experts,
-    "experts, each rotated": lambda: int8_experts("each"),
-    "embedding": int8_embedding,
-}
-every_module = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in MODULES.items()])
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,7 +35,7 @@ def expected(module: Int8Linear, x: Tensor) -> Tensor:
     return reference.linear(x, module.qweight, module.scale, module.d, module.bias, module.threshold)
 
 
-# What they compute
+# Results
 
 
 @pytest.mark.parametrize("dtype", ops.SUPPORTED_DTYPES)
@@ -92,7 +58,7 @@ def test_linear_is_the_reference(dtype: torch.dtype, options: dict[str, Any], bi
 
 
 def test_linear_keeps_outliers() -> None:
-    """Without a second digit, one large element of a row costs the others their bits."""
+    """Without a second digit, one large element of a row costs the other elements their precision."""
     module = int8_linear(512, 64, bias=False, rotated=False)
     plain = copy.deepcopy(module)
     plain.threshold = 0.0
@@ -165,7 +131,7 @@ def grouped(module: Int8Experts, x: Tensor, ends: list[int]) -> Tensor:
 @pytest.mark.parametrize("rotated", ["not", "together", "each"])
 @pytest.mark.parametrize("ends", [[2, 5, 9], [0, 0, 9], [9, 9, 9], [0, 4, 6], [0, 0, 0]])
 def test_experts(ends: list[int], rotated: str) -> None:
-    """Each row by its expert; experts without rows, and rows of no expert, which give zeros."""
+    """Each row goes through its expert; experts may have no rows, and rows without an expert give zeros."""
     module, x = int8_experts(rotated), activations(9, 48)
     assert torch.equal(module(x, torch.tensor(ends, dtype=torch.int32)), grouped(module, x, ends))
 
@@ -198,7 +164,7 @@ def test_grouped_linear_is_a_complete_operator() -> None:
 
 
 class Gated(nn.Module):
-    """Linears that a graph could join: two of one activation, and one of what they make."""
+    """Linears that a graph could join: two with one input, and one that reads their result."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -216,7 +182,7 @@ def called(graph: torch.fx.GraphModule) -> list[str]:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """The graphs that the backend hands to Inductor."""
+    """Collect the graphs that the backend hands to Inductor."""
     found: list[torch.fx.GraphModule] = []
     compile_graph = backend._compile
 
@@ -231,7 +197,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 @torch.no_grad()
 @pytest.mark.parametrize("weight_only", [False, True])
 def test_compiled_gives_the_bits_of_eager(graphs: list[torch.fx.GraphModule], weight_only: bool) -> None:
-    # One linear alone: Inductor's exp differs from eager's by a bit.
+    # A single linear: Inductor's exp differs from eager's by a bit.
     model, x = nn.Sequential(int8_linear(weight_only=weight_only)), activations(5, 48)
     y = model(x)
     assert torch.equal(torch.compile(model, backend="int8", fullgraph=True)(x), y)
@@ -252,14 +218,14 @@ def test_weights_that_are_given_up_are_packed_and_joined(graphs: list[torch.fx.G
     for _ in range(3):
         torch.testing.assert_close(compiled(x), y)
     assert called(graphs[0]) == ["packed_linear_pair_no_grad", "packed_linear_no_grad"]
-    # Each weight is there once, packed, in sizes that need no padding here, and d as it is; of the scales that are
-    # joined, modules keep theirs.
+    # Each weight is held once, packed, at sizes that need no padding here; d is unchanged. Modules keep their own copy
+    # of the joined scales.
     assert int8compile.memory_footprint(model) == before + 4 * (128 + 128)
     with pytest.raises(FreedWeightError, match="free_weights=True"):
         model(x)
     with pytest.raises(FreedWeightError, match="free_weights=True"):
         torch.save(model.state_dict(), io.BytesIO())
-    # A model that keeps its weights is served by the same code, and is not touched.
+    # A model that keeps its weights runs the same code and is not modified.
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(kept, backend="int8", fullgraph=True)(x), y)
     assert called(graphs[-1]) == ["linear_no_grad"] * 3
@@ -279,14 +245,14 @@ def test_one_graph_serves_many_modules(graphs: list[torch.fx.GraphModule]) -> No
         for _ in range(2):
             for layer, result in zip(layers, results, strict=True):
                 torch.testing.assert_close(layer(x), result)
-        # Newer versions of Dynamo compile again, once, when they see that a weight is gone.
+        # Newer versions of Dynamo compile once more when they notice that a weight is gone.
         assert len(graphs) <= (2 if options else 1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"free_weights": True}])
 def test_operators_that_the_user_calls_are_left_alone(graphs: list[torch.fx.GraphModule], options: Any) -> None:
-    """Their weights are inputs, or computed: nobody's to take over, nor to give up."""
+    """Their weights are graph inputs or computed values, so they must not be taken over or freed."""
     module, x, scale = int8_linear(), torch.randn(5, 48), torch.rand(24)
     qweight, head = module.qweight.clone(), nn.Linear(24, 24)
 
@@ -332,7 +298,7 @@ def test_explain_lists_them() -> None:
 
 @needs_kernel
 def test_eager_runs_the_kernel() -> None:
-    """The definition is made of PyTorch operators; the kernel calls none."""
+    """The definition calls PyTorch operators; the kernel calls none."""
     module, x = int8_linear(), torch.randn(5, 48)
     with torch.no_grad():
         names = profiled(lambda: module(x))
@@ -340,286 +306,11 @@ def test_eager_runs_the_kernel() -> None:
     assert not any("mm" in name for name in names), names
 
 
-# Copied, moved, cast
-
-
-@every_module
-def test_weight_tells_what_it_would_be(make: Callable[[], nn.Module]) -> None:
-    """Readers of its values are in test_module_weight.py."""
-    module = make()
-    weight = module.weight
-    assert (weight.shape, weight.dtype) == (module.qweight.shape, torch.float32)
-    assert (weight.device, weight.ndim, weight.numel()) == (torch.device("cpu"), weight.dim(), module.qweight.numel())
-    assert isinstance(weight, Tensor)
-    with pytest.raises(Int8WeightError, match="would write to its weight"):
-        weight.zero_()
-    assert "Int8Weight" in repr(weight)
-
-
-@pytest.mark.parametrize(
-    ("x", "found"),
-    [
-        (torch.ones(2, 48, dtype=torch.float64), r"torch\.float64 \[2, 48\]"),
-        (torch.ones(2, 48, dtype=torch.int64), r"torch\.int64 \[2, 48\]"),
-        (torch.ones(2, 47), r"torch\.float32 \[2, 47\]"),
-        (torch.tensor(1.0), r"torch\.float32 \[\]"),
-        (torch.ones(2, 48).to_sparse(), r"a torch\.sparse_coo tensor"),
-    ],
-)
-def test_a_wrong_input_names_the_module(x: Tensor, found: str) -> None:
-    model = nn.ModuleDict({"up": nn.Linear(48, 32)}).requires_grad_(False)
-    int8compile.quantize_(model, progress=False)
-    for run in (model["up"], torch.compile(model["up"], backend="int8")):
-        with pytest.raises(InputError, match=rf"^up: its input is {found}; give a dense tensor \[\.\.\., 48\] of"):
-            run(x)
-
-
-def test_weight_of_a_compiled_module() -> None:
-    """There its dtype is a constant, and where its values are asked for they are there."""
-    module, x = int8_linear(), torch.randn(5, 48)
-
-    def cast(x: Tensor) -> Tensor:
-        return module(x.to(module.weight.dtype))
-
-    with torch.no_grad():
-        assert torch.equal(torch.compile(cast, fullgraph=True)(x.double()), module(x))
-
-
-@every_module
-def test_names(make: Callable[[], nn.Module]) -> None:
-    module = make()
-    assert list(dict(module.named_buffers())) == ["qweight", "scale", "d"][: 2 + (module.d is not None)]
-    assert "weight" not in dict(module.named_parameters())
-    assert not [name for name in module.state_dict() if name.endswith("weight") and name != "qweight"]
-    assert "int8" in repr(module)
-
-
-@every_module
-@pytest.mark.parametrize(
-    "cast",
-    [
-        lambda module: module.to(torch.bfloat16),
-        lambda module: module.bfloat16(),
-        lambda module: module.type(torch.bfloat16),
-        lambda module: module.to("cpu", torch.bfloat16),
-    ],
-    ids=["to", "bfloat16", "type", "to device and dtype"],
-)
-def test_casts_leave_int8_and_scales_alone(make: Callable[[], nn.Module], cast: Any) -> None:
-    module = make()
-    before = {name: tensor.clone() for name, tensor in module.named_buffers()}
-    module = cast(module)
-    assert module.dtype == torch.bfloat16
-    assert module.weight.dtype == torch.bfloat16
-    for name, tensor in module.named_buffers():
-        assert tensor.dtype == before[name].dtype
-        assert torch.equal(tensor, before[name])
-    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
-
-
-@every_module
-def test_a_tensor_stays_the_same_object(make: Callable[[], nn.Module]) -> None:
-    """A tie is one, and moving the one module moves the other's."""
-    module = make()
-    before = {name: (tensor, tensor.data_ptr()) for name, tensor in module.named_buffers()}
-    module._apply(torch.clone)  # A move to another device is that.
-    for name, (tensor, address) in before.items():
-        assert getattr(module, name) is tensor
-        assert tensor.data_ptr() != address
-
-
-def test_siblings_share_a_rotation() -> None:
-    """Through moves, casts and copies; and again once they have loaded tensors of their own."""
-    q = int8_linear()
-    model = nn.ModuleDict({"q": q, "k": int8_linear(d=q.d), "o": int8_linear(d=2 * q.d)})
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for changed in (model._apply(torch.clone), model.to(torch.bfloat16), copy.deepcopy(model)):
-        assert changed["q"].d is changed["k"].d is not changed["o"].d
-        assert changed["q"].d.dtype == torch.float32
-    assert int8compile.memory_footprint(model) == sum(t.nbytes for t in model.parameters()) + 3 * 24 * 48 + 4 * (
-        3 * 24 + 2 * 48
-    )
-    model.load_state_dict(state)
-    assert model["q"].d is model["k"].d
-    model.load_state_dict({name: t * 2 if name[1:] == ".d" else t for name, t in state.items()})
-    assert model["q"].d is not model["k"].d
-    for module in (model, model):
-        share_rotations(module)
-        assert model["q"].d is model["k"].d is not model["o"].d
-    assert torch.equal(model["o"].d, 2 * state["o.d"])
-    share_rotations(model.to("meta"))
-
-
-@every_module
-def test_moves(make: Callable[[], nn.Module]) -> None:
-    module = make().to("meta")
-    assert {tensor.device.type for tensor in module.buffers()} == {"meta"}
-    assert [tensor.dtype for tensor in module.buffers()] == [torch.int8, torch.float32, torch.float32][
-        : 2 + (module.d is not None)
-    ]
-    empty = module.to_empty(device="cpu")
-    assert {tensor.device.type for tensor in empty.buffers()} == {"cpu"}
-
-
-@every_module
-def test_copies(make: Callable[[], nn.Module]) -> None:
-    module = make()
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    for copied in (copy.deepcopy(module), torch.load(file, weights_only=False)):
-        assert repr(copied) == repr(module)
-        assert copied.dtype == module.dtype
-        for name, tensor in copied.state_dict().items():
-            assert torch.equal(tensor, module.state_dict()[name])
-            assert tensor.data_ptr() != module.state_dict()[name].data_ptr()
-
-
-# Loading
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("assign", [True, False])
-def test_a_float_state_dict_is_refused(strict: bool, assign: bool) -> None:
-    """PyTorch would report it as missing, and with strict=False say nothing."""
-    model = nn.Sequential(int8_linear())
-    with pytest.raises(RuntimeError, match=r"0\.weight is torch\.float32, but this layer is int8"):
-        model.load_state_dict(nn.Sequential(nn.Linear(48, 24)).state_dict(), strict=strict, assign=assign)
-
-
-def test_an_int8_state_dict_is_refused_by_a_float_layer() -> None:
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.weight".*\n.*"0.qweight", "0.scale"'):
-        nn.Sequential(nn.Linear(48, 24)).load_state_dict(nn.Sequential(int8_linear()).state_dict())
-
-
-@pytest.mark.parametrize("assign", [True, False])
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("0.qweight", lambda t: t.float(), "0.qweight is torch.float32; it must be torch.int8"),
-        ("0.scale", lambda t: t.bfloat16(), "0.scale is torch.bfloat16; it must be torch.float32"),
-        ("0.qweight", lambda t: t[:, :-1], "size mismatch for 0.qweight"),
-        ("0.scale", lambda t: t[:-1], "size mismatch for 0.scale"),
-        ("0.scale", None, 'Missing key.*"0.scale"'),
-    ],
-)
-def test_wrong_tensors_are_refused(name: str, change: Any, message: str, assign: bool) -> None:
-    model = nn.Sequential(int8_linear())
-    state = dict(nn.Sequential(int8_linear()).state_dict())
-    if change is None:
-        del state[name]
-    else:
-        state[name] = change(state[name])
-    with pytest.raises(RuntimeError, match=message):
-        model.load_state_dict(state, assign=assign)
-
-
-def loaded(module: nn.Module, state: dict[str, Tensor], **options: Any) -> nn.Module:
-    model = nn.Sequential(module)
-    model.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, **options)
-    return module
-
-
-@pytest.mark.parametrize("assign", [True, False])
-@pytest.mark.parametrize("on", ["cpu", "meta"])
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("after", [True, False])
-def test_a_rotation_is_loaded_with_its_weight(before: bool, after: bool, on: str, assign: bool) -> None:
-    """Also into a module that has none, and gone where the weight that is loaded has none; with its threshold."""
-    source, x = int8_linear(bias=False, rotated=after), torch.randn(5, 48)
-    module, state = int8_linear(bias=False, rotated=before).to(on), source.state_dict()
-    if on == "cpu" or assign:
-        loaded(module, state, assign=assign)
-        assert torch.equal(module(x), source(x))
-        assert not after or (module.d.data_ptr() == state["d"].data_ptr()) == assign
-    else:
-        with pytest.warns(UserWarning, match="which is a no-op"):
-            loaded(module, source.state_dict())
-        assert not after or module.d.is_meta
-    assert module.threshold == source.threshold
-    assert (module.d is None) == (source.d is None)
-    # What somebody chose stays.
-    module = loaded(int8_linear(bias=False, rotated=before, threshold=9.0), source.state_dict(), assign=assign)
-    assert module.threshold == 9.0
-
-
-def test_a_rotation_that_siblings_share_is_saved_for_each() -> None:
-    """safetensors refuses a tensor under two names, and its `save_model` leaves one name out."""
-    q = int8_linear()
-    model = nn.ModuleDict({"q": q, "k": int8_linear(d=q.d)})
-    state = model.state_dict()
-    assert torch.equal(state["q.d"], state["k.d"])
-    assert len({state["q.d"].data_ptr(), state["k.d"].data_ptr(), q.d.data_ptr()}) == 3
-    assert model.state_dict(keep_vars=True)["k.d"] is q.d
-
-
-def test_a_rotation_is_not_written_into_that_of_a_sibling() -> None:
-    q = int8_linear()
-    model = nn.ModuleDict({"q": q, "k": int8_linear(d=q.d)})
-    other = nn.ModuleDict({"q": int8_linear(), "k": int8_linear()})
-    model.load_state_dict(other.state_dict())
-    for name in other:
-        assert torch.equal(model[name].d, other[name].d)
-
-
-@pytest.mark.parametrize("assign", [True, False])
-@pytest.mark.parametrize(
-    ("make", "change", "message"),
-    [
-        (int8_linear, lambda d: d.bfloat16(), r"0\.d is torch\.bfloat16; it must be torch\.float32"),
-        (int8_linear, lambda d: d[:-1], r"0\.d has the shape \[47\]; it must be \[48\]$"),
-        (int8_experts, lambda d: d.expand(2, 48), r"0\.d has the shape \[2, 48\]; it must be \[48\] or \[3, 48\]$"),
-        (int8_linear, lambda d: d * 0, r"0\.d holds 48 NaN, Inf or 0 of 48 entries: the file is damaged"),
-        (
-            lambda: int8_linear(40, rotated=False),
-            lambda d: d[:40],
-            r"0\.d is there, but a weight of 40 inputs with outliers='row' is never rotated",
-        ),
-        (
-            lambda: int8_linear(rotated=False, outliers="column"),
-            lambda d: d,
-            r"0\.d is there, but a weight of 48 inputs with outliers='column' is never rotated",
-        ),
-    ],
-)
-def test_rotations_that_do_not_fit_are_refused(
-    make: Callable[[], Any], change: Any, message: str, assign: bool
-) -> None:
-    module = make()
-    state = {**module.state_dict(), "d": change(int8_linear().d)}
-    before = module.d
-    with pytest.raises(RuntimeError, match=message):
-        loaded(module, state, assign=assign)
-    assert module.d is before
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_rotations_without_a_rotated_weight_are_refused(strict: bool) -> None:
-    with pytest.raises(RuntimeError, match=r"0\.d is there without the 0\.qweight"):
-        loaded(int8_linear(), {"d": torch.ones(48)}, strict=strict)
-    with pytest.raises(RuntimeError, match=r"0\.d is there, but a table of embeddings is never rotated"):
-        loaded(int8_embedding(), {**int8_embedding().state_dict(), "d": torch.ones(16)}, strict=strict)
-
-
-def test_tensors_of_bitsandbytes() -> None:
-    model, absmax = nn.Sequential(int8_linear()), torch.rand(24) + 1
-    qweight = torch.randint(-127, 128, (24, 48), dtype=torch.int8)
-    state = {"0.weight": qweight, "0.SCB": absmax, "0.weight_format": torch.tensor(0), "0.bias": torch.randn(24)}
-    model.load_state_dict(state)
-    assert torch.equal(model[0].qweight, qweight)
-    assert torch.equal(model[0].scale, absmax / 127)
-    assert (model[0].d, model[0].threshold) == (None, 6.0)
-    with pytest.raises(CheckpointError, match=r"0\.weight_format is 2"):
-        model.load_state_dict({**state, "0.weight_format": torch.tensor(2)})
-    with pytest.raises(CheckpointError, match=r"0\.weight and 0\.SCB are no 8 bit layer"):
-        model.load_state_dict({**state, "0.weight": qweight.float()})
-
-
 # Derivatives: those of the product with the dequantized weight
 
 
 def models() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """One in int8, the float one that it stands for, and the float one that it was made from."""
+    """Return an int8 model, its dequantized model, and the original float model."""
     model = nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 24)).eval().requires_grad_(False)
     other = copy.deepcopy(model)
     int8compile.quantize_(other, progress=False)
@@ -663,7 +354,7 @@ def test_torch_func(name: str) -> None:
     model, dequantized, _ = models()
     x = torch.randn(5, 48)
     transform = TRANSFORMS[name]
-    # They differ by how activations are rounded, which derivatives see through the tanh only.
+    # The results differ by the rounding of activations, which derivatives see only through the tanh.
     assert relative_error(transform(model, x), transform(dequantized, x)) < INT8_ERROR
 
 

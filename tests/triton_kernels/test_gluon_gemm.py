@@ -1,6 +1,7 @@
-"""The kernel in Gluon for Hopper: what its code computes, and what it compiles to (tier 3).
+"""The Gluon kernel for Hopper: the results of its code, and the instructions it compiles to (tier 3).
 
-Triton's interpreter does not know Gluon, gluon_stand_in.py runs it; test_triton_contract.py does so on a GPU.
+Triton's interpreter does not support Gluon, so gluon_stand_in.py runs the code; test_triton_contract.py runs it on a
+GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SM_90 = ARCHITECTURES["sm_90"]
-CONFIGS = [config for config in SM_90.rows[512] if config.kernel == "gluon_gemm"]
+CONFIGS = [config for config in SM_90.by_bucket[512] if config.kernel == "gluon_gemm"]
 SMALL = Config("gluon_gemm", 64, 128, 128, 4, 3, programs=2)
 REAL = Config("gluon_gemm", 128, 256, 128, 8, 4, programs=2)
 SPLIT = Config("gluon_gemm", 128, 128, 128, 8, 6, splits=3)
@@ -48,10 +49,10 @@ SPLIT = Config("gluon_gemm", 128, 128, 128, 8, 6, splits=3)
 def assert_right(
     problem: Problem, config: Config, *, activation: int = quantized.NONE, parts: tuple[int, int] = (0, 0)
 ) -> None:
-    """The kernel's code, run in Python, computes what the definition does, and leaves the counters as they were."""
+    """Run the kernel's code in Python; it must give the definition's result and leave the counters as they were."""
     q, rows, counters = problem.quantize_by_definition()
     if problem.threshold:
-        # Elsewhere second digits need not have been written.
+        # Second digits of other blocks need not have been written.
         bits = (rows[1:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
         written = bits.permute(1, 0, 2).flatten(1).repeat_interleave(quantized.BLOCK, dim=1)[:, : q.shape[2]] != 0
         q[1] = torch.where(written, q[1], 85)
@@ -69,13 +70,13 @@ def assert_right(
 
 @pytest.mark.parametrize(("config", "size", "options"), [
     (SMALL, (131, 75, 272), {}),
-    (SMALL, (131, 75, 16), {}),  # fewer inputs than a step
-    (SMALL, (1, 1, 128), {}),  # a program without a tile
+    (SMALL, (131, 75, 16), {}),  # Fewer inputs than a step.
+    (SMALL, (1, 1, 128), {}),  # A program without a tile.
     (SMALL, (131, 75, 272), {"threshold": 0.0, "bias": False}),
-    (SMALL, (300, 300, 80), {}),  # fewer steps than stages, and many tiles
+    (SMALL, (300, 300, 80), {}),  # Fewer steps than stages, and many tiles.
     (REAL, (200, 300, 272), {}),
     (SPLIT, (131, 75, 544), {}),
-    (dataclasses.replace(SPLIT, splits=4), (65, 75, 8720), {}),  # several words of bits
+    (dataclasses.replace(SPLIT, splits=4), (65, 75, 8720), {}),  # Several words of bits.
 ])  # fmt: skip
 def test_product(config: Config, size: tuple[int, int, int], options: dict[str, Any]) -> None:
     assert_right(Problem.random(*size, torch.bfloat16, **options), config)
@@ -98,7 +99,7 @@ def test_activations_and_parts() -> None:
 
 @pytest.mark.parametrize("wrong", ["phase_of", "stage_of"])
 def test_wrong_barriers_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in notices products of half copied stages, and that everybody waits."""
+    """The stand-in notices products of half copied stages, and deadlocks."""
     from int8compile.triton_kernels.gluon_gemm import kernel
 
     def always(step: Any, STAGES: int) -> int:
@@ -111,7 +112,7 @@ def test_wrong_barriers_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -
 
 @functools.cache
 def built(config: Config, activation: int = quantized.NONE, **constants: Any) -> tuple[compiled.Compiled, str]:
-    """Compile a configuration; return what it consists of, and its PTX."""
+    """Compile a configuration, and return its instructions and its PTX."""
     call = compiled.launch(512, config, activation)
     call.constants.update(constants)
     kernel = call.compile(compiled.target_of(SM_90))
@@ -120,7 +121,7 @@ def built(config: Config, activation: int = quantized.NONE, **constants: Any) ->
 
 @pytest.mark.parametrize(("config", "activation"), [
     (CONFIGS[0], quantized.NONE),
-    (CONFIGS[0], quantized.GELU),  # which needs most registers
+    (CONFIGS[0], quantized.GELU),  # This configuration needs the most registers.
     pytest.param(CONFIGS[0], quantized.SILU_MUL, marks=pytest.mark.slow),
     *((config, quantized.SILU_MUL) for config in CONFIGS[1:]),
 ], ids=str)  # fmt: skip
@@ -129,16 +130,16 @@ def test_compiles_to_products_in_flight(config: Config, activation: int) -> None
     # An instruction multiplies 16 rows of a warp with 128 outputs and 32 inputs.
     products = config.bm // (16 * config.num_warps) * (config.bn // 128) * (config.bk // 32)
     assert found.loop.matrix == products
-    # One wait, behind which the step's products are still in flight.
+    # One wait, during which the step's products are still in flight.
     assert found.loop.waits == ("gsb0 1",)
     assert found.loop.barriers <= 2
-    # Second digits and the end of a tile wait for all.
+    # Second digits, and the end of a tile, wait for all products.
     assert sorted(found.whole.waits) == ["gsb0 0", "gsb0 0", "gsb0 1"]
     assert found.whole.matrix == 2 * products
     assert sorted(built(config, activation, OUTLIERS=False)[0].whole.waits) == ["gsb0 0", "gsb0 1"]
     assert found.whole.spills == 0
     assert ".satfinite" not in ptx
-    # The producer takes a warp group of threads, and all of them have registers.
+    # The producer takes a warp group of threads, and every thread has registers.
     assert found.warps == config.num_warps + 4
     assert found.registers <= 168
     assert found.registers * 32 * found.warps <= 65536
@@ -149,12 +150,12 @@ def test_compiles_to_products_in_flight(config: Config, activation: int) -> None
 def test_split_sums_compile() -> None:
     config = dataclasses.replace(CONFIGS[-1], splits=2)
     found, ptx = built(config)
-    # Where its inputs begin and end takes up to four instructions more.
+    # Computing the first and last input takes up to four more instructions.
     whole = built(CONFIGS[-1])[0].loop
     assert found.loop == dataclasses.replace(whole, instructions=found.loop.instructions)
     assert found.loop.instructions <= whole.instructions + 4
     assert found.whole.spills == 0
-    # Two neighbours of a row at a time, four threads beside each other: whole sectors of memory.
+    # Each thread stores two neighbours of a row, beside those of three others: whole sectors of memory.
     assert len(re.findall(r"st\.global\.v2\.b32", ptx)) == config.bm * config.bn // (32 * config.num_warps * 2)
     assert "atom.global.gpu.acq_rel.add" in ptx
 
@@ -172,8 +173,8 @@ def test_parts_of_whole_tiles_are_stored_as_widely() -> None:
     *(pytest.param(each, marks=pytest.mark.slow) for each in (quantized.RELU, quantized.SILU, quantized.GELU_TANH)),
 ])  # fmt: skip
 def test_the_end_rounds_as_the_other_kernels_do(activation: int) -> None:
-    """The same float instructions for each element, which the interpreter has compared with the definition."""
-    gemm = next(config for config in SM_90.rows[512] if config.kernel == "gemm")
+    """Each element has the float instructions that the interpreter has compared with the definition."""
+    gemm = next(config for config in SM_90.by_bucket[512] if config.kernel == "gemm")
     ptx, expected = (built(config, activation)[1] for config in (CONFIGS[1], gemm))
     elements = CONFIGS[1].bm * CONFIGS[1].bn // (32 * CONFIGS[1].num_warps)
     assert (gemm.bm * gemm.bn, gemm.num_warps) == (CONFIGS[1].bm * CONFIGS[1].bn, CONFIGS[1].num_warps)
@@ -184,7 +185,7 @@ def test_the_end_rounds_as_the_other_kernels_do(activation: int) -> None:
 
 
 def float_instructions(ptx: str) -> collections.Counter[str]:
-    """Count those of each kind."""
+    """Count the float instructions of each kind."""
     found = collections.Counter(re.findall(r"\s((?:mul|add|sub|neg|fma|ex2|rcp|div|cvt)\.\S*f32(?:\.s32)?) ", ptx))
     found["cvt.rn.bf16.f32"] += 2 * found.pop("cvt.rn.bf16x2.f32", 0)
     return found
@@ -197,7 +198,7 @@ def test_programs_share_the_tiles() -> None:
 
 
 def test_another_gluon_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its functions change from version to version."""
+    """Gluon's functions change from version to version."""
     assert doctor._on_hopper() == "gluon_gemm for many rows"
     monkeypatch.setattr(triton, "__version__", "3.99.0")
     loading._gluon_missing.cache_clear()

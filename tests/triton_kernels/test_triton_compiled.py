@@ -18,27 +18,24 @@ pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportE
 from benchmarks import compiled, sass
 from benchmarks.compiled import LIMITS, QUANTIZED
 from int8compile.ops import quantized
-from int8compile.triton_kernels.grouped_gemm.launch import launch as grouped_launch
+from int8compile.triton_kernels.grouped_gemm.launch import grouped_gemm_launch
 from int8compile.triton_kernels.product import Product
-from int8compile.triton_kernels.quantize.launch import in_chunks
-from int8compile.triton_kernels.quantize.launch import launch as quantize_launch
-from int8compile.triton_kernels.quantize.launch import launch_norm as quantize_launch_norm
+from int8compile.triton_kernels.quantize.launch import in_chunks, norm_launch, quantize_launch
 from int8compile.triton_kernels.tables import ARCHITECTURES, Architecture, Config
-from int8compile.triton_kernels.weight_only.launch import launches as weight_only_launches
+from int8compile.triton_kernels.weight_only.launch import weight_only_launches
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 interprets, nothing is compiled"
 )
 
-WITH_INT8 = [arch for arch in ARCHITECTURES.values() if arch.instruction]
-# Most of the others' configurations differ in nothing that a compiler would trip over: of these only the first choices
-# are fast tests.
+WITH_INT8 = [arch for arch in ARCHITECTURES.values() if arch.matrix_instruction]
+# For other architectures, only the first choices are fast tests: most of their configurations compile alike.
 MOST = ("sm_90",)
 CASES = [
     pytest.param(
         *(arch, bucket, config),
         id=f"{arch.name}-{bucket}-{config}",
-        marks=[] if arch.name in MOST or config is arch.rows[bucket][0] else pytest.mark.slow,
+        marks=[] if arch.name in MOST or config is arch.by_bucket[bucket][0] else pytest.mark.slow,
     )
     for arch in WITH_INT8
     for bucket, config in compiled.cases(arch)
@@ -47,7 +44,7 @@ CASES = [
 
 @pytest.mark.parametrize(("arch", "bucket", "config"), CASES)
 def test_compiles_to_what_it_is_meant_for(arch: Architecture, bucket: int, config: Config) -> None:
-    found = compiled.compiled(arch, bucket, config)
+    found = compiled.compile_product(arch, bucket, config)
     assert found.shared <= arch.shared_memory
     assert (found.spilled, found.spills_in_loops) == (0, 0)
     assert found.widest_load == 16 or (arch.name == "gfx942" and config.bn < 4)
@@ -58,7 +55,7 @@ def test_compiles_to_what_it_is_meant_for(arch: Architecture, bucket: int, confi
     elif arch.name == "gfx942":
         assert "v_mfma_i32" in instructions
         assert "_i8" in instructions
-    elif arch.instruction == "wgmma" and config.bm >= 64:
+    elif arch.matrix_instruction == "wgmma" and config.bm >= 64:
         assert "wgmma.mma_async" in instructions
         assert "s32.s8.s8" in instructions
         assert "mma.sync" not in instructions
@@ -74,8 +71,8 @@ def test_compiles_to_what_it_is_meant_for(arch: Architecture, bucket: int, confi
 )
 @pytest.mark.parametrize("bucket", [2, 17, 33, 65])
 def test_split_sums_compile(bucket: int, arch: Architecture) -> None:
-    """All threads have stored their sums before the program counts itself, and none adds up others' before that."""
-    config = next(config for config in arch.rows[bucket] if config.kernel == "gemm")
+    """All threads store their sums before the program counts itself, and read the others' sums only after that."""
+    config = next(config for config in arch.by_bucket[bucket] if config.kernel == "gemm")
     kernel = compiled.launch(bucket, dataclasses.replace(config, splits=2)).compile(compiled.target_of(arch))
     found = compiled.examine(kernel)
     assert found.spills_in_loops == 0
@@ -104,7 +101,7 @@ def test_grouped_compiles(m: int, arch: Architecture) -> None:
     qweight = torch.empty(8, 4096, 4096, dtype=torch.int8, device="meta")
     scale = torch.empty(8, 4096, device="meta")
     ends = torch.empty(8, dtype=torch.int32, device="meta")
-    call = grouped_launch(Product(*made, qweight, scale, None, y), ends, 0)
+    call = grouped_gemm_launch(Product(*made, qweight, scale, None, y), ends, 0)
     found = compiled.examine(call.compile(compiled.target_of(arch)))
     assert found.spills_in_loops == 0
     assert found.shared <= arch.shared_memory
@@ -113,16 +110,16 @@ def test_grouped_compiles(m: int, arch: Architecture) -> None:
 
 
 def assert_loop(found: compiled.Compiled, config: Config) -> None:
-    """A step loads every byte of its tile once, 16 at a time, and converts nothing; Gluon's waits for no product."""
+    """Require that a step loads each byte once, 16 at a time, without conversions; Gluon's waits for no product."""
     loop = found.loop
     assert loop is not None
     wide = 16 * dict(loop.loads).get(16, 0) * 32 * found.warps
     copied = 32 * found.warps * (loop.loaded - sum(width * count for width, count in loop.loads))
     if config.kernel == "gemv":
         assert loop.dots > 0
-        assert wide == (config.bn + 1) * config.bk  # the row once, for all of the program's outputs
+        assert wide == (config.bn + 1) * config.bk  # The row is loaded once, for all outputs of the program.
     elif config.kernel == "gluon_gemm":
-        assert (loop.waits, wide, copied) == (("gsb0 1",), 0, 0)  # the producer copies
+        assert (loop.waits, wide, copied) == (("gsb0 1",), 0, 0)  # The producer copies.
     else:
         assert copied == (config.bm + config.bn) * config.bk
     assert loop.conversions == 0
@@ -137,9 +134,9 @@ def compile_quantize(
     rotated: bool = True,
     norm: int | None = None,
 ) -> tuple[Any, compiled.Compiled, int]:
-    """Compile it, with everything that a norm can have; the result, what it is made of, and its threads."""
+    """Compile with every part that a norm can have; return the kernel, its instructions, and its threads."""
     if arch.name == "gfx942":
-        monkeypatch.setattr(torch.version, "hip", "7")  # a warp has 64 threads there
+        monkeypatch.setattr(torch.version, "hip", "7")  # A warp has 64 threads there.
     x = torch.empty(2048, k, dtype=dtype, device="meta")
     d = torch.empty(k, device="meta") if rotated else None
     into = quantized.empty_rows(x, 12.0)
@@ -147,9 +144,7 @@ def compile_quantize(
         call = quantize_launch(x, d, 12.0, *into)
     else:
         weight = torch.empty(k, dtype=dtype, device="meta")
-        call = quantize_launch_norm(
-            x, x, weight, weight if norm == quantized.LAYER else None, d, norm, 1e-5, 12.0, x, *into
-        )
+        call = norm_launch(x, x, weight, weight if norm == quantized.LAYER else None, d, norm, 1e-5, 12.0, x, *into)
     target = compiled.target_of(arch)
     kernel = call.compile(target)
     return kernel, compiled.examine(kernel), call.num_warps * target.warp_size
@@ -158,7 +153,7 @@ def compile_quantize(
 @pytest.mark.parametrize(
     ("k", "dtype", "rotated", "norm"),
     [
-        # Those of Llama-3.1-8B: see test_quantize_fills_multiprocessors.
+        # The sizes of Llama-3.1-8B: see test_quantize_fills_multiprocessors.
         *[(k, torch.bfloat16, True, None) for k in (576, 5120, 28672)],
         *[(k, torch.bfloat16, False, None) for k in (4096, 33001)],
         *[(4096, torch.float32, True, None), (14336, torch.float32, True, quantized.LAYER)],
@@ -183,13 +178,13 @@ def test_quantize_compiles(
     if "ptx" in kernel.asm:
         assert ".satfinite" not in kernel.asm["ptx"]
         assert found.registers * threads <= 65536
-    if k == 4096 and "ptx" in kernel.asm:  # a multiprocessor can hold 32 warps, 1024 threads
+    if k == 4096 and "ptx" in kernel.asm:  # A multiprocessor can hold 32 warps, 1024 threads.
         assert min(65536 // found.registers // threads, arch.shared_memory // found.shared) * threads >= 1024
 
 
 @pytest.mark.parametrize("arch", WITH_INT8, ids=lambda arch: arch.name)
 def test_a_row_moves_between_threads_once(arch: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other butterflies are between registers: a second conversion is that of the second digits' blocks."""
+    """The other butterflies are between registers; a second conversion belongs to the second digits' blocks."""
     kernel, found, _ = compile_quantize(monkeypatch, arch, 4096)
     assert kernel.asm["ttgir"].count("ttg.convert_layout") <= 2
     assert found.spilled == 0
@@ -199,7 +194,7 @@ def test_a_row_moves_between_threads_once(arch: Architecture, monkeypatch: pytes
 @pytest.mark.parametrize("k", QUANTIZED)
 @pytest.mark.parametrize("norm", [None, *compiled.NORMS])
 def test_quantize_fills_multiprocessors(norm: str | None, k: int) -> None:
-    found = compiled.compiled_quantize(ARCHITECTURES["sm_90"], k, norm)
+    found = compiled.compile_quantize(ARCHITECTURES["sm_90"], k, norm)
     # 2048 long rows go in chunks, of which Triton 3.9 keeps two words of a thread in memory; 3.6, none.
     chunks = in_chunks(2048, k) and norm is None
     assert (found.spilled, found.spills_in_loops) <= ((8, 1) if chunks else (0, 0))
@@ -219,24 +214,24 @@ def test_weight_only_compiles(arch: Architecture, dtype: torch.dtype) -> None:
 
 
 def test_activations_and_parts_compile() -> None:
-    """The whole end of a kernel, on the largest tile."""
+    """The end of a kernel compiles in full, on the largest tile."""
     arch = ARCHITECTURES["sm_90"]
-    config = arch.rows[512][0]
+    config = arch.by_bucket[512][0]
     for activation in (quantized.GELU, quantized.SILU_MUL):
         found = compiled.examine(compiled.launch(512, config, activation).compile(compiled.target_of(arch)))
         assert found.spills_in_loops == 0
     for bucket in (1, 2, 33):
-        call = compiled.launch(bucket, arch.rows[bucket][0], quantized.SILU_MUL)
+        call = compiled.launch(bucket, arch.by_bucket[bucket][0], quantized.SILU_MUL)
         assert compiled.examine(call.compile(compiled.target_of(arch))).spilled == 0
     call = compiled.launch(512, config)
     call.constants["PARTS"] = 3
     text = call.compile(compiled.target_of(arch)).asm["ptx"]
-    assert "st.global.v4.b32" in text  # neighbours still are stored together
-    assert ".satfinite" not in text  # partial sums may wrap
+    assert "st.global.v4.b32" in text  # Neighbours are still stored together.
+    assert ".satfinite" not in text  # Partial sums may wrap.
 
 
-# Two loops with matrix instructions in another one, the second of which copies ahead, and behind the end a wait for the
-# copy engine that jumps back into it.
+# A loop around two loops with matrix instructions, of which the second copies ahead; behind the end, a wait for the
+# copy engine jumps back into it.
 CODE = """
 .L_x_0:
         /*0000*/ STL [R1], R2 ;
@@ -282,8 +277,8 @@ def test_the_main_loop_is_told_from_that_of_second_digits() -> None:
     assert loop is not None
     assert (loop.matrix, loop.waits, loop.phases) == (2, ("SB0 4", "gsb0 1"), 1)
     assert (loop.copies, loop.loaded, loop.shared_loads, loop.conversions) == ((("LDGSTS 16", 1),), 16, 1, 0)
-    assert loop.instructions == 10  # without what only fills
-    assert outside == 5  # the loop around, its end, and the way back from the wait
+    assert loop.instructions == 10  # Without instructions that only fill up.
+    assert outside == 5  # The outer loop, its end, and the way back from the wait.
 
 
 def test_a_kernel_without_matrix_instructions_is_the_loop_that_loads_most() -> None:
@@ -329,9 +324,9 @@ def test_counts_come_back_from_data() -> None:
 @pytest.mark.parametrize(
     ("arch", "warps", "registers", "shared", "programs"),
     [
-        ("sm_90", 8, 240, 147480, 1),  # registers and shared memory
-        ("sm_90", 4, 61, 512, 8),  # registers
-        ("sm_90", 4, 124, 73728, 3),  # shared memory
+        ("sm_90", 8, 240, 147480, 1),  # Registers and shared memory.
+        ("sm_90", 4, 61, 512, 8),  # Registers.
+        ("sm_90", 4, 124, 73728, 3),  # Shared memory.
         ("sm_90", 32, 32, 0, 2),  # warps
         ("sm_86", 1, 16, 0, 16),  # programs
         ("gfx942", 4, 128, 0, 4),
@@ -342,7 +337,7 @@ def test_programs_of_a_multiprocessor(arch: str, warps: int, registers: int, sha
 
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ARCHITECTURES["sm_80"].rows[1][0]
+    config = ARCHITECTURES["sm_80"].by_bucket[1][0]
     monkeypatch.setattr(compiled, "cases", lambda arch: [(1, config)])
     monkeypatch.setattr(compiled, "QUANTIZED", (4096,))
     monkeypatch.setattr(compiled, "NORMS", {"rms_norm": quantized.RMS})
@@ -353,7 +348,7 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_the_committed_table_has_every_configuration() -> None:
-    """If not: python -m benchmarks.compiled --out benchmarks/results/triton-compiled.md."""
+    """On failure: python -m benchmarks.compiled --out benchmarks/results/triton-compiled.md."""
     committed = (pathlib.Path(compiled.__file__).parent / "results" / "triton-compiled.md").read_text()
     rows = {tuple(cell.strip() for cell in line.split("|")[1:4]) for line in committed.splitlines()}
     expected = {(arch.name, str(bucket), str(config)) for arch in WITH_INT8 for bucket, config in compiled.cases(arch)}
@@ -364,11 +359,11 @@ def test_the_committed_table_has_every_configuration() -> None:
         for k in QUANTIZED
     }
     assert expected <= rows
-    assert len(rows - expected) < 10  # the heading
+    assert len(rows - expected) < 10  # The heading.
 
 
 def test_device_functions_return_at_their_end() -> None:
-    """Triton 3.6 reads what follows a `return` inside of a condition, also where the condition is known."""
+    """Triton 3.6 compiles the code after a `return` inside an `if`, even if the condition is a constant."""
     folder = pathlib.Path(compiled.__file__).parents[1] / "triton_kernels"
     checked = 0
     for path in [*folder.glob("*/kernel.py"), folder / "numerics.py"]:
@@ -383,7 +378,7 @@ def test_device_functions_return_at_their_end() -> None:
 def test_only_kernels_that_wait_overlap() -> None:
     """A kernel that starts while the one before it runs, and reads what that writes without waiting, is a race."""
     target, arch = compiled.target_of(ARCHITECTURES["sm_90"]), ARCHITECTURES["sm_90"]
-    long = dataclasses.replace(compiled.launch(1, arch.rows[1][0]), overlap=True)
+    long = dataclasses.replace(compiled.launch(1, arch.by_bucket[1][0]), overlap=True)
     for call in (compiled.quantize(4096), compiled.quantize(4096, "rms_norm"), long):
         kernel = call.compile(target)
         ptx = kernel.asm["ptx"]

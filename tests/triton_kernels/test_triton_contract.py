@@ -1,6 +1,6 @@
 """The Triton kernels against their definition: in Triton's interpreter (tier 2) and on a GPU (tier 4).
 
-Results are equal bit for bit, but for activation functions. The interpreter rounds to bfloat16 in its own way, so
+Results are equal bit for bit, except for activation functions. The interpreter rounds to bfloat16 in its own way, so
 results are taken in float32 there.
 
     TRITON_INTERPRET=1 python -m pytest tests/triton_kernels/test_triton_contract.py
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,12 +27,11 @@ from int8compile.triton_kernels.product import Product
 from int8compile.triton_kernels.tables import ARCHITECTURES, Config
 from tests.helpers.triton_problems import Problem, assert_equal
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# NumPy, which the interpreter computes with, warns of what silu does with -Inf.
+# The interpreter computes with NumPy, which warns about silu of -Inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-ARCHES = [arch for arch in ARCHITECTURES.values() if arch.instruction]
-# Tiles so small that small problems have several of them.
+ARCHES = [arch for arch in ARCHITECTURES.values() if arch.matrix_instruction]
+# Tiles are small, so that small problems have several of them.
 SMALL = {
     "gemv": Config("gemv", 1, 32, 512, 4, 1, instruction="dp4a"),
     "gemv, bytes": Config("gemv", 1, 32, 512, 4, 1),
@@ -89,7 +87,7 @@ def test_product(kernel: str, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("kernel", SMALL)
 def test_without_outliers(kernel: str, device: str) -> None:
-    """By the threshold, and because no row has one."""
+    """A threshold of 0 makes no outliers, and rows without outliers exist as well."""
     for threshold in (0.0, 12.0):
         problem = Problem.random(*SIZES[kernel], torch.float16, threshold=threshold, bias=False, device=device)
         problem.x = torch.randn_like(problem.x)
@@ -119,7 +117,7 @@ def test_rows_that_are_special(kernel: str, device: str) -> None:
 
 
 def assert_quantized(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Equal, and what counts of the second digits."""
+    """Require equal values, and equal second digits where they are used."""
     (q, rows, counters), (expected_q, expected_rows, expected_counters) = actual, expected
     assert_equal(rows[0].view(torch.float32), expected_rows[0].view(torch.float32))
     assert_equal(rows[1:], expected_rows[1:])
@@ -137,7 +135,7 @@ def assert_quantized(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
     [(1, 1), (3, 64), (5, 96), (6, 300), (4, 384), (2, 2304), (2, 16500), (1, 16640), (2, 16 * 261)],
 )
 def test_quantize(m: int, k: int, dtype: torch.dtype, threshold: float, device: str) -> None:
-    """Integers and scales equal the definition's, whatever the strides of x and the number of factors of two in K."""
+    """Integers and scales equal the definition's for any strides of x and any number of factors of two in K."""
     problem = Problem.random(m, 1, k, dtype, threshold=threshold, device=device)
     if m > 2:
         problem.x[1, k // 2] = math.inf
@@ -156,12 +154,12 @@ def test_quantize_with_scales_that_rotate_nothing(device: str) -> None:
 
 @pytest.mark.parametrize("rotated", [True, False])
 def test_rows_at_the_limits(rotated: bool, device: str) -> None:
-    """The largest integers and sums there are, scales that just count, products with d that overflow."""
+    """The largest integers and sums, the smallest scales above zero, and overflowing products with d."""
     k = 128
     problem = Problem.random(1, 1, k, torch.float32, threshold=1.0, device=device)
     b = torch.arange(k)
-    # A bent function: all of the row's energy, as large as it gets, in 16 rotated elements of the same size, whose sum
-    # is 2**31.
+    # A bent function: all the energy of the row, at its largest, in 16 rotated elements of equal size that sum to
+    # 2**31.
     bent = (-1.0) ** ((b & 1) * (b >> 1 & 1) + (b >> 2 & 1) * (b >> 3 & 1)) * (2 - 2.0**-23)
     ones, tiny = torch.ones(k), torch.full((k,), 2.0**-100)
     one_hot, below = torch.zeros(k), torch.nextafter(tiny, torch.zeros(k))
@@ -179,7 +177,7 @@ def test_rows_at_the_limits(rotated: bool, device: str) -> None:
 
 
 def test_which_blocks_have_second_digits(device: str) -> None:
-    """Bits at the edges of blocks and words; -128 needs no second digit, 128 does."""
+    """Outliers at the edges of blocks and words set the right bits; -128 needs no second digit, 128 does."""
     k, edges = 8300, [0, 127, 128, 4095, 4096, 8191, 8192, 8299]
     problem = Problem.random(len(edges) + 3, 1, k, torch.float32, device=device)
     assert problem.d is None
@@ -194,7 +192,7 @@ def test_which_blocks_have_second_digits(device: str) -> None:
     bits = torch.stack([rows[1 + at // 4096, row] for row, at in enumerate(edges)]).cpu()
     assert bits.tolist() == [-(2**31) if at // 128 % 32 == 31 else 1 << at // 128 % 32 for at in edges]
     assert_quantized(problem.quantize(), problem.quantize_by_definition())
-    problem.threshold = 1.0  # a step of a 127th of the mean, 127: of 1
+    problem.threshold = 1.0  # The step is 1/127 of the mean; for 127, it is 1.
     _, rows, _ = problem.quantize()
     assert rows[1:, -2:].tolist() == [[1, 0], [0, 0], [0, 0]]
     assert_quantized(problem.quantize(), problem.quantize_by_definition())
@@ -203,18 +201,20 @@ def test_which_blocks_have_second_digits(device: str) -> None:
 @pytest.mark.parametrize("given", ["ends", "int64 ends", "equal groups"])
 @pytest.mark.parametrize("k", [64, 33])
 def test_quantize_for_experts(k: int, given: str, device: str) -> None:
-    """Each row times its expert's d; experts without rows, and rows without an expert, at whose q nobody looks."""
-    from int8compile.triton_kernels.quantize.launch import launch
+    """Each row is multiplied by its expert's d; experts may have no rows, and q of rows without an expert is unused."""
+    from int8compile.triton_kernels.quantize.launch import quantize_launch
 
     problem = Problem.random(10, 1, k, torch.float32, device=device)
     d = torch.stack([rotation_of(torch.rand(k) + 0.5) if k == 64 else torch.rand(k) for _ in range(5)]).to(device)
     ends = [0, 3, 3, 8, 9] if given != "equal groups" else [2, 4, 6, 8, 10]
     into = quantized.empty_rows(problem.x, problem.threshold)
     if given == "equal groups":
-        launch(problem.x, d, problem.threshold, *into, rows_per_group=2).run()
+        quantize_launch(problem.x, d, problem.threshold, *into, rows_per_group=2).run()
     else:
         dtype = torch.int64 if given == "int64 ends" else torch.int32
-        launch(problem.x, d, problem.threshold, *into, ends=torch.tensor(ends, dtype=dtype, device=device)).run()
+        quantize_launch(
+            problem.x, d, problem.threshold, *into, ends=torch.tensor(ends, dtype=dtype, device=device)
+        ).run()
     for expert, (begin, end) in enumerate(itertools.pairwise([0, *ends])):
         part = dataclasses.replace(problem, x=problem.x[begin:end], d=d[expert])
         q, rows, counters = into
@@ -231,8 +231,9 @@ def test_quantize_for_experts(k: int, given: str, device: str) -> None:
     ],
 )
 def test_norm_quantize(k: int, extras: bool, kind: int, device: str) -> None:
-    """The sum with the residual bit for bit, the norm up to the order of its sums, the rest as the definition makes it
-    of the kernel's own norm. Rows alone become what they are among others.
+    """The sum with the residual is exact, the norm is exact up to the order of its sums.
+
+    The rest is the definition's, applied to the kernel's own norm. A row alone gives what it gives among others.
     """
     for dtype in DTYPES if device == "cuda" else [torch.float16, torch.float32]:
         problem = Problem.random(3, 1, k, dtype, threshold=3.0, device=device)
@@ -255,23 +256,23 @@ def test_norm_quantize(k: int, extras: bool, kind: int, device: str) -> None:
 def norm_quantize(
     problem: Problem, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: int
 ) -> tuple[Tensor, ...]:
-    from int8compile.triton_kernels.quantize.launch import launch_norm
+    from int8compile.triton_kernels.quantize.launch import norm_launch
 
     total, normed = torch.empty_like(problem.x), torch.empty_like(problem.x)
     into = quantized.empty_rows(problem.x, problem.threshold)
-    launch_norm(
+    norm_launch(
         *(problem.x, residual, weight, bias, problem.d, kind, 1e-5, problem.threshold, total, *into), normed=normed
     ).run()
     return total, *into, normed
 
 
 def assert_norm(actual: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int) -> None:
-    """Near the definition.
+    """Require a result near the definition's.
 
     A mean of up to 16384 elements is a tree of additions at most 16 + 10 deep in the kernel, and not much deeper in
-    PyTorch: it is off by less than 32 roundings, of 2**-24 each, in both. The reciprocal root halves that and adds two
-    units in the last place of its own; then follow two products and a sum. A layer norm's mean is off by as much. What
-    lies on the other side of a middle is rounded to the other neighbour, at the end and, RMS_ROUNDED, before.
+    PyTorch: in both its error is below 32 roundings of 2**-24 each. The reciprocal root halves that and adds two units
+    in the last place of its own; two products and a sum follow. A layer norm's mean has the same error. A value on the
+    other side of a tie is rounded to the other neighbour, at the end and, for RMS_ROUNDED, before.
     """
     expected = quantized.norm(h, weight, bias, kind, 1e-5).double()
     v = h.double()
@@ -286,7 +287,7 @@ def assert_norm(actual: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor |
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
 def test_rows_of_few_values(spread: float, device: str) -> None:
-    """Flat, two-valued and one-hot rows, whose integers are as large as they get; ties between grid points."""
+    """Flat, two-valued and one-hot rows, whose integers are the largest possible; ties between grid points."""
     problem = Problem.random(6, 9, 256, torch.float32, threshold=1.0, device=device)
     problem.x = torch.full_like(problem.x, 1.0)
     problem.x[1] = 0
@@ -303,14 +304,14 @@ def test_rows_of_few_values(spread: float, device: str) -> None:
 @pytest.mark.parametrize("m", [*tables.BUCKETS, *[bucket + 1 for bucket in tables.BUCKETS]])
 @pytest.mark.parametrize(
     "arch",
-    # In the interpreter the tables differ in the sizes of tiles only; on a GPU its own counts.
+    # In the interpreter, tables differ only in the sizes of tiles; on a GPU, only its own table is used.
     [
         pytest.param(arch, id=arch.name, marks=[] if arch.name in ("sm_80", "sm_90") else pytest.mark.slow)
         for arch in ARCHES
     ],
 )
 def test_every_bucket(arch: tables.Architecture, m: int, device: str) -> None:
-    """What the table gives for M at the edges of its ranges."""
+    """The table's configurations work for M at the edges of its ranges."""
     if device == "cuda" and arch is not operators.architecture(0):
         pytest.skip("not this GPU's table")
     n, k = 40, 80
@@ -324,7 +325,7 @@ def test_every_bucket(arch: tables.Architecture, m: int, device: str) -> None:
 @pytest.mark.parametrize("activation", range(1, len(quantized.ACTIVATIONS)))
 @pytest.mark.parametrize("kernel", ["gemv", "gemm, few rows", "gemm, split", "gluon_gemm"])
 def test_activations(kernel: str, activation: int, device: str) -> None:
-    """They and their derivatives are at most of the size of their arguments; a few roundings of float32 are allowed."""
+    """Activation functions and their derivatives do not exceed the size of their arguments, up to some roundings."""
     m, _, k = SIZES[kernel]
     problem = Problem.random(m, 74, k, torch.float16, device=device)
     actual = problem.product(SMALL[kernel], activation=activation).cpu()
@@ -339,7 +340,7 @@ def test_activations(kernel: str, activation: int, device: str) -> None:
 @pytest.mark.parametrize("parts", [(32, 0), (32, 32), (7, 40)])
 @pytest.mark.parametrize("kernel", ["gemv", "gemm, few rows", "gemm, split", "gluon_gemm"])
 def test_parts(kernel: str, parts: tuple[int, int], device: str) -> None:
-    """Several linears of one activation: each result whole, one behind the other."""
+    """Several linears of one activation give whole results, one after the other."""
     problem = Problem.random(*SIZES[kernel], torch.bfloat16, device=device)
     actual = problem.product(SMALL[kernel], parts=parts)
     m, n, _ = SIZES[kernel]
@@ -367,7 +368,7 @@ def test_outliers_at_the_edges_of_blocks_words_and_splits(k: int, splits: int, d
 
 
 def test_products_in_a_row_share_counters(device: str) -> None:
-    """q, k and v of one activation: the last to arrive leaves zeros."""
+    """q, k and v of one activation: the last program to arrive leaves zeros."""
     problem = Problem.random(20, 75, 400, torch.bfloat16, device=device)
     x = problem.digits()
     for splits in (3, 2, 3):
@@ -378,10 +379,10 @@ def test_products_in_a_row_share_counters(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize(
-    "config", [each for each in ARCHITECTURES["sm_90"].rows[512] if each.kernel == "gluon_gemm"], ids=str
+    "config", [each for each in ARCHITECTURES["sm_90"].by_bucket[512] if each.kernel == "gluon_gemm"], ids=str
 )
 def test_programs_with_many_tiles(config: Config, programs: int) -> None:
-    """Programs compute many tiles, again and again: a wrong phase of a barrier shows now and then only."""
+    """Programs compute many tiles, repeatedly, since a wrong phase of a barrier shows only now and then."""
     problem = Problem.random(700, 1100, 1552, torch.bfloat16, threshold=12.0, device="cuda")
     x, expected = problem.quantize(), problem.expected()
     for _ in range(20):
@@ -389,7 +390,7 @@ def test_programs_with_many_tiles(config: Config, programs: int) -> None:
 
 
 def test_rows_do_not_depend_on_the_batch(device: str) -> None:
-    """Bit for bit, though alone and among others they go through other kernels."""
+    """The bits are equal, although rows alone and rows among others go through different kernels."""
     problem = Problem.random(150, 40, 275, torch.bfloat16, device=device)
     together = problem.product(SMALL["gemm"])
     for rows, kernel in (((3, 4), "gemv"), ((0, 9), "gemm, few rows"), ((20, 100), "gemm")):
@@ -415,7 +416,7 @@ def test_a_weight_whose_rows_lie_apart(device: str) -> None:
     [5, 10, 15, 21], [10, 5, 15, 20], [-1, 5, 10, 15], [2**31, 5, 10, 15], None,
 ])  # fmt: skip
 def test_grouped(ends: list[int] | None, device: str) -> None:
-    """Rows behind the last group are zeros; ends that make no sense give NaN instead of a wrong number."""
+    """Rows after the last group are zeros; invalid ends give NaN instead of a wrong number."""
     threshold = 6.0 if ends else 0.0
     problem = Problem.random(20, 4 * 150, 272, torch.float32, threshold=threshold, device=device)
     last = torch.tensor(ends or [5, 10, 15, 20], dtype=torch.int64)
@@ -430,7 +431,7 @@ def test_grouped(ends: list[int] | None, device: str) -> None:
 
 @pytest.mark.parametrize(("m", "groups"), [(1, 1), (1, 5), (150, 2), (300, 2), (90, 20)])
 def test_groups_of_any_size(m: int, groups: int, device: str) -> None:
-    """Tiles of every number of rows, more tiles than programs, and groups that are empty."""
+    """Tiles of every number of rows, more tiles than programs, and empty groups."""
     problem = Problem.random(m, groups * 13, 200, torch.float32, device=device)
     last = torch.randint(0, m + 1, (groups,)).sort().values.to(torch.int32)
     every = problem.expected().view(m, groups, 13)
@@ -440,23 +441,23 @@ def test_groups_of_any_size(m: int, groups: int, device: str) -> None:
 
 
 def grouped(problem: Problem, groups: int, ends: Tensor | None) -> Tensor:
-    """By the kernel: the weight's outputs and the bias's are those of the groups, one behind the other."""
-    from int8compile.triton_kernels.grouped_gemm.launch import launch
+    """Return the kernel's result; outputs of the weight and the bias are those of the groups in turn."""
+    from int8compile.triton_kernels.grouped_gemm.launch import grouped_gemm_launch
 
     (m, k), n = problem.x.shape, problem.qweight.shape[0] // groups
     assert problem.bias is not None
     bias, scale = problem.bias.view(groups, n), problem.scale.view(groups, n)
     y = torch.full((m, n), 85.0, device=problem.x.device)
     product = Product(*problem.digits(), problem.qweight.view(groups, n, k), scale, bias, y)
-    launch(product, ends, m // groups).run()
+    grouped_gemm_launch(product, ends, m // groups).run()
     return y
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("m", "k"), [(1, 275), (5, 272), (33, 384), (40, 96), (1, 33000)])
 def test_weight_only(m: int, k: int, dtype: torch.dtype, device: str) -> None:
-    """Its sums are exact."""
-    from int8compile.triton_kernels.weight_only.launch import launches
+    """The sums are exact."""
+    from int8compile.triton_kernels.weight_only.launch import weight_only_launches
 
     problem = Problem.random(m, 13, k, dtype, device=device)
     problem.x[m // 2, 0] = math.inf if m > 1 else 1
@@ -464,7 +465,7 @@ def test_weight_only(m: int, k: int, dtype: torch.dtype, device: str) -> None:
     here = problem.to("cpu")
     expected = reference.weight_only_linear(here.x.float(), here.qweight, here.scale, here.d, here.bias)
     y = torch.full((m, 13), math.nan, device=device)
-    for call in launches(problem.x, problem.d, problem.qweight, problem.scale, problem.bias, y):
+    for call in weight_only_launches(problem.x, problem.d, problem.qweight, problem.scale, problem.bias, y):
         call.run()
     assert_equal(y, expected)
 
@@ -495,7 +496,7 @@ class TestOperators:
         assert_equal(y, reference.linear(x, qweight, scale, None, bias, 6.0))
 
     def test_captured_in_a_cuda_graph(self) -> None:
-        """No host sync, and replays see new activations with other outliers."""
+        """There is no host sync, and replays see new activations with other outliers."""
         problem = Problem.random(200, 256, 512, torch.bfloat16, device="cuda")
         ops.linear(problem.x, *weight_of(problem), 6.0)
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""How kernels are started, with a driver that keeps what it is given instead of a GPU."""
+"""How kernels are launched, with a driver that records its arguments instead of using a GPU."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# The kernels that were started: name, grid and arguments. One list, since Triton keeps what it has compiled, launchers
-# and all, for as long as the process lives.
+# The launched kernels: name, grid and arguments. It is one list because Triton keeps compiled kernels and their
+# launchers as long as the process lives.
 STARTED: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
 
 
 class Launcher:
-    """Notes what it is to start."""
+    """Records its launches."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.name = source.fn.__name__
 
     def __call__(self, *given: Any) -> None:
-        # Three sizes of the grid, six things about the launch, the arguments.
+        # Three sizes of the grid, six values about the launch, the arguments.
         STARTED.append((self.name, given[:3], given[9:]))
 
 
 def numbers(given: tuple[Any, ...]) -> list[Any]:
-    """Return what is no tensor of a kernel's arguments."""
+    """Return a kernel's arguments that are not tensors."""
     return [each for each in given if not isinstance(each, Tensor)]
 
 
@@ -73,7 +73,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def looked_up(driver: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that Triton was asked to find by their arguments, and "compiled" where it had to compile one."""
+    """Record the kernels that Triton looks up by their arguments, and "compiled" for each compilation."""
     names: list[str] = []
 
     def watch(method: str, note: str) -> None:
@@ -101,7 +101,7 @@ def called(
     norm: bool = False,
     residual: bool = False,
 ) -> list[Any]:
-    """Return what one linear starts, its tensors as numbers; scratch memory by its size."""
+    """Return the launches of one linear, with numbers for tensors and sizes for scratch memory."""
     STARTED.clear()
     qweight, scale = torch.zeros(n, k, dtype=torch.int8), torch.ones(n)
     addend = torch.zeros(n) if bias else None
@@ -120,14 +120,14 @@ def called(
     def described(given: Any) -> Any:
         if isinstance(given, Tensor):
             return places.get(given.data_ptr(), given.shape)
-        if hasattr(given, "block_shape"):  # For the copy engine.
+        if hasattr(given, "block_shape"):  # A matrix for the copy engine.
             return places[given.base.data_ptr()], [*given.shape], [*given.strides], given.block_shape
         return given
 
     return [(name, grid, [described(each) for each in given]) for name, grid, given in STARTED]
 
 
-# Of every row of the table: full tiles and others, multiples of 16 and others.
+# For every row of the table: full and partial tiles, multiples of 16 and others.
 ROWS = (1, 2, 16, 17, 20, 64, 100, 256, 300, 512, 2000, 2048)
 
 
@@ -135,7 +135,7 @@ ROWS = (1, 2, 16, 17, 20, 64, 100, 256, 300, 512, 2000, 2048)
 def test_a_prepared_call_is_what_triton_starts(
     kind: dict[str, Any], looked_up: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prepared call has the arguments and the grid that Triton gives a kernel after looking at every argument."""
+    """A prepared call has the arguments and grid that Triton computes from all arguments."""
     for m in ROWS:
         called(m, **kind)
     for m in ROWS:
@@ -152,7 +152,7 @@ def test_a_prepared_call_is_what_triton_starts(
 
 @pytest.mark.parametrize("kind", [{}, {"n": 256, "k": 4096}, {"norm": True, "residual": True}])
 def test_another_number_of_rows_starts_what_is_prepared(kind: dict[str, Any], looked_up: list[str]) -> None:
-    """Triton is asked at the first call and for each configuration; the table once for each number of rows."""
+    """Triton is asked at the first call and for each configuration, the table once for each number of rows."""
     for m in range(1, 300):
         called(m, **kind)
     (products,) = operators._products.values()
@@ -172,7 +172,7 @@ def test_no_row_starts_nothing(driver: None) -> None:
 
 
 def test_profilers_are_told(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is prepared, too: Triton gives their hooks to what starts a kernel, with the kernel's name."""
+    """Prepared calls are reported, too: Triton passes its hooks and the kernel's name to the launcher."""
     called(20)
     told: list[Any] = []
     monkeypatch.setattr(Launcher, "__call__", lambda self, *given: told.append(given[6:9]))
@@ -201,7 +201,7 @@ def test_what_a_call_depends_on_is_prepared_apart(driver: None) -> None:
     for kind in [*kinds, {"norm": True, "residual": True}]:
         called(2, **kind)
         made.append((len(operators._prepared), len(operators._products)))
-    # The quantization does not depend on the bias, nor the product on what was quantized.
+    # The quantization does not depend on the bias, nor the product on the source of its input.
     assert made == [(1, 1), (1, 2), (2, 2), (3, 2), (4, 2), (5, 2)]
 
 
@@ -215,7 +215,7 @@ def test_partial_sums_have_memory_of_their_own(driver: None) -> None:
 
 
 def test_configurations_that_are_measured(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each number of rows asks once; what is captured cannot be measured, and asks again outside of a graph."""
+    """Each number of rows is measured once; inside a CUDA graph this is impossible, so it is tried again outside."""
     asked: list[int] = []
     captured = True
 
@@ -237,7 +237,7 @@ def test_configurations_that_are_measured(driver: None, monkeypatch: pytest.Monk
 
 
 def test_threads_share_no_arguments(driver: None) -> None:
-    """Each call starts its own tensors with its own number of rows, whatever starts meanwhile."""
+    """Each call launches its own tensors with its own number of rows, whatever else is launched meanwhile."""
     d, qweight, scale = rotation_of(torch.ones(4096)), torch.zeros(256, 4096, dtype=torch.int8), torch.ones(256)
 
     def calls(begin: int) -> None:
@@ -270,7 +270,7 @@ def test_tensors_that_begin_anywhere_are_not_prepared(which: int, driver: None) 
     assert given[which].data_ptr() % 16
     operators._quantize_rows(*given, 6.0)
     assert not operators._prepared
-    # And not mistaken for one that was prepared with another beginning.
+    # The call is not mistaken for one prepared with another alignment.
     elsewhere = given[which]
     given[which] = whole
     operators._quantize_rows(*given, 6.0)
@@ -282,7 +282,7 @@ def test_tensors_that_begin_anywhere_are_not_prepared(which: int, driver: None) 
 
 
 def test_what_does_not_fit_is_refused(driver: None) -> None:
-    """Also where the same call with other tensors is prepared."""
+    """Calls with bad tensors are refused, also after the same call with others was prepared."""
     x, d, qweight, scale = torch.zeros(3, 128), torch.ones(128), torch.zeros(64, 128, dtype=torch.int8), torch.ones(64)
     rest = (qweight, scale, None, quantized.NONE, 0, 0, torch.float32)
     norm = (None, None, d, quantized.RMS, 1e-6, 6.0)
@@ -314,7 +314,7 @@ def test_a_row_of_a_larger_tensor_has_no_stride_of_its_own(driver: None) -> None
 
 
 def test_rows_that_lie_apart(driver: None) -> None:
-    """They are read where they are; what has no rows is copied."""
+    """Separate rows are read in place; tensors without rows are copied."""
     wide, columns = torch.zeros(4, 3, 1000), torch.zeros(96, 256)
     strides = []
     for x in (wide[..., :96], wide[..., 96:192], wide[:, 0, :96], columns.mT):
@@ -339,7 +339,7 @@ def test_a_prepared_call_keeps_no_tensor(driver: None) -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_of_the_hosts_cost() -> None:
-    """In a process of its own: it takes the CPU for a GPU."""
+    """The benchmark runs in its own process, because it takes the CPU for a GPU."""
     command = [sys.executable, "-m", "benchmarks.host", "--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
@@ -364,7 +364,7 @@ def outer(x):
 
 
 def test_a_kernels_key_is_made_after_those_of_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to Triton 3.6 it depended on that, so on what a process had started before."""
+    """Up to Triton 3.6 a key depended on the order, and so on earlier launches of the process."""
     made: list[str] = []
     key = triton.JITFunction.cache_key
 
@@ -378,4 +378,4 @@ def test_a_kernels_key_is_made_after_those_of_what_it_calls(monkeypatch: pytest.
     assert made == ["innermost", "inner", "outer"]
     settle(outer)
     assert len(made) == 3
-    settle(print)  # Anything else that a kernel names.
+    settle(print)  # Any other object that a kernel names.

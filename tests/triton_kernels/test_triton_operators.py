@@ -1,4 +1,4 @@
-"""The operators on GPUs with the kernels in Triton's interpreter: however tensors lie, they compute the definition.
+"""The operators on GPUs, with kernels in Triton's interpreter: they compute the definition for any strides.
 
 TRITON_INTERPRET=1 python -m pytest tests/triton_kernels/test_triton_operators.py
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
 from int8compile.ops import quantized, reference
-from int8compile.ops.linear import grouped_by_definition
+from int8compile.ops.linears import grouped_by_definition
 from int8compile.triton_kernels import operators
 from int8compile.triton_kernels.tables import ARCHITECTURES
 from tests.helpers.triton_problems import Problem, assert_equal
 
-# NumPy, which the interpreter computes with, warns of what it does with NaN.
+# The interpreter computes with NumPy, which warns about operations on NaN.
 pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
@@ -37,7 +37,7 @@ def call(name: str, *args: Any) -> Any:
 
 
 def forms(x: Tensor) -> list[Tensor]:
-    """Return tensors with the same elements that lie in memory in other ways."""
+    """Return tensors with the same elements and other layouts in memory."""
     wide = torch.cat([x, x], dim=-1)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)
     return [x, wide[..., : x.shape[-1]], shifted, x.repeat_interleave(2, dim=-1)[..., ::2]]
@@ -54,7 +54,7 @@ def test_linear(shape: tuple[int, ...], threshold: float) -> None:
 
 
 def test_weights_that_lie_anywhere() -> None:
-    """Scales, biases, d and weights with strides, and those that begin between multiples of 16 bytes."""
+    """Scales, biases, d and weights may have strides, and may begin between multiples of 16 bytes."""
     problem = Problem.random(20, 48, 96, torch.float16)
     expected = problem.expected().to(torch.float16)
     assert problem.d is not None
@@ -65,7 +65,7 @@ def test_weights_that_lie_anywhere() -> None:
 
 
 def test_several_products_of_one_activation() -> None:
-    """Counters of split sums are zeros again after each."""
+    """The counters of split sums are zero again after each product."""
     problem = Problem.random(20, 128, 1024, torch.float16)
     made = call("quantize_rows", problem.x, problem.d, 6.0)
     rest = (problem.qweight, problem.scale, problem.bias, quantized.NONE, 0, 0, torch.float32)
@@ -76,7 +76,7 @@ def test_several_products_of_one_activation() -> None:
 
 @pytest.mark.parametrize("m", [1, 5])
 def test_some_rows_of_quantized_activations(m: int) -> None:
-    """Their digits, and their bits, lie apart."""
+    """Their digits and bits are not contiguous."""
     problem = Problem.random(9, 40, 256, torch.float16)
     q, rows, counters = call("quantize_rows", problem.x, problem.d, 6.0)
     rest = (problem.qweight, problem.scale, problem.bias, quantized.NONE, 0, 0, torch.float32)
@@ -88,17 +88,17 @@ def test_some_rows_of_quantized_activations(m: int) -> None:
 @pytest.mark.parametrize("kind", range(quantized.LAYER + 1))
 @pytest.mark.parametrize("residual", [False, True])
 def test_norms(kind: int, residual: bool) -> None:
-    """The sum is exact; what is quantized is within what the order of a sum and one rounding of x's dtype do."""
+    """The sum is exact; the quantized norm is within a sum's reordering and one rounding of x's dtype."""
     x, added = torch.randn(2, 2, 192, dtype=torch.float16), torch.randn(2, 2, 192, dtype=torch.float16)
     weight, bias, d = torch.rand(192) + 0.5, torch.randn(192), reference.signs(192, x.device)
     rest = (weight, bias if kind == quantized.LAYER else None, d, kind, 1e-6, 6.0)
     first = call("norm_quantize_rows", x, added if residual else None, *rest)
-    expected = quantized.norm_by_definition(x, added if residual else None, *rest)
+    expected = quantized.NormQuantizeRows.implementation(x, added if residual else None, *rest)
     assert_equal(first[0], expected[0])
     assert [each.shape for each in first] == [each.shape for each in expected]
     normed = quantized.norm(expected[0] if residual else x, *rest[:2], *rest[3:5]).abs().amax(dim=-1).view(-1, 1)
     step = torch.maximum(*(made[2][0].view(torch.float32) for made in (first, expected)))[:, None]
-    # 64 values, each of which may be rounded to its neighbour in float16, make a rotated one; then half a step each.
+    # A rotated element adds 64 values, each of which float16 may round to a neighbour; half a step each comes on top.
     apart = (values(first[1:]) - values(expected[1:])).abs()
     assert bool((apart <= 64 * torch.finfo(torch.float16).eps * normed + 1.001 * step).all())
     for left, right in zip(forms(x), reversed(forms(added)), strict=True):
@@ -109,7 +109,7 @@ def test_norms(kind: int, residual: bool) -> None:
 
 
 def values(made: tuple[Tensor, ...]) -> Tensor:
-    """Return what quantized activations stand for."""
+    """Return the values of quantized activations."""
     q, rows, _ = made
     return (256 * quantized.counted(q, rows).float() + q[0]) * rows[0].view(torch.float32)[:, None]
 
@@ -118,7 +118,7 @@ def values(made: tuple[Tensor, ...]) -> Tensor:
     ("ends", "shared"), [([3, 3, 5, 9], False), ([0, 0, 0, 9], True), ([1, 2, 3, 4], False), ([0, 0, 0, 0], True)]
 )
 def test_grouped(ends: list[int], shared: bool) -> None:
-    """Experts without rows, and rows without an expert, which are zeros."""
+    """Experts may have no rows, and rows without an expert are zeros."""
     x, *weights = experts(9, shared)
     expected = grouped_by_definition(x, *weights, torch.tensor(ends), 6.0)
     dtype = torch.int32 if shared else torch.int64
@@ -140,7 +140,7 @@ def test_batched(m: int, shared: bool, bias: bool) -> None:
 
 
 def experts(rows: int, shared: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x [rows, 96], some of whose rows have outliers, and four weights of 40 outputs, their scales and d."""
+    """Return x [rows, 96] with outliers in some rows, and four weights of 40 outputs, their scales and d."""
     problems = [Problem.random(rows, 40, 96, torch.float16) for _ in range(4)]
     d = [problem.d for problem in problems if problem.d is not None]
     qweight, scale = torch.stack([each.qweight for each in problems]), torch.stack([each.scale for each in problems])
@@ -153,7 +153,7 @@ def test_sizes_of_zero(shape: tuple[int, ...]) -> None:
     weight = torch.ones(5, shape[-1], dtype=torch.int8), torch.ones(5)
     assert_equal(call("linear", x, *weight, None, bias, 6.0), reference.linear(x, *weight, None, bias, 6.0))
     made = call("norm_quantize_rows", x, None, None, None, None, quantized.RMS, 1e-6, 6.0)
-    expected = quantized.norm_by_definition(x, None, None, None, None, quantized.RMS, 1e-6, 6.0)
+    expected = quantized.NormQuantizeRows.implementation(x, None, None, None, None, quantized.RMS, 1e-6, 6.0)
     assert [each.shape for each in made] == [each.shape for each in expected]
     several = torch.ones(2, 5, shape[-1], dtype=torch.int8), torch.ones(2, 5)
     if x.dim() == 3:

@@ -1,4 +1,4 @@
-"""The table of configurations: complete, and what it gives can run."""
+"""The table of configurations is complete, and its configurations can run."""
 
 from __future__ import annotations
 
@@ -13,34 +13,53 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 pytest.importorskip("hypothesis")
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from int8compile import hardware, triton_kernels
 from int8compile.errors import ConfigError
 from int8compile.ops.quantized import BLOCK, COUNTERS, NONE
-from int8compile.triton_kernels import autotune, tables
+from int8compile.triton_kernels import autotune, loading, tables
 from int8compile.triton_kernels.tables import ARCHITECTURES
 from tests.helpers.triton_problems import Problem
 
-WITH_INT8 = [arch for arch in ARCHITECTURES.values() if arch.instruction]
+WITH_INT8 = [arch for arch in ARCHITECTURES.values() if arch.matrix_instruction]
 SIZES = st.integers(1, 200_000)
 
 
 @given(arch=st.sampled_from(WITH_INT8), m=SIZES, n=SIZES, k=st.integers(1, 131071), multiprocessors=st.integers(1, 200))
+# Gluon's kernel with a tile for every multiprocessor, with the lowest cost, and split.
+@example(arch=ARCHITECTURES["sm_90"], m=4096, n=4096, k=4096, multiprocessors=132)
+@example(arch=ARCHITECTURES["sm_90"], m=300, n=4096, k=4096, multiprocessors=132)
+@example(arch=ARCHITECTURES["sm_90"], m=256, n=4096, k=14336, multiprocessors=132)
 def test_every_product_has_a_configuration(
     arch: tables.Architecture, m: int, n: int, k: int, multiprocessors: int
 ) -> None:
     configs = tables.candidates(arch, m, k)
     config = tables.choose(configs, m, n, k, multiprocessors)
-    assert dataclasses.replace(config, splits=1) in configs
+    assert dataclasses.replace(config, splits=1, programs=0) in configs
     assert (config.kernel == "gemv") == (m == 1)
-    assert config.kernel != "gluon_gemm" or k % 16 == 0
-    # A counter for each tile whose sums are split, and something to do for each split.
-    assert config.splits == 1 or (config.kernel == "gemm" and config.tiles(m, n) <= COUNTERS)
+    gluon = config.kernel == "gluon_gemm"
+    assert not gluon or k % 16 == 0
+    assert config.programs == (multiprocessors if gluon else 0)
+    # Each tile whose sums are split has a counter, and each split has work to do.
+    assert config.splits == 1 or (config.tiles(m, n) <= COUNTERS and config.kernel in ("gemm", "gluon_gemm"))
+    assert config.splits == 1 or config.bn <= 128
     assert config.splits * max(config.bk, BLOCK) < k + max(config.bk, BLOCK)
     if m >= 256 and configs[0].tiles(m, n) >= multiprocessors:
-        assert config == configs[0]
+        assert dataclasses.replace(config, programs=0) == configs[0]
+
+
+@pytest.mark.skipif(bool(loading.gluon_failure()), reason=loading.gluon_failure() or "Gluon can be used")
+@pytest.mark.parametrize(("m", "n", "k", "first", "split"), [
+    (4096, 4096, 4096, True, False), (300, 4096, 4096, False, False), (256, 4096, 14336, False, True),
+])  # fmt: skip
+def test_gluon_is_chosen(m: int, n: int, k: int, first: bool, split: bool) -> None:
+    configs = tables.candidates(ARCHITECTURES["sm_90"], m, k)
+    config = tables.choose(configs, m, n, k, 132)
+    assert (config.kernel, config.programs) == ("gluon_gemm", 132)
+    assert (dataclasses.replace(config, splits=1, programs=0) == configs[0]) == first
+    assert (config.splits > 1) == split
 
 
 @pytest.mark.parametrize("m", [1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 255, 256, 2048])
@@ -50,22 +69,22 @@ def test_products_of_a_large_model_fill_an_h100(n: int, k: int, m: int) -> None:
     programs = config.tiles(m, n) * config.splits
     assert programs >= 0.72 * 132
     if 1 < m <= 64:
-        # Each row tile reads the weight, each column tile x, and each split stores its sums and has them read.
+        # Each row tile reads the weight, each column tile reads x, and each split stores its sums, which are then read.
         partials = 8 * config.splits * m * n if config.splits > 1 else 0
         assert programs * k / config.splits * (m + config.bn) + partials < 3.1 * n * k
 
 
 @pytest.mark.parametrize("arch", WITH_INT8, ids=lambda arch: arch.name)
 def test_tiles_fit_the_kernels(arch: tables.Architecture) -> None:
-    assert set(arch.rows) == set(tables.BUCKETS)
-    for bucket, configs in arch.rows.items():
+    assert set(arch.by_bucket) == set(tables.BUCKETS)
+    for bucket, configs in arch.by_bucket.items():
         for config in configs:
             sizes = (config.bm, config.bn, config.bk)
             assert all(size & (size - 1) == 0 for size in sizes)
             following = min([other for other in tables.BUCKETS if other > bucket], default=bucket + 1)
             # Few rows are one tile: the weight is read once.
             assert config.bm >= min(following - 1, 64)
-            if arch.instruction == "wgmma" and config.bm >= 64:
+            if arch.matrix_instruction == "wgmma" and config.bm >= 64:
                 assert config.num_warps % 4 == 0
 
 
@@ -110,7 +129,7 @@ def launch_of(product: autotune.Product, config: tables.Config) -> Recorded:
 
 
 def test_autotune_measures_once_and_remembers(tmp_path: Path) -> None:
-    configs = ARCHITECTURES["sm_90"].rows[17]
+    configs = ARCHITECTURES["sm_90"].by_bucket[17]
     calls: list[str] = []
     path = tmp_path / "folder" / "device.json"
     times = {str(configs[1]): 0.5}
@@ -119,7 +138,7 @@ def test_autotune_measures_once_and_remembers(tmp_path: Path) -> None:
         assert found == configs[1]
     assert calls == [str(config) for config in configs]
     assert list(json.loads(path.read_text()).values()) == [str(configs[1])]
-    # Another bucket is another question; more rows of this one are not.
+    # Another bucket is measured anew; more rows in the same bucket are not.
     cache = tuned(path, times, calls)
     cache.choose(product(32), configs, 1, launch_of)  # type: ignore[arg-type]
     assert len(calls) == len(configs)
@@ -129,8 +148,8 @@ def test_autotune_measures_once_and_remembers(tmp_path: Path) -> None:
 
 
 def test_autotune_measures_with_the_tables_splits(tmp_path: Path) -> None:
-    """They follow from the number of rows, so what is known of a range of them says nothing about splits."""
-    configs = ARCHITECTURES["sm_80"].rows[33]
+    """Splits follow from the number of rows, so measurements for a range of rows cannot decide them."""
+    configs = ARCHITECTURES["sm_80"].by_bucket[33]
     problem = Problem.random(1, 512, 4096, torch.bfloat16)
     measured: list[str] = []
     path = tmp_path / "device.json"
@@ -148,7 +167,7 @@ def test_autotune_measures_with_the_tables_splits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"17 64 64 20": "a kernel of another table"}'])
 def test_autotune_survives_its_file(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    configs = ARCHITECTURES["sm_90"].rows[17]
+    configs = ARCHITECTURES["sm_90"].by_bucket[17]
     path = tmp_path / "device.json"
     path.write_text(content)
     calls: list[str] = []
@@ -163,13 +182,13 @@ def test_autotune_survives_its_file(content: str, tmp_path: Path, caplog: pytest
 def test_autotune_without_a_place_to_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     cache = tuned(tmp_path / "file" / "device.json", {}, [])
-    configs = ARCHITECTURES["sm_90"].rows[17]
+    configs = ARCHITECTURES["sm_90"].by_bucket[17]
     assert cache.choose(product(), configs, 1, launch_of) in configs  # type: ignore[arg-type]
     assert "cannot be written" in caplog.text
 
 
 def test_autotune_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = ARCHITECTURES["sm_90"].rows[17]
+    configs = ARCHITECTURES["sm_90"].by_bucket[17]
     monkeypatch.delenv("INT8COMPILE_AUTOTUNE", raising=False)
     monkeypatch.setattr(autotune, "_cache", lambda device: pytest.fail("nobody asked for measurements"))
     assert autotune.choose(product(), configs, 1, launch_of) == configs[0]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""calibrate(): the statistics are those of what the linears read, and everything that becomes int8 uses them."""
+"""calibrate(): its statistics are those of the linears' inputs, and all int8 conversions use them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import int8compile
 from int8compile import Calibration, CheckpointError, ConfigError, FreedWeightError, InputError, Int8Warning, ModelError
 from int8compile.ops import input_scales, reference, rotation_of
 from int8compile.passes import WeightView
-from int8compile.tuning.calibration import FEW, token_batches
+from int8compile.tuning.calibration import token_batches
+from int8compile.tuning.statistics import FEW
 from int8compile.weights import STORE, rotation_of_view
+from tests.helpers.configs import SMALL
 from tests.helpers.models import Stack, relative_error
 
 
 def statistics(x: Tensor) -> Tensor:
-    """a as NUMERICS.md has it, row by row."""
+    """Return a by NUMERICS.md, row by row."""
     rows = [row.double() for row in x.reshape(-1, x.shape[-1])]
     rows = [row for row in rows if row.isfinite().all() and row.any()]
     return torch.stack([row.square() / row.square().mean() for row in rows]).mean(dim=0).sqrt()
@@ -37,18 +39,18 @@ def whole(weight: Tensor) -> WeightView:
 
 
 def rotation(weight: Tensor, view: WeightView | None = None) -> Tensor | None:
-    """What a parameter is rotated with, if that was decided by a calibration."""
+    """Return a parameter's d if a calibration has set it."""
     found = rotation_of_view(weight, view or whole(weight))
     return found.d if found is not None and found.calibrated else None
 
 
 def inputs(rows: int = 64, k: int = 32) -> Tensor:
-    """Columns of very different sizes."""
+    """Return activations whose columns have very different sizes."""
     return torch.randn(rows, k) * torch.logspace(-1, 1, k)
 
 
 class Attention(nn.Module):
-    """q reads one x, k and v another; gate and up read one, in another spelling each."""
+    """q reads one x, k and v another; gate and up read one x in different spellings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,8 +82,8 @@ def test_groups_and_statistics() -> None:
         torch.testing.assert_close(group.d, d_from(weights, read), rtol=1e-4, atol=0)
         assert all(rotation(model.get_parameter(each.name), each.view) is group.d for each in group.weights)
     assert calibration.missing == {
-        "unused.weight": "it was not used, or in a way that stays in float (int8compile.explain tells)",
-        "odd.weight": "its inputs are not rotated, their number is no multiple of 16",
+        "unused.weight": "it was not used, or its use stays in float (see int8compile.explain)",
+        "odd.weight": "its inputs are not rotated, their number is not a multiple of 16",
     }
     table = str(calibration)
     assert "k, v " in table
@@ -101,7 +103,7 @@ def test_gradients_flow_through_what_was_calibrated_in_inference_mode() -> None:
 
 
 def test_no_weight_is_kept_alive() -> None:
-    """Dynamo keeps its backends for ever."""
+    """Dynamo keeps its backends as long as the process lives."""
     model = Stack(1)
     memory = [weakref.ref(parameter.untyped_storage()) for parameter in model.parameters()]
     int8compile.calibrate(model, [inputs()], progress=False)
@@ -141,7 +143,7 @@ def test_it_stops_when_every_linear_has_seen_enough() -> None:
 
     calibration = int8compile.calibrate(Stack(1), batches(), tokens=50, progress=False)
     assert len(given) == 3
-    # 20, 20, and every second of the last.
+    # 20 rows, 20 rows, and every second row of the last batch.
     assert [group.rows for group in calibration.groups] == [50, 50]
     read = torch.cat([given[0], given[1], given[2][::2]])
     torch.testing.assert_close(calibration.groups[0].activations, statistics(read))
@@ -164,7 +166,7 @@ def test_a_module_that_is_called_twice_has_the_rows_of_both() -> None:
 
 
 class Breaking(nn.Module):
-    """A graph break in each of several modules of one code, which share their graphs."""
+    """A graph break in each of several modules with the same code, which share their graphs."""
 
     class Part(nn.Module):
         def __init__(self) -> None:
@@ -213,7 +215,7 @@ def test_batches_of_every_kind(kind: type) -> None:
     batch = {"x": x} if kind is dict else x if kind is Tensor else kind([x])
     (up, _) = int8compile.calibrate(model, [batch], progress=False).groups
     torch.testing.assert_close(up.activations, statistics(x))
-    if kind in (dict, Tensor):  # One batch that is no list.
+    if kind in (dict, Tensor):  # A single batch that is not in a list.
         int8compile.calibrate(model, batch, progress=False)
 
 
@@ -247,7 +249,7 @@ def test_what_is_compiled_quantized_and_saved_uses_it(tmp_path) -> None:
     d = rotation(expected.weight)
     qweight, scale = reference.quantize_weight(expected.weight, d)
     inner = reference.linear(x, qweight, scale, d, expected.bias, 12.0)
-    # What was compiled before it was calibrated, too.
+    # Code compiled before the calibration follows it, too.
     y = compiled(x)
     assert relative_error(y, model(x)) < relative_error(plain, model(x))
     int8compile.quantize_(model, progress=False)
@@ -297,7 +299,7 @@ def test_other_models_are_refused_by_name(tmp_path) -> None:
 
 
 def test_a_weight_that_lies_otherwise_in_memory_is_refused() -> None:
-    """Copies of tensors with gaps have none."""
+    """Copies of tensors with gaps have no gaps."""
     model = nn.Sequential(nn.Linear(32, 16))
     model[0].weight = nn.Parameter(torch.randn(16, 64)[:, ::2])
     calibration = int8compile.calibrate(model, [inputs()], progress=False)
@@ -321,6 +323,11 @@ def test_d_of_weights_that_stream_in() -> None:
         calibration.d_of(["q.weight"], [model.k.weight])
 
 
+def test_a_folder_that_is_missing(tmp_path) -> None:
+    with pytest.raises(int8compile.CheckpointError, match=r"cannot be written: .* Name a file in a folder that exists"):
+        int8compile.Calibration(()).save(tmp_path / "missing" / "calibration.safetensors")
+
+
 def test_files_that_are_no_calibration(tmp_path) -> None:
     path = tmp_path / "calibration.safetensors"
     with pytest.raises(CheckpointError, match="cannot be read as a calibration"):
@@ -329,13 +336,13 @@ def test_files_that_are_no_calibration(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as a calibration"):
         Calibration.load(path)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="is not a calibration, or one of a later version"):
+    with pytest.raises(CheckpointError, match="is not a calibration, or is of a later version"):
         Calibration.load(path)
     int8compile.calibrate(Stack(1), [inputs()], progress=False).save(path)
     whole = path.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"layers.0.up", b"layers.0.us")):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="is damaged: its SHA-256 is another one"):
+        with pytest.raises(CheckpointError, match="is damaged: its SHA-256 does not match"):
             Calibration.load(path)
 
 
@@ -349,7 +356,7 @@ def test_what_cannot_be_calibrated() -> None:
         int8compile.calibrate(model, iter(()), progress=False)
     with pytest.warns(Int8Warning, match="has calibrated nothing: the model multiplies by no weight"):
         assert str(int8compile.calibrate(nn.ReLU(), [x], progress=False)) == "no linear is calibrated"
-    with pytest.raises(InputError, match="Stack is no language model for which tokens can be made up; give batches"):
+    with pytest.raises(InputError, match="Stack is not a language model for which tokens can be made up; give batches"):
         int8compile.calibrate(model)
     with pytest.raises(InputError, match="tokens=0: give a whole number of at least 1"):
         int8compile.calibrate(model, [x], tokens=0)
@@ -408,15 +415,15 @@ def test_batched_weights_whose_matrices_read_rows_of_their_own() -> None:
     assert rotation(model.down_proj, down.weights[0].view) is down.d
 
 
-def test_progress_is_shown(capsys) -> None:
+def test_progress_is_shown(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     int8compile.calibrate(Stack(1), [inputs()])
     assert "Calibrating" in capsys.readouterr().err
     int8compile.calibrate(Stack(1), [inputs()], progress=False)
-    assert capsys.readouterr().err == ""
+    assert "Calibrating" not in capsys.readouterr().err
 
 
 transformers = pytest.importorskip("transformers")
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def test_language_models_are_given_random_tokens() -> None:
@@ -450,7 +457,7 @@ def test_both_halves_of_an_encoder_decoder_get_tokens() -> None:
     calibration = int8compile.calibrate(model, progress=False)
     names = [[weight.name.removesuffix(".weight") for weight in group.weights] for group in calibration.groups]
     cross = "decoder.block.0.layer.1.EncDecAttention"
-    # q reads what the decoder has, k and v what the encoder has made.
+    # q reads the decoder's states, k and v the encoder's.
     assert [f"{cross}.q"] in names
     assert [f"{cross}.k", f"{cross}.v"] in names
     # The head is tied.
@@ -486,11 +493,11 @@ def test_models_that_are_quantized_while_they_are_loaded(tmp_path, given: str) -
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         assert torch.equal(again(ids).logits, model(ids).logits)
-    # Another model of the same shape. transformers logs our error and raises one of its own.
+    # Another model of the same shape. transformers logs our error and raises its own.
     model_of(num_key_value_heads=2).save_pretrained(tmp_path / "other")
     with pytest.raises(RuntimeError):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "other", **options)
-    # Models of other shapes, and with other names, before a weight is read.
+    # Models with other shapes or names are refused before a weight is read.
     for other, message in (
         (model_of(num_key_value_heads=4), r"k_proj\.weight is \[64, 64\], not \[32, 64\]"),
         (
@@ -561,14 +568,14 @@ def test_experts_that_are_not_seen_are_named(implementation: str) -> None:
     model.set_experts_implementation(implementation)
     calibration = int8compile.calibrate(model, progress=False)
     assert {name.rpartition(".")[2] for name in calibration.missing} == {"gate_up_proj", "down_proj"}
-    assert "gate_up_proj, model.layers.0.mlp.experts.down_proj: it was not used, or in a way that" in str(calibration)
+    assert "gate_up_proj, model.layers.0.mlp.experts.down_proj: it was not used, or its use stays" in str(calibration)
 
 
 def test_a_model_of_something_else_needs_batches() -> None:
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=32, patch_size=8)).eval()
-    with pytest.raises(InputError, match="ViTForImageClassification is no language model"):
+    with pytest.raises(InputError, match="ViTForImageClassification is not a language model"):
         int8compile.calibrate(model)
     calibration = int8compile.calibrate(model, [{"pixel_values": torch.randn(2, 3, 32, 32)}], progress=False)
-    # 12 linears, of which q, k and v are in one group each; the patches' projection is a convolution.
+    # 12 linears, with q, k and v of a layer in one group; the projection of patches is a convolution.
     assert sum(len(group.weights) for group in calibration.groups) >= 12
     assert all(group.rows > 0 for group in calibration.groups)
