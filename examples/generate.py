@@ -1,8 +1,8 @@
-"""Generates with a language model that int8compile.export wrote (StaticCacheDecoder). Needs PyTorch and nothing else.
+"""Generate with a language model that `int8compile export` wrote. Needs PyTorch and nothing else.
 
     python generate.py model.pt2 COUNT TOKEN...
 
-reads the token numbers of a prompt and prints those of the COUNT tokens that follow it, the likeliest each time.
+reads the token numbers of a prompt and prints those of the next COUNT tokens, the likeliest at every step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch._inductor import aoti_load_package
 
 
 def layouts_of(line: str) -> list[tuple[torch.dtype, list[int]]]:
-    """Dtypes and sizes of inputs or outputs, from words such as "int64 2 1 -1 int64 0 float32 4 1 2 32 16 ..."."""
+    """Return the dtypes and sizes of inputs or outputs that words such as "int64 2 1 -1 int64 0 ..." describe."""
     words = iter(line.split())
     # The dtype, the number of dimensions, and the sizes; -1 where a size changes from call to call.
     return [(getattr(torch, dtype), [int(next(words)) for _ in range(int(next(words)))]) for dtype in words]
@@ -24,9 +24,9 @@ def layouts_of(line: str) -> list[tuple[torch.dtype, list[int]]]:
 
 @torch.inference_mode()
 def generate(path: str, count: int, tokens: list[int]) -> list[int]:
-    """The `count` tokens that follow a prompt."""
+    """Return the `count` tokens that follow a prompt."""
     model = aoti_load_package(path)
-    # The tokens to read, how many were read before, and the cache, which the model writes to.
+    # Inputs: the tokens to read, the number of tokens read before, and the cache, which the model writes to.
     _, _, *cache_inputs = layouts_of(model.get_metadata()["int8compile.inputs"])
     length = cache_inputs[0][1][2]  # [1, heads, length, head_dim]
     if len(tokens) + count > length:
@@ -47,7 +47,7 @@ def generate(path: str, count: int, tokens: list[int]) -> list[int]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="model.pt2")
     parser.add_argument("count", metavar="COUNT", type=int)

@@ -1,8 +1,8 @@
-// Generates with a language model that int8compile.export wrote (StaticCacheDecoder). Needs libtorch and nothing else.
+// Generate with a language model that `int8compile export` wrote. Needs libtorch and nothing else.
 //
 //   generate model.pt2 COUNT TOKEN...
 //
-// reads the token numbers of a prompt and prints those of the COUNT tokens that follow it, the likeliest each time.
+// reads the token numbers of a prompt and prints those of the next COUNT tokens, the likeliest at every step.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -17,10 +17,10 @@
 
 namespace {
 
-// Of an input or an output.
+// The dtype and sizes of an input or an output.
 struct Layout {
   at::ScalarType dtype;
-  std::vector<int64_t> sizes;  // -1: changes from call to call.
+  std::vector<int64_t> sizes;  // -1 for a size that changes from call to call.
 };
 
 at::ScalarType dtype_of(const std::string& name) {
@@ -31,7 +31,7 @@ at::ScalarType dtype_of(const std::string& name) {
   throw std::runtime_error("a tensor has the dtype " + name + ", which this program does not know");
 }
 
-// For each the dtype, the number of dimensions, and the sizes: "int64 2 1 -1 int64 0 float32 4 1 2 32 16 ...".
+// Reads for each tensor its dtype, number of dimensions and sizes: "int64 2 1 -1 int64 0 float32 4 1 2 32 16 ...".
 std::vector<Layout> layouts_of(const std::string& line) {
   std::vector<Layout> found;
   std::istringstream words(line);
@@ -48,7 +48,7 @@ std::vector<int64_t> generate(const std::string& path, size_t count, std::vector
   c10::InferenceMode guard;
   if (!std::filesystem::is_regular_file(path)) throw std::runtime_error("no such file");
   torch::inductor::AOTIModelPackageLoader model(path);
-  // The tokens to read, how many were read before, and the cache, which the model writes to.
+  // Inputs: the tokens to read, the number of tokens read before, and the cache, which the model writes to.
   const std::vector<Layout> inputs = layouts_of(model.get_metadata()["int8compile.inputs"]);
   if (inputs.size() < 3 || inputs[2].sizes.size() != 4) throw std::runtime_error("no exported StaticCacheDecoder");
   const size_t length = inputs[2].sizes[2];  // [1, heads, length, head_dim]
@@ -84,7 +84,7 @@ bool parse(const std::string& text, int64_t* number) {
   return error == std::errc() && stop == end && *number >= 0;
 }
 
-// What was wrong, in a line. The library inside the package writes it to std::cerr; of its exceptions, some do not say.
+// Returns the cause of an error in one line. The library in the file writes it to std::cerr; some exceptions lack it.
 std::string reason(const std::exception& error, const std::string& written) {
   const std::string mark = "Error: ";
   const size_t found = written.rfind(mark);
@@ -116,7 +116,7 @@ int main(int argc, char** argv) {
     std::cerr << "generate: " << argv[1] << ": " << why << std::endl;
     return 1;
   }
-  std::cerr << written.str();  // Warnings, if any.
+  std::cerr << written.str();  // Warnings.
   const char* separator = "";
   for (const int64_t token : generated) {
     std::cout << separator << token;
