@@ -32,6 +32,7 @@ from int8compile.config import Int8Config
 from int8compile.errors import FreedWeightError
 from int8compile.groups import reads_tokens
 from int8compile.ops import rotation_size
+from int8compile.passes import PlaceholderBinder, rewrite_graph
 from int8compile.passes.binding import Member
 from int8compile.passes.names import parameter_name
 from int8compile.passes.rules import Rule
@@ -211,8 +212,9 @@ def lowered_report(
     """
     module = copy_graph(gm)
     parameters = captured_parameters(module, example_inputs)
+    binder = PlaceholderBinder(module)
     with errors_unwrapped():
-        binder, report = rewrite_captured(module, example_inputs, config, rules=rules)
+        report = rewrite_graph(module, parameters, config, binder, rules=rules)
         lower_captured(module, parameters, binder, report, warn=False)
     return report
 

@@ -11,6 +11,7 @@ import torch
 from int8compile import ModelError, calibrate, explain, quantize_
 from int8compile.app import comparing, decoding, demo, loading
 from int8compile.weights import STORE
+from tests.helpers.configs import SMALL
 from tests.helpers.letters import Letters
 
 transformers = pytest.importorskip("transformers")
@@ -19,14 +20,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=128)
     return transformers.LlamaForCausalLM(config).eval()
 
 

@@ -39,7 +39,7 @@ pytestmark = needs_kernel
 
 
 class Spellings(nn.Module):
-    """One matmul per submodel, side by side."""
+    """A model with a matmul per submodel, side by side."""
 
     def __init__(self, op: str) -> None:
         super().__init__()

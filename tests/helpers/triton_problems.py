@@ -16,7 +16,7 @@ from int8compile.triton_kernels.tables import Config
 
 @dataclasses.dataclass
 class Problem:
-    """One linear: x [M, K], int8 weight [N, K], d [K] or None, bias [N] or None, and a threshold."""
+    """A linear: x [M, K], int8 weight [N, K], d [K] or None, bias [N] or None, and a threshold."""
 
     x: Tensor
     qweight: Tensor

@@ -131,7 +131,7 @@ def test_load_state_dict() -> None:
 
 
 def test_graphs_that_share_weights_otherwise() -> None:
-    """One graph takes three together, another two, a third one; all are right, and each weight is held once."""
+    """Three graphs take three weights, two, and one; all results are right, and each weight is held once."""
     model, x, quantized = Siblings(), torch.randn(5, 32), STORE.quantized
     expected, rotated = by_operators(model, x), rotations(model)
     all_three = torch.compile(model, backend="int8", fullgraph=True)
@@ -184,7 +184,7 @@ def test_free_weights() -> None:
 
 @pytest.mark.parametrize("free", [False, True])
 def test_regional_compilation(free: bool) -> None:
-    """One graph serves all layers; each layer's weights are joined once."""
+    """A single graph serves all layers; each layer's weights are joined once."""
     layers, x, backend = (
         nn.ModuleList(Layer() for _ in range(12)),
         torch.randn(5, 32),

@@ -457,7 +457,7 @@ def test_scaling_while_gradients_are_recorded_is_refused() -> None:
 
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_dynamic_sizes_and_options_of_each_module(dynamic: bool | None) -> None:
-    """One compiled function serves modules with different thresholds."""
+    """A single compiled function serves modules with different thresholds."""
     _, other = quantized(lambda x, m: F.linear(x, m.weight))
     compiled = torch.compile(other, backend="int8", dynamic=dynamic)
     held = other.inner

@@ -21,8 +21,8 @@ THREAD_ELEMENTS, MANY_ROWS_ELEMENTS = 16, 32
 
 
 def in_chunks(m: int, k: int) -> bool:
-    """Return whether M rows of K inputs, without a norm, are read in chunks because there are so many."""
-    return m >= MANY_ROWS and k > CHUNK_ELEMENTS
+    """Return whether M rows of K inputs, without a norm, are read in chunks only because there are so many."""
+    return m >= MANY_ROWS and CHUNK_ELEMENTS < k <= MAX_ELEMENTS
 
 
 def quantize_launch(
