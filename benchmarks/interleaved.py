@@ -1,25 +1,21 @@
-"""Time callables in turns, in one process, so that other load on the machine affects all of them.
-
-On a virtual machine, the clock rate, other guests and the memory pages of the process change times by tens of percents.
-They change the times of a round together, so benchmarks compare ratios.
-"""
+"""Time callables in turns under pytest-benchmark, and describe the machine that they ran on."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import os
 import platform
 import re
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from int8compile import cpu, hardware
+from int8compile.timing import Others, Times, quartiles, rounded, take_turns, timed
+
+__all__ = ["Times", "machine", "measure", "quartiles", "rounded", "software", "take_turns"]
 
 # Variables that can make PyTorch's own kernels, the baselines, use less than the machine has.
 RESTRICTIONS = (
@@ -38,66 +34,6 @@ RESTRICTIONS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Measured times of callables.
-
-    Attributes:
-        seconds: Seconds of each round, by name of the callable.
-        others: Share of all cores' time that other processes or virtual machines used meanwhile; None if unknown.
-            Above a few percent, the times say little about this machine.
-    """
-
-    seconds: Mapping[str, list[float]]
-    others: float | None
-
-    def median(self, name: str) -> float:
-        """Return the median seconds of a call."""
-        return statistics.median(self.seconds[name])
-
-    def fastest(self, names: Iterable[str]) -> str:
-        """Return the name with the smallest median."""
-        return min(names, key=self.median)
-
-    def ratio(self, name: str, baseline: str) -> float:
-        """Return how many times faster than a baseline a callable is: the ratio of the medians."""
-        return self.median(baseline) / self.median(name)
-
-    def quartiles(self, name: str, baseline: str) -> tuple[float, float]:
-        """Return the quartiles of the rounds' ratios, which show how reliable `ratio` is."""
-        return quartiles([slow / fast for slow, fast in zip(self.seconds[baseline], self.seconds[name], strict=True)])
-
-    def to_dict(self, baselines: Iterable[str]) -> dict[str, Any]:
-        """Return the medians in seconds, and the ratios of the other callables to the fastest baseline, as data."""
-        baselines = [name for name in baselines if name in self.seconds]
-        best = self.fastest(baselines)
-        return {
-            "rounds": len(self.seconds[best]),
-            "others": self.others and round(self.others, 4),
-            "medians": {name: rounded(self.median(name)) for name in self.seconds},
-            "fastest_baseline": best,
-            "ratios": {
-                name: {
-                    "ratio": rounded(self.ratio(name, best)),
-                    "quartiles": [rounded(ratio) for ratio in self.quartiles(name, best)],
-                }
-                for name in self.seconds
-                if name not in baselines
-            },
-        }
-
-
-def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Time each callable once a round, after an untimed call: the callable before has evicted its weights."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    others = _Others()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            call()
-            seconds[name].append(_timed(call))
-    return Times(seconds, others.share())
-
-
 def measure(benchmark: Any, calls: Mapping[str, Callable[[], object]], candidate: str, rounds: int) -> Times:
     """Time callables like `take_turns`, with one of them under pytest-benchmark.
 
@@ -113,12 +49,12 @@ def measure(benchmark: Any, calls: Mapping[str, Callable[[], object]], candidate
         for name, call in calls.items():
             if name != candidate:
                 call()
-                seconds[name].append(_timed(call))
+                seconds[name].append(timed(call))
         calls[candidate]()
 
-    others = _Others()
+    others = Others()
     # Timed here too, since a disabled pytest-benchmark times nothing.
-    benchmark.pedantic(lambda: seconds[candidate].append(_timed(calls[candidate])), setup=rest, rounds=rounds)
+    benchmark.pedantic(lambda: seconds[candidate].append(timed(calls[candidate])), setup=rest, rounds=rounds)
     return Times(seconds, others.share())
 
 
@@ -145,50 +81,6 @@ def software() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
     }
-
-
-class _Others:
-    """A count, from now on, of CPU time that this process does not use itself."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter(), self._busy()
-
-    def share(self) -> float | None:
-        """Return the share of all cores' time that others used since then."""
-        began, before = self._began
-        busy = self._busy()
-        if busy is None or before is None:
-            return None
-        return max(0.0, busy - before) / ((time.perf_counter() - began) * (os.cpu_count() or 1))
-
-    @staticmethod
-    def _busy() -> float | None:
-        """Return the seconds that others have used, summed over all cores."""
-        try:
-            user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-        except (OSError, ValueError):
-            return None
-        own = os.times()
-        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
-
-
-def _timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter_ns()
-    call()
-    return (time.perf_counter_ns() - began) / 1e9
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Return the first and the third quartile."""
-    if len(values) == 1:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, method="inclusive")
-    return first, third
-
-
-def rounded(value: float, digits: int = 5) -> float:
-    """Round to significant digits."""
-    return float(f"{value:.{digits}g}")
 
 
 def _cpu_model() -> str:

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 pytest.importorskip("transformers")
 
-from benchmarks import interleaved, report  # noqa: E402
+from benchmarks import report  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +97,6 @@ def test_a_plot_is_drawn(smoke: dict[str, Any], tmp_path: pathlib.Path) -> None:
     assert report.plot(smoke, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert not report.plot({**smoke, "benchmarks": []}, tmp_path / "none.png")
-
-
-def test_times_are_compared_round_by_round() -> None:
-    times = interleaved.Times({"a": [2.0, 4.0, 6.0], "b": [1.0, 1.0, 2.0]}, 0.0)
-    assert times.ratio("b", "a") == 4.0
-    assert times.quartiles("b", "a") == (2.5, 3.5)
-    assert times.fastest(["a", "b"]) == "b"
-    assert times.to_dict(["a"])["ratios"] == {"b": {"ratio": 4.0, "quartiles": [2.5, 3.5]}}
-
-
-def test_everyone_has_a_turn_that_is_not_timed() -> None:
-    calls: list[str] = []
-    times = interleaved.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
-    assert calls == [*"aabb", *"aabb"]
-    assert {name: len(found) for name, found in times.seconds.items()} == {"a": 2, "b": 2}
 
 
 def test_the_page_shows_the_committed_results(tmp_path: pathlib.Path) -> None:
