@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from benchmarks import tables
-from benchmarks.workers import Worker
+from int8compile.app.workers import Worker
 
 ROUNDS, PROMPT, STEPS = 9, 128, 48
 # Least ratios of torch.compile's time to the exported model's.
@@ -104,7 +104,7 @@ class Runner(Worker):
     """
 
     def __init__(self, command: list[str], **environment: str) -> None:
-        super().__init__([word.replace("{now}", repr(time.time())) for word in command], **environment)
+        super().__init__([word.replace("{now}", repr(time.time())) for word in command], None, **environment)
         self.times: dict[str, float] = self.answer()
 
 

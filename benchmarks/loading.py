@@ -177,10 +177,12 @@ def _measure(load: Any) -> None:
 
 def _status(name: str) -> int:
     """Return a size in /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}: this needs Linux")
+    from int8compile.app.machine import STATUS, read_bytes
+
+    found = read_bytes(STATUS, name)
+    if found is None:
+        raise RuntimeError(f"{STATUS} has no {name}: this needs Linux")
+    return found
 
 
 def sizes(folder: Path) -> str:

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Above this share of the CPU's time, other processes change the times.
+BUSY = 0.05
+
 
 class Interval(NamedTuple):
     """A median with its confidence interval.
@@ -60,7 +63,7 @@ class Times:
     Attributes:
         seconds: Seconds of each round, by name of the callable.
         others: Share of all cores' time that other processes or virtual machines used meanwhile; None if unknown.
-            Above a few percent, the times say little about this machine.
+            Above `BUSY`, the times say little about this machine.
     """
 
     seconds: Mapping[str, list[float]]
@@ -78,13 +81,17 @@ class Times:
         """Return how many times faster than a baseline a callable is: the ratio of the medians."""
         return self.median(baseline) / self.median(name)
 
+    def ratios(self, name: str, baseline: str) -> list[float]:
+        """Return how many times faster than a baseline a callable is in each round."""
+        return [slow / fast for slow, fast in zip(self.seconds[baseline], self.seconds[name], strict=True)]
+
     def interval(self, name: str, baseline: str) -> Interval:
         """Return how many times faster than a baseline a callable is: the median of the rounds' ratios, with 95 %."""
-        return interval([slow / fast for slow, fast in zip(self.seconds[baseline], self.seconds[name], strict=True)])
+        return interval(self.ratios(name, baseline))
 
     def quartiles(self, name: str, baseline: str) -> tuple[float, float]:
         """Return the quartiles of the rounds' ratios, which show how reliable `ratio` is."""
-        return quartiles([slow / fast for slow, fast in zip(self.seconds[baseline], self.seconds[name], strict=True)])
+        return quartiles(self.ratios(name, baseline))
 
     def to_dict(self, baselines: Iterable[str]) -> dict[str, Any]:
         """Return the medians in seconds, and the ratios of the other callables to the fastest baseline, as data."""
@@ -123,13 +130,17 @@ class Others:
     def __init__(self) -> None:
         self._began = time.perf_counter(), self._busy()
 
-    def share(self) -> float | None:
-        """Return the share of all cores' time that others used since then."""
+    def share(self, known: float = 0.0) -> float | None:
+        """Return the share of all cores' time that others used since then; None if the system does not tell.
+
+        Args:
+            known: CPU seconds of other processes that do not count, since they do this one's work.
+        """
         began, before = self._began
         busy = self._busy()
         if busy is None or before is None:
             return None
-        return max(0.0, busy - before) / ((time.perf_counter() - began) * (os.cpu_count() or 1))
+        return max(0.0, busy - before - known) / ((time.perf_counter() - began) * (os.cpu_count() or 1))
 
     @staticmethod
     def _busy() -> float | None:

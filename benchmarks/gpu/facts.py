@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -14,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.interleaved import RESTRICTIONS, software
 from int8compile import hardware
+from int8compile.app.machine import RESTRICTIONS, software, version, versions
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("bitsandbytes", "torchao", "transformers")
@@ -42,8 +40,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "driver": None,
         **software(),
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "triton": version("triton"),
+        "packages": versions(*PACKAGES),
         "environment": {name: scrubbed(os.environ[name]) for name in SETTINGS if name in os.environ},
     }
     if device.type == "cuda":
@@ -82,12 +80,6 @@ def scrubbed(text: str) -> str:
     text = _FOLDERS.sub("", text)
     name = platform.node()
     return re.sub(rf"\b{re.escape(name)}\b", "<host>", text) if name else text
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
 
 
 def _driver() -> str | None:

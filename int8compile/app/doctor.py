@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import textwrap
@@ -15,6 +14,7 @@ import torch
 
 import int8compile
 from int8compile import cpu, hardware, ops, triton_kernels
+from int8compile.app import machine
 from int8compile.cache import cache_folder
 from int8compile.cpu import build, compiler
 from int8compile.errors import Int8CompileError, Int8Warning
@@ -74,23 +74,21 @@ def render(found: dict[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"int8compile": int8compile.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    for package in ("triton", "transformers"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    return {
+        "int8compile": int8compile.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{name: machine.version(name) or "not installed" for name in ("triton", "transformers")},
+    }
 
 
 def _machine() -> dict[str, Any]:
     this = hardware.of(torch.device("cpu"))
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
         "system": platform.platform(),
         "cpu": this.name,
         "architecture": f"{build.architecture()}, {this.isa} as torch sees it",
-        "cores": f"{os.cpu_count()}, {usable} for this process",
+        "cores": f"{os.cpu_count()}, {machine.cores()} for this process",
         "torch_threads": torch.get_num_threads(),
     }
     for index in range(torch.cuda.device_count()):
