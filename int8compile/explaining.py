@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from int8compile import cpu, hardware, ops, roofline, triton_kernels
-from int8compile.config import Int8Config
+from int8compile.config import Int8Config, matches
 from int8compile.groups import make_d
 from int8compile.observation import Given, Linear, captured, check_not_freed, lowered_report, observed, plain, some_rows
 from int8compile.ops import column, reference
-from int8compile.passes import RULES, finite, matches
+from int8compile.passes import RULES, finite
 from int8compile.passes.names import parameter_name
 from int8compile.report import Report
 from int8compile.sites import Site, SkipReason
@@ -65,7 +65,7 @@ def explain(
         for name, parameter in parameters.items()
         if id(parameter) not in record.used and multiplies(owner := modules[name.rpartition(".")[0]], parameter)
     ]
-    report.unused_patterns = tuple(pattern for pattern in config.skip_modules if pattern not in record.matched)
+    report.unused_patterns = tuple(pattern for pattern in config.patterns if pattern not in record.matched)
     for device in sorted(record.devices, key=str):
         facts = hardware.of(device)
         report.sites = [_with_speed(site, facts) for site in report.sites]
@@ -80,7 +80,7 @@ class _Recorder:
         report: The report on the calls so far.
         counts: The outliers of sites, by their positions in the report.
         used: The ids of the tensors that graphs take.
-        matched: The entries of `skip_modules` that matched.
+        matched: The patterns of `skip_modules` and `modules` that matched.
         devices: The devices of these tensors.
     """
 
@@ -107,7 +107,7 @@ class _Recorder:
         order = {id(site): position for position, site in enumerate(found.sites)}
         # The rules saw paths that begin at the graph's own module.
         paths = [site.path for site in found.sites]
-        patterns = self._config.skip_modules
+        patterns = self._config.patterns
         self.matched.update(pattern for pattern in patterns if any(matches(pattern, path) for path in paths))
         # Read now: Dynamo erases the sources afterwards.
         names = [parameter_name(node) for node in gm.graph.find_nodes(op="placeholder")]

@@ -20,7 +20,7 @@ class Report:
         sites: One entry per call site, in the order of execution.
         activation_matmuls: Matmuls of two activations (attention scores and values); they have no weight to quantize.
         graphs: Number of graphs the model was captured in; more than one means graph breaks.
-        unused_patterns: Entries of `skip_modules` that matched nothing.
+        unused_patterns: Patterns of `skip_modules` and `modules` that matched nothing.
         notes: Further information for the user, in sentences.
         fused_norms: The number of norms that are fused with the quantization of their results, on GPUs.
         unfused: Fusions of int8 linears with each other, or with norms and activations, that were not made, and why.
@@ -101,6 +101,6 @@ class Report:
 
     def __str__(self) -> str:
         lines = [table(self.sites), "", self.summary(), *reasons(self.skipped, self.unfused)]
-        lines.extend(f"- skip_modules pattern {pattern!r} matched nothing" for pattern in self.unused_patterns)
+        lines.extend(f"- pattern {pattern!r} matched nothing" for pattern in self.unused_patterns)
         lines.extend(f"- {note}" for note in self.notes)
         return "\n".join(lines)

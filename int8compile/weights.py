@@ -14,7 +14,7 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -495,6 +495,17 @@ def rotation_of_view(parameter: Tensor, view: WeightView) -> Rotation | None:
     rotation = rotations.get(view)
     # The parameter may have got another shape since.
     return rotation if rotation is not None and rotation.d.shape[-1] == view.shape[-1] else None
+
+
+def rotations_of(parameter: Tensor) -> dict[WeightView, Rotation]:
+    """Return the rotations of a parameter by view, for `put_rotations`."""
+    return dict(vars(parameter).get(_ROTATIONS, {}))
+
+
+def put_rotations(parameter: Tensor, rotations: Mapping[WeightView, Rotation]) -> None:
+    """Replace the rotations of a parameter by those that `rotations_of` returned, and forget its int8 weights."""
+    STORE.forget(parameter)
+    vars(parameter)[_ROTATIONS] = _Rotations(rotations)
 
 
 def _chosen(members: Members, known: Sequence[Rotation | None]) -> Rotation | None:

@@ -11,7 +11,7 @@ from int8compile.passes.lower_cpu import lower_for_cpu
 from int8compile.passes.lower_gpu import lower_for_gpu
 from int8compile.passes.lowering import Target, lower
 from int8compile.passes.pipeline import int8_tensors, may_multiply, rewrite_graph
-from int8compile.passes.rules import RULES, finite, matches
+from int8compile.passes.rules import RULES, finite
 from int8compile.passes.static import WeightView
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "lower",
     "lower_for_cpu",
     "lower_for_gpu",
-    "matches",
     "may_multiply",
     "rewrite_graph",
 ]

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from int8compile import hardware
-from int8compile.config import Int8Config
+from int8compile.config import Int8Config, matches
 from int8compile.passes.contraction import Contraction, Labels, Roles, merged_size, permutation
 from int8compile.passes.module_weights import ModuleWeight
-from int8compile.passes.names import matches
 from int8compile.passes.static import StaticWeight, WeightView, traced, weight_view
 from int8compile.sites import SkipReason
 

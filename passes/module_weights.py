@@ -42,7 +42,8 @@ class ModuleWeight(NamedTuple):
 
     def options(self, config: Int8Config) -> Int8Config:
         """Return the options of the module that holds the weight, which is int8 under any config."""
-        given: dict[str, Any] = {"skip_modules": (), "lm_head": "int8", "min_features": 1, "rotate": self.d is not None}
+        given: dict[str, Any] = {"skip_modules": (), "modules": {}, "lm_head": "int8", "min_features": 1}
+        given["rotate"] = self.d is not None
         if not self.weight_only:
             outliers, threshold = self.policy.split()
             given |= {"outliers": outliers, "threshold": float(threshold)}

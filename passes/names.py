@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 from typing import Any, cast
@@ -28,11 +27,6 @@ def clean_path(source: str) -> str:
     path = _CONTAINER.sub("", _ROOT.sub("", source))
     path = _KEY.sub(r".\1", path)
     return re.sub(r"\.+", ".", path).strip(".")
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Return whether a glob pattern matches whole components of a module path."""
-    return fnmatch.fnmatchcase(f".{path}.", f"*.{pattern}.*")
 
 
 def parameter_name(source: Node) -> str:

@@ -99,7 +99,7 @@ def _rewrite_linears(
         if site is None:
             report.activation_matmuls += 1
             continue
-        options = config if site.held is None else site.held.options(config)
+        options = config.of(site.path) if site.held is None else site.held.options(config)
         verdict = first_verdict(rules, site, options)
         made = emit(module.graph, site, options, binder) if verdict is None else None
         row = _row(site, verdict, made and made.view)

@@ -12,15 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Node
 
-from int8compile.config import Int8Config
+from int8compile.config import Int8Config, matches
 from int8compile.errors import InputError
 from int8compile.ops import MAX_K, SUPPORTED_DTYPES, rotation_size
 from int8compile.passes.linear_site import LinearSite
-from int8compile.passes.names import matches
 from int8compile.passes.static import ALIASES, SAME_VALUES, changed_in_graph, traced
 from int8compile.sites import SkipReason, Verdict
 
-__all__ = ["RULES", "Candidate", "LinearSite", "Rule", "Verdict", "finite", "first_verdict", "matches", "rotation_of"]
+__all__ = ["RULES", "Candidate", "LinearSite", "Rule", "Verdict", "finite", "first_verdict", "rotation_of"]
 
 
 class Candidate(Protocol):

@@ -503,3 +503,20 @@ def test_freezing_of_a_quantized_model() -> None:
         assert torch.equal(compiled(x), model(x))
         model[0].scale.mul_(2)
         assert torch.equal(compiled(x), model(x))
+
+
+def test_settings_of_some_modules() -> None:
+    model, x = Stack(), torch.randn(8, 32) ** 5
+    modules = {"layers.0": {"rotate": False}, "layers.*.down": {"threshold": 2.0}}
+    d = {
+        part: None if path.startswith("layers.0") else rotation_from(part.weight)
+        for path, part in model.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+    expected = x
+    for layer in model.layers:
+        hidden = torch.relu(by_operator(layer.up, expected, d[layer.up]))
+        expected = expected + by_operator(layer.down, hidden, d[layer.down], 2.0)
+    compiled = torch.compile(model, backend="int8", options={"modules": modules}, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), expected)

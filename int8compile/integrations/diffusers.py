@@ -1,7 +1,8 @@
 """int8 models in diffusers: import this module, then load a saved int8 folder, or pass an `Int8CompileConfig`.
 
-`quantize_` imports it when it is given a model of diffusers or a part of a pipeline. Another process must import it
-before `from_pretrained` of the folder; otherwise diffusers raises an error about an unknown quantization type.
+`quantize_` imports it when it is given a model of diffusers or a part of a pipeline, and `int8compile_autoload` when
+diffusers loads an int8 folder. Where torch's entry points are turned off, processes without the import get an error
+about an unknown quantization type.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Int8CompileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]  
         config = self.quantization_config
         if self.pre_quantized:
             dtype = str(model.dtype).removeprefix("torch.")
-            modules = {path: {"dtype": dtype, **options} for path, options in config.modules.items()}
+            modules = {path: {"dtype": dtype, **options} for path, options in config.int8_modules.items()}
             put_described(model, modules, ADVICE)
             self.files = _check_checkpoint(model, self.files)
             return

@@ -21,7 +21,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from int8compile import ops
-from int8compile.config import Int8Config
+from int8compile.config import Int8Config, matches
 from int8compile.errors import CheckpointError, ConfigError, Int8Warning, ModelError
-from int8compile.passes.names import matches
 from int8compile.progress import progress_bar
 from int8compile.report import Report
 from int8compile.sites import Site
@@ -57,9 +56,9 @@ def quantize_(
 
     Args:
         model: The model. On the meta device it becomes a skeleton, to load int8 weights into.
-        config: `threshold`, `outliers`, `rotate`, `skip_modules`, `lm_head` and `min_features`; the other fields are
-            for torch.compile. With `lm_head` other than "native" a tied embedding shares the output projection's
-            weight, which is not rotated then.
+        config: `threshold`, `outliers`, `rotate`, `skip_modules`, `modules`, `lm_head` and `min_features`; the other
+            fields are for torch.compile. With `lm_head` other than "native" a tied embedding shares the output
+            projection's weight, which is not rotated then.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -92,7 +91,7 @@ def report(model: nn.Module, config: Int8Config) -> Report:
 
 
 def _report(targets: list[Target], config: Int8Config) -> Report:
-    unused = [pattern for pattern in config.skip_modules if not any(matches(pattern, t.path) for t in targets)]
+    unused = [pattern for pattern in config.patterns if not any(matches(pattern, t.path) for t in targets)]
     # The weights of a group share one d. Its bytes are counted once, with the first of them.
     first: dict[Hashable, int] = {}
     for target in targets:
@@ -164,25 +163,23 @@ class Converter:
 
     def __init__(self, model: nn.Module, config: Int8Config) -> None:
         self._config = config
-        self._places = _places(model)
+        self._places = places_of(model)
 
     def put(self, target: Target, qweight: Tensor, scale: Tensor, d: Tensor | None) -> Int8Module:
         """Replace a target by an int8 module with a quantized weight, which is rotated if there is a d."""
-        module = target.module
+        module, config = target.module, self._config.of(target.path)
         options: dict[str, Any] = {"dtype": target.weight.dtype}
         if target.source == "embedding":
             assert isinstance(module, nn.Embedding)
             return self._replace(target, Int8Embedding(qweight, scale, padding_idx=module.padding_idx, **options))
-        options |= {"threshold": self._config.threshold, "d": d}
+        options |= {"threshold": config.threshold, "d": d}
         if target.source == "experts":
             name = target.path.rpartition(".")[2]
             new: Int8Module = Int8Experts(qweight, scale, transposed=target.transposed, **options)
-            delattr(module, name)
             new.path = target.path
-            module.add_module(name, new.train(module.training))
-            use_int8_experts(module)
+            replace([(module, name)], new.train(module.training))
             return new
-        options |= {"outliers": self._config.outliers, "weight_only": target.weight_only, "source": target.source}
+        options |= {"outliers": config.outliers, "weight_only": target.weight_only, "source": target.source}
         bias = module._parameters.get("bias")
         return self._replace(target, Int8Linear(qweight, scale, bias, **options))
 
@@ -401,7 +398,7 @@ def without_data(target: Target) -> Made:
     return torch.empty(target.shape, dtype=torch.int8, device="meta"), scale, d
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Return the parents of each module, with its names there; a module may have several parents."""
     places: dict[int, list[tuple[nn.Module, str]]] = collections.defaultdict(list)
     for module in model.modules():
@@ -411,13 +408,25 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def replace(places: list[tuple[nn.Module, str]], new: nn.Module) -> None:
-    """Put a module in all places of another."""
+def replace(places: Iterable[tuple[Any, str]], new: nn.Module | nn.Parameter) -> None:
+    """Put a module, or the float weight of experts, in all places of another.
+
+    A module of experts runs its int8 weights from the first on, and float weights once it has no other.
+    """
     for parent, name in places:
+        if isinstance(new, nn.Parameter):
+            parent._modules.pop(name, None)
+            parent.register_parameter(name, new)
+            if not any(isinstance(module, Int8Experts) for module in parent.children()):
+                parent.config = getattr(parent.config, "_float_experts", parent.config)
+            continue
+        if isinstance(new, Int8Experts):
+            parent._parameters.pop(name, None)
+            _use_int8_experts(parent)
         parent._modules[name] = new
 
 
-def use_int8_experts(module: Any) -> None:
+def _use_int8_experts(module: Any) -> None:
     """Make a module of experts run int8 weights. Other modules, and the model's config, stay as they are."""
     name = experts_implementation()
     if module.config._experts_implementation != name:
@@ -445,20 +454,15 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         # accelerate has hooked a module that has a `forward` of its own.
         if module.qweight.is_meta and "forward" in vars(module):
             raise ModelError(f"{path} is offloaded, so its weight is not here. Load the model without offloading first")
-    places = _places(model)
+    places = places_of(model)
     weights: dict[int, nn.Parameter] = {}
     for module in int8.values():
         key = id(module.qweight)
         if key not in weights:
             weight = ops.dequantize_weight(module.qweight, module.scale, module.d, dtype or module.dtype)
             weights[key] = nn.Parameter(weight.mT.contiguous() if module.is_transposed else weight)
-        if isinstance(module, Int8Experts):
-            for parent, name in places[id(module)]:
-                delattr(parent, name)
-                parent.register_parameter(name, weights[key])
-                parent.config = getattr(parent.config, "_float_experts", parent.config)
-        else:
-            replace(places[id(module)], _float_module(module, weights[key]))
+        is_weight = isinstance(module, Int8Experts)
+        replace(places[id(module)], weights[key] if is_weight else _float_module(module, weights[key]))
     for _, inner, integration in saving_models(model) if int8 else ():
         integration.detach(inner)
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from int8compile.config import Int8Config
+from int8compile.config import Int8Config, matches
 from int8compile.explaining import looks_fused, multiplies
 from int8compile.groups import group_of, reads_tokens
-from int8compile.passes.names import matches
 from int8compile.passes.rules import (
     Rule,
     first_verdict,
@@ -227,7 +226,7 @@ def plan(model: nn.Module, config: Int8Config) -> list[Target]:
 
 def _planned(site: ModuleSite, config: Int8Config) -> Target:
     """Return the target of a site with its verdict."""
-    target, module = site.target, site.target.module
+    target, module, config = site.target, site.target.module, config.of(site.path)
     if isinstance(module, Int8Module):
         weight_only = module.weight_only if isinstance(module, Int8Linear) else site.weight_only(config)
         return dataclasses.replace(target, rotation=module.rotation, weight_only=weight_only)

@@ -115,6 +115,16 @@ def test_a_package_computes_what_torch_compile_does(block: Any) -> None:
     assert [site.path for site in report.rewritten] == ["q", "k", "v", "gate", "up", "down"]
 
 
+def test_settings_of_some_modules(tmp_path: Path) -> None:
+    model, path, x = Block(64).eval(), tmp_path / "model.pt2", outlying(4, 64)
+    modules = {"down": {"rotate": False, "threshold": 3.0}, "k": {"threshold": 5.0}}
+    report = int8compile.export(model, (x,), path, config={"modules": modules})
+    assert [site.rotation for site in report.sites] == [64, 64, 64, 64, 64, 1]
+    assert torch.equal(aoti_load_package(str(path))(x), compiled(model, x, modules=modules))
+    assert not torch.equal(compiled(model, x), compiled(model, x, modules=modules))
+    assert int8compile.inspect(path).metadata["config"]["modules"] == modules
+
+
 def test_generated_code_calls_the_kernels_and_stores_no_float_weight(block: Any) -> None:
     _, path, _ = block
     source = generated(path)
@@ -146,6 +156,7 @@ def test_runs_where_int8compile_cannot_be_imported(block: Any, tmp_path: Path) -
     # -S leaves out site, which finds editable installations.
     command = [sys.executable, "-S", "-c", code, sysconfig.get_paths()["purelib"], str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # The entry point is installed, its module is not found.
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "y"), compiled(model, x), rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,12 +147,13 @@ print(type(model.transformer_blocks[0].attn.to_q).__name__)
 
 
 def test_a_new_process(tmp_path: Path) -> None:
-    """Without the integration, diffusers raises an error and loads nothing."""
+    """Without the integration, and where torch does not load it, diffusers raises an error and loads nothing."""
     model = flux()
     quantize_(model, progress=False)
     model.save_pretrained(tmp_path)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    alone = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    output = subprocess.run(command, env=alone, capture_output=True, text=True, check=True).stdout
     assert output.splitlines() == ["Unknown quantization type, got int8compile - su", "Int8Linear"]
 
 
@@ -189,13 +191,15 @@ def test_float_weights_are_quantized_while_they_are_loaded(
     shards = len(list((tmp_path / "float").glob("*.safetensors")))
     assert (shards == 1) if files == "one" else (shards > 20)
     monkeypatch.setattr(diffusers.models.modeling_utils, "HF_ENABLE_PARALLEL_LOADING", files == "several at once")
-    config = Int8CompileConfig(skip_modules=["proj_out"])
+    options = {"skip_modules": ["proj_out"], "modules": {"to_v": {"threshold": 5.0}}}
+    config = Int8CompileConfig(**options)
     loaded = load(tmp_path / "float", quantization_config=config)
-    quantize_(model, {"skip_modules": ["proj_out"]}, progress=False)
+    quantize_(model, options, progress=False)
     assert int8_modules(loaded) == int8_modules(model) == 25
     assert_same_bits(loaded, model)
     attention = loaded.transformer_blocks[0].attn
     assert attention.to_q.d is attention.to_k.d is attention.to_v.d is not None
+    assert (attention.to_q.threshold, attention.to_v.threshold) == (12.0, 5.0)
     assert torch.equal(run(loaded), run(model))
     loaded.save_pretrained(tmp_path / "int8")
     again = load(tmp_path / "int8")

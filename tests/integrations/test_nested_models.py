@@ -75,7 +75,7 @@ def assert_comes_back(model: Any, folder: Path, count: int) -> Any:
 def test_a_model_inside_a_wrapper(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     model = bert()
     quantize_(wrap(model), progress=False)
-    assert model.hf_quantizer.quantization_config.modules
+    assert model.hf_quantizer.quantization_config.int8_modules
     again = assert_comes_back(model, tmp_path / "int8", 7)
     assert_comes_back(again, tmp_path / "again", 7)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import int8compile
-from int8compile import ConfigError, Int8Linear, memory_footprint, quantize_
+from int8compile import ConfigError, Int8Config, Int8Linear, memory_footprint, quantize_
 from int8compile.stored.modules import Int8Module
 from tests.helpers.architectures import CASES, FIRST, IDS
 
@@ -93,7 +94,7 @@ def test_architecture(name: str, lm_head: str, tmp_path: Path) -> None:
 
 
 def test_a_new_process_gives_the_same_bits(tmp_path: Path, float_folder: str) -> None:
-    """A process that does not import the integration gets an error instead of random weights."""
+    """A process that neither imports the integration nor loads it by itself gets an error, not random weights."""
     model = load(float_folder, quantization_config=Int8CompileConfig(lm_head="int8_weight"))
     folder = saved(model, tmp_path / "int8")
     script = f"""
@@ -110,7 +111,8 @@ model = AutoModelForCausalLM.from_pretrained({folder!r})
 with torch.no_grad():
     torch.save(model(torch.arange(14).view(2, 7), use_cache=False).logits, {str(tmp_path / "logits.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    alone = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    subprocess.run([sys.executable, "-c", script], env=alone, check=True, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
@@ -262,3 +264,20 @@ def test_options_of_bitsandbytes(caplog: pytest.LogCaptureFixture) -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Int8CompileConfig(**options)
+
+
+def test_settings_of_some_modules(tmp_path: Path) -> None:
+    modules = {"o_proj": {"rotate": False}, "mlp": {"threshold": 5.0}}
+    config = Int8CompileConfig(modules=modules)
+    assert config.to_dict()["modules"] == modules, "as a model in float stores it"
+    assert Int8CompileConfig.from_dict(config.to_dict()).config() == Int8Config(modules=modules)
+    model = load(saved(llama(), tmp_path / "float"), quantization_config=config)
+    loaded = load(saved(model, tmp_path / "int8"))
+    for each in (model, loaded):
+        layer = each.model.layers[0]
+        assert (layer.self_attn.o_proj.rotation, layer.self_attn.o_proj.threshold) == (1, 6.0)
+        assert (layer.mlp.up_proj.rotation, layer.mlp.up_proj.threshold) == (64, 5.0)
+        assert layer.self_attn.q_proj.threshold == 12.0
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ConfigError, match="did you mean 'threshold'"):
+        Int8CompileConfig(modules={"mlp": {"treshold": 5.0}})

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import int8compile
 from int8compile import Int8Config, SkipReason
+from int8compile.backend import copy_graph, rewrite_captured
+from int8compile.config import matches
 from int8compile.ops import quantize_weight
 from int8compile.passes import AttributeBinder, rewrite_graph
 from int8compile.passes.contraction import roles
 from int8compile.passes.names import clean_path
-from int8compile.passes.rules import matches
-from tests.helpers.models import INT8_ERROR, by_operator, relative_error, rotation_from
+from tests.helpers.models import INT8_ERROR, Attention, by_operator, relative_error, rotation_from
 from tests.helpers.spellings import REASONS, SPELLINGS, Weights, quantized
 
 NAMES = [spelling[0] for spelling in SPELLINGS]
@@ -430,3 +431,22 @@ def test_patterns_match_whole_components(pattern: str, path: str, matched: bool)
 )
 def test_clean_path(source: str, path: str) -> None:
     assert clean_path(source) == path
+
+
+def test_settings_of_some_modules_in_the_graph() -> None:
+    """Each operator has the threshold and the rotation of its own path; linears of one x may differ."""
+    modules = {"k": {"threshold": 3.0}, "v": {"rotate": False}, "zzz": {"threshold": 5.0}}
+    model, x, ops = Attention("qkv"), torch.randn(4, 32), []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list) -> Callable[..., object]:
+        module = copy_graph(gm)
+        rewrite_captured(module, example_inputs, Int8Config(modules=modules))
+        calls = [node for node in module.graph.nodes if node.target is torch.ops.int8compile.linear.default]
+        ops.extend((node.args[3] is not None, node.args[5]) for node in calls)
+        return gm.forward
+
+    torch.compile(model, backend=backend)(x)
+    assert ops == [(True, 12.0), (True, 3.0), (False, 6.0)]
+    report = int8compile.explain(model, x, config={"modules": modules})
+    assert [site.rotation for site in report.sites] == [32, 32, 1]
+    assert report.unused_patterns == ("zzz",)

@@ -436,3 +436,14 @@ def test_buffers_that_a_constructor_makes_on_the_device_of_a_parameter(tmp_path:
     again = load(tmp_path / "int8", OnTheDeviceOfAParameter)
     assert torch.equal(again.get_buffer("table"), torch.arange(4.0))
     assert not any(tensor.is_meta for tensor in (*again.parameters(), *again.buffers()))
+
+
+def test_settings_of_some_modules_come_back(tmp_path: Path) -> None:
+    model = Stack()
+    int8compile.quantize_(model, {"modules": {"up": {"rotate": False}, "down": {"threshold": 3.0}}})
+    int8compile.save(model, tmp_path / "saved")
+    loaded = int8compile.load(tmp_path / "saved", Stack)
+    assert (loaded.layers[0].up.rotation, loaded.layers[0].up.threshold) == (1, 6.0)
+    assert (loaded.layers[0].down.rotation, loaded.layers[0].down.threshold) == (64, 3.0)
+    x = torch.randn(4, 32)
+    assert torch.equal(loaded(x), model(x))

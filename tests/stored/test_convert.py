@@ -623,3 +623,17 @@ def test_compile_and_quantize_judge_a_linear_alike(name: str) -> None:
     by_module = quantize_(model, options, progress=False).sites[0]
     for field in ("path", "reason", "detail", "runs_in", "rotation"):
         assert getattr(by_graph, field) == getattr(by_module, field)
+
+
+def test_settings_of_some_modules() -> None:
+    model = Stack()
+    report = quantize_(model, {"modules": {"down": {"threshold": 3}, "layers.1.up": {"outliers": "column"}, "no": {}}})
+    made = {path: module for path, module in model.named_modules() if isinstance(module, Int8Linear)}
+    assert {path: (module.outliers, module.threshold, module.rotation) for path, module in made.items()} == {
+        "layers.0.up": ("row", 12.0, 32),
+        "layers.0.down": ("row", 3.0, 64),
+        "layers.1.up": ("column", 6.0, 1),
+        "layers.1.down": ("row", 3.0, 64),
+    }
+    assert report.unused_patterns == ("no",)
+    assert "pattern 'no' matched nothing" in str(report)

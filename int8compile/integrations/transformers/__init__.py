@@ -1,9 +1,9 @@
 """int8 models in transformers: import this module, then pass an `Int8CompileConfig` to `from_pretrained`.
 
 Each weight is quantized when it has been read, on its target device, together with the weights that share its
-rotation. The whole float model is never in memory. A folder that `save_pretrained` writes loads without a config in any
-process that has imported this module. In other processes transformers warns of an unknown quantization type and raises
-an error about the shape of a weight.
+rotation. The whole float model is never in memory. A folder that `save_pretrained` writes loads without a config, and
+also without an import of this module: see `int8compile_autoload`. Where torch's entry points are turned off, processes
+without the import get a warning of an unknown quantization type and an error about the shape of a weight.
 """
 
 from __future__ import annotations

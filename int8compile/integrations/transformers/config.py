@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import AutoConfig
-from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from int8compile.config import Int8Config, LmHead, OutlierPolicy
@@ -32,7 +32,7 @@ class _Method(enum.StrEnum):
 
 METHOD = _Method.INT8COMPILE
 # The options of `Int8Config` that quantization depends on.
-FIELDS = ("threshold", "outliers", "skip_modules", "lm_head", "min_features", "rotate")
+FIELDS = ("threshold", "outliers", "skip_modules", "modules", "lm_head", "min_features", "rotate")
 # Option names of bitsandbytes, and the names here.
 _RENAMED = {"llm_int8_threshold": "threshold", "llm_int8_skip_modules": "skip_modules"}
 # Options of bitsandbytes without a counterpart, with the values that have no effect here.
@@ -44,20 +44,19 @@ _WITHOUT_EFFECT = {
 }
 
 
-@register_quantization_config(METHOD)
 class Int8CompileConfig(QuantizationConfigMixin):
     """The options of `int8compile.quantize_`, for `from_pretrained(quantization_config=...)`.
 
     Args:
-        threshold: See `int8compile.Int8Config`; so are the next five. None for the default.
+        threshold: See `int8compile.Int8Config`; also for the next six. None for the default.
         outliers: "row", or "column" as in bitsandbytes.
         skip_modules: Patterns of modules that stay in float.
+        modules: Settings for some modules, by pattern. The config.json of an int8 model has its int8 modules here, by
+            path, as `int8compile.stored.convert.describe` returns them; the other options have no effect then.
         lm_head: "native", "int8_weight" or "int8".
         min_features: Weights with fewer inputs or outputs stay in float.
         rotate: Whether activations and weights are rotated.
         checkpoint_format: "int8compile", or "bitsandbytes" for its checkpoints, see `bitsandbytes_config`.
-        modules: The int8 modules of a checkpoint by path, as `int8compile.stored.convert.describe` returns them; not
-            for users. Where it is given, the options above have no effect.
         checksums: The SHA-256 of the tensors of a checkpoint's int8 modules, by name; not for users.
         checksum: The SHA-256 of `modules` and `checksums`; not for users.
         calibration: The result of `int8compile.calibrate` for this model, or the path of its file.
@@ -71,6 +70,7 @@ class Int8CompileConfig(QuantizationConfigMixin):
     threshold: float | None
     outliers: OutlierPolicy
     skip_modules: list[str]
+    modules: dict[str, dict[str, Any]]
     lm_head: LmHead
     min_features: int
     rotate: bool
@@ -92,10 +92,14 @@ class Int8CompileConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method: Any = METHOD
         options.pop("quant_method", None)
+        modules = _of_names("modules", modules, Mapping)
+        # Descriptions name the kind of layer, which settings cannot.
+        of_checkpoint = checksums is not None or any("source" in said for said in modules.values())
         given = {
             "threshold": threshold,
             "outliers": outliers,
             "skip_modules": skip_modules or (),
+            "modules": {} if of_checkpoint else modules or {},
             "lm_head": lm_head,
             "min_features": min_features,
             "rotate": rotate,
@@ -115,7 +119,8 @@ class Int8CompileConfig(QuantizationConfigMixin):
         if checkpoint_format not in (METHOD, "bitsandbytes"):
             raise ConfigError(f"checkpoint_format={checkpoint_format!r}: allowed are '{METHOD}' and 'bitsandbytes'")
         self.checkpoint_format = checkpoint_format
-        self.modules = _of_names("modules", modules, Mapping)
+        # The int8 modules, for `put_described`.
+        self.int8_modules: dict[str, Any] = modules if of_checkpoint else {}
         self.checksums = _of_names("checksums", checksums, str)
         if self.checksums and checksum is not None and checksum != self._checksum():
             raise ConfigError(
@@ -127,18 +132,19 @@ class Int8CompileConfig(QuantizationConfigMixin):
         """Return the entry of config.json: for an int8 model its modules, for a float model the options."""
         shown = super().to_dict()
         del shown["calibration"]
+        described = shown.pop("int8_modules")
         if not self.checksums:
             del shown["checksums"]
-        if not self.modules:
-            del shown["modules"]
+        if not described:
             return dict(shown)
+        shown["modules"] = described
         names = ("quant_method", "checkpoint_format", "modules", "checksums")
         shown = {name: shown[name] for name in names if name in shown}
         return shown | ({"checksum": self._checksum()} if self.checksums else {})
 
     def _checksum(self) -> str:
         """Return the SHA-256 of modules and checksums, as config.json stores them."""
-        said = json.dumps([self.modules, self.checksums], sort_keys=True)
+        said = json.dumps([self.int8_modules, self.checksums], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()
 
     def config(self) -> Int8Config:
@@ -178,10 +184,14 @@ class Int8CompileConfig(QuantizationConfigMixin):
         A module's dtype is recorded only where it differs from the model's, which may be loaded in another dtype.
         """
         own = str(model.dtype).removeprefix("torch.")
-        self.modules = {
+        self.int8_modules = {
             path: {name: value for name, value in options.items() if (name, value) != ("dtype", own)}
             for path, options in describe(model).items()
         }
+
+
+# Not by `register_quantization_config`, which refuses where int8compile_autoload has entered a stand-in.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Int8CompileConfig
 
 
 def _of_names(option: str, given: object, kind: type[Any]) -> dict[str, Any]:

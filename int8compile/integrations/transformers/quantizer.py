@@ -84,8 +84,8 @@ class Int8CompileQuantizer(HfQuantizer):
         config = self.quantization_config
         files = [str(file) for file in checkpoint_files or ()]
         self.mapped = MappedFiles(files)
-        if self.pre_quantized and config.modules:
-            targets = put_described(model, fitted(config.modules, model), ADVICE)
+        if self.pre_quantized and config.int8_modules:
+            targets = put_described(model, fitted(config.int8_modules, model), ADVICE)
         else:
             targets = self._plan(model)
         if self.pre_quantized:
