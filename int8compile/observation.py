@@ -7,7 +7,9 @@ observed graph each linear reports its activations and multiplies by its float w
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from torch._dynamo import convert_frame
 from torch._inductor import config as inductor_config
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from int8compile import ops
 from int8compile.backend import (
@@ -29,7 +32,7 @@ from int8compile.backend import (
     rewrite_captured,
 )
 from int8compile.config import Int8Config
-from int8compile.errors import FreedWeightError
+from int8compile.errors import FreedWeightError, ModelError, listed
 from int8compile.groups import reads_tokens
 from int8compile.ops import rotation_size
 from int8compile.passes import PlaceholderBinder, rewrite_graph
@@ -91,6 +94,23 @@ def plain(model: Any) -> Any:
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
+def check_has_data(model: nn.Module, verb: str) -> None:
+    """Raise an error if a model has no data to run on in float.
+
+    Args:
+        model: The model.
+        verb: What is to be done with it, for messages: "calibrate".
+
+    Raises:
+        FreedWeightError: A float weight was freed.
+        ModelError: A parameter or buffer is on the meta device.
+    """
+    named = {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+    check_not_freed(named, f"{verb.capitalize()} it before compiling")
+    if empty := [name for name, tensor in (*named.items(), *model.named_buffers()) if tensor.is_meta]:
+        raise ModelError(f"{listed(empty)}: on the meta device, without data. Load the weights first, then {verb} it")
+
+
 def check_not_freed(parameters: Mapping[str, Tensor], advice: str) -> None:
     """Raise `FreedWeightError` if a model cannot run in float any more."""
     for name, parameter in parameters.items():
@@ -108,6 +128,40 @@ def some_rows(x: Tensor, count: int) -> Tensor:
     """
     rows = x.detach().reshape(-1, x.shape[-1])
     return rows[:: max(1, -(-len(rows) // count))]
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype that a module computes in, of its first float parameter or buffer; None if it has none."""
+    own = itertools.chain(module.parameters(), module.buffers())
+    # The scales of int8 modules are float32 whatever they compute in.
+    said = getattr(module, "dtype", None)
+    if isinstance(said, torch.dtype):  # Some modules have a string of this name.
+        return said
+    return next((each.dtype for each in own if each.is_floating_point()), None)
+
+
+def model_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a float model in a dtype: itself if all of its float parameters are, else a copy."""
+    if all(parameter.dtype == dtype for parameter in model.parameters() if parameter.is_floating_point()):
+        return model
+    return copy.deepcopy(model).to(dtype)
+
+
+def args_in(given: Any, dtype: torch.dtype | None) -> Any:
+    """Return arguments, of any structure, with their float tensors in a dtype; None leaves them as they are.
+
+    Finite values stay finite: the least float32, which masks have, would be -inf in bfloat16, and a row of these NaN.
+    """
+
+    def convert(value: Any) -> Any:
+        if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        largest = torch.finfo(dtype).max
+        if largest >= torch.finfo(value.dtype).max:
+            return value.to(dtype)
+        return torch.where(value.isinf(), value, value.clamp(-largest, largest)).to(dtype)
+
+    return given if dtype is None else pytree.tree_map(convert, given)
 
 
 @contextlib.contextmanager
@@ -135,7 +189,7 @@ def captured(model: Any, record: Record) -> Iterator[Callable[..., Any]]:
 
     # With freezing, parameters would not be inputs.
     thawed: Any = inductor_config.patch(freezing=False)
-    with torch.no_grad(), thawed, torch.random.fork_rng(), _buffers_restored(model), _dynamo_caches_dropped():
+    with torch.no_grad(), thawed, torch.random.fork_rng(), buffers_restored(model), _dynamo_caches_dropped():
         try:
             yield torch.compile(_with_code_of_its_own(call), backend=backend)
         finally:
@@ -282,7 +336,8 @@ def _with_code_of_its_own(function: Any) -> FunctionType:
 
 
 @contextlib.contextmanager
-def _buffers_restored(model: Any) -> Iterator[None]:
+def buffers_restored(model: Any) -> Iterator[None]:
+    """Restore a model's buffers after the context: their tensors and values."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     # `forward` may replace the tensors or change their values.
     tensors = [(module, dict(module._buffers)) for module in modules]

@@ -18,10 +18,12 @@ from int8compile.moved import MOVED
 
 # Removing or renaming one breaks programs.
 PUBLIC = [
+    "Advice",
     "BadWeightError",
     "Calibration",
     "CheckpointError",
     "ConfigError",
+    "Evaluation",
     "ExportError",
     "FreedWeightError",
     "InputError",
@@ -38,8 +40,10 @@ PUBLIC = [
     "Report",
     "Site",
     "SkipReason",
+    "advise",
     "calibrate",
     "dequantize_",
+    "evaluate",
     "explain",
     "export",
     "inspect",

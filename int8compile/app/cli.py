@@ -1,4 +1,4 @@
-"""The command `int8compile`: `demo`, `explain`, `quantize`, `export`, `inspect` and `doctor`."""
+"""The command `int8compile`: one function adds the arguments of a subcommand, another runs it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from int8compile.config import Int8Config, LmHead, OutlierPolicy
+from int8compile.config import Int8Config, LmHead, OutlierPolicy, read_options
 from int8compile.errors import Int8CompileError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from int8compile.tuning.calibration import Calibration
+    from int8compile.tuning.candidates import Candidate
 
 # The exit code of argparse.
 USAGE_ERROR = 2
@@ -21,6 +29,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 # The same as in int8compile.exporting.exporter.
 ISAS = ("native", "avx512", "avx2")
 FORMS = ("fast", "portable")
+# The same as in int8compile.app.speed, and int8compile.tuning.candidates.
+BATCHES, PROMPT, ROUNDS = (1, 8, 32), 128, 9
+CANDIDATES = ("bfloat16", "default", "calibrated", "column", "no outliers", "bitsandbytes", "torchao")
 # Stands for no file: random tokens.
 RANDOM = Path()
 
@@ -69,6 +80,9 @@ def _parser() -> _Parser:
     for name, (about, add, run) in {
         "demo": ("compile a small language model to int8: what was rewritten, how fast, how exact", _add_demo, _demo),
         "explain": ("list every linear of a model: int8 or float, and why", _add_explain, _explain),
+        "eval": ("compare a model in int8 and other formats with float32: KL, perplexity, layers", _add_eval, _eval),
+        "bench": ("measure a model in float and in int8: time, compile time, memory", _add_bench, _bench),
+        "advise": ("find the cheapest config that keeps a stated divergence from float", _add_advise, _advise),
         "quantize": ("write a model in int8 to a folder that transformers can load", _add_quantize, _quantize),
         "export": ("compile a model to a file that runs without int8compile, from Python or C++", _add_export, _export),
         "inspect": ("show what is in an exported file and where it runs, and check it", _add_inspect, _inspect),
@@ -101,6 +115,69 @@ def _add_explain(explain: _Parser) -> None:
     _add_count(inputs, "sequence", 8, "tokens")
     _add_dtype(inputs, "dtype of the weights")
     _add_json(explain)
+
+
+def _add_eval(evaluate: _Parser) -> None:
+    _add_model(evaluate)
+    evaluate.add_argument("--text", metavar="FILE", type=Path, help="a text to compare on (default: Python's manual)")
+    _add_count(evaluate, "tokens", 2048, "the most tokens of the text")
+    evaluate.add_argument(
+        "--config",
+        dest="configs",
+        action="append",
+        metavar="NAME",
+        help=f"what to compare with float32: {', '.join(CANDIDATES)}, or a FILE.json as `int8compile advise --out` "
+        "writes it; may be given several times (default: all names)",
+    )
+    evaluate.add_argument("--out", metavar="FILE", type=_file, help="write all figures to a JSON file")
+    evaluate.add_argument("--plot", metavar="FILE", type=_file, help="draw errors and outliers by layer, as a PNG")
+    _add_json(evaluate)
+
+
+def _add_bench(bench: _Parser) -> None:
+    _add_model(bench)
+    bench.add_argument(
+        "--batch",
+        type=_count,
+        nargs="+",
+        default=BATCHES,
+        metavar="N",
+        help=f"texts, or other inputs, at a time (default {' '.join(map(str, BATCHES))})",
+    )
+    _add_count(bench, "prompt", PROMPT, "tokens of a text")
+    _add_count(bench, "rounds", ROUNDS, "turns of each variant; fewer than six give no interval of 95 %%")
+    bench.add_argument(
+        "--variants",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="variants that begin so, e.g. 'int8 bfloat16' torchao, beside float32 and bfloat16 (default: all)",
+    )
+    bench.add_argument("--dtype", choices=DTYPES[:2], help="only variants whose float parts have this dtype")
+    bench.add_argument("--out", metavar="FILE", type=_file, help="also write the result to FILE as JSON")
+    bench.add_argument("--plot", metavar="FILE", type=_file, help="also draw the result to FILE, e.g. speed.png")
+    _add_json(bench)
+
+
+def _add_advise(advise: _Parser) -> None:
+    _add_model(advise)
+    goal = advise.add_argument_group("the goal and how it is measured")
+    bounds = goal.add_mutually_exclusive_group(required=True)
+    bounds.add_argument("--kl", type=float, metavar="NATS", help="the largest mean KL divergence from float, in nats")
+    bounds.add_argument(
+        "--error", type=float, metavar="E", help="the largest relative error, for models without logits"
+    )
+    goal.add_argument(
+        "--text", metavar="FILE", type=Path, help="a text for the model to read (default: text that comes with Python)"
+    )
+    _add_count(goal, "tokens", 2048, "the most tokens of the text")
+    _add_count(goal, "rows", 1, "rows at a time, such as texts generated at once, for which times are estimated")
+    advise.add_argument(
+        "--out", metavar="FILE", type=_file, help="a JSON file for the config, which --config of other commands takes"
+    )
+    _add_options(advise)
+    _add_dtype(advise, "dtype of the float model")
+    _add_json(advise)
 
 
 def _add_quantize(quantize: _Parser) -> None:
@@ -172,9 +249,17 @@ def _add_dtype(group: argparse._ActionsContainer, about: str) -> None:
 
 
 def _add_options(command: _Parser) -> None:
-    """Add the options of `Int8Config`, under the names of its fields."""
+    """Add the options of `Int8Config`, under the names of its fields; those that are not given are not set."""
     default = Int8Config()
-    options = command.add_argument_group("what becomes int8, and how")
+    options = command.add_argument_group("what becomes int8, and how", argument_default=argparse.SUPPRESS)
+    options.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        default=None,
+        help="a JSON file with fields of Int8Config, as `int8compile advise --out` writes it; other options given here "
+        "replace its fields",
+    )
     options.add_argument(
         "--threshold",
         type=float,
@@ -185,8 +270,8 @@ def _add_options(command: _Parser) -> None:
     options.add_argument(
         "--outliers",
         choices=get_args(OutlierPolicy),
-        default=default.outliers,
-        help="elements that take a second digit, or whole columns in float as LLM.int8() does (default %(default)s)",
+        help="elements that take a second digit, or whole columns in float as LLM.int8() does "
+        f"(default {default.outliers})",
     )
     options.add_argument(
         "--no-rotate",
@@ -198,22 +283,65 @@ def _add_options(command: _Parser) -> None:
         "--skip",
         dest="skip_modules",
         action="append",
-        default=[],
         metavar="PATTERN",
         help="leave modules with this path in float, e.g. 'mlp' or 'layers.0'; may be given several times",
     )
     options.add_argument(
         "--lm-head",
         choices=get_args(LmHead),
-        default=default.lm_head,
-        help="what to do with the output projection (default %(default)s: float)",
+        help=f"what to do with the output projection (default {default.lm_head}: float)",
     )
-    _add_count(options, "min-features", default.min_features, "leave weights with fewer inputs or outputs in float")
+    options.add_argument(
+        "--min-features",
+        type=_count,
+        metavar="N",
+        help=f"leave weights with fewer inputs or outputs in float (default {default.min_features})",
+    )
 
 
-def _config(args: argparse.Namespace) -> Int8Config:
+def _config(args: argparse.Namespace) -> tuple[Int8Config, Calibration | None]:
+    """Return the config that a command was given, and the calibration that its file names."""
     names = [field.name for field in dataclasses.fields(Int8Config)]
-    return Int8Config.from_options({name: getattr(args, name) for name in names if hasattr(args, name)})
+    return _read_config(args.config, **{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def _read_config(file: Path | None, **options: Any) -> tuple[Int8Config, Calibration | None]:
+    """Return the config of a JSON file, with some options replaced, and the calibration that the file names."""
+    read = {} if file is None else read_options(file)
+    beside = read.pop("calibration", None)
+    config = Int8Config.from_options(read | options)
+    if file is None or beside is None:
+        return config, None
+    from int8compile.tuning.calibration import Calibration, check_rotates
+
+    check_rotates(config)
+    return config, Calibration.load(file.expanduser().parent / str(beside))
+
+
+def _candidate(name: str) -> str | Candidate:
+    """Return the candidate that `eval --config` names; a name is left as it is."""
+    if not name.endswith(".json"):
+        return name
+    from int8compile.tuning.candidates import Candidate, quantized
+
+    config, calibration = _read_config(Path(name))
+
+    def make(model: nn.Module, batches: Sequence[Any]) -> Any:
+        if calibration is not None:
+            calibration.apply(model)
+        return quantized(config).make(model, batches)
+
+    return Candidate(make, config=config)
+
+
+def _file(text: str) -> Path:
+    """Return the path of a file to write, whose folder must exist: this is checked before what takes long."""
+    path = Path(text).expanduser()
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: its folder does not exist")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
+    return path
 
 
 def _count(text: str) -> int:
@@ -231,7 +359,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     # Before the model is loaded, which takes long: a wrong option is reported at once.
-    config = _config(args)
+    config, calibration = _config(args)
     import torch
 
     from int8compile import explain
@@ -240,13 +368,84 @@ def _explain(args: argparse.Namespace) -> int:
     model = loading.load(args.model, getattr(torch, args.dtype))
     inputs = loading.example_inputs(model, args.batch, args.sequence)
     loading.check_runs(model, inputs)
+    if calibration is not None:
+        calibration.apply(model)
     report = explain(model, config=config, **inputs)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0
 
 
+def _eval(args: argparse.Namespace) -> int:
+    from int8compile import evaluate
+    from int8compile.app import loading
+    from int8compile.tuning import candidates, pictures
+
+    configs = args.configs and {name: _candidate(name) for name in args.configs}
+    candidates.chosen(configs)
+    if args.plot:
+        pictures.check_installed()
+    text = None if args.text is None else loading.read_text(args.text)
+    model = loading.load(args.model)
+    batches, what = loading.evaluation_batches(args.model, model, text, args.tokens)
+    found = evaluate(model, batches, configs)
+    # The files first: the output may be closed early.
+    if args.out:
+        found.save(args.out)
+    if args.plot:
+        found.plot(args.plot)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else f"On {what}:\n\n{found}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from int8compile.app import speed
+    from int8compile.tuning import pictures
+    from int8compile.tuning.evaluation import writing
+
+    if args.plot:
+        pictures.check_installed()
+    names = speed.select(args.variants, args.dtype)
+    found = speed.measure(args.model, batches=args.batch, prompt=args.prompt, rounds=args.rounds, names=names)
+    text = json.dumps(found, indent=2)
+    if args.out:
+        with writing(args.out):
+            args.out.write_text(f"{text}\n")
+    if args.plot:
+        with writing(args.plot):
+            speed.plot(found, args.plot)
+    print(text if args.json else speed.render(found))
+    return 0
+
+
+def _advise(args: argparse.Namespace) -> int:
+    config, calibration = _config(args)
+    import torch
+
+    from int8compile import advise
+    from int8compile.app import loading
+    from int8compile.tuning.advice import CALIBRATED_BEFORE, checked_goal
+
+    # What can be refused before the model is loaded, which takes long.
+    checked_goal(args.kl, args.error)
+    text = None if args.text is None else loading.read_text(args.text)
+    model = loading.load(args.model, getattr(torch, args.dtype))
+    batches, what = loading.evaluation_batches(args.model, model, text, args.tokens)
+    if calibration is not None:
+        calibration.apply(model)
+    found = advise(model, batches, kl=args.kl, error=args.error, config=config, rows=args.rows)
+    if found.calibration is None and calibration is not None:  # It belongs to the config as given.
+        notes = tuple(note for note in found.notes if note != CALIBRATED_BEFORE)
+        found = dataclasses.replace(found, calibration=calibration, notes=notes)
+    if args.out is not None:
+        found.save(args.out)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else f"On {what}:\n\n{found}")
+    if args.out is not None and not args.json and found.chosen.skipped < found.in_float.skipped:
+        print(f"\nWritten to {args.out}: int8compile quantize {args.model} FOLDER --config {args.out}")
+    return 0
+
+
 def _quantize(args: argparse.Namespace) -> int:
-    config = _config(args)
+    config, calibration = _config(args)
     import torch
 
     from int8compile.app import loading
@@ -254,7 +453,6 @@ def _quantize(args: argparse.Namespace) -> int:
     from int8compile.tuning.calibration import check_rotates
 
     loading.new_folder(args.out)
-    calibration = None
     if args.calibrate is not None:
         check_rotates(config)
         text = None if args.calibrate is RANDOM else args.calibrate
@@ -262,14 +460,17 @@ def _quantize(args: argparse.Namespace) -> int:
         print(f"{calibration.summary()}\n")
     report = loading.quantize(args.model, args.out, config, getattr(torch, args.dtype), calibration)
     print(describe(report))
+    # Others are those of the model's authors.
+    for pattern in (each for each in report.unused_patterns if each in config.patterns):
+        print(f"\nThe pattern {pattern!r} matched nothing.")
     for note in report.notes:
         print(f"\n{note}")
-    print(f"\nWritten to {args.out}. In Python, import int8compile.integrations.transformers before from_pretrained.")
+    print(f"\nWritten to {args.out}. from_pretrained of transformers loads it wherever int8compile is installed.")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    config = _config(args)
+    config, calibration = _config(args)
     import torch
 
     from int8compile import export
@@ -279,6 +480,8 @@ def _export(args: argparse.Namespace) -> int:
 
     package.check_name(args.out)
     model = loading.load(args.model, getattr(torch, args.dtype)).to(args.device)
+    if calibration is not None:
+        calibration.apply(model)
     made = loading.exportable(model, args.context, args.batch)
     report = export(
         made.model,

@@ -1,12 +1,20 @@
-"""Run a Llama-like model of transformers layer by layer, so that one compiled graph serves all layers."""
+"""Run a Llama-like model of transformers layer by layer, so that one compiled graph serves all layers, and time it."""
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+
+from int8compile.progress import progress_bar
+
+# The number of times that the prompt is read, for the median.
+PREFILLS = 5
 
 
 class LayerCache:
@@ -113,3 +121,71 @@ def generate(decoder: Decoder, prompt: Tensor, count: int, end: int | None = Non
             return
         yield token
         ids, start = torch.tensor([[token]]), start + ids.shape[1]
+
+
+@dataclasses.dataclass
+class Timing:
+    """The tokens that a decoder generated, and the time it took.
+
+    Attributes:
+        compiling: Seconds for the first prompt and the first step, which include compilation.
+        graphs: The number of compiled graphs.
+        prefill: Seconds for the prompt up to the first token, measured several times.
+        steps: Seconds for each further token.
+        tokens: The generated tokens.
+    """
+
+    compiling: float
+    graphs: int
+    prefill: list[float] = dataclasses.field(default_factory=list)
+    steps: list[float] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+def compare_speed(
+    decoders: Mapping[str, Decoder], prompt: Tensor, count: int, end: int | None = None, progress: bool = False
+) -> dict[str, Timing]:
+    """Compile decoders and have them generate in turns, step by step, so that other load slows all of them alike.
+
+    Args:
+        decoders: Decoders by name, with room for `count` tokens after the prompt.
+        prompt: [1, T] tokens.
+        count: The most tokens to generate.
+        end: The token that ends the text.
+        progress: Whether to show a progress bar.
+    """
+    timings = {}
+    with progress_bar(total=len(decoders) * (1 + PREFILLS + count), shown=progress) as bar:
+        for name, decoder in decoders.items():
+            bar.set_description(f"Compiling {name}")
+            before, began = compiled_graphs(), time.perf_counter()
+            decoder(prompt, last=1)
+            decoder(prompt[:, -1:], prompt.shape[1], last=1)
+            timings[name] = Timing(time.perf_counter() - began, compiled_graphs() - before)
+            bar.update()
+        bar.set_description("Generating")
+        for _ in range(PREFILLS):
+            for name, decoder in decoders.items():
+                began = time.perf_counter()
+                decoder(prompt, last=1)
+                timings[name].prefill.append(time.perf_counter() - began)
+                bar.update()
+        streams = {name: generate(decoder, prompt, count, end) for name, decoder in decoders.items()}
+        while streams:
+            for name, stream in list(streams.items()):
+                began = time.perf_counter()
+                token = next(stream, None)
+                seconds = time.perf_counter() - began
+                if token is None:
+                    del streams[name]
+                    continue
+                if timings[name].tokens:  # The first one comes with the prompt.
+                    timings[name].steps.append(seconds)
+                timings[name].tokens.append(token)
+                bar.update()
+    return timings
+
+
+def compiled_graphs() -> int:
+    """Return the number of graphs that Dynamo has given to a backend in this process."""
+    return int(counters["stats"]["unique_graphs"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import re
 import statistics
@@ -22,14 +21,15 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from int8compile.app import loading
-from int8compile.app.comparing import TOPICS, Accuracy, Logits, Timing, compare_speed, evaluate, text_chunks
-from int8compile.app.decoding import Decoder
+from int8compile.app.decoding import Decoder, Timing, compare_speed
 from int8compile.errors import ModelError
 from int8compile.explaining import explain
 from int8compile.report import Report, percent, readable
 from int8compile.stored.convert import dequantize_, memory_footprint
 from int8compile.stored.modules import Int8Module
-from int8compile.tuning.calibration import calibrate
+from int8compile.tuning.candidates import FLOAT, STORED
+from int8compile.tuning.evaluation import Result, evaluate
+from int8compile.tuning.texts import TOPICS, text_chunks
 from int8compile.weights import STORE
 
 Write = Callable[[str], object]
@@ -43,12 +43,12 @@ QUESTION = (
     "those few get a second digit.\n\n"
     "In your own words: why does a language model run faster with 8 bit weights?"
 )
-# The names of the models in the tables.
-FLOAT, STORED, DEFAULT, CALIBRATED = "float32", "as stored", "int8", "int8, calibrated"
+# The names of the models in the tables, besides FLOAT and STORED.
+DEFAULT, CALIBRATED = "int8", "int8, calibrated"
 COLUMN = 'outliers="column"'
 
 
-# Each decoder compiles the code of a layer as two graphs, and accuracy takes two more. The limit of Dynamo is 8.
+# Each decoder compiles the code of a layer as two graphs. The limit of Dynamo is 8.
 @torch._dynamo.config.patch(recompile_limit=32)  # type: ignore[untyped-decorator]
 def run(
     write: Write, name: str = loading.SMOLLM2, *, tokens: int = 32, prompt: str | None = None, accuracy: bool = True
@@ -88,7 +88,7 @@ def run(
         _generate(write, full, model, tokenizer, ids, tokens, notes=report.notes, stored=stored)
     if accuracy:
         with clock.part("Accuracy"):
-            write(compare_accuracy(full, model, text_chunks(tokenizer), stored=stored))
+            write(compare_accuracy(model, text_chunks(tokenizer), stored=stored))
     clock.summary()
 
 
@@ -226,66 +226,23 @@ def agreement(timings: Mapping[str, Timing]) -> str:
     return f"The first {same} tokens are the same; {first} wrote {len(one)} and {second} {len(other)}."
 
 
-def compare_accuracy(full: Any, model: Any, chunks: Sequence[Tensor], *, stored: bool) -> str:
+def compare_accuracy(model: nn.Module, chunks: Sequence[Tensor], *, stored: bool) -> str:
     """Compare a model in int8 with its floats on text, in a table and a picture.
 
     Args:
-        full: The model in float.
-        model: The model that is to run in int8. It is calibrated here, unless it is already int8.
+        model: The model.
         chunks: The text as tokens, [1, T] each.
         stored: Whether `model` is already int8, with a policy of its own.
     """
-    shares: dict[str, float | None] = {FLOAT: None}
-
-    @functools.lru_cache(maxsize=1)
-    def logits(chunk: Tensor) -> Tensor:
-        result: Tensor = full(chunk, use_cache=False).logits
-        return result
-
-    def compare(policies: Mapping[str, Mapping[str, Any]], **others: Logits) -> dict[str, Accuracy]:
-        decoders = {
-            name: Decoder(model, chunks[0].shape[1], {"backend": "int8", "options": options})
-            for name, options in policies.items()
-        }
-        for name, options in policies.items():
-            # Some rows are enough to count outliers.
-            shares[name] = outliers(explain(model, chunks[0][:, :256], use_cache=False, config=options))
-        return evaluate(logits, {**others, **decoders}, chunks, progress=True)
-
-    # The float model is compared with itself for its perplexity.
-    itself = {FLOAT: logits}
-    if stored:
-        found = compare({STORED: {}}, **itself)
-    else:
-        found = compare({DEFAULT: {}, COLUMN: {"outliers": "column"}}, **itself)
-        calibrate(model)
-        found |= compare({CALIBRATED: {}})
-    return accuracies(found, shares)
+    configs = {} if stored else {DEFAULT: "default", CALIBRATED: "calibrated", COLUMN: "column"}
+    return accuracies(evaluate(model, list(chunks), configs).results)
 
 
-def outliers(report: Report) -> float | None:
-    """Return the share of outliers among the activations of all linears; None where none of them counted any."""
-    seen = [(site.outliers, int(site.shape[-2])) for site in report.rewritten if site.outliers is not None]
-    return sum(share * k for share, k in seen) / sum(k for _, k in seen) if seen else None
-
-
-def accuracies(found: Mapping[str, Accuracy], shares: Mapping[str, float | None]) -> str:
-    """Return a table of accuracies with an explanation, and a picture of the divergences.
-
-    Args:
-        found: The accuracies by name.
-        shares: The shares of outliers among activations, by the same names.
-    """
-    order = [name for name in (FLOAT, STORED, DEFAULT, CALIBRATED, COLUMN) if name in found]
+def accuracies(found: Mapping[str, Result]) -> str:
+    """Return a table of accuracies by name with an explanation, and a picture of the divergences."""
     rows = [
-        (
-            name,
-            f"{found[name].kl:.4f}",
-            f"{found[name].top1:.1%}",
-            f"{found[name].perplexity:.3f}",
-            percent(shares[name]),
-        )
-        for name in order
+        (name, f"{result.kl:.4f}", f"{result.top1:.1%}", f"{result.perplexity:.3f}", percent(result.outliers))
+        for name, result in found.items()
     ]
     headers = ("", "KL divergence [nats]", "same most likely token", "perplexity", "outliers")
     if STORED in found:
@@ -301,7 +258,7 @@ def accuracies(found: Mapping[str, Accuracy], shares: Mapping[str, float | None]
         f"chapters {', '.join(TOPICS)} of the language reference that comes with Python:"
     )
     table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 4))
-    picture = bars({name: found[name].kl for name in order if name != FLOAT})
+    picture = bars({name: result.kl or 0.0 for name, result in found.items() if name != FLOAT})
     return "\n".join([_wrapped(measured), "", table, _wrapped(note), "", "KL divergence:", picture])
 
 

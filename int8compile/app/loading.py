@@ -19,11 +19,13 @@ from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError, Int8CompileError, ModelError, first_line
 from int8compile.report import Report
 from int8compile.stored.convert import quantize_, report
-from int8compile.tuning.calibration import Calibration, calibrate, token_batches
+from int8compile.stored.modules import Int8Module
+from int8compile.tuning import texts
+from int8compile.tuning.calibration import Calibration, calibrate, takes_tokens, token_batches
 
 SMOLLM2 = "smollm2"
-# The number of tokens to calibrate on, and a number of characters that surely have as many.
-TOKENS, TEXT = 512, 20_000
+# The number of tokens to calibrate on, and of a batch to evaluate on.
+TOKENS = 512
 
 _HOW = f"give a folder with a config.json, a .gguf file, a name on the Hugging Face hub, or {SMOLLM2!r}"
 
@@ -107,18 +109,69 @@ def calibrated(name: str, text: Path | None, dtype: torch.dtype = torch.float32)
     """
     if text is None:
         return calibrate(load(name, dtype))
-    try:
-        words = text.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{str(text)!r} cannot be read: {first_line(error)}") from error
-    if not words.strip():
-        raise ModelError(f"{str(text)!r} is empty; give a text of some hundred words, or no file for random tokens")
+    words = read_text(text)
     model = load(name, dtype)
+    tokenizer = tokenizer_of(name, "calibrate it on random tokens, without a file")
+    return calibrate(model, token_batches(model, texts.tokens(tokenizer, words, TOKENS), TOKENS))
+
+
+def read_text(file: Path) -> str:
+    """Return the text in a file.
+
+    Raises:
+        ModelError: It cannot be read, or is empty.
+    """
+    try:
+        words = file.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{str(file)!r} cannot be read: {first_line(error)}") from error
+    if not words.strip():
+        raise ModelError(f"{str(file)!r} is empty; give a text of some hundred words, or no file")
+    return words
+
+
+def tokenizer_of(name: str, advice: str) -> Any:
+    """Return a model's tokenizer; raise `ModelError` with some advice if it has none."""
     tokenizer = load_processor(name)
     if not hasattr(tokenizer, "decode"):
-        raise ModelError(f"{name!r} has no tokenizer; calibrate it on random tokens, without a file")
-    ids = tokenizer(words[:TEXT], return_tensors="pt").input_ids[:, :TOKENS]
-    return calibrate(model, token_batches(model, ids, TOKENS))
+        raise ModelError(f"{name!r} has no tokenizer; {advice}")
+    return tokenizer
+
+
+def evaluation_batches(name: str, model: nn.Module, text: str | None, tokens: int) -> tuple[list[Any], str]:
+    """Return inputs to evaluate a model on.
+
+    Args:
+        name: The model's name, as for `load`.
+        model: The model.
+        text: A text; None is English text that comes with Python.
+        tokens: The most tokens of the text.
+
+    Returns:
+        Batches of at most 512 tokens, for a language model, else of random numbers; and what they are, in words.
+
+    Raises:
+        ModelError: The text is too short, the model has no tokenizer or reads no text, or no inputs can be made up.
+    """
+    if not takes_tokens(model):
+        if text is not None:
+            raise ModelError(f"{name!r} does not read text; leave the text out")
+        made = example_inputs(model, batch=2)
+        generator = torch.Generator().manual_seed(0)
+        for key, value in made.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                made[key] = torch.randn(value.shape, generator=generator).to(value.dtype)
+        return [made], "random numbers (give your own inputs from Python)"
+    tokenizer = tokenizer_of(name, "give tokens from Python, as [{'input_ids': ids}]")
+    words = texts.prose(texts.TOPICS) if text is None else text
+    if tokens < 2:
+        raise ModelError(f"--tokens {tokens}: give at least 2, because each token is predicted from those before it")
+    ids = texts.tokens(tokenizer, words, tokens)
+    if ids.shape[1] < 2:
+        raise ModelError(f"the text has {ids.shape[1]} tokens; give some hundred words")
+    what = f"the chapters {', '.join(texts.TOPICS)} of the language reference that comes with Python"
+    of = what if text is None else "the text"
+    return list(token_batches(model, ids, TOKENS)), f"{ids.shape[1]} tokens of {of}"
 
 
 def quantize(
@@ -143,10 +196,14 @@ def quantize(
         A report on every linear: int8, or float with the reason.
 
     Raises:
-        ModelError: The model cannot be loaded or is already quantized, or the folder cannot be used.
+        ModelError: The model cannot be loaded or is already quantized, nothing of it becomes int8, or the folder cannot
+            be used.
     """
     folder = new_folder(folder)
     model: Any = load(name, dtype, config, calibration)
+    if not any(isinstance(module, Int8Module) for module in model.modules()):
+        why = report(model, config).first_reasons()
+        raise ModelError(f"no linear of {name!r} is int8 under these options, so nothing is written. {why}")
     processor = load_processor(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -272,6 +329,13 @@ def example_inputs(model: nn.Module, batch: int = 1, sequence: int = 8) -> dict[
     return inputs
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Return whether a transformers model is a decoder-only language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
 class Exportable(NamedTuple):
     """A model with the other arguments of `int8compile.export`.
 
@@ -300,9 +364,7 @@ def exportable(model: nn.Module, context: int = 1024, batch: int = 1) -> Exporta
     Raises:
         ModelError: No inputs can be made up for it, or its cache holds more than keys and values.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if is_causal(model):
         from int8compile.integrations.decoder import StaticCacheDecoder
 
         decoder = StaticCacheDecoder(model, context)

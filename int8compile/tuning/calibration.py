@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from int8compile.checksum import sha256_of_all
 from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError, ConfigError, InputError, Int8Warning, ModelError, first_line, listed
-from int8compile.observation import captured, check_not_freed, plain
+from int8compile.observation import args_in, captured, check_has_data, dtype_of, plain
 from int8compile.passes import WeightView
 from int8compile.progress import progress_bar
 from int8compile.stored.modules import Int8Module
@@ -37,6 +37,7 @@ from int8compile.weights import STORE
 # The number of random tokens in a row.
 SEQUENCE = 128
 _FORMAT = "int8compile calibration 1"
+NO_BATCH = "batches is empty, or was iterated over before; give at least one batch of inputs"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Calibration:
             ModelError: A weight is already int8.
         """
         model = plain(model)
-        _check_in_float(model)
+        check_in_float(model)
         parameters = _parameters(model)
         for weight in (weight for group in self.groups for weight in group.weights):
             weight.of(parameters)
@@ -206,15 +207,13 @@ def calibrate(
         ModelError: The model has int8 modules, or no data.
     """
     model = plain(model)
-    _check_in_float(model)
+    check_in_float(model)
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"tokens={tokens!r}: give a whole number of at least 1")
     if batches is None:
         batches = list(token_batches(model, tokens))
-    elif isinstance(batches, Tensor | Mapping):
-        batches = [batches]
-    elif not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
-        raise InputError(f"batches is {type(batches).__name__}; give a list of inputs, or a DataLoader")
+    else:
+        batches = as_batches(batches)
     parameters = _parameters(model)
     found, count = Found(parameters, _tables(model), tokens), 0
     # Each size of input may be compiled once.
@@ -222,14 +221,14 @@ def calibrate(
     with many, captured(model, found.record) as call:
         for batch in progress_bar(batches, desc="Calibrating", shown=progress):
             count += 1
-            args, kwargs = _arguments(batch)
+            args, kwargs = arguments(batch)
             call(*args, **kwargs)
             if found.complete:
                 break
     groups, missing = found.result(model)
     calibration = Calibration(tuple(groups), missing)
     if not count:
-        raise InputError("batches is empty, or was iterated over before; give at least one batch of inputs")
+        raise InputError(NO_BATCH)
     if not calibration.groups:
         why = calibration.summary() if calibration.missing else "the model multiplies by no weight"
         warnings.warn(f"calibrate() has calibrated nothing: {why}", Int8Warning, stacklevel=2)
@@ -237,9 +236,27 @@ def calibrate(
     return calibration
 
 
+def calibrate_on_tokens(model: nn.Module, batches: Iterable[Any]) -> Calibration:
+    """Calibrate a language model on random tokens, as `calibrate` does by default, and another model on batches."""
+    if takes_tokens(model):
+        return calibrate(model, progress=False)
+    called = (arguments(batch) for batch in batches)
+    given = [args_in(kwargs or args, dtype_of(model)) for args, kwargs in called]
+    return calibrate(model, given, progress=False)
+
+
+def takes_tokens(model: nn.Module) -> bool:
+    """Return whether `token_batches` can make up tokens for a model."""
+    try:
+        next(token_batches(model, 1))
+    except InputError:
+        return False
+    return True
+
+
 def check_rotates(config: Int8Config) -> None:
     """Raise `ConfigError` where options rotate nothing, so that a calibration has no effect."""
-    if not config.rotates:
+    if not config.may_rotate:
         option = "rotate=False" if config.outliers == "row" else "outliers='column'"
         raise ConfigError(f"a calibration has no effect with {option}, which rotates nothing. Leave one of them out")
 
@@ -261,15 +278,20 @@ def _group(tensors: Mapping[str, Tensor], name: str, described: Mapping[str, Any
     return Group(tuple(weights), described["rows"], tensors[f"{name}.activations"])
 
 
-def _check_in_float(model: nn.Module) -> None:
-    """Raise an error where a model is int8, was freed or has no data, so that it cannot be calibrated."""
+def check_in_float(
+    model: nn.Module, verb: str = "calibrate", advice: str = "Calibrate the float model, before quantize_"
+) -> None:
+    """Raise an error where a model is int8, was freed or has no data, so that it cannot be calibrated.
+
+    Args:
+        model: The model.
+        verb: What is to be done with it, for messages.
+        advice: What to do where it is int8.
+    """
     held = [path or "the model" for path, module in model.named_modules() if isinstance(module, Int8Module)]
     if held:
-        raise ModelError(f"{listed(held)}: int8 already. Calibrate the float model, before quantize_")
-    parameters = _parameters(model)
-    check_not_freed(parameters, "Calibrate it before compiling")
-    if empty := [name for name, parameter in parameters.items() if parameter.is_meta]:
-        raise ModelError(f"{listed(empty)}: on the meta device, without data. Load the weights before calibrating")
+        raise ModelError(f"{listed(held)}: int8 already. {advice}")
+    check_has_data(model, verb)
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -284,7 +306,25 @@ def _tables(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_batches(batches: Any) -> Iterable[Any]:
+    """Return batches to iterate over; a tensor or a mapping is a single batch.
+
+    Raises:
+        InputError: It cannot be iterated over.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        return [batches]
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise InputError(f"batches is {type(batches).__name__}; give a list of inputs, or a DataLoader")
+    return batches  # type: ignore[no-any-return]
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that a batch stands for.
+
+    Raises:
+        InputError: It is not a tensor, a tuple or a mapping.
+    """
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):

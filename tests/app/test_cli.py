@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +136,71 @@ def test_every_option_of_the_backend(monkeypatch, capsys, saved, argv, field, va
     assert getattr(configs[0], field) == value
 
 
+def test_a_file_of_options(monkeypatch, capsys, saved, tmp_path):
+    file, configs = tmp_path / "config.json", []
+    file.write_text(json.dumps({"threshold": 5, "skip_modules": ["a"], "modules": {"mlp": {"rotate": False}}}))
+    monkeypatch.setattr("int8compile.explain", lambda model, config, **inputs: configs.append(config))
+    run(capsys, "explain", saved / "llama", "--config", file)
+    run(capsys, "explain", saved / "llama", "--config", file, "--skip", "b", "--threshold", 7)
+    modules = {"mlp": {"rotate": False}}
+    assert configs[0] == Int8Config(threshold=5, skip_modules=("a",), modules=modules)
+    assert configs[1] == Int8Config(threshold=7, skip_modules=("b",), modules=modules), "single options win"
+    for text, message in (
+        ('{"treshold": 3}', "did you mean 'threshold'"),
+        ("[]", "holds []; give options"),
+        ('{"calibration": "none"}', "cannot be read as a calibration"),
+        ('{"calibration": "none", "rotate": false}', "no effect with rotate=False"),
+    ):
+        file.write_text(text)
+        assert message in refused(capsys, "explain", "smollm2", "--config", file)
+    assert "cannot be read as JSON" in refused(capsys, "explain", "smollm2", "--config", tmp_path / "none.json")
+
+
+def test_advise_writes_what_config_takes(monkeypatch, capsys, saved, tmp_path):
+    monkeypatch.setattr(loading, "load_processor", lambda name: Letters())
+    out, name = tmp_path / "config.json", str(saved / "llama")
+    argv = ("advise", name, "--tokens", 512, "--skip", "o_proj", "--out", out)
+    code, text, _ = run(capsys, *argv, "--kl", 1)
+    assert code == 0
+    assert text.startswith("On 512 tokens of the chapters objects, execmodel, import of the language reference")
+    assert "as given: KL" in text
+    assert f"int8compile quantize {name} FOLDER --config {out}" in text
+    assert json.loads(out.read_text()) == {"skip_modules": ["o_proj"]}
+    # Nothing to quantize where only float is near enough.
+    code, text, _ = run(capsys, "advise", name, "--tokens", 64, "--min-features", 1000, "--kl", 1, "--out", out)
+    assert code == 0
+    assert "The model has no linear that quantize_ converts under this config." in text
+    assert "int8compile quantize" not in text
+    # The calibration beside the file is used.
+    calibration = int8compile.calibrate(loading.load(name))
+    calibration.save(tmp_path / "config.calibration.safetensors")
+    out.write_text(json.dumps({"calibration": "config.calibration.safetensors"}))
+    assert run(capsys, "quantize", name, tmp_path / "int8", "--config", out)[0] == 0
+    d = {weight.name: group.d for group in calibration.groups for weight in group.weights}
+    up = loading.load(str(tmp_path / "int8")).model.layers[0].mlp.up_proj
+    assert torch.equal(up.d, d["model.layers.0.mlp.up_proj.weight"])
+    sites = explained(capsys, name, "--config", out)["sites"]
+    assert {site["calibrated"] for site in sites if site["rewritten"]} == {True}
+    # `eval` measures the calibrated model, under the name of the file.
+    argv = ("--tokens", 64, "--config", out, "--config", "default", "--json")
+    _, found, _ = run(capsys, "eval", name, *argv)
+    results = json.loads(found)["results"]
+    assert list(results) == ["float32", str(out), "default"]
+    model = loading.load(name)
+    calibration.apply(model)
+    int8compile.quantize_(model, progress=False)
+    batches, _ = loading.evaluation_batches(name, model, None, 64)
+    expected = int8compile.evaluate(loading.load(name), batches, {"int8": model}, progress=False).results["int8"]
+    assert results[str(out)]["kl"] == expected.kl != results["default"]["kl"]
+    argv = ("advise", name, "--out")
+    assert "kl=0.0: give a finite number > 0" in refused(capsys, *argv, out, "--kl", 0)
+    assert "cannot be written: it is a folder" in refused(capsys, *argv, tmp_path, "--kl", 1)
+    # As a shell does not expand it in `--out=~/config.json`.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(capsys, *argv, "~/home.json", "--kl", 1, "--tokens", 64)[0] == 0
+    assert (tmp_path / "home.json").is_file()
+
+
 def test_sizes_of_the_inputs_and_dtype(capsys, saved):
     report = explained(capsys, saved / "llama", "--batch", 2, "--sequence", 5, "--dtype", "bfloat16")
     assert {site["shape"][0] for site in report["sites"]} == {"10"}
@@ -240,7 +306,7 @@ def test_python_dash_m():
 def test_the_exit_code_reaches_the_shell(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["int8compile", "explain"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_module("int8compile", run_name="__main__")
+        runpy.run_path(str(Path(int8compile.__file__).with_name("__main__.py")), run_name="__main__")
     assert end.value.code == 2
 
 
@@ -333,6 +399,25 @@ def test_quantize_refuses(capsys, saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "int8"]
 
 
+@pytest.mark.filterwarnings("ignore::int8compile.Int8Warning")
+def test_quantize_writes_nothing_without_int8(capsys, saved, tmp_path):
+    code, out, err = run(capsys, "quantize", saved / "llama", tmp_path / "int8", "--min-features", 1000)
+    assert (code, out) == (2, "")
+    said = err.splitlines()[-1]
+    assert "is int8 under these options, so nothing is written. model.layers.0.self_attn.q_proj: " in said
+    assert "min_features" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantize_names_patterns_that_match_nothing(capsys, saved, tmp_path):
+    code, out, _ = run(
+        capsys, "quantize", saved / "t5", tmp_path / "int8", "--skip", "layer.7", "--skip", "DenseReluDense"
+    )
+    assert code == 0
+    assert out.count("matched nothing") == 1
+    assert "The pattern 'layer.7' matched nothing." in out
+
+
 def test_quantize_to_a_full_disk(monkeypatch, capsys, saved, tmp_path):
     from safetensors import SafetensorError
     from transformers import modeling_utils
@@ -397,3 +482,75 @@ def test_quantize_of_a_model_that_transformers_does_not_stream(monkeypatch, caps
     d = loading.load(str(tmp_path / "int8")).model.layers[0].self_attn.q_proj.d
     assert torch.equal(d, calibrated) is calibrate
     assert "has no tokenizer or processor" in text
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    """Give all models a tokenizer of letters."""
+    monkeypatch.setattr(loading, "load_processor", lambda name: Letters())
+
+
+def test_eval_compares_on_the_text_that_comes_with_python(capsys, saved, letters, tmp_path):
+    out, plot = tmp_path / "found.json", tmp_path / "found.png"
+    argv = ["--config", "default", "--config", "bfloat16", "--tokens", 600, "--out", out, "--plot", plot]
+    code, text, _ = run(capsys, "eval", saved / "llama", *argv)
+    assert code == 0
+    assert text.startswith("On 600 tokens of the chapters objects, execmodel, import of the language reference that")
+    assert "KL divergence [nats]" in text
+    found = json.loads(out.read_text())["results"]
+    assert list(found) == ["float32", "default", "bfloat16"]
+    assert found["default"]["positions"] == 600
+    assert found["default"]["kl"] > found["float32"]["kl"] == 0
+    assert len(found["default"]["kl_by_batch"]) == 2, "batches of at most 512 tokens"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_prints_json_on_a_given_text(capsys, saved, letters, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Some text. " * 9)
+    code, out, _ = run(capsys, "eval", saved / "bert", "--text", text, "--config", "no outliers", "--json")
+    assert code == 0
+    found = json.loads(out)["results"]["no outliers"]
+    # A classifier of sequences has one distribution for each.
+    assert (found["positions"], found["perplexity"]) == (1, None)
+
+
+def test_eval_of_an_image_model_says_what_it_was_given(capsys, saved):
+    code, text, _ = run(capsys, "eval", saved / "vit", "--config", "default")
+    assert code == 0
+    assert text.startswith("On random numbers (give your own inputs from Python):")
+    assert "error of outputs" in text
+
+
+def test_eval_of_a_folder_in_int8(capsys, saved, letters, tmp_path):
+    run(capsys, "quantize", saved / "llama", tmp_path / "int8")
+    code, out, _ = run(capsys, "eval", tmp_path / "int8", "--tokens", 40, "--json")
+    assert code == 0
+    assert list(json.loads(out)["results"]) == ["float32", "as stored", "bfloat16"]
+
+
+def test_eval_refuses_what_it_cannot_use(capsys, saved, letters, monkeypatch, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("x")
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" ")
+    llama = saved / "llama"
+    for argv, message in {
+        (llama, "--config", "defalt"): "unknown candidate 'defalt' (did you mean 'default'?)",
+        (llama, "--text", tmp_path / "none.txt"): "cannot be read: ",
+        (llama, "--text", empty): "is empty; give a text of some hundred words, or no file",
+        (llama, "--out", tmp_path / "none" / "out.json"): "cannot be written: its folder does not exist",
+        (llama, "--tokens", "0"): "'0' is not a whole number of at least 1",
+    }.items():
+        assert message in refused(capsys, "eval", *argv), argv
+    # After the model was loaded, with a progress bar.
+    for argv, message in {
+        (llama, "--text", short): "the text has 1 tokens; give some hundred words",
+        (llama, "--tokens", "1"): "--tokens 1: give at least 2, because each token is predicted",
+        (saved / "vit", "--text", short): "does not read text; leave the text out",
+    }.items():
+        code, out, err = run(capsys, "eval", *argv)
+        assert (code, out) == (2, "")
+        assert message in err.splitlines()[-1]
+    monkeypatch.setattr(loading, "load_processor", lambda name: None)
+    assert "has no tokenizer; give tokens from Python" in run(capsys, "eval", llama)[2].splitlines()[-1]

@@ -3,13 +3,13 @@
 import copy
 import functools
 import importlib.util
-import math
 
 import pytest
 import torch
 
-from int8compile import ModelError, calibrate, explain, quantize_
-from int8compile.app import comparing, decoding, demo, loading
+from int8compile import ModelError, calibrate, evaluate, explain, quantize_
+from int8compile.app import decoding, demo, loading
+from int8compile.tuning.texts import text_chunks
 from int8compile.weights import STORE
 from tests.helpers.configs import SMALL
 from tests.helpers.letters import Letters
@@ -56,13 +56,13 @@ def test_decoder_starts_anew_and_returns_only_the_last(model, ids):
 
 
 def test_each_shape_is_compiled_once_for_all_layers_and_each_weight_quantized_once(model, ids):
-    graphs, quantized = comparing.compiled_graphs(), STORE.quantized
+    graphs, quantized = decoding.compiled_graphs(), STORE.quantized
     decoders = [decoding.Decoder(model, 24, {"backend": "int8"}) for _ in range(2)]
     for decoder in decoders:
         decoder(ids[:, :16])
         for position in range(16, 20):
             decoder(ids[:, position : position + 1], position)
-    assert comparing.compiled_graphs() - graphs == 2
+    assert decoding.compiled_graphs() - graphs == 2
     assert STORE.quantized - quantized == 2 * 7
 
 
@@ -85,38 +85,12 @@ def test_generate_is_greedy_and_ends_at_the_end_token(model, ids):
     assert list(decoding.generate(decoder, ids, 5, end)) == written[: written.index(end)]
 
 
-def test_a_model_agrees_with_itself(model, ids):
-    found = comparing.evaluate(lambda ids: float_logits(model, ids), {"same": decoding.Decoder(model, 20)}, [ids, ids])
-    assert found["same"].kl == pytest.approx(0, abs=1e-10)
-    assert (found["same"].top1, found["same"].positions) == (1.0, 40)
-    logits = float_logits(model, ids)[0, :-1]
-    perplexity = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).exp().item()
-    assert found["same"].perplexity == pytest.approx(perplexity, rel=1e-4)
-
-
-def test_divergence_is_that_of_the_distributions():
-    # Two tokens with probabilities 3/4 and 1/4 against 1/2 and 1/2; adding a constant to logits changes nothing.
-    reference, candidate = torch.tensor([[[3.0, 1.0]]]).log() + 5, torch.zeros(1, 1, 2)
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    torch.testing.assert_close(
-        comparing.divergence(reference, candidate), torch.tensor([expected], dtype=torch.float64)
-    )
-
-
-def test_evaluate_counts_the_positions_whose_best_token_agrees():
-    reference, candidate = torch.eye(4)[None], torch.eye(4)[[0, 1, 3, 2]][None]
-    found = comparing.evaluate(
-        lambda _: reference, {"other": lambda _: candidate}, [torch.zeros(1, 4, dtype=torch.int64)]
-    )
-    assert found["other"].top1 == 0.5
-
-
 def test_compare_speed_reports_every_decoder(model, ids):
     decoders = {"float32": decoding.Decoder(model, 24, {}), "int8": decoding.Decoder(model, 24, {"backend": "int8"})}
-    timings = comparing.compare_speed(decoders, ids, 4)
+    timings = decoding.compare_speed(decoders, ids, 4)
     for timing in timings.values():
         assert timing.graphs == 2
-        assert (len(timing.prefill), len(timing.steps), len(timing.tokens)) == (comparing.PREFILLS, 3, 4)
+        assert (len(timing.prefill), len(timing.steps), len(timing.tokens)) == (decoding.PREFILLS, 3, 4)
         assert timing.compiling > max(timing.prefill)
     text = demo.speeds(timings, 20)
     assert "prompt of 20 [tokens/s]" in text
@@ -132,12 +106,12 @@ def test_compare_speed_reports_every_decoder(model, ids):
     ],
 )
 def test_agreement(one, other, message):
-    timings = {"float32": comparing.Timing(0, 0, tokens=one), "int8": comparing.Timing(0, 0, tokens=other)}
+    timings = {"float32": decoding.Timing(0, 0, tokens=one), "int8": decoding.Timing(0, 0, tokens=other)}
     assert demo.agreement(timings) == message
 
 
 def test_speeds_of_a_single_token():
-    timings = {name: comparing.Timing(1.0, 2, prefill=[0.5], tokens=[1]) for name in ("float32", "int8")}
+    timings = {name: decoding.Timing(1.0, 2, prefill=[0.5], tokens=[1]) for name in ("float32", "int8")}
     assert "nan" in demo.speeds(timings, 20)
 
 
@@ -188,15 +162,6 @@ def test_run_with_a_model_that_was_saved_in_int8(monkeypatch, tmp_path, model):
     assert "calibrated" not in text
 
 
-def test_outliers_of_a_model_are_those_of_all_its_linears(model, ids):
-    report = explain(model, ids, use_cache=False, config={"threshold": 1.5})
-    sites = report.rewritten
-    expected = sum(site.outliers * int(site.shape[1]) for site in sites) / sum(int(site.shape[1]) for site in sites)
-    assert demo.outliers(report) == pytest.approx(expected)
-    assert expected > 0
-    assert demo.outliers(explain(model, ids, use_cache=False, config={"skip_modules": ["*"]})) is None
-
-
 def test_bars_are_as_long_as_their_numbers():
     assert demo.bars({"a": 0.5, "half": 0.25, "none": 0.0}, width=4).splitlines() == [
         "a     ████  0.5000",
@@ -241,26 +206,33 @@ def test_text_speed_and_accuracy(smollm2):
         "float32": decoding.Decoder(smollm2, length, {}),
         "int8": decoding.Decoder(smollm2, length, {"backend": "int8"}),
     }
-    timings = comparing.compare_speed(decoders, ids, 8)
+    timings = decoding.compare_speed(decoders, ids, 8)
     for timing in timings.values():
         assert timing.graphs == 2
         assert tokenizer.decode(timing.tokens).strip()
 
-    chunks = comparing.text_chunks(tokenizer)
+    chunks = text_chunks(tokenizer)
     assert [list(chunk.shape) for chunk in chunks] == [[1, 1024]] * 2
-    graphs = comparing.compiled_graphs()
+    graphs = decoding.compiled_graphs()
     decoders = {
         policy: decoding.Decoder(smollm2, 1024, {"backend": "int8", "options": {"outliers": policy}})
         for policy in ("row", "column")
     }
-    found = comparing.evaluate(lambda ids: float_logits(smollm2, ids), decoders, chunks)
-    assert comparing.compiled_graphs() - graphs == 2
+
+    def compared(**names):
+        calls = {
+            name: lambda ids, policy=policy, **_: {"logits": decoders[policy](ids)} for name, policy in names.items()
+        }
+        return evaluate(smollm2, chunks, calls).results
+
+    found = compared(row="row", column="column")
+    assert decoding.compiled_graphs() - graphs == 2
     # Once rotated and once not.
     assert STORE.quantized - quantized == 2 * 210
     calibrate(smollm2)
-    graphs = comparing.compiled_graphs()
-    found |= comparing.evaluate(lambda ids: float_logits(smollm2, ids), {"calibrated": decoders["row"]}, chunks)
-    assert comparing.compiled_graphs() == graphs, "what is compiled is not compiled again"
+    graphs = decoding.compiled_graphs()
+    found |= compared(calibrated="row")
+    assert decoding.compiled_graphs() == graphs, "what is compiled is not compiled again"
     assert STORE.quantized - quantized == 3 * 210
     # Measured: 0.0013, 0.0027 and 0.0123. The text differs slightly between Python versions.
     assert found["calibrated"].kl <= 0.0020

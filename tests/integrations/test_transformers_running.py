@@ -281,7 +281,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("lm_head", "whole"), [("native", 0.42), ("int8_weight", 0.27)])
 @torch.no_grad()
 def test_smollm2(smollm2: str, tmp_path: Path, lm_head: str, whole: float) -> None:
-    from int8compile.app import comparing
+    from int8compile.tuning.evaluation import divergence
+    from int8compile.tuning.texts import text_chunks
 
     full = load(smollm2)
     model = load(smollm2, quantization_config=Int8CompileConfig(lm_head=lm_head))
@@ -292,10 +293,10 @@ def test_smollm2(smollm2: str, tmp_path: Path, lm_head: str, whole: float) -> No
     assert model.get_memory_footprint() == memory_footprint(model) <= whole * full.get_memory_footprint()
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    (ids,) = comparing.text_chunks(tokenizer, count=1, length=512)
+    (ids,) = text_chunks(tokenizer, count=1, length=512)
     actual = model(ids).logits
     # The demo measures 0.0043 for the default policy and 0.0123 for LLM.int8().
-    assert comparing.divergence(full(ids).logits, actual).mean() < 0.008
+    assert divergence(full(ids).logits, actual).mean() < 0.008
 
     folder = saved(model, tmp_path / "int8")
     script = f"""
