@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import interleaved
+from int8compile.app import machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("int8compile")
     group.addoption("--smoke", action="store_true", help="use tiny sizes, to show in seconds that the benchmarks run")
     group.addoption("--every-row", action="store_true", help="sweep every M from 1 to 600 in bench_linear")
-    group.addoption("--variants", metavar="REGEX", help="variants of bench_models besides float32 and bfloat16")
-    group.addoption("--llama-cpp", metavar="PREFILL,DECODE", help="llama.cpp's tokens per second with SmolLM2, Q8_0")
 
 
 def is_smoke(config: pytest.Config) -> bool:
@@ -55,7 +53,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     ]
     output_json.clear()
     output_json.update(
-        machine=interleaved.machine(),
+        machine=machine.facts(),
         commit={"id": commit.get("id"), "changed_since": commit.get("dirty")},
         benchmarks=kept,
     )

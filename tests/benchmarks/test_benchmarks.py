@@ -8,12 +8,15 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from benchmarks import report  # noqa: E402
+from benchmarks import llamacpp, report, speed  # noqa: E402
+from int8compile.app import loading, machine  # noqa: E402
+from tests.helpers.configs import SMALL  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +34,15 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_benchmark_runs(smoke: dict[str, Any]) -> None:
     kinds = [row.get("kind") for row in smoke["benchmarks"]]
-    assert (kinds.count("linear"), kinds.count("sweep"), kinds.count("model")) == (4, 1, 2)
+    assert (kinds.count("linear"), kinds.count("sweep")) == (4, 1)
     assert kinds.count(None) == 2  # The benchmarks in bench_compile.
-    for row in smoke["benchmarks"]:
-        if row.get("kind") == "model":
-            assert set(row["medians"]) == set(row["similarity"]) == {*row["ratios"], "float32", "bfloat16"}
-            assert all(similarity > 0.9 for similarity in row["similarity"].values()), row["similarity"]
-            assert row["notes"] == []
 
 
 def test_the_result_names_the_machine_and_nothing_private(smoke: dict[str, Any]) -> None:
-    machine = smoke["machine"]
-    assert machine["kernel"] in machine["kernels"]
-    assert machine["cpu"]
-    assert machine["threads"] >= 1
+    facts = smoke["machine"]
+    assert facts["kernel"] in facts["kernels"]
+    assert facts["cpu"]
+    assert facts["threads"] >= 1
     assert set(smoke["commit"]) == {"id", "changed_since"}
     assert str(ROOT) not in json.dumps(smoke)
 
@@ -99,13 +97,66 @@ def test_a_plot_is_drawn(smoke: dict[str, Any], tmp_path: pathlib.Path) -> None:
     assert not report.plot({**smoke, "benchmarks": []}, tmp_path / "none.png")
 
 
-def test_the_page_shows_the_committed_results(tmp_path: pathlib.Path) -> None:
-    page = tmp_path / "benchmarks.md"
-    shown = report.PAGE.read_text()
-    page.write_text(shown)
-    report.write(page)
-    assert page.read_text() == shown, "run: python -m benchmarks.report --write"
-    assert {block[2] for block in report.BLOCK.finditer(shown)} == set(report.SECTIONS)
+def test_whole_models_are_measured_with_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def measure(model: str, **options: Any) -> dict[str, Any]:
+        asked.update(options, exists=pathlib.Path(model, "model.gguf").exists())
+        case = {"tokens": 8, "baseline": "float32", "seconds": {"float32": 0.02}, "ratios": {"float32": [1.0] * 3}}
+        costs = dict.fromkeys(("load", "compile", "overhead", "peak", "weights", "cosine", "kl"), 1.0)
+        return {
+            "model": model,
+            "kind": "decode",
+            "prompt": 128,
+            "rounds": 2,
+            "others": 0.04,
+            "machine": machine.facts() | {"packages": {"torchao": "1"}},
+            "cases": {"batch 8": case},
+            "variants": {"float32": costs},
+            "notes": ["a note"],
+        }
+
+    def save(folder: pathlib.Path) -> str:
+        (folder / "model.gguf").touch()
+        return str(folder)
+
+    monkeypatch.setattr(speed.speed, "measure", measure)
+    source = speed.Source("A model", save, lambda folder: folder / "model.gguf")
+    found = speed.measure(source, variants=["llama"])
+    assert asked["names"] == ["float32", "bfloat16", llamacpp.NAME]
+    assert asked["commands"][llamacpp.NAME][1:3] == ["-m", "benchmarks.llamacpp"]
+    assert asked["exists"]
+    text = report.render([found])
+    assert text.startswith(f"**A model** on {found['machine']['cpu']}")
+    for part in ("torchao 1", "other processes had 4% of the CPU's time", "| float32 ", "2.5 |", "- a note"):
+        assert part in text
+
+
+def test_a_random_llama_is_written_as_gguf(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=128, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    llamacpp.write(model, tmp_path / "model.gguf")
+    llamacpp.convert(tmp_path / "model.gguf", tmp_path / "q8_0.gguf")
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        for name, error in (("model.gguf", 1e-3), ("q8_0.gguf", 2e-2)):  # float16, and 8 bits
+            found = loading.load(str(tmp_path / name))(ids).logits
+            assert (found - expected).norm() < error * expected.norm()
+
+
+def test_the_pages_show_the_committed_results(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.md"
+    parts = set()
+    for of in (report.PAGE, report.ACCURACY):
+        shown = of.read_text()
+        page.write_text(shown)
+        report.write(page)
+        assert page.read_text() == shown, "run: python -m benchmarks.report --write"
+        parts |= {block[2] for block in report.BLOCK.finditer(shown)}
+    assert parts == set(report.SECTIONS)
 
 
 def test_a_page_without_generated_parts_is_refused(tmp_path: pathlib.Path) -> None:
