@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-avx gpu-bundle test-cuda-build clean
+.PHONY: help demo test test-slow lint bench bench-models bench-avx bench-check gpu-bundle test-cuda-build clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,10 +37,13 @@ lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## the benchmarks; their results go to results/benchmarks.json
+bench: $(STAMP) ## one linear, and the time of the passes; results go to results/benchmarks.json
 	@mkdir -p results
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -s --benchmark-json=results/benchmarks.json
 	@$(BIN)/python -m benchmarks.report results/benchmarks.json
+
+bench-models: $(STAMP) ## whole models against Inductor and other libraries, ten minutes each; to results/
+	$(BIN)/python -m benchmarks.speed --out results
 
 # All four are needed: bfloat16 goes through oneDNN, float32 through MKL from some rows on, the rest through ATen.
 bench-avx: $(STAMP) ## one linear as a machine with nothing above AVX2 runs it: results/benchmarks-avx2.json
@@ -48,6 +51,9 @@ bench-avx: $(STAMP) ## one linear as a machine with nothing above AVX2 runs it: 
 	INT8COMPILE_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python \
 	  -m pytest benchmarks/bench_linear.py --benchmark-only -s --benchmark-json=results/benchmarks-avx2.json
 	@$(BIN)/python -m benchmarks.report results/benchmarks-avx2.json
+
+bench-check: $(STAMP) ## the speed gate: the working tree against its merge base; fails if it is slower
+	$(BIN)/python -m benchmarks.check
 
 # In an environment of its own: compiled kernels are found again by the same Triton only, that of the GPU machine.
 GPU_VENV := .venv-gpu
