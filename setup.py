@@ -9,4 +9,6 @@ packages = find_packages(include=["int8compile", "int8compile.*"], exclude=links
 for name, folder in MAPPED.items():
     packages += [name, *(f"{name}.{package}" for package in find_packages(folder))]
 
-setup(packages=packages, package_dir=MAPPED)
+# Modules outside of the package, because importing the package takes seconds: every pytest run imports the first, and
+# `import torch` the second.
+setup(packages=packages, package_dir=MAPPED, py_modules=["pytest_int8compile", "int8compile_autoload"])

@@ -1,4 +1,4 @@
-"""A tokenizer for tests."""
+"""Tokenizers for tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,3 +27,14 @@ class Letters:
 
     def save_pretrained(self, folder: Path) -> None:
         pass
+
+
+def byte_tokenizer() -> Any:
+    """Return a tokenizer of transformers with one token per byte."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = tokenizers.models.BPE({letter: number for number, letter in enumerate(alphabet)}, merges=[])
+    backend = tokenizers.Tokenizer(words)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)

@@ -25,6 +25,8 @@ SOURCES = {
     "triton_kernels": "int8compile/triton_kernels",
 }
 MAPPED = ["passes", "triton_kernels"]
+# Modules beside the package.
+BESIDE = ("int8compile_autoload.py", "pytest_int8compile.py")
 
 
 def run_python(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -68,7 +70,7 @@ def wheel_names(wheel: Path) -> list[str]:
 
 def expected_names() -> set[str]:
     """Return every file under the source folders, by its installed path."""
-    names = set()
+    names = set(BESIDE)
     for folder, target in SOURCES.items():
         # os.walk does not follow the links int8compile/passes and int8compile/triton_kernels.
         for parent, _, files in os.walk(ROOT / folder):
@@ -92,7 +94,7 @@ def test_wheel_holds_every_source_file_once_and_nothing_else(dist: dict[str, Pat
         "int8compile/cpu/csrc/kernel.h",
     ):
         assert names.count(name) == 1
-    assert {name.split("/")[0] for name in installed} == {"int8compile"}
+    assert {name.split("/")[0] for name in installed} == {"int8compile", *BESIDE}
 
 
 def test_sdist_holds_the_folders_once_and_no_links(dist: dict[str, Path]) -> None:
@@ -115,6 +117,20 @@ def test_unpacked_wheel_is_what_gets_imported(dist: dict[str, Path], kind: str, 
     code = "import int8compile.passes as p, int8compile.triton_kernels as t; print(p.__file__); print(t.__file__)"
     printed = run_python("-c", code, cwd=tmp_path).stdout.split()
     assert printed == [str(tmp_path / "int8compile" / folder / "__init__.py") for folder in MAPPED]
+
+
+def test_pytest_finds_the_plugin_of_a_wheel(dist: dict[str, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(dist["from_sdist"]) as archive:
+        archive.extractall(tmp_path)
+    (tmp_path / "test_it.py").write_text(
+        "import sys\n"
+        "def test_it(request):\n"
+        "    assert request.config.pluginmanager.hasplugin('pytest_int8compile')\n"
+        f"    assert sys.modules['pytest_int8compile'].__file__ == {str(tmp_path / 'pytest_int8compile.py')!r}\n"
+    )
+    # pytest rewrites the assertions of packages that bring a plugin, and warns where they are imported already.
+    code = "import int8compile, pytest, sys; sys.exit(pytest.main(['-W', 'error', '-p', 'no:cacheprovider']))"
+    assert "1 passed" in run_python("-c", code, cwd=tmp_path).stdout
 
 
 def test_wheel_metadata_names_the_licence(dist: dict[str, Path]) -> None:
@@ -151,7 +167,9 @@ def test_entry_points() -> None:
     found = {(entry.group, entry.name): entry.value for entry in skip_unless_installed().entry_points}
     assert found == {
         ("torch_dynamo_backends", "int8"): "int8compile.backend:int8",
+        ("torch.backends", "int8compile"): "int8compile_autoload:install",
         ("console_scripts", "int8compile"): "int8compile.app.cli:main",
+        ("pytest11", "pytest_int8compile"): "pytest_int8compile",
     }
 
 
