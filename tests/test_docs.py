@@ -33,12 +33,14 @@ import pytest
 from int8compile import Int8Config, Int8Linear
 from int8compile.app import cli, loading
 from int8compile.weights import STORE
+from tests.helpers.letters import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LANGUAGES = {"python", "console", "cpp"}  # The C++ of a page is an excerpt of examples/cpp/main.cpp.
+# The C++ of a page is an excerpt of examples/cpp/main.cpp; tests/plugin checks the YAML.
+LANGUAGES = {"python", "console", "cpp", "yaml"}
 BLOCK = re.compile(
     r"^<!-- run\n(?P<hidden>.*?)^-->$"
     r"|(?:^<!-- (?P<mark>slow|not run): (?P<why>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
@@ -92,14 +94,8 @@ def put_on_the_hub(cache: Path, name: str) -> Path:
 
 def save_tiny_model(folder: Path) -> None:
     """A random model of two layers, with a tokenizer of bytes."""
-    tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = tokenizers.models.BPE({letter: number for number, letter in enumerate(alphabet)}, merges=[])
-    backend = tokenizers.Tokenizer(words)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     config = transformers.LlamaConfig(
@@ -175,12 +171,19 @@ class Reader:
                     assert cli.main(arguments) == 0
                 case ["python", "-m", "pytest", file, *_]:
                     assert (ROOT / file).is_file()
+                case ["pytest", *arguments]:
+                    given = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+                    assert given <= options_of_pytest(self.folder)
                 case ["python", "-m", module, *arguments]:
                     options = [argument for argument in arguments if argument.startswith("--")]
                     patch.setattr(sys, "argv", [module, "--help"])
                     patch.delitem(sys.modules, module, raising=False)  # Another test may have imported it.
+                    # By its file: pytest's loader of modules of this distribution has no code for runpy.
+                    spec = importlib.util.find_spec(module)
+                    assert spec is not None
+                    assert spec.origin is not None
                     with pytest.raises(SystemExit, match=r"^0$"):
-                        runpy.run_module(module, run_name="__main__")
+                        runpy.run_path(spec.origin, run_name="__main__")
                     shown = self._capsys.readouterr().out
                     assert not [option for option in options if option not in shown]
                 case ["python", file, *arguments]:
@@ -206,6 +209,12 @@ class Reader:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         print(done.stdout)
+
+
+def options_of_pytest(folder: Path) -> set[str]:
+    command = [sys.executable, "-m", "pytest", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100, cwd=folder).stdout
+    return set(re.findall(r"--[\w-]+", shown))
 
 
 @pytest.fixture
@@ -257,7 +266,7 @@ def test_every_block_is_found_and_of_a_known_language(page: Path) -> None:
 
 def test_few_blocks_are_left_out() -> None:
     marked = [(page_name(page), block.mark) for page in PAGES for block in blocks_of(page) if block.mark]
-    assert marked == [("docs/export.md", "slow")]
+    assert marked == [("docs/benchmarks.md", "not run"), ("docs/export.md", "slow"), ("docs/int8-models.md", "not run")]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=page_name)
