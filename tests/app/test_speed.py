@@ -327,6 +327,7 @@ def test_an_error_is_an_answer(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {"error": "KeyError: 'key'", "model": False}
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_model(saved, tmp_path, capsys):
     """In processes of their own, compiled by Inductor."""
     out = tmp_path / "speed.json"
