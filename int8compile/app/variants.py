@@ -204,12 +204,12 @@ def prepare(job: Job) -> Ready:
     if not kind:
         loading.check_runs(model, inputs[min(inputs)])
     compiled: Any = torch.compile(model, **variant.compiler)
-    calls = {case(batch): _forward(compiled, given) for batch, given in inputs.items()}
+    calls = {case(batch): _forward(compiled, **given) for batch, given in inputs.items()}
     return Ready(calls, seconds, weights, FORWARD, note)
 
 
-def _forward(call: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
-    return lambda: first_tensor(call(**inputs))
+def _forward(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Tensor]:
+    return lambda: first_tensor(call(*args, **kwargs))
 
 
 def case(batch: int) -> str:
@@ -290,7 +290,7 @@ def _exported(job: Job) -> Ready:
         cache, vocabulary = needed
         calls = decoding(call, cache, vocabulary, [batch for batch in job.batches if batch == 1], job.prompt)
     else:
-        calls = {case(batch): _forward(call, {"inputs": given}) for batch, given in needed.items()}
+        calls = {case(batch): _forward(call, given) for batch, given in needed.items()}
     note = (
         "exported for one text at a time, so larger batches are not measured"
         if len(calls) - 1 < len(job.batches) and job.kind == DECODE

@@ -128,7 +128,13 @@ def test_whole_models_are_measured_with_llama_cpp(monkeypatch: pytest.MonkeyPatc
     assert asked["exists"]
     text = report.render([found])
     assert text.startswith(f"**A model** on {found['machine']['cpu']}")
-    for part in ("torchao 1", "other processes had 4% of the CPU's time", "| float32 ", " 2.5 (baseline) |", "- a note"):
+    for part in (
+        "torchao 1",
+        "other processes had 4% of the CPU's time",
+        "| float32 ",
+        " 2.5 (baseline) |",
+        "- a note",
+    ):
         assert part in text
 
 

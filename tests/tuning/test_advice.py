@@ -307,15 +307,20 @@ def test_notes_on_patterns_and_on_few_positions() -> None:
     assert f"Measured on {found.positions} positions only" in "".join(found.notes)
 
 
+LAYERS = 10
+
+
 @pytest.mark.slow
 def test_smollm2() -> None:
     """advise() keeps its goals, and is never dearer than whole blocks that are skipped by hand, best first."""
     from int8compile.app import loading
     from int8compile.tuning.texts import TOPICS, prose
 
-    model = loading.load("smollm2")
+    model: Any = loading.load("smollm2")
+    # All 30 layers take three times as long.
+    model.model.layers = model.model.layers[:LAYERS]
     tokenizer = loading.tokenizer_of("smollm2", "")
-    ids = tokenizer(prose(TOPICS), return_tensors="pt").input_ids[:, :2048]
+    ids = tokenizer(prose(TOPICS), return_tensors="pt").input_ids[:, :1024]
     batches = list(token_batches(model, ids, 256))
     with torch.no_grad():
         expected = [model(**batch).logits for batch in batches]
@@ -323,20 +328,22 @@ def test_smollm2() -> None:
     @torch.no_grad()
     def kl(other: nn.Module, count: int = len(batches)) -> float:
         pairs = zip(expected[:count], batches[:count], strict=True)
-        return sum(float(divergence(logits, other(**batch).logits).mean()) for logits, batch in pairs) / count
+        found = [float(divergence(logits, other(**batch).logits).mean()) for logits, batch in pairs]
+        return sum(found) / len(found)
 
-    calibrated = advise(model, batches, kl=0.002, progress=False)
+    as_given = advise(model, batches, kl=1.0, progress=False).chosen
+    calibrated = advise(model, batches, kl=0.9 * as_given.distance, progress=False)
     assert calibrated.calibration is not None
     assert calibrated.chosen.skipped == 0
-    for goal in (0.0012, 0.0005):
+    for goal in (0.7 * calibrated.chosen.distance, 0.3 * calibrated.chosen.distance):
         found = advise(model, batches, kl=goal, progress=False)
         assert found.chosen.skipped > 0
         assert found.kl is not None
         assert found.kl <= goal
         assert kl(followed(model, found)) == pytest.approx(found.kl, rel=1e-3)
-        as_given = found.steps[0]
-        a_block = (found.in_float.seconds - as_given.seconds) / 30  # Blocks are alike.
-        by_hand = as_given.seconds + a_block * skipped_by_hand(model, calibrated, goal, kl)
+        in_int8 = found.steps[0]
+        a_block = (found.in_float.seconds - in_int8.seconds) / LAYERS  # Blocks are alike.
+        by_hand = in_int8.seconds + a_block * skipped_by_hand(model, calibrated, goal, kl)
         assert found.chosen.seconds <= by_hand + 1e-8
 
 
@@ -352,4 +359,4 @@ def skipped_by_hand(model: Any, calibrated: Advice, goal: float, kl: Callable[..
 
     alone = {block: measured([block], 2) for block in range(len(int8))}
     order = sorted(alone, key=alone.__getitem__)
-    return next(count for count in range(len(order) + 1) if measured(order[:count], 8) <= goal)
+    return next(count for count in range(len(order) + 1) if measured(order[:count], len(order)) <= goal)
