@@ -294,7 +294,7 @@ class _Unit(NamedTuple):
 
 
 class _Search:
-    """One run of `advise`."""
+    """A run of `advise`."""
 
     def __init__(
         self,

@@ -360,7 +360,7 @@ class Call:
 
     @property
     def mask(self) -> Tensor | None:
-        """Whether positions count, [B, T] bool; None where all of them do."""
+        """The positions that count, [B, T] bool; None where all of them do."""
         decodes = self.own_decoder_ids or "decoder_input_ids" in self.kwargs
         name = "decoder_attention_mask" if decodes else "attention_mask"
         found = self.kwargs.get(name)

@@ -98,7 +98,7 @@ def test_a_calibration_costs_nothing() -> None:
 
 
 def test_a_calibration_that_is_no_nearer_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured after it is the config that is returned, without it, or with the caller's."""
+    """The config that is returned is measured without it, or with the caller's."""
 
     def badly(model: nn.Module, batches: Any) -> Calibration:
         return int8compile.calibrate(model, [torch.randn(64, 32) * torch.logspace(4, -4, 32)], progress=False)
