@@ -321,7 +321,7 @@ class _Search:
         planned = self._trial.targets(self._given)
         self._units = _units(target for target in planned if target.reason is None)
         # And about as many attempts on all batches.
-        self._bar.reset(total=len(self._units) + 20)
+        self._bar.reset(total=len(self._units) + len({unit.block for unit in self._units}) + 20)
         self._int8 = self._trial.quantized(self._given)
         self._time()
         step = self._tried("as given")
@@ -455,7 +455,10 @@ class _Search:
             if unit.block:
                 blocks[unit.block].append(unit)
         if len(blocks) > 1:
-            whole_blocks = {_together(units): sum(effects[unit] for unit in units) for units in blocks.values()}
+            self._bar.set_description("Blocks, one by one")
+            # Not the sums of their units' effects, which give another order.
+            together = map(_together, blocks.values())
+            whole_blocks = {unit: max(whole - self._screened(unit.paths, count), 0.0) for unit in together}
             in_order = list(whole_blocks)
             for units, how in (
                 (sorted(in_order, key=whole_blocks.__getitem__, reverse=True), "largest effect first"),

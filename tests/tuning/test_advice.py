@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import int8compile
+from benchmarks.advice import followed, measure
 from int8compile import Advice, ConfigError, InputError, Int8Config, Int8Linear, ModelError, advise, evaluate, quantize_
 from int8compile.timing import Times
 from int8compile.tuning import advice, costs
-from int8compile.tuning.calibration import Calibration, token_batches
+from int8compile.tuning.calibration import Calibration
 from int8compile.tuning.candidates import Candidate
-from int8compile.tuning.evaluation import Result, divergence
+from int8compile.tuning.evaluation import Result
 from int8compile.tuning.trial import Trial
 from tests.helpers.architectures import CASES
 from tests.helpers.models import Stack
@@ -58,15 +59,6 @@ def evaluated(model: nn.Module, found: Advice, batches: Any) -> Result:
 
     spec = found.config if found.calibration is None else Candidate(make)
     return evaluate(model, batches, {"x": spec}, layers=False, progress=False).results["x"]
-
-
-def followed(model: nn.Module, found: Advice) -> nn.Module:
-    """Return a copy of a model that is int8 as an advice says."""
-    made = copy.deepcopy(model)
-    if found.calibration is not None:
-        found.calibration.apply(made)
-    quantize_(made, found.config, progress=False)
-    return made
 
 
 def test_a_config_that_is_near_enough_is_kept() -> None:
@@ -184,6 +176,21 @@ def test_linears_in_float(share: float) -> None:
     costs = [(step.seconds, step.bytes) for step in found.steps if step.distance <= share * best]
     assert min(costs) == (found.chosen.seconds, found.chosen.bytes)
     assert "blocks" in "".join(step.what for step in found.steps)
+
+
+def test_blocks_are_ordered_by_what_they_do_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of what their linears do alone give another order, and so results dearer than blocks by hand."""
+    screened: list[set[str]] = []
+
+    def spy(self: Any, skipped: Iterable[str], count: int) -> float:
+        paths = tuple(skipped)
+        screened.append(set(paths))
+        return original(self, paths, count)
+
+    original = advice._Search._screened
+    monkeypatch.setattr(advice._Search, "_screened", spy)
+    advise(stack(), inputs(), error=1e-9, progress=False)
+    assert all({f"layers.{i}.up", f"layers.{i}.down"} in screened for i in range(4))
 
 
 def test_only_float_is_exact() -> None:
@@ -307,56 +314,16 @@ def test_notes_on_patterns_and_on_few_positions() -> None:
     assert f"Measured on {found.positions} positions only" in "".join(found.notes)
 
 
-LAYERS = 10
-
-
 @pytest.mark.slow
 def test_smollm2() -> None:
-    """advise() keeps its goals, and is never dearer than whole blocks that are skipped by hand, best first."""
-    from int8compile.app import loading
-    from int8compile.tuning.texts import TOPICS, prose
-
-    model: Any = loading.load("smollm2")
-    # All 30 layers take three times as long.
-    model.model.layers = model.model.layers[:LAYERS]
-    tokenizer = loading.tokenizer_of("smollm2", "")
-    ids = tokenizer(prose(TOPICS), return_tensors="pt").input_ids[:, :1024]
-    batches = list(token_batches(model, ids, 256))
-    with torch.no_grad():
-        expected = [model(**batch).logits for batch in batches]
-
-    @torch.no_grad()
-    def kl(other: nn.Module, count: int = len(batches)) -> float:
-        pairs = zip(expected[:count], batches[:count], strict=True)
-        found = [float(divergence(logits, other(**batch).logits).mean()) for logits, batch in pairs]
-        return sum(found) / len(found)
-
-    as_given = advise(model, batches, kl=1.0, progress=False).chosen
-    calibrated = advise(model, batches, kl=0.9 * as_given.distance, progress=False)
-    assert calibrated.calibration is not None
-    assert calibrated.chosen.skipped == 0
-    for goal in (0.7 * calibrated.chosen.distance, 0.3 * calibrated.chosen.distance):
-        found = advise(model, batches, kl=goal, progress=False)
-        assert found.chosen.skipped > 0
-        assert found.kl is not None
-        assert found.kl <= goal
-        assert kl(followed(model, found)) == pytest.approx(found.kl, rel=1e-3)
-        in_int8 = found.steps[0]
-        a_block = (found.in_float.seconds - in_int8.seconds) / LAYERS  # Blocks are alike.
-        by_hand = in_int8.seconds + a_block * skipped_by_hand(model, calibrated, goal, kl)
-        assert found.chosen.seconds <= by_hand + 1e-8
-
-
-def skipped_by_hand(model: Any, calibrated: Advice, goal: float, kl: Callable[..., float]) -> int:
-    """Return how many blocks must be in float, those first that have the largest effect alone."""
-    made: Any = followed(model, calibrated)
-    int8 = list(made.model.layers)
-
-    def measured(blocks: list[int], count: int) -> float:
-        for place, block in enumerate(int8):
-            made.model.layers[place] = model.model.layers[place] if place in blocks else block
-        return kl(made, count)
-
-    alone = {block: measured([block], 2) for block in range(len(int8))}
-    order = sorted(alone, key=alone.__getitem__)
-    return next(count for count in range(len(order) + 1) if measured(order[:count], len(order)) <= goal)
+    """On ten of 30 layers, which take a third of the time: `python -m benchmarks.advice` has them all."""
+    calibrated, *skipping = measure(layers=10)
+    assert calibrated.advice.calibration is not None
+    assert calibrated.advice.chosen.skipped == 0
+    for found in skipping:
+        assert found.advice.chosen.skipped > 0
+    for found in (calibrated, *skipping):
+        assert found.advice.kl is not None
+        assert found.advice.kl <= found.advice.goal
+        assert found.again == pytest.approx(found.advice.kl, rel=1e-3)
+        assert found.advice.chosen.seconds <= found.by_hand + 1e-8
