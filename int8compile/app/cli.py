@@ -393,7 +393,7 @@ def _eval(args: argparse.Namespace) -> int:
         found.save(args.out)
     if args.plot:
         found.plot(args.plot)
-    print(json.dumps(found.to_dict(), indent=2) if args.json else f"On {what}:\n\n{found}")
+    print(json.dumps({"inputs": what, **found.to_dict()}, indent=2) if args.json else f"On {what}:\n\n{found}")
     return 0
 
 
@@ -438,7 +438,7 @@ def _advise(args: argparse.Namespace) -> int:
         found = dataclasses.replace(found, calibration=calibration, notes=notes)
     if args.out is not None:
         found.save(args.out)
-    print(json.dumps(found.to_dict(), indent=2) if args.json else f"On {what}:\n\n{found}")
+    print(json.dumps({"inputs": what, **found.to_dict()}, indent=2) if args.json else f"On {what}:\n\n{found}")
     if args.out is not None and not args.json and found.chosen.skipped < found.in_float.skipped:
         print(f"\nWritten to {args.out}: int8compile quantize {args.model} FOLDER --config {args.out}")
     return 0

@@ -510,7 +510,9 @@ def test_eval_prints_json_on_a_given_text(capsys, saved, letters, tmp_path):
     text.write_text("Some text. " * 9)
     code, out, _ = run(capsys, "eval", saved / "bert", "--text", text, "--config", "no outliers", "--json")
     assert code == 0
-    found = json.loads(out)["results"]["no outliers"]
+    said = json.loads(out)
+    assert said["inputs"].endswith(" tokens of the text")
+    found = said["results"]["no outliers"]
     # A classifier of sequences has one distribution for each.
     assert (found["positions"], found["perplexity"]) == (1, None)
 
