@@ -190,7 +190,8 @@ def prepare(job: Job) -> Ready:
     kind, note = job.kind, ""
     if kind != FORWARD and loading.is_causal(model):
         try:
-            decoder = StaticCacheDecoder(model, job.prompt + ROOM)
+            # The float variants, which come first, are checked.
+            decoder = StaticCacheDecoder(model, job.prompt + ROOM, check=variant.quantized not in _PEERS)
         except ModelError as error:
             if kind:
                 raise

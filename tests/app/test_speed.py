@@ -22,6 +22,8 @@ from tests.helpers.configs import SMALL
 
 transformers = pytest.importorskip("transformers")
 
+from int8compile.integrations.decoder import StaticCacheDecoder  # noqa: E402 - it imports transformers
+
 WORKER = str(pathlib.Path(__file__).parents[1] / "helpers" / "speed_worker.py")
 READY = {"cases": [PREFILL, "batch 1"], "kind": DECODE, "note": "", "load": 1.0, "compile": 8.0, "peak": 2**20}
 READY |= {"weights": 2**19, "warnings": []}
@@ -298,6 +300,20 @@ def test_quantized_models_take_less(saved, tmp_path, eager, variant):
     with torch.no_grad():
         for name in ready.calls:
             assert speed.cosine(plain.calls[name](), ready.calls[name]()) > 0.99
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", ["int8", "bitsandbytes bfloat16"])
+def test_rows_of_other_libraries_may_depend_on_each_other(saved, tmp_path, eager, variant, monkeypatch):
+    """bitsandbytes gives other results for two calls than for one; the cache is checked with the other models."""
+    pytest.importorskip("bitsandbytes")
+
+    def differs(self):
+        raise ModelError("other results with a static cache")
+
+    monkeypatch.setattr(StaticCacheDecoder, "_check", differs)
+    ready = variants.prepare(job(saved / "llama", tmp_path, variant))
+    assert ready.kind == (DECODE if "bitsandbytes" in variant else FORWARD)
 
 
 def test_other_models_make_a_forward_pass(saved, tmp_path, eager):

@@ -72,24 +72,6 @@ def test_the_report_marks_what_misses_its_bar(smoke: dict[str, Any]) -> None:
     assert "2.30 ✗ |" in judged(2.3)
 
 
-def test_wrong_results_are_not_compared_with(smoke: dict[str, Any]) -> None:
-    row = {
-        "kind": "model",
-        "model": report.SMOLLM2,
-        "phase": "decode",
-        "tokens": 1,
-        "notes": [],
-        "packages": {},
-        "medians": {"float32": 4.0, "bfloat16": 3.0, "int8 float32": 2.0, "torchao a": 1.0, "torchao b": 3.5},
-        "similarity": {"float32": 1.0, "bfloat16": 1.0, "int8 float32": 1.0, "torchao a": 0.1, "torchao b": 1.0},
-    }
-    text = report.render([{**smoke, "benchmarks": [row]}])
-    line = next(line for line in text.splitlines() if "against torchao" in line)
-    assert "1.75" in line
-    assert "torchao b" in line
-    assert "not measured" in next(line for line in text.splitlines() if "against bitsandbytes" in line)
-
-
 def test_a_plot_is_drawn(smoke: dict[str, Any], tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
     assert report.plot(smoke, tmp_path / "plot.png")
@@ -156,7 +138,7 @@ def test_a_random_llama_is_written_as_gguf(tmp_path: pathlib.Path) -> None:
 def test_the_pages_show_the_committed_results(tmp_path: pathlib.Path) -> None:
     page = tmp_path / "page.md"
     parts = set()
-    for of in (report.PAGE, report.ACCURACY):
+    for of in report.PAGES:
         shown = of.read_text()
         page.write_text(shown)
         report.write(page)
