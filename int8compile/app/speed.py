@@ -35,7 +35,7 @@ BASELINES = ("float32", "bfloat16")
 SAME = 0.9
 # Seconds after a turn: the threads of a process spin for some milliseconds after its last parallel region.
 PAUSE = 0.02
-# A process is started if this many times the memory of the largest process so far is available.
+# A process is started if this many times the memory of the largest process of its dtype so far is available.
 MARGIN = 1.25
 MEMORY = Path("/proc/meminfo")
 MADE_UP = "The inputs are random; the command `eval` measures the distance from float on text."
@@ -166,7 +166,7 @@ class _Race:
 
     def add(self, name: str) -> None:
         """Start the process of a variant; if that fails, note why."""
-        if why := _missing(VARIANTS.get(name)) or self._crowded():
+        if why := _missing(VARIANTS.get(name)) or self._crowded(name):
             self.notes.append(f"{name}: {why}.")
             return
         file = self._folder / str(len(list(self._folder.iterdir())))
@@ -208,14 +208,17 @@ class _Race:
             raise (ModelError if answer["model"] and not self.facts else _FailedError)(answer["error"])
         return worker, answer
 
-    def _crowded(self) -> str:
-        """Return why no further process fits into the memory; "" if one does."""
-        peaks = [facts["peak"] for facts in self.facts.values() if facts["peak"]]
+    def _crowded(self, name: str) -> str:
+        """Return why the process of a variant may not fit into the memory; "" if it fits."""
+        peaks: dict[str, int] = {}
+        for other, facts in self.facts.items():
+            peaks[_dtype(other)] = max(peaks.get(_dtype(other), 0), facts["peak"] or 0)
+        needed = MARGIN * peaks.get(_dtype(name), max(peaks.values(), default=0))
         free = machine.read_bytes(MEMORY, "MemAvailable")
-        if free is None or not peaks or free > MARGIN * max(peaks):
+        if free is None or free > needed:
             return ""
         return (
-            f"not measured, since {MARGIN * max(peaks) / 2**30:.1f} GiB may be needed beside the other variants and "
+            f"not measured, since {needed / 2**30:.1f} GiB may be needed beside the other variants and "
             f"{free / 2**30:.1f} GiB of memory are left; choose fewer variants"
         )
 
@@ -264,6 +267,11 @@ class _Race:
     def cpu(self) -> float:
         """Return the CPU seconds that the processes had used at the end of their last turns."""
         return sum(self._used[name] for name in self._workers)
+
+
+def _dtype(name: str) -> str:
+    """Return the dtype of a variant's float parts; other programs' weights have 16 bits at most."""
+    return VARIANTS[name].dtype if name in VARIANTS else "bfloat16"
 
 
 class _FailedError(Exception):

@@ -244,6 +244,19 @@ def test_a_variant_that_does_not_fit_into_the_memory_is_left_out(race, monkeypat
     assert found["notes"][0].startswith("bfloat16: not measured, since 10.0 GiB may be needed")
 
 
+def test_a_variant_may_need_as_much_memory_as_others_of_its_dtype(race, monkeypatch):
+    add, run = race
+    add("float32", [1.0] * 6, peak=8 * 2**30)
+    free = iter([12, 12, 9, 4])
+    monkeypatch.setattr(speed.machine, "read_bytes", lambda file, key: next(free) * 2**30)
+    add("bfloat16", [1.0] * 6, peak=4 * 2**30)
+    add("int8 bfloat16", [1.0] * 6, peak=4 * 2**30)
+    add("llama.cpp Q8_0", [1.0] * 6)
+    found = run()
+    assert list(found["variants"]) == ["float32", "bfloat16", "int8 bfloat16"]
+    assert found["notes"][0].startswith("llama.cpp Q8_0: not measured, since 5.0 GiB may be needed")
+
+
 def test_load_by_other_processes_is_a_note():
     assert list(speed._busy(0.01)) == list(speed._busy(None)) == []
     assert "12%" in next(speed._busy(0.12))
