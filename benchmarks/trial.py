@@ -25,7 +25,6 @@ from benchmarks import tables
 from benchmarks.check import ROOT
 from int8compile.app import machine
 from int8compile.progress import progress_bar
-from int8compile.timing import Others, rounded
 
 # Not beside the results of `make bench`, all of which benchmarks.report shows.
 OUT = ROOT / "benchmarks" / "results" / "gate" / "trial.json"
@@ -40,17 +39,17 @@ MEANINGS = {0: "passed", 1: "slower", 2: "cannot tell", 3: "not measured"}
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
-    """Run the gate once, and return its result with the seconds that it took and the CPU's load by others."""
+    """Run the gate once, and return its result with the seconds that it took."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "check.json"
         command = [sys.executable, "-m", "benchmarks.check", "--base", "HEAD", "--json", str(path), *arguments]
-        others, began = Others(), time.perf_counter()
+        began = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-        seconds, load = time.perf_counter() - began, others.share()
+        seconds = time.perf_counter() - began
         if done.returncode == 3 or not path.exists():
             raise SystemExit(done.stdout + done.stderr)
         made: dict[str, Any] = json.loads(path.read_text())
-    return made | {"seconds": round(seconds), "others": load and rounded(load, 3)}
+    return made | {"seconds": round(seconds)}
 
 
 def report(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
