@@ -313,7 +313,7 @@ class _Search:
         self._given = self._config = config
         self._calibration: Calibration | None = None
         self._int8: dict[str, nn.Module] = {}
-        self._costs = Costs({}, ())
+        self._costs = Costs({}, (), {})
         self._steps: list[Step] = []
 
     def run(self) -> Advice:
@@ -377,7 +377,7 @@ class _Search:
 
     def _time(self) -> None:
         self._bar.set_description("Timing linears")
-        self._costs = measured(self._trial, self._int8, self._observed, self._rows)
+        self._costs = measured(self._trial, self._int8, self._observed, self._rows, self._costs.seconds)
 
     def _calibrated(self) -> Step | None:
         """Calibrate the float model; return None if that changes nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import types
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from int8compile.tuning.trial import Trial
 ROUNDS = 5
 # Seconds to read a byte, for weights whose linears cannot be timed alone.
 PER_BYTE = 1e-10
+NONE: Mapping[Hashable, float] = types.MappingProxyType({})
 
 
 class Cost(NamedTuple):
@@ -35,10 +37,12 @@ class Costs:
     Attributes:
         by_path: The cost of each in float and in int8.
         slower: The linears that int8 is slower for; both costs have the seconds of int8.
+        seconds: The seconds of a float linear by its size, and of an int8 linear by its size, rotation and policy.
     """
 
     by_path: Mapping[str, tuple[Cost, Cost]]
     slower: Sequence[str]
+    seconds: Mapping[Hashable, float]
 
     def extra(self, paths: Iterable[str]) -> Cost:
         """Return the additional cost of some linears in float instead of int8."""
@@ -53,36 +57,45 @@ class Costs:
         return Cost(round(sum(cost.seconds for cost in costs), 9), sum(cost.bytes for cost in costs))
 
 
-def measured(trial: Trial, int8: Mapping[str, nn.Module], observed: Observed, rows: int) -> Costs:
+def measured(
+    trial: Trial, int8: Mapping[str, nn.Module], observed: Observed, rows: int, known: Mapping[Hashable, float] = NONE
+) -> Costs:
     """Time the linears in the dtype of the model.
 
     Linears of one size and kind are timed together, one after the other, so that their weights come from memory, as in
-    the model. Both forms take turns. Linears that read no rows of their own, such as experts, count as the others do by
-    byte.
+    the model. Both forms take turns, and the seconds in int8 are those in float times the ratio of the two: so kinds
+    that are timed at different times can be compared, even if the machine has become slower meanwhile. Linears that
+    read no rows of their own, such as experts, count as the others do by byte.
 
     Args:
         trial: The model.
         int8: Its int8 modules by path.
         observed: The activations of its linears.
         rows: The rows at a time.
+        known: The `seconds` of earlier costs, which are not measured again.
     """
-    kinds: dict[Hashable, list[str]] = collections.defaultdict(list)
+    kinds: dict[tuple[Hashable, ...], list[str]] = collections.defaultdict(list)
     inputs: dict[str, Tensor] = {}
     for path, module in int8.items():
         given = observed.given(path)
         if given and len(given[0]):
             inputs[path] = given[0][torch.arange(rows) % len(given[0])].to(trial.dtype(path))
             made: Any = module
-            kinds[tuple(made.qweight.shape), made.rotation, getattr(made, "policy", ""), trial.dtype(path)].append(path)
-    seconds: dict[str, tuple[float, float]] = {}
-    for paths in kinds.values():
+            kinds[tuple(made.qweight.shape), trial.dtype(path), made.rotation, getattr(made, "policy", "")].append(path)
+    once = dict(known)
+    for kind, paths in kinds.items():
+        if kind in once:
+            continue
         dtype = trial.dtype(paths[0])
         calls = {
             name: _running([(_in_dtype(module_of(path), dtype), inputs[path]) for path in paths])
             for name, module_of in (("float", trial.float_module), ("int8", int8.get))
         }
         times = take_turns(calls, ROUNDS)
-        seconds |= dict.fromkeys(paths, (times.median("float") / len(paths), times.median("int8") / len(paths)))
+        size = kind[:2]
+        once.setdefault(size, times.median("float") / len(paths))
+        once[kind] = once[size] / times.interval("int8", "float").median
+    seconds = {path: (once[kind[:2]], once[kind]) for kind, paths in kinds.items() for path in paths}
     weights: set[int] = set()
     costs = {}
     sizes = {path: trial.sizes(path, module, weights) for path, module in int8.items()}
@@ -94,10 +107,10 @@ def measured(trial: Trial, int8: Mapping[str, nn.Module], observed: Observed, ro
             else PER_BYTE
             for form in (0, 1)
         ]
-        known = seconds.get(path, (size[0] * rates[0], size[1] * rates[1]))
+        taken = seconds.get(path, (size[0] * rates[0], size[1] * rates[1]))
         # No linear is to stay in float because int8 is slow for it.
-        costs[path] = Cost(max(known), size[0]), Cost(known[1], size[1])
-    return Costs(costs, [path for path, (as_float, as_int8) in seconds.items() if as_float < as_int8])
+        costs[path] = Cost(max(taken), size[0]), Cost(taken[1], size[1])
+    return Costs(costs, [path for path, (as_float, as_int8) in seconds.items() if as_float < as_int8], once)
 
 
 def _in_dtype(module: nn.Module | None, dtype: torch.dtype) -> nn.Module:

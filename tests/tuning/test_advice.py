@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,23 @@ def test_settings_where_they_are_nearer() -> None:
     assert found.chosen.skipped == 0
     assert not found.config.of("first").rotate
     assert found.error == evaluated(model, found, [x]).error
+
+
+def test_costs_of_settings_can_be_compared_on_a_machine_that_becomes_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = itertools.accumulate(itertools.repeat(10.0), operator.mul)
+
+    def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+        now = next(slow)
+        return Times({"float": [4e-3 * now], "int8": [1e-3 * now]}, None)
+
+    torch.manual_seed(0)
+    model, x = Sparse(), torch.eye(64) * torch.rand(64)
+    monkeypatch.setattr(costs, "take_turns", take_turns)
+    found = advise(model, x, error=1e-9, progress=False)
+    given, _, settings, *_ = found.steps
+    assert settings.what.startswith("other settings for")
+    assert settings.seconds == pytest.approx(given.seconds) == pytest.approx(found.in_float.seconds / 4)
+    assert next(slow) == pytest.approx(1e3), "what is not rotated was timed, and nothing twice"
 
 
 def test_linears_are_made_as_before_after_a_calibration_that_is_no_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
