@@ -103,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write(page)
     for path in paths:
         plot(load(path), path.with_suffix(".png"))
+    for path in RESULTS.glob("speed/*.json"):
+        speed.plot(load(path), path.with_suffix(".png"))
 
 
 def committed() -> list[Path]:
@@ -117,6 +119,12 @@ def _gpu_days() -> str:
     return "\n\n".join(link.format(folder.name, summary.markdown(load_day(folder))) for folder in folders)
 
 
+def _speed(path: Path) -> str:
+    result = load(path)
+    picture = path.with_suffix(".png").relative_to(ROOT)
+    return f"{models([result])}\n\n![{result['model']}: tokens per second](../{picture})"
+
+
 def _predictions() -> str:
     found: Mapping[str, Any] = load(predicted.PREDICTED)["gpus"]
     return "\n\n".join(f"**{gpu}. {predicted.MARK}.** {predicted.in_layers(each)}" for gpu, each in found.items())
@@ -125,7 +133,7 @@ def _predictions() -> str:
 # Content of the generated parts by name.
 SECTIONS: dict[str, Callable[[], str]] = {
     "cpu": lambda: render(load(path) for path in committed()),
-    "speed": lambda: models(load(path) for path in sorted(RESULTS.glob("speed/*.json"))) or "Not measured yet.",
+    "speed": lambda: "\n\n".join(map(_speed, sorted(RESULTS.glob("speed/*.json"), reverse=True))),
     "loading": lambda: (RESULTS / "loading.md").read_text().strip(),
     "export": lambda: (RESULTS / "exported.md").read_text().strip(),
     "gpu": _gpu_days,

@@ -422,9 +422,10 @@ def _table(rows: Sequence[Sequence[str]], headers: Sequence[str], form: str) -> 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
     """Draw the tokens, or other inputs, per second of each variant, in a group of bars for each case."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.add_subplot()
     names, cases = list(found["variants"]), found["cases"]
     width = 0.8 / len(names)
@@ -440,11 +441,11 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             width,
             label=f"{name} (wrong)" if wrong else name,
             hatch="//" if wrong else None,
-            color=f"C{i % 10}",
+            color=colormaps["tab20"](i % 20),
         )
     axes.set_xticks(range(len(cases)), [f"prompt of {found['prompt']}" if name == PREFILL else name for name in cases])
     axes.set_yscale("log")
     axes.set_ylabel("tokens per second" if found["kind"] == DECODE else "inputs per second")
     axes.set_title(f"{found['model']}, {found['machine']['cpu']}, {found['machine']['threads']} threads", fontsize=9)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=100)
