@@ -1,4 +1,4 @@
-"""What `advise` finds for three goals, beside whole blocks that are skipped by hand: `python -m benchmarks.advice`.
+"""`advise` for three goals, beside whole blocks that are skipped by hand: `python -m benchmarks.advice`.
 
 The goals are fractions of the KL divergence that SmolLM2-135M has in int8 with the default config, and calibrated. By
 hand, the calibrated model's blocks are put back to float, those first that help most alone, until the goal is met.

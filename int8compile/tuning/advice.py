@@ -440,7 +440,11 @@ class _Search:
         count = next((count for count, rows in enumerate(sums, 1) if rows >= SCREENED), len(self._expected.rows))
         self._bar.set_description("Groups, one by one")
         whole = self._screened((), count)
-        effects = {unit: max(whole - self._screened(unit.paths, count), 0.0) for unit in self._units}
+
+        def alone(units: Iterable[_Unit]) -> dict[_Unit, float]:
+            return {unit: max(whole - self._screened(unit.paths, count), 0.0) for unit in units}
+
+        effects = alone(self._units)
 
         def worth(unit: _Unit) -> float:
             extra = self._costs.extra(unit.paths)
@@ -457,8 +461,7 @@ class _Search:
         if len(blocks) > 1:
             self._bar.set_description("Blocks, one by one")
             # Not the sums of their units' effects, which give another order.
-            together = map(_together, blocks.values())
-            whole_blocks = {unit: max(whole - self._screened(unit.paths, count), 0.0) for unit in together}
+            whole_blocks = alone(map(_together, blocks.values()))
             in_order = list(whole_blocks)
             for units, how in (
                 (sorted(in_order, key=whole_blocks.__getitem__, reverse=True), "largest effect first"),

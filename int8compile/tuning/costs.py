@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import types
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ from int8compile.tuning.trial import Trial
 ROUNDS = 5
 # Seconds to read a byte, for weights whose linears cannot be timed alone.
 PER_BYTE = 1e-10
-NONE: Mapping[Hashable, float] = types.MappingProxyType({})
 
 
 class Cost(NamedTuple):
@@ -58,7 +56,7 @@ class Costs:
 
 
 def measured(
-    trial: Trial, int8: Mapping[str, nn.Module], observed: Observed, rows: int, known: Mapping[Hashable, float] = NONE
+    trial: Trial, int8: Mapping[str, nn.Module], observed: Observed, rows: int, known: Mapping[Hashable, float]
 ) -> Costs:
     """Time the linears in the dtype of the model.
 
